@@ -1,0 +1,1 @@
+"""GroupViT in JAX: semantic segmentation that emerges from captions."""

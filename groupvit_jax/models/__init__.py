@@ -1,0 +1,1 @@
+"""GroupViT's networks: two towers, grouping blocks and projectors (Flax linen)."""

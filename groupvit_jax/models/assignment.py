@@ -1,0 +1,73 @@
+"""Assigning tokens to groups: soft, hard and Gumbel, with the straight-through gradient (paper section 3.2).
+
+Assignments are arrays [B, S, N]: each of N tokens distributes itself over S groups, so they sum to one over S.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+AssignmentMode = Literal['soft', 'hard', 'gumbel']
+
+
+def assignment_logits(group_queries: jax.Array, token_keys: jax.Array) -> jax.Array:
+  """Similarities of groups and tokens, in float32 (paper eq. 3, without the softmax).
+
+  Args:
+    group_queries: projected group tokens [B, S, D].
+    token_keys: projected tokens [B, N, D].
+
+  Returns:
+    Logits [B, S, N], scaled by 1 / sqrt(D).
+  """
+  scale = group_queries.shape[-1] ** -0.5
+  logits = jnp.einsum('bsd,bnd->bsn', group_queries, token_keys, preferred_element_type=jnp.float32)
+  return logits * scale
+
+
+def soft_assignment(logits: jax.Array) -> jax.Array:
+  """Softmax over the groups (not over the tokens) of logits [B, S, N], in float32."""
+  return jax.nn.softmax(logits.astype(jnp.float32), axis=-2)
+
+
+@jax.custom_vjp
+def straight_through(soft: jax.Array) -> jax.Array:
+  """One-hot argmax over the groups of `soft` [B, S, N], with the gradient of `soft` itself (paper eq. 5)."""
+  return jax.nn.one_hot(jnp.argmax(soft, axis=-2), soft.shape[-2], dtype=soft.dtype, axis=-2)
+
+
+straight_through.defvjp(lambda soft: (straight_through(soft), None), lambda _, grad: (grad,))
+
+
+def assign(logits: jax.Array, mode: AssignmentMode, key: jax.Array | None = None) -> jax.Array:
+  """Assignment used to pool tokens into segments (paper eqs. 3-5).
+
+  Args:
+    logits: similarities [B, S, N].
+    mode: 'soft' keeps the softmax; 'hard' takes its argmax, straight-through; 'gumbel' perturbs the logits with
+      Gumbel(0, 1) noise (temperature 1) before it does the same.
+    key: source of the noise. Without one 'gumbel' is 'hard', which is what evaluation wants.
+
+  Returns:
+    Assignment [B, S, N], float32.
+  """
+  if mode == 'gumbel' and key is not None:
+    logits = logits + jax.random.gumbel(key, logits.shape, jnp.float32)
+  soft = soft_assignment(logits)
+  return soft if mode == 'soft' else straight_through(soft)
+
+
+def pool_segments(assignment: jax.Array, values: jax.Array, eps: float = 1.0) -> jax.Array:
+  """Average of the values assigned to each group (paper eq. 6): an average, not a sum.
+
+  Args:
+    assignment: [B, S, N].
+    values: projected tokens [B, N, D].
+    eps: added to a group's token count; an empty group therefore pools to zero. The released models use 1.
+
+  Returns:
+    Pooled values [B, S, D], in the dtype of `values`.
+  """
+  weights = assignment / (assignment.sum(axis=-1, keepdims=True) + eps)
+  return jnp.einsum('bsn,bnd->bsd', weights.astype(values.dtype), values)

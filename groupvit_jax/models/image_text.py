@@ -1,0 +1,110 @@
+"""Image and text towers, projected into one space (paper section 3.3)."""
+
+import math
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from groupvit_jax.models.text import TextTower
+from groupvit_jax.models.vision import VisionTower
+
+
+class ImageOutput(NamedTuple):
+  """What `encode_image` returns; embeddings are not normalised."""
+
+  embeds: jax.Array  # [B, E]
+  segments: jax.Array  # [B, S, D], not projected
+  assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft
+
+
+class SegmentOutput(NamedTuple):
+  """What `encode_segments` returns; embeddings are not normalised."""
+
+  image_embeds: jax.Array  # [B, E]
+  segment_embeds: jax.Array  # [B, S, E]
+  assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft
+
+
+class ImageTextOutput(NamedTuple):
+  """What training needs of a batch; embeddings are not normalised."""
+
+  image_embeds: jax.Array  # [B, E]
+  text_embeds: jax.Array  # [B, T, E], captions first, then prompts
+  logit_scale: jax.Array  # [], log temperature of the captions
+  multi_label_logit_scale: jax.Array | None  # [], of the prompts; None for a model without them
+  assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft
+
+
+class Projector(nn.Module):
+  """Linear, BatchNorm over the global batch, ReLU, Linear: [..., D] -> [..., E], float32 out."""
+
+  hidden: int
+  out: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    kernel = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # torch's default for a Linear
+    x = nn.Dense(self.hidden, kernel_init=kernel, dtype=self.dtype, name='fc1')(x)
+    # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced.
+    x = nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32,
+        name='norm')(x)
+    x = nn.Dense(self.out, kernel_init=kernel, dtype=self.dtype, name='fc2')(jax.nn.relu(x))
+    return x.astype(jnp.float32)
+
+
+class ImageTextModel(nn.Module):
+  """GroupViT: learns segments from image-text pairs."""
+
+  vision: VisionTower
+  text: TextTower
+  embed_dim: int  # E
+  projector_dim: int
+  multi_label: bool  # whether prompts are trained, with a temperature of their own
+  init_temperature: float = 0.07
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.image_projector = Projector(self.projector_dim, self.embed_dim, self.dtype)
+    self.text_projector = Projector(self.projector_dim, self.embed_dim, self.dtype)
+    init_scale = nn.initializers.constant(math.log(1 / self.init_temperature))
+    self.logit_scale = self.param('logit_scale', init_scale, (), jnp.float32)
+    if self.multi_label:
+      self.multi_label_logit_scale = self.param('multi_label_logit_scale', init_scale, (), jnp.float32)
+
+  def __call__(self, images: jax.Array, tokens: jax.Array, *, train: bool = False,
+               key: jax.Array | None = None) -> ImageTextOutput:
+    """Embeds image-text pairs.
+
+    Args:
+      images: [B, H, W, 3], normalised.
+      tokens: ids [B, T, L]: a caption and T - 1 prompts per image.
+      train: whether BatchNorm uses (and updates) the batch's statistics.
+      key: source of stochastic depth and Gumbel noise; None for neither.
+
+    Returns:
+      Embeddings, log temperatures and assignments.
+    """
+    image = self.encode_image(images, train=train, key=key)
+    return ImageTextOutput(
+        image.embeds, self.encode_text(tokens, train=train), self.logit_scale,
+        self.multi_label_logit_scale if self.multi_label else None, image.assignments)
+
+  def encode_image(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> ImageOutput:
+    """Embeds images [B, H, W, 3]; arguments as in `__call__`."""
+    out = self.vision(images, key=key)
+    return ImageOutput(self.image_projector(out.pooled, train=train), out.segments, out.assignments)
+
+  def encode_segments(self, images: jax.Array) -> SegmentOutput:
+    """Embeds images [B, H, W, 3] and each of their final segments, for segmentation."""
+    out = self.vision(images)
+    return SegmentOutput(
+        self.image_projector(out.pooled), self.image_projector(out.segments), out.assignments)
+
+  def encode_text(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+    """Embeds texts [..., L], -> [..., E]."""
+    features = self.text(tokens.reshape(-1, tokens.shape[-1]))
+    return self.text_projector(features, train=train).reshape(*tokens.shape[:-1], self.embed_dim)

@@ -1,0 +1,177 @@
+"""Transformer parts shared by both towers: attention, MLPs, the pre-norm block, stochastic depth."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+Activation = Callable[[jax.Array], jax.Array]
+
+# torch's epsilon; Flax's default is 1e-6.
+LAYER_NORM_EPS = 1e-5
+
+# The erf form; Flax's default is the tanh approximation.
+exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+  """CLIP's activation, x * sigmoid(1.702 x), for an array of any shape."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def layer_norm(name: str) -> nn.LayerNorm:
+  """A float32 LayerNorm over the last axis, as torch computes it."""
+  return nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """Multi-head attention with a float32 softmax.
+
+  Args:
+    query: [B, N, h, k].
+    key: [B, M, h, k].
+    value: [B, M, h, k].
+    mask: booleans that broadcast to [B, h, N, M]; False hides a key from a query.
+
+  Returns:
+    Attended values [B, N, h, k].
+  """
+  logits = jnp.einsum('bnhk,bmhk->bhnm', query, key, preferred_element_type=jnp.float32)
+  logits = logits * query.shape[-1] ** -0.5
+  if mask is not None:
+    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+  return jnp.einsum('bhnm,bmhk->bnhk', weights, value)
+
+
+def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Stochastic depth: zeroes whole samples of a residual branch [B, ...] and rescales the others.
+
+  Args:
+    x: the branch's output.
+    rate: probability of dropping a sample.
+    key: source of the choice; without one nothing is dropped.
+
+  Returns:
+    An array like `x`, with the same expectation.
+  """
+  if key is None or rate == 0:
+    return x
+  keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInit:
+  """Kernel initialisers of a transformer block; biases start at zero."""
+
+  attn_in: Initializer
+  attn_out: Initializer
+  mlp_in: Initializer
+  mlp_out: Initializer
+
+  @classmethod
+  def uniform(cls, kernel: Initializer) -> 'BlockInit':
+    """The same initialiser everywhere."""
+    return cls(kernel, kernel, kernel, kernel)
+
+
+class Mlp(nn.Module):
+  """Two dense layers over the last axis, [..., D] -> [..., out]."""
+
+  hidden: int
+  out: int
+  kernel_in: Initializer
+  kernel_out: Initializer
+  activation: Activation = exact_gelu
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = nn.Dense(self.hidden, kernel_init=self.kernel_in, dtype=self.dtype, name='fc1')(x)
+    x = self.activation(x)
+    return nn.Dense(self.out, kernel_init=self.kernel_out, dtype=self.dtype, name='fc2')(x)
+
+
+class TokenMixer(nn.Module):
+  """An MLP across the token axis, [B, G, D] -> [B, S, D]."""
+
+  hidden: int
+  out: int  # S
+  kernel: Initializer
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    mlp = Mlp(self.hidden, self.out, self.kernel, self.kernel, dtype=self.dtype, name='mlp')
+    return mlp(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention with one fused query/key/value projection, [B, N, D] -> [B, N, D]."""
+
+  num_heads: int
+  kernel_in: Initializer
+  kernel_out: Initializer
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    width = x.shape[-1]
+    qkv = nn.DenseGeneral(
+        (3, self.num_heads, width // self.num_heads), kernel_init=self.kernel_in, dtype=self.dtype, name='qkv')(x)
+    query, key, value = jnp.moveaxis(qkv, -3, 0)  # each [B, N, h, k]
+    out = attend(query, key, value, mask)
+    return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=self.kernel_out, dtype=self.dtype, name='out')(out)
+
+
+class CrossAttention(nn.Module):
+  """Multi-head attention of queries [B, S, D] on tokens [B, N, D], -> [B, S, D]."""
+
+  num_heads: int
+  kernel: Initializer
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+    width = queries.shape[-1]
+    dense = functools.partial(nn.DenseGeneral, kernel_init=self.kernel, dtype=self.dtype)
+    heads = (self.num_heads, width // self.num_heads)
+    out = attend(
+        dense(heads, name='query')(queries), dense(heads, name='key')(tokens), dense(heads, name='value')(tokens))
+    return dense(width, axis=(-2, -1), name='out')(out)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block with stochastic depth, [B, N, D] -> [B, N, D]."""
+
+  num_heads: int
+  mlp_ratio: float
+  init: BlockInit
+  activation: Activation = exact_gelu
+  drop_rate: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+    """Applies the block.
+
+    Args:
+      x: tokens [B, N, D].
+      mask: what each token may attend to, broadcasting to [B, h, N, N].
+      key: source of stochastic depth; None keeps every branch.
+
+    Returns:
+      Tokens [B, N, D].
+    """
+    width, init = x.shape[-1], self.init
+    attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
+    attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, name='attn')
+    x = x + drop_path(attn(layer_norm('norm1')(x), mask), self.drop_rate, attn_key)
+    mlp = Mlp(
+        int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
+    return x + drop_path(mlp(layer_norm('norm2')(x)), self.drop_rate, mlp_key)

@@ -1,0 +1,180 @@
+"""The image tower: patches, stages of transformer blocks and grouping blocks (paper section 3.1)."""
+
+import dataclasses
+import itertools
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from groupvit_jax.models.assignment import AssignmentMode
+from groupvit_jax.models.grouping import GroupingBlock
+from groupvit_jax.models.layers import Block, BlockInit, Initializer, layer_norm, TokenMixer
+
+
+class VisionOutput(NamedTuple):
+  """What the image tower returns."""
+
+  pooled: jax.Array  # [B, D], mean over the final segments
+  segments: jax.Array  # [B, S, D], after the final norm
+  assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft, float32
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionInit:
+  """Initialisers of the image tower.
+
+  The paper's (timm's) are `normal(0.02)` throughout. A small model learns to group only when its assignment starts
+  out decisive, see the README's design notes.
+  """
+
+  kernel: Initializer
+  assign_kernel: Initializer  # query and key projections of the assignment
+  tokens: Initializer  # group tokens of the first stage
+  positions: Initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+  """One stage: `depth` blocks over tokens and `num_group_tokens` group tokens, grouped into `num_segments`."""
+
+  depth: int
+  num_group_tokens: int  # 0 in a stage that does not group
+  num_segments: int
+
+
+def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+  """Weights [size_out, size_in] of torch's bicubic resize along one axis.
+
+  Half-pixel centres, Keys' kernel with a = -0.75, no antialiasing, edge samples repeated. `jax.image.resize` differs
+  in all but the first.
+  """
+  a = -0.75
+  centre = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
+  base = np.floor(centre).astype(int)
+  matrix = np.zeros((size_out, size_in))
+  for offset in range(-1, 3):
+    x = np.abs(centre - (base + offset))
+    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
+    columns = np.clip(base + offset, 0, size_in - 1)
+    np.add.at(matrix, (np.arange(size_out), columns), np.where(x <= 1, near, far))
+  return matrix.astype(np.float32)
+
+
+def resize_positions(positions: jax.Array, height: int, width: int) -> jax.Array:
+  """Resizes position embeddings [h, w, D] to [height, width, D] as torch's bicubic interpolation does."""
+  if positions.shape[:2] == (height, width):
+    return positions
+  rows = bicubic_matrix(positions.shape[0], height)
+  columns = bicubic_matrix(positions.shape[1], width)
+  return jnp.einsum('ih,jw,hwd->ijd', rows, columns, positions, precision='highest')
+
+
+class GroupProjector(nn.Module):
+  """Turns a stage's group tokens [B, G, D] into the next stage's [B, G', D]: norm, then an MLP across tokens."""
+
+  num_group_tokens: int
+  kernel: Initializer
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, groups: jax.Array) -> jax.Array:
+    width = groups.shape[-1]
+    mixer = TokenMixer(width // 2, self.num_group_tokens, self.kernel, self.dtype, name='mixer')
+    return mixer(layer_norm('norm')(groups))
+
+
+class VisionTower(nn.Module):
+  """GroupViT's image encoder."""
+
+  image_size: tuple[int, int]  # H, W of training; others are accepted, with positions resized
+  patch_size: int
+  width: int
+  num_heads: int
+  stages: tuple[StageSpec, ...]
+  init: VisionInit
+  mlp_ratio: float = 4.0
+  drop_path: float = 0.1  # of the last block; rises linearly from 0 at the first
+  assignment: AssignmentMode = 'gumbel'  # in training; evaluation pools with the hard assignment unless 'soft'
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> VisionOutput:
+    """Encodes images.
+
+    Args:
+      images: [B, H, W, 3], normalised. H and W need not be those of training; pixels beyond the last whole patch are
+        not seen.
+      key: source of stochastic depth and Gumbel noise; None (evaluation) for neither.
+
+    Returns:
+      Pooled feature, segments and soft assignments.
+
+    Raises:
+      ValueError: an image is smaller than a patch.
+    """
+    x = self._embed(images)
+    rates = iter(np.linspace(0, self.drop_path, sum(stage.depth for stage in self.stages)))
+    groups, assignments = None, []
+    for i, stage in enumerate(self.stages):
+      rate = list(itertools.islice(rates, stage.depth))
+      stage_key = None if key is None else jax.random.fold_in(key, i)
+      if stage.num_group_tokens:
+        groups = self._group_tokens(i, stage.num_group_tokens, groups, x.shape[0])
+      with jax.named_scope(f'stage{i}'):
+        x, groups = self._blocks(i, x, groups if stage.num_group_tokens else None, rate, stage_key)
+        if stage.num_group_tokens:
+          x, soft = self._grouping(i, stage.num_segments)(x, groups, key=_fold(stage_key, stage.depth))
+          assignments.append(soft)
+    segments = layer_norm('norm')(x)
+    return VisionOutput(segments.mean(axis=1), segments, tuple(assignments))
+
+  def _embed(self, images: jax.Array) -> jax.Array:
+    """Patch tokens [B, N, D] with positions."""
+    patch = (self.patch_size, self.patch_size)
+    if min(images.shape[1:3]) < self.patch_size:
+      raise ValueError(f'an image of {images.shape[1]} x {images.shape[2]} px is smaller than one patch '
+                       f'({self.patch_size} px); enlarge it first')
+    grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
+    x = nn.Conv(
+        self.width, patch, patch, padding='VALID', kernel_init=nn.initializers.lecun_normal(), dtype=self.dtype,
+        name='patch_embed')(images)
+    x = layer_norm('patch_norm')(x)
+    positions = self.param('positions', self.init.positions, (*grid, self.width), jnp.float32)
+    x = x + resize_positions(positions, *x.shape[1:3])
+    return x.reshape(x.shape[0], -1, self.width).astype(self.dtype)
+
+  def _group_tokens(self, i: int, count: int, previous: jax.Array | None, batch: int) -> jax.Array:
+    """Group tokens [B, G, D] entering stage i: learned, plus a projection of the previous ones where there are any."""
+    init = self.init.tokens if previous is None else nn.initializers.zeros
+    tokens = self.param(f'stage{i}_group_tokens', init, (count, self.width), jnp.float32)
+    tokens = jnp.broadcast_to(tokens, (batch, count, self.width)).astype(self.dtype)
+    if previous is None:
+      return tokens
+    projector = GroupProjector(count, self.init.kernel, self.dtype, name=f'stage{i}_group_projector')
+    return tokens + projector(previous)
+
+  def _blocks(self, i: int, x: jax.Array, groups: jax.Array | None, rates: list[float],
+              key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Runs stage i's blocks over tokens and group tokens together; returns both, apart again."""
+    num_tokens = x.shape[1]
+    if groups is not None:
+      x = jnp.concatenate([x, groups], axis=1)
+    for j, rate in enumerate(rates):
+      block = Block(
+          self.num_heads, self.mlp_ratio, BlockInit.uniform(self.init.kernel), drop_rate=float(rate),
+          dtype=self.dtype, name=f'stage{i}_block{j}')
+      x = block(x, key=_fold(key, j))
+    return x[:, :num_tokens], None if groups is None else x[:, num_tokens:]
+
+  def _grouping(self, i: int, num_segments: int) -> GroupingBlock:
+    return GroupingBlock(
+        num_segments, self.num_heads, self.mlp_ratio, self.assignment, self.init.kernel, self.init.assign_kernel,
+        self.dtype, name=f'stage{i}_grouping')
+
+
+def _fold(key: jax.Array | None, data: int) -> jax.Array | None:
+  return None if key is None else jax.random.fold_in(key, data)
