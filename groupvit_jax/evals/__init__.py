@@ -1,0 +1,1 @@
+"""Zero-shot evaluation: segmentation, classification and pictures of results."""
