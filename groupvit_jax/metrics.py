@@ -1,0 +1,232 @@
+"""Sums that merge across steps, devices and hosts, and what they come to.
+
+Shape letters: B images, N tokens, S segments, C classes. Everything but `compute` runs inside jit.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from clu import metrics
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+IGNORE_LABEL = 255
+_LIMB_BITS = 30  # of the lower half of a count
+
+
+@flax.struct.dataclass
+class Mean(metrics.Metric):
+  """Weighted mean of values."""
+
+  total: jax.Array  # []
+  weight: jax.Array  # []
+
+  @classmethod
+  def empty(cls) -> 'Mean':
+    """The mean of nothing."""
+    return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+
+  @classmethod
+  def from_values(cls, values: jax.Array, weights: jax.Array | None = None) -> 'Mean':
+    """Mean of an array of any shape; weights of its shape, None for ones."""
+    values = jnp.asarray(values, jnp.float32)
+    weights = jnp.ones_like(values) if weights is None else jnp.asarray(weights, jnp.float32)
+    # A masked value may be anything, nan included.
+    return cls(jnp.where(weights == 0, 0, values * weights).sum(), weights.sum())
+
+  def merge(self, other: 'Mean') -> 'Mean':
+    """The mean of both."""
+    return Mean(self.total + other.total, self.weight + other.weight)
+
+  def compute(self) -> float:
+    """The mean; nan without values."""
+    return float(np.divide(self.total, self.weight)) if float(self.weight) else float('nan')
+
+
+class SegmentationScores(NamedTuple):
+  """What a confusion matrix comes to; nan marks a class that has no say (`compute` says when)."""
+
+  iou: np.ndarray  # [C]
+  accuracy: np.ndarray  # [C], share of the class's pixels that are labelled so (recall)
+  miou: float
+  mean_accuracy: float
+  pixel_accuracy: float
+
+
+@flax.struct.dataclass
+class ConfusionMatrix(metrics.Metric):
+  """Exact counts of (true, predicted) classes up to 2**61; two int32 halves, as devices lack int64."""
+
+  low: jax.Array  # [C, C], below 2**30
+  high: jax.Array  # [C, C], in units of 2**30
+
+  @classmethod
+  def empty(cls, num_classes: int) -> 'ConfusionMatrix':
+    """No pixels, C classes."""
+    zeros = jnp.zeros((num_classes, num_classes), jnp.int32)
+    return cls(zeros, zeros)
+
+  @classmethod
+  def from_labels(
+    cls, truth: jax.Array, predicted: jax.Array, num_classes: int
+  ) -> 'ConfusionMatrix':
+    """Counts pixels.
+
+    Args:
+      truth: labels of any shape with fewer than 2**30 elements, integers; 255, and whatever else is
+        no class, is not counted.
+      predicted: labels of the same shape, integers below `num_classes`.
+      num_classes: C.
+    """
+    truth, predicted = truth.ravel().astype(jnp.int32), predicted.ravel().astype(jnp.int32)
+    cell = jnp.where(_counted(truth, num_classes), truth * num_classes + predicted, num_classes**2)
+    counts = jnp.zeros(num_classes**2 + 1, jnp.int32).at[cell].add(1)[:-1]
+    return cls(
+      counts.reshape(num_classes, num_classes), jnp.zeros((num_classes, num_classes), jnp.int32)
+    )
+
+  @classmethod
+  def oracle(
+    cls, truth: jax.Array, segments: jax.Array, *, num_segments: int, num_classes: int
+  ) -> 'ConfusionMatrix':
+    """Counts what perfect naming would give: each segment is called by its majority label.
+
+    The distance to the score of the predictions is what naming loses; the distance to 1 is what
+    grouping loses.
+
+    Args:
+      truth: labels [B, H, W]; 255 is ignored.
+      segments: segment indices [B, H, W].
+      num_segments: S.
+      num_classes: C.
+    """
+
+    def best_names(truth: jax.Array, segments: jax.Array) -> jax.Array:
+      weight = _counted(truth, num_classes).astype(jnp.int32)
+      overlap = jnp.zeros((num_segments, num_classes), jnp.int32).at[segments, truth].add(weight)
+      return overlap.argmax(axis=1)[segments]
+
+    return cls.from_labels(
+      truth, jax.vmap(best_names)(truth.astype(jnp.int32), segments), num_classes
+    )
+
+  def merge(self, other: 'ConfusionMatrix') -> 'ConfusionMatrix':
+    """The sum of both, carried."""
+    low = self.low + other.low
+    return ConfusionMatrix(low & (2**_LIMB_BITS - 1), self.high + other.high + (low >> _LIMB_BITS))
+
+  def counts(self) -> np.ndarray:
+    """The matrix [C, C] in int64: rows are true classes, columns predicted ones."""
+    return (np.asarray(self.high, np.int64) << _LIMB_BITS) + np.asarray(self.low, np.int64)
+
+  def compute(self) -> SegmentationScores:
+    """Scores, with mmsegmentation's conventions.
+
+    A class that is neither true nor predicted anywhere has no IoU (nan), one that is never true has
+    no accuracy; means leave them out. A class that is predicted but never true has IoU 0, and
+    counts.
+    """
+    return scores_from_counts(self.counts())
+
+
+def scores_from_counts(counts: np.ndarray) -> SegmentationScores:
+  """Scores of a confusion matrix [C, C], rows true, by the conventions of `ConfusionMatrix`."""
+  hits, true, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
+  iou = _ratio(hits, true + predicted - hits)
+  accuracy = _ratio(hits, true)
+  return SegmentationScores(
+    iou, accuracy, _nan_mean(iou), _nan_mean(accuracy), float(_ratio(hits.sum(), counts.sum()))
+  )
+
+
+def best_constant_scores(counts: np.ndarray) -> tuple[int, SegmentationScores]:
+  """The baseline that calls every pixel the same class, whichever gives the best mIoU.
+
+  Args:
+    counts: confusion matrix [C, C], rows true; only the true classes matter.
+
+  Returns:
+    That class and its scores.
+  """
+  true = counts.sum(axis=1)
+  scores = [
+    scores_from_counts(np.where(np.arange(len(true)) == c, true[:, None], 0))
+    for c in range(len(true))
+  ]
+  best = int(np.argmax([np.nan_to_num(score.miou) for score in scores]))
+  return best, scores[best]
+
+
+def _counted(truth: jax.Array, num_classes: int) -> jax.Array:
+  return (truth >= 0) & (truth < num_classes) & (truth != IGNORE_LABEL)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+  """Elementwise quotient, nan where the denominator is 0."""
+  return np.where(denominator > 0, numerator / np.maximum(denominator, 1), np.nan)
+
+
+def _nan_mean(values: np.ndarray) -> float:
+  values = values[~np.isnan(values)]
+  return float(values.mean()) if values.size else float('nan')
+
+
+@flax.struct.dataclass
+class GroupingHealth(metrics.Metric):
+  """Whether a grouping stage groups: sums over images of three figures per stage.
+
+  A collapsed stage uses few segments, or one takes almost every token, while the loss may still
+  fall.
+  """
+
+  entropy: jax.Array  # [stages]
+  used: jax.Array  # [stages]
+  largest: jax.Array  # [stages]
+  count: jax.Array  # []
+
+  @classmethod
+  def empty(cls, num_stages: int) -> 'GroupingHealth':
+    """No images."""
+    zeros = jnp.zeros(num_stages, jnp.float32)
+    return cls(zeros, zeros, zeros, jnp.zeros((), jnp.float32))
+
+  @classmethod
+  def from_assignments(cls, assignments: Sequence[jax.Array]) -> 'GroupingHealth':
+    """Sums over a batch.
+
+    Args:
+      assignments: per grouping stage [B, S, N], soft (summing to one over S).
+    """
+    per_stage = [_stage_health(assignment.astype(jnp.float32)) for assignment in assignments]
+    entropy, used, largest = (jnp.stack(figures) for figures in zip(*per_stage))
+    return cls(entropy, used, largest, jnp.asarray(assignments[0].shape[0], jnp.float32))
+
+  def merge(self, other: 'GroupingHealth') -> 'GroupingHealth':
+    """The sums over both."""
+    return jax.tree.map(jnp.add, self, other)
+
+  def compute(self) -> dict[str, float]:
+    """Means over images, `stage<i>/entropy` and so on, stages counted from 1.
+
+    entropy: of a token's soft assignment, in nats, mean over tokens; log(S) is undecided.
+    segments_in_use: segments that win at least one token.
+    largest_segment: share of the tokens that the largest segment wins.
+    """
+    names = {'entropy': self.entropy, 'segments_in_use': self.used, 'largest_segment': self.largest}
+    return {
+      f'stage{i + 1}/{name}': float(total / self.count)
+      for name, totals in names.items()
+      for i, total in enumerate(np.asarray(totals))
+    }
+
+
+def _stage_health(soft: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums over images of an assignment [B, S, N]: entropy, segments in use, share of the largest."""
+  entropy = -jax.scipy.special.xlogy(soft, soft).sum(axis=1).mean(axis=1)
+  tokens = jax.nn.one_hot(soft.argmax(axis=1), soft.shape[1]).sum(
+    axis=1
+  )  # [B, S], won by each segment
+  used = (tokens > 0).sum(axis=1).astype(jnp.float32)
+  return entropy.sum(), used.sum(), (tokens.max(axis=1) / soft.shape[2]).sum()

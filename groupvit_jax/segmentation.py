@@ -1,0 +1,236 @@
+"""From soft assignments to label maps: pure functions of arrays (paper section 4.3).
+
+Shape letters: B windows, H W pixels, N tokens, S segments, C classes, E joint embedding; here also
+P pixels of a picture and K windows of a picture. Every product runs at the highest matmul
+precision: the results decide argmaxes.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MAX_LOGIT_SCALE = 100.0
+_HIGHEST = jax.lax.Precision.HIGHEST
+
+
+class Placement(NamedTuple):
+  """Where the windows of one picture lie; integers, so one compilation serves every picture."""
+
+  tops: jax.Array  # [K], first row of each window in the resized picture
+  lefts: jax.Array  # [K]
+  num_windows: jax.Array  # [], at most K: those that exist
+  window: jax.Array  # [2], rows and columns of a window
+  resized: jax.Array  # [2], rows and columns of the picture the windows were cut from
+  original: jax.Array  # [2], rows and columns of the picture as it came
+
+
+def token_affinity(assignments: Sequence[jax.Array]) -> jax.Array:
+  """Affinity of each patch token to each final segment: the product of the stages' assignments.
+
+  Args:
+    assignments: per grouping stage [B, S_i, N_i], soft; N_i = S_(i-1).
+
+  Returns:
+    [B, N, S], rows sum to one where assignments sum to one over segments.
+  """
+  affinity = jnp.swapaxes(assignments[0], 1, 2).astype(jnp.float32)
+  for assignment in assignments[1:]:
+    affinity = jnp.einsum('bng,bsg->bns', affinity, assignment, precision=_HIGHEST)
+  return affinity
+
+
+def interpolation_taps(
+  index: jax.Array, size_in: int | jax.Array, size_out: int | jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The two samples that bilinear interpolation (half-pixel centres) mixes at each output position.
+
+  Integer arithmetic keeps the weights right to the last bit, also in pictures of many thousand
+  pixels.
+
+  Args:
+    index: output positions, int32.
+    size_in: samples in.
+    size_out: samples out; size_in * size_out must stay below 2**30.
+
+  Returns:
+    Lower sample, upper sample, and the weight of the upper one, each shaped like `index`.
+  """
+  numerator = jnp.maximum((2 * index + 1) * size_in - size_out, 0)
+  low = numerator // (2 * size_out)
+  weight = (numerator % (2 * size_out)).astype(jnp.float32) / (2 * size_out)
+  return low, jnp.minimum(low + 1, size_in - 1), weight
+
+
+def interpolation_matrix(size_in: int, size_out: int) -> jax.Array:
+  """Weights [size_out, size_in] of bilinear interpolation along one axis."""
+  low, high, weight = interpolation_taps(jnp.arange(size_out), size_in, size_out)
+  lower = jax.nn.one_hot(low, size_in) * (1 - weight)[:, None]
+  return lower + jax.nn.one_hot(high, size_in) * weight[:, None]
+
+
+def segment_map(affinity: jax.Array, grid: tuple[int, int], size: tuple[int, int]) -> jax.Array:
+  """The segment that each pixel belongs to: bilinear to the window, then the argmax.
+
+  Args:
+    affinity: [B, N, S].
+    grid: rows and columns of the patch grid, N in all.
+    size: H, W of the window.
+
+  Returns:
+    Segment indices [B, H, W], int32.
+  """
+  maps = affinity.reshape(affinity.shape[0], *grid, affinity.shape[-1])
+  rows, columns = (interpolation_matrix(g, s) for g, s in zip(grid, size))
+  maps = jnp.einsum('hi,bijs->bhjs', rows, maps, precision=_HIGHEST)
+  maps = jnp.einsum('wj,bhjs->bhws', columns, maps, precision=_HIGHEST)
+  return jnp.argmax(maps, axis=-1).astype(jnp.int32)
+
+
+def stage_maps(
+  assignments: Sequence[jax.Array], grid: tuple[int, int], size: tuple[int, int]
+) -> tuple[jax.Array, ...]:
+  """Each stage's groups per pixel, for pictures; the final segments come last.
+
+  Args:
+    assignments: per grouping stage [B, S_i, N_i], soft.
+    grid: rows and columns of the patch grid.
+    size: H, W of the window.
+
+  Returns:
+    Per grouping stage [B, H, W], int32.
+  """
+  stages = range(1, len(assignments) + 1)
+  return tuple(segment_map(token_affinity(assignments[:i]), grid, size) for i in stages)
+
+
+def normalize(embeds: jax.Array) -> jax.Array:
+  """Unit vectors along the last axis, in float32; a zero vector stays zero."""
+  embeds = embeds.astype(jnp.float32)
+  return embeds / jnp.maximum(jnp.linalg.norm(embeds, axis=-1, keepdims=True), 1e-12)
+
+
+def class_scores(
+  image_embeds: jax.Array,
+  segment_embeds: jax.Array,
+  text_embeds: jax.Array,
+  logit_scale: jax.Array,
+  *,
+  class_filter: int | None,
+  double_softmax: bool,
+) -> jax.Array:
+  """Probabilities of the classes for each segment of each window.
+
+  With a filter of n classes and double softmax: `softmax(filtered logits) * softmax(logits)`, where
+  all but the min(n, C) classes that fit the pooled feature best are filtered out.
+
+  Args:
+    image_embeds: pooled feature [B, E].
+    segment_embeds: [B, S, E].
+    text_embeds: class embeddings [C, E].
+    logit_scale: log temperature []; its exponential is clamped at 100.
+    class_filter: classes kept per window, None for all.
+    double_softmax: whether the filtered softmax is multiplied by the unfiltered one.
+
+  Returns:
+    [B, S, C], float32.
+  """
+  text = normalize(text_embeds)
+  scale = jnp.minimum(jnp.exp(logit_scale.astype(jnp.float32)), MAX_LOGIT_SCALE)
+  logits = scale * jnp.einsum('bse,ce->bsc', normalize(segment_embeds), text, precision=_HIGHEST)
+  kept = logits
+  if class_filter is not None:
+    num_classes = text.shape[0]
+    pooled = jnp.einsum('be,ce->bc', normalize(image_embeds), text, precision=_HIGHEST)
+    _, best = jax.lax.top_k(pooled, min(class_filter, num_classes))
+    keep = jax.nn.one_hot(best, num_classes).sum(axis=1) > 0
+    kept = jnp.where(keep[:, None, :], logits, -jnp.inf)
+  scores = jax.nn.softmax(kept, axis=-1)
+  return scores * jax.nn.softmax(logits, axis=-1) if double_softmax else scores
+
+
+def background_scores(scores: jax.Array, thresholds: jax.Array, *, per_window: bool) -> jax.Array:
+  """The background's score for each segment, one column per threshold.
+
+  Per window (the paper's way) it is 1 where the segment's best score is below min(threshold, best
+  score of all of the window's segments) and else 0. Otherwise it is the threshold itself,
+  everywhere: background wins where the best class stays below it.
+
+  Args:
+    scores: [B, S, C].
+    thresholds: [T].
+    per_window: which of the two.
+
+  Returns:
+    [B, S, T], float32.
+  """
+  best = scores.max(axis=-1)
+  if not per_window:
+    return jnp.broadcast_to(thresholds.astype(jnp.float32), (*best.shape, thresholds.shape[0]))
+  bound = jnp.minimum(thresholds[None, None, :], best.max(axis=-1)[:, None, None])
+  return (best[:, :, None] < bound).astype(jnp.float32)
+
+
+def pixel_scores(segments: jax.Array, scores: jax.Array) -> jax.Array:
+  """Each pixel's class scores, those of its segment: [B, H, W] and [B, S, C] -> [B, H, W, C]."""
+  return jax.vmap(lambda index, table: table[index])(segments, scores)
+
+
+def stitch(
+  segments: jax.Array, scores: jax.Array, placement: Placement, pixels: jax.Array
+) -> jax.Array:
+  """Scores of some pixels of a picture: the mean over windows, bilinear to the original size.
+
+  All of it is linear in the windows' scores. So each pixel is a weighting of (window, segment)
+  pairs, and nothing of the size of picture x classes ever exists but the requested pixels.
+
+  Args:
+    segments: segment of each pixel of each window [K, H, W], integers; a smaller window fills the
+      upper left.
+    scores: [K, S, C].
+    placement: where the windows lie.
+    pixels: row-major positions [P] in the original picture; those beyond its end give some pixel's
+      scores.
+
+  Returns:
+    [P, C], float32.
+  """
+  neighbours = _neighbours(placement, pixels)
+
+  def inside(k: jax.Array, y: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    row, column = y - placement.tops[k], x - placement.lefts[k]
+    within = (
+      (row >= 0) & (row < placement.window[0]) & (column >= 0) & (column < placement.window[1])
+    )
+    return within, row, column
+
+  def count(k: jax.Array, covers: list[jax.Array]) -> list[jax.Array]:
+    return [cover + inside(k, y, x)[0] for cover, (y, x, _) in zip(covers, neighbours)]
+
+  def add(k: jax.Array, total: jax.Array) -> jax.Array:
+    member = jnp.zeros((pixels.shape[0], scores.shape[1]), jnp.float32)
+    for (y, x, weight), cover in zip(neighbours, covers):
+      within, row, column = inside(k, y, x)
+      index = segments[k].at[row, column].get(mode='clip').astype(jnp.int32)
+      share = jnp.where(within, weight / cover, 0)
+      member += jax.nn.one_hot(index, scores.shape[1]) * share[:, None]
+    return total + jnp.dot(member, scores[k].astype(jnp.float32), precision=_HIGHEST)
+
+  none = jnp.zeros(pixels.shape, jnp.int32)
+  covers = jax.lax.fori_loop(0, placement.num_windows, count, [none] * len(neighbours))
+  total = jnp.zeros((pixels.shape[0], scores.shape[2]), jnp.float32)
+  return jax.lax.fori_loop(0, placement.num_windows, add, total)
+
+
+def _neighbours(
+  placement: Placement, pixels: jax.Array
+) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+  """Rows, columns and weights of the four resized pixels that each original pixel mixes."""
+  height, width = placement.original[0], placement.original[1]
+  y = jnp.minimum(pixels // width, height - 1)
+  top, bottom, down = interpolation_taps(y, placement.resized[0], height)
+  left, right, across = interpolation_taps(pixels % width, placement.resized[1], width)
+  rows = ((top, 1 - down), (bottom, down))
+  columns = ((left, 1 - across), (right, across))
+  return [(row, column, a * b) for row, a in rows for column, b in columns]
