@@ -1,0 +1,111 @@
+"""CLIP's byte-level BPE: from its files to ids, as `transformers`' CLIPTokenizer does it."""
+
+import gzip
+import json
+from collections.abc import Mapping
+
+import tokenizers
+from etils import epath
+from tokenizers import models, normalizers, pre_tokenizers
+
+BOS, EOS = '<|startoftext|>', '<|endoftext|>'
+
+OPENAI_FILE = 'bpe_simple_vocab_16e6.txt.gz'
+# In a folder, the first form that is whole is read: transformers' order, then OpenAI's.
+FORMS = (('tokenizer.json',), ('vocab.json', 'merges.txt'), (OPENAI_FILE,))
+
+# OpenAI's file lists more merges than CLIP's vocabulary takes: bytes, bytes that end a word,
+# merges and two special tokens make 49,408.
+OPENAI_MERGES = 49408 - 2 * 256 - 2
+
+# Special tokens, English contractions, runs of letters, single digits, runs of anything else.
+WORDS = (
+  r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+)
+
+Bpe = tuple[dict[str, int], list[tuple[str, str]]]
+
+
+def find_files(path: epath.Path) -> dict[str, epath.Path]:
+  """Returns the files of a vocabulary by the names they have in `FORMS`.
+
+  Args:
+    path: a folder, a `tokenizer.json`, or OpenAI's file under any name that ends in `.gz`.
+
+  Returns:
+    Name to path, one whole form.
+
+  Raises:
+    ValueError: the folder holds no form.
+  """
+  if not path.is_dir():
+    return {OPENAI_FILE if path.suffix == '.gz' else 'tokenizer.json': path}
+  for form in FORMS:
+    if all((path / name).exists() for name in form):
+      return {name: path / name for name in form}
+  forms = ', or '.join(' and '.join(form) for form in FORMS)
+  raise ValueError(f'{path} holds no tokenizer.model (SentencePiece), and no {forms} (CLIP)')
+
+
+def read_bpe(files: Mapping[str, bytes]) -> Bpe:
+  """Returns the vocabulary (token to id) and the merges, best first, of one form.
+
+  Args:
+    files: contents by name, as `find_files` names them.
+
+  Returns:
+    (vocabulary, merges).
+
+  Raises:
+    Exception: of any type, where a file is not what its name says.
+  """
+  if OPENAI_FILE in files:
+    return _read_openai(files[OPENAI_FILE])
+  if 'tokenizer.json' in files:
+    model = json.loads(files['tokenizer.json'])['model']
+    # Files of older releases hold 'a b' for what newer ones write as ['a', 'b'].
+    merges = [tuple(m.split(' ') if isinstance(m, str) else m) for m in model['merges']]
+    return model['vocab'], merges
+  lines = files['merges.txt'].decode().split('\n')
+  merges = [tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
+  return json.loads(files['vocab.json']), merges
+
+
+def build_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+  """Returns what turns a text into ids, without bos and eos.
+
+  Args:
+    vocab: token to id, `BOS` and `EOS` among them.
+    merges: pairs of tokens, best first.
+
+  Returns:
+    A `tokenizers` pipeline: NFC, single spaces, lower case; words; bytes; BPE.
+
+  Raises:
+    Exception: of any type, where these are no CLIP vocabulary.
+  """
+  if not {BOS, EOS} <= vocab.keys():
+    raise ValueError(f'{BOS} or {EOS} is missing')
+  pipeline = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix='</w>'))
+  spaces = normalizers.Replace(tokenizers.Regex(r'\s+'), ' ')
+  pipeline.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+  words = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior='removed', invert=True)
+  bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  pipeline.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])
+  pipeline.add_special_tokens([BOS, EOS])
+  return pipeline
+
+
+def _read_openai(data: bytes) -> Bpe:
+  """Reads OpenAI's merges; the vocabulary follows from them."""
+  _, *lines = gzip.decompress(data).decode().split('\n')
+  merges = [tuple(line.split()) for line in lines[:OPENAI_MERGES] if line]
+  letters = _byte_letters()
+  tokens = [*letters, *(letter + '</w>' for letter in letters), *map(''.join, merges), BOS, EOS]
+  return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def _byte_letters() -> list[str]:
+  """Returns the printable characters that stand for the 256 bytes, in CLIP's order of ids."""
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  return [*map(chr, printable), *(chr(0x100 + i) for i in range(0x100 - len(printable)))]

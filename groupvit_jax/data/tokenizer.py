@@ -1,0 +1,356 @@
+"""Tokenizers: SentencePiece, for training from scratch, and CLIP's BPE, for released weights.
+
+Training one over captions, one a line:
+
+  python -m groupvit_jax.data.tokenizer train --input=captions.txt --output=tokenizer.model
+"""
+
+import abc
+import argparse
+import functools
+import io
+import itertools
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+import sentencepiece
+import tokenizers
+from etils import epath
+
+from groupvit_jax.data import clip_bpe
+
+SENTENCEPIECE_FILE = 'tokenizer.model'
+
+# SentencePiece's trainer skips longer lines; captions are cut instead.
+_LONGEST_CAPTION = 4096
+
+
+class Tokenizer(abc.ABC):
+  """Texts in, token ids out; pickled as its files, loaded once in each process that encodes.
+
+  Attributes:
+    vocab_size: ids lie in [0, vocab_size).
+    bos_id: the first token of every text, or None.
+    eos_id: the last token of every text; the text tower pools where it first occurs.
+    pad_id: what follows it; never a token of a text, but may be `eos_id` itself (CLIP's is).
+  """
+
+  vocab_size: int
+  bos_id: int | None
+  eos_id: int
+  pad_id: int
+
+  def __init__(self, files: dict[str, bytes]):
+    self._files = files
+
+  def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
+    """Returns token ids: bos if there is one, the text, eos, padding.
+
+    Args:
+      texts: B texts of any length; a text too long is cut so that eos is its last token.
+      length: L, tokens per text.
+
+    Returns:
+      int32 [B, L].
+
+    Raises:
+      ValueError: `texts` is a single string, or `length` leaves no room for a text.
+    """
+    if isinstance(texts, str):
+      raise ValueError(f'encode takes a list of texts, not one: put it in a list, [{texts[:40]!r}]')
+    first = [] if self.bos_id is None else [self.bos_id]
+    room = length - len(first) - 1
+    if room < 1:
+      raise ValueError(f'length={length} leaves no room for text; use {len(first) + 2} or more')
+    tokens = np.full((len(texts), length), self.pad_id, np.int32)
+    for row, text in zip(tokens, texts, strict=True):
+      ids = [*first, *self._text_ids(_encodable(text))[:room], self.eos_id]
+      row[: len(ids)] = ids
+    return tokens
+
+  def save(self, folder: os.PathLike | str) -> None:
+    """Writes the tokenizer's files to a folder, from which `build_tokenizer` loads it again.
+
+    Args:
+      folder: made if it is not there.
+    """
+    for name, data in self._files.items():
+      _write(epath.Path(folder) / name, data)
+
+  @abc.abstractmethod
+  def _text_ids(self, text: str) -> list[int]:
+    """Returns the ids of a text alone."""
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {name: value for name, value in vars(self).items() if name != '_model'}
+
+
+class SentencePieceTokenizer(Tokenizer):
+  """A SentencePiece model. Texts get no bos token: a causal tower with positions needs none."""
+
+  bos_id = None
+
+  def __init__(self, path: os.PathLike | str):
+    """Reads a model.
+
+    Args:
+      path: the model file.
+
+    Raises:
+      ValueError: there is no such file, or it is not a SentencePiece model with an eos piece.
+    """
+    super().__init__({SENTENCEPIECE_FILE: _read(epath.Path(path))})
+    try:
+      model = self._model
+    except RuntimeError as error:
+      raise ValueError(f'{path} is not a SentencePiece model') from error
+    if model.eos_id() < 0:
+      raise ValueError(f'{path} has no end-of-sentence piece; train it with an eos_id')
+    self.vocab_size = model.get_piece_size()
+    self.eos_id = model.eos_id()
+    self.pad_id = model.pad_id() if model.pad_id() >= 0 else model.eos_id()
+
+  @functools.cached_property
+  def _model(self) -> sentencepiece.SentencePieceProcessor:
+    data = self._files[SENTENCEPIECE_FILE]
+    if not data:
+      raise RuntimeError('an empty file parses, as a model without pieces')
+    return sentencepiece.SentencePieceProcessor(model_proto=data)
+
+  def _text_ids(self, text: str) -> list[int]:
+    # One text a call: a list costs ten times as much, in threads.
+    return self._model.encode(text)
+
+
+class ClipTokenizer(Tokenizer):
+  """CLIP's lower-cased byte-level BPE; its ids and padding are those of `transformers`.
+
+  Neither ftfy nor html.unescape runs first, as in `transformers` and unlike in OpenAI's code:
+  clean mis-decoded characters and entities in the data. A caption that spells out
+  '<|endoftext|>' gets that token.
+  """
+
+  def __init__(self, path: os.PathLike | str):
+    """Reads a vocabulary.
+
+    Args:
+      path: a Hugging Face tokenizer folder (`tokenizer.json`, or `vocab.json` and
+        `merges.txt`), a `tokenizer.json`, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
+
+    Raises:
+      ValueError: a file is missing, or does not hold a CLIP vocabulary.
+    """
+    files = clip_bpe.find_files(epath.Path(path))
+    super().__init__({name: _read(file) for name, file in files.items()})
+    try:
+      self.bos_id, self.eos_id = map(self._model.token_to_id, (clip_bpe.BOS, clip_bpe.EOS))
+    except Exception as error:  # `tokenizers` raises no narrower type
+      raise ValueError(f'{path} is not a CLIP vocabulary (BPE with {clip_bpe.EOS})') from error
+    self.vocab_size = self._model.get_vocab_size()
+    self.pad_id = self.eos_id
+
+  @functools.cached_property
+  def _model(self) -> tokenizers.Tokenizer:
+    return clip_bpe.build_pipeline(*clip_bpe.read_bpe(self._files))
+
+  def _text_ids(self, text: str) -> list[int]:
+    # One text a call: a batch starts threads, which do not survive a fork.
+    return self._model.encode(text).ids
+
+
+def build_tokenizer(path: os.PathLike | str) -> Tokenizer:
+  """Returns the tokenizer that lies at a path.
+
+  Args:
+    path: a SentencePiece model, anything that `ClipTokenizer` takes, or a folder that
+      `Tokenizer.save` wrote.
+
+  Returns:
+    The tokenizer.
+
+  Raises:
+    ValueError: there is none, it is not readable, or there are two.
+  """
+  path = epath.Path(path)
+  if not path.is_dir():
+    is_clip = path.suffix in ('.gz', '.json')
+    return ClipTokenizer(path) if is_clip else SentencePieceTokenizer(path)
+  model = path / SENTENCEPIECE_FILE
+  if not model.exists():
+    return ClipTokenizer(path)
+  if any((path / form[0]).exists() for form in clip_bpe.FORMS):
+    raise ValueError(f'{path} holds {SENTENCEPIECE_FILE} and a CLIP vocabulary; keep one of them')
+  return SentencePieceTokenizer(model)
+
+
+def train_sentencepiece(
+  captions: Iterable[str],
+  path: os.PathLike | str,
+  vocab_size: int,
+  *,
+  max_captions: int = 2_000_000,
+) -> SentencePieceTokenizer:
+  """Trains a SentencePiece model on captions, and writes it.
+
+  BPE on case-folded NFKC text: over few captions it keeps whole words, where the unigram
+  model keeps fragments. What no caption holds falls back to bytes, so that no text is unknown.
+  Equal captions in equal order give an equal file.
+
+  Args:
+    captions: any number of them; blank ones are skipped.
+    path: the model file to write.
+    vocab_size: at most this many pieces, of which 259 are bytes and control pieces; fewer
+      where the captions hold no more.
+    max_captions: trains on a random sample of this many, which bounds memory.
+
+  Returns:
+    The trained tokenizer.
+
+  Raises:
+    ValueError: there are no captions, or `vocab_size` is below what their characters need.
+    Exception: what the captions' source raised.
+  """
+  if vocab_size < 1:
+    raise ValueError(f'vocab_size={vocab_size} is too small; use 300 or more')
+  lines = _TrainingLines(captions)
+  model = io.BytesIO()
+  sentencepiece.set_random_generator_seed(0)
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(lines),
+      model_writer=model,
+      model_type='bpe',
+      vocab_size=vocab_size,
+      hard_vocab_limit=False,
+      byte_fallback=True,
+      normalization_rule_name='nmt_nfkc_cf',
+      input_sentence_size=max_captions,
+      shuffle_input_sentence=True,
+      max_sentence_length=4 * _LONGEST_CAPTION,  # in bytes of UTF-8
+      pad_id=0,
+      unk_id=1,
+      eos_id=2,
+      bos_id=-1,
+      num_threads=8,  # part of the file, so not this machine's
+      minloglevel=2,
+    )
+  except RuntimeError as error:
+    raise lines.failure or _training_error(str(error), vocab_size) from error
+  _write(epath.Path(path), model.getvalue())
+  return SentencePieceTokenizer(path)
+
+
+def read_captions(path: str, column: int) -> Iterator[str]:
+  """Yields the captions of a text file, one a line.
+
+  Args:
+    path: a file, whose lines are split at tabs if its name ends in `.tsv`, or '-' for stdin.
+    column: which column of a `.tsv` holds the captions, counted from 0.
+
+  Yields:
+    Captions; bytes that are not UTF-8 are replaced.
+
+  Raises:
+    ValueError: there is no such file, or a line has too few columns.
+  """
+  data = sys.stdin.buffer if path == '-' else _open(epath.Path(path))
+  with data:
+    for number, line in enumerate(data, 1):
+      text = line.decode('utf-8', 'replace').rstrip('\r\n')
+      if not path.endswith('.tsv'):
+        yield text
+        continue
+      cells = text.split('\t')
+      if column >= len(cells):
+        raise ValueError(f'{path} line {number} has {len(cells)} columns, none is number {column}')
+      yield cells[column]
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command line.
+
+  Args:
+    arguments: without the program's name.
+
+  Returns:
+    The exit code: 0, or 2 after one line on stderr that names the mistake.
+  """
+  parser = argparse.ArgumentParser(prog='python -m groupvit_jax.data.tokenizer')
+  train = parser.add_subparsers(dest='command', required=True).add_parser(
+    'train', help='train a SentencePiece model on captions'
+  )
+  train.add_argument('--input', action='append', required=True, help='text, .tsv or -; repeatable')
+  train.add_argument('--output', required=True, help='the model file to write')
+  train.add_argument('--vocab_size', type=int, default=32_000)
+  train.add_argument('--column', type=int, default=0, help="the captions' column in a .tsv")
+  flags = parser.parse_args(arguments)
+  start = time.monotonic()
+  captions = itertools.chain.from_iterable(read_captions(p, flags.column) for p in flags.input)
+  try:
+    tokenizer = train_sentencepiece(captions, flags.output, flags.vocab_size)
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 2
+  print(f'{flags.output}: {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s')
+  return 0
+
+
+def _encodable(text: str) -> str:
+  """Replaces lone surrogates, which JSON captions can hold and neither library takes."""
+  return text.encode('utf-8', 'replace').decode('utf-8')
+
+
+class _TrainingLines:
+  """Captions as the trainer takes them, and the error of their source, which it would swallow."""
+
+  def __init__(self, captions: Iterable[str]):
+    self._captions = captions
+    self.failure: BaseException | None = None
+
+  def __iter__(self) -> Iterator[str]:
+    try:
+      for caption in self._captions:
+        line = _encodable(' '.join(caption[:_LONGEST_CAPTION].split()))
+        if line:
+          yield line
+    except BaseException as error:
+      self.failure = error
+      raise
+
+
+def _training_error(message: str, vocab_size: int) -> ValueError:
+  """Returns the trainer's message as one line, with the fix where it is a known one."""
+  if needed := re.search(r'smaller than required_chars\. \d+ vs (\d+)', message):
+    return ValueError(f'vocab_size={vocab_size} is too small; use {needed[1]} or more')
+  if 'sentences_.empty' in message or 'all_chars_count' in message:
+    return ValueError('there are no captions to train a tokenizer on')
+  return ValueError(f'no tokenizer can be trained on these captions: {" ".join(message.split())}')
+
+
+def _open(path: epath.Path) -> BinaryIO:
+  try:
+    return path.open('rb')
+  except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+    raise ValueError(f'there is no file {path}') from error
+
+
+def _read(path: epath.Path) -> bytes:
+  with _open(path) as file:
+    return file.read()
+
+
+def _write(path: epath.Path, data: bytes) -> None:
+  """Writes a file whole or not at all."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  part = path.parent / f'.{path.name}.{os.getpid()}.part'
+  part.write_bytes(data)
+  part.replace(path)
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
