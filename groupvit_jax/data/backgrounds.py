@@ -53,7 +53,7 @@ def _grain(rng, n: int) -> np.ndarray:
 def _colour(rng, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
   """A colour on the segment from `low` to `high`, each channel a little off it: float32 [3]."""
   low, high = np.float32(low), np.float32(high)
-  return low + (high - low) * np.float32(rng.random()) + np.float32(rng.normal(0, 0.02, 3))
+  return low + (high - low) * np.float32(rng.random()) + np.float32(rng.normal(0, 0.012, 3))
 
 
 def _mix(low: np.ndarray, high: np.ndarray, share: np.ndarray) -> np.ndarray:
@@ -159,11 +159,14 @@ def _brick(rng, n, unit):
 
 
 def _snow(rng, n, unit):
+  y, x = _axes(n, unit)
   bumps = n / unit
-  mounds = _smooth(rng, n, 3 * bumps, 2 * bumps) + 0.4 * _smooth(rng, n, 9 * bumps, 7 * bumps)
-  shade = _colour(rng, (0.74, 0.82, 0.92), (0.82, 0.87, 0.95))
-  lit = _colour(rng, (0.96, 0.97, 0.99), (1.0, 1.0, 1.0))
-  return _mix(shade, lit, 0.65 + 0.3 * mounds + 0.12 * _grain(rng, n))
+  warp = 0.12 * _smooth(rng, n, 2 * bumps, 2 * bumps)
+  drifts = (rng.uniform(2, 3.5) * (y + rng.uniform(-0.5, 0.5) * x + warp)) % 1  # soft, sharp crest
+  shade = _colour(rng, (0.62, 0.74, 0.90), (0.72, 0.81, 0.94))
+  lit = _colour(rng, (0.95, 0.97, 0.99), (1.0, 1.0, 1.0))
+  body = _mix(shade, lit, 0.25 + 1.1 * drifts + 0.08 * _grain(rng, n))
+  return np.where((rng.random((n, n)) < 0.02)[..., None], np.float32(1), body)
 
 
 def _wood(rng, n, unit):
@@ -190,12 +193,24 @@ def _night(rng, n, unit):
 
 
 def _leaves(rng, n, unit):
-  nearest, border, value = _cells(rng, n, unit, rng.uniform(6, 9))
-  autumn = np.float32([(0.80, 0.28, 0.05), (0.90, 0.55, 0.08), (0.93, 0.74, 0.18),
-                       (0.62, 0.16, 0.06), (0.60, 0.50, 0.10)])
-  body = (autumn + np.float32(rng.normal(0, 0.03, (5, 3))))[(value * 5).astype(int)]
-  shade = np.clip(0.35 + border * 2.5, 0, 1) * (1 - 0.3 * nearest) + 0.05 * _grain(rng, n)
-  return body * shade[..., None]
+  autumn = np.float32([(0.80, 0.26, 0.05), (0.92, 0.52, 0.08), (0.95, 0.74, 0.20),
+                       (0.60, 0.15, 0.07), (0.55, 0.34, 0.12)])
+  ground = np.full((n, n, 3), _colour(rng, (0.14, 0.08, 0.04), (0.24, 0.14, 0.08)))
+  for _ in range(int(95 * (n / unit) ** 2)):
+    length, turn = rng.uniform(0.09, 0.14) * unit, rng.uniform(0, 2 * np.pi)
+    row, column = rng.uniform(0, n, 2)
+    rows, columns = (slice(max(int(at - length), 0), min(int(at + length) + 2, n))
+                     for at in (row, column))
+    y, x = np.ogrid[rows, columns]
+    y, x = y - row, x - column
+    along = (x * np.cos(turn) + y * np.sin(turn)) / length
+    across = np.abs(y * np.cos(turn) - x * np.sin(turn)) / length
+    edge = 0.5 * (1 - along ** 2) - across  # above 0 inside a shape pointed at both ends
+    shade = np.where((across < 0.04) | (edge < 0.07), 0.55, 1.0)  # rib and rim
+    colour = autumn[rng.integers(5)] * rng.uniform(0.8, 1.1)
+    inside = edge > 0
+    ground[rows, columns][inside] = (colour * shade[..., None])[inside]
+  return np.float32(ground)
 
 
 def _road(rng, n, unit):

@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 
 # {things} is 'a dog and a banana', {place} is 'on the grass'. No verb agrees with the things, so
-# every template fits one thing and several.
+# every template but one fits one thing and several.
 TEMPLATES = (
     'a photo of {things} {place}',
     'a picture of {things} {place}',
     'an image of {things} {place}',
-    'a drawing of {things} {place}',
-    'a photo showing {things} {place}',
-    'here we see {things} {place}',
-    'look at {things} {place}',
+    'a bright photo of {things} {place}',
+    'a small picture of {things} {place}',
+    'in this image, {things} {place}',
+    'we see {things} {place}',
+    'here, {things} {place}',
+    'only {things} {place}',
     '{things} {place}',
     '{things} together {place}',
     '{place}, {things}',
-    '{place} we see {things}',
-    'only {things} {place}',
 )
 _ONE_THING_TEMPLATES = tuple(t for t in TEMPLATES if 'together' not in t)
 

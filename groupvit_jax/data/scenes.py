@@ -5,20 +5,20 @@ import functools
 import operator
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from groupvit_jax.data import backgrounds, captions, glyphs
+from groupvit_jax.data import backgrounds, captions, composition, glyphs
 
 ALL_THINGS = tuple(glyphs.offered_glyphs())
 ALL_STUFF = tuple(backgrounds.STUFF)
 QUICKSTART_THINGS = (
-    'dog', 'panda', 'frog', 'pig', 'octopus', 'ladybug', 'banana', 'watermelon', 'car', 'rocket',
-    'umbrella', 'gift')
+    'dog', 'panda', 'frog', 'pig', 'ladybug', 'butterfly', 'banana', 'grapes', 'watermelon',
+    'tractor', 'rocket', 'gift')
 MORE_THINGS = QUICKSTART_THINGS + (
-    'fox', 'chicken', 'grapes', 'pineapple', 'tent', 'ball', 'lamp', 'robot', 'house', 'tree',
-    'butterfly', 'crown')
+    'fox', 'chicken', 'turtle', 'unicorn', 'mushroom', 'pineapple', 'hamburger', 'star', 'balloon',
+    'robot', 'house', 'shirt')
 QUICKSTART_STUFF = ('grass', 'sky', 'sand', 'water', 'brick', 'snow')
 SPLITS = ('train', 'validation', 'test')
 
@@ -28,29 +28,14 @@ _TEXTURE_SIDE = 1.5  # in scene sides: room to cut a different window for every 
 _NOISE_LEVELS = 4.0  # standard deviation of the pixel noise, of 255
 _TRIES = 6  # places tried for a thing before it is left out
 _SCENE_DRAWS, _THING_DRAWS = 19, 8  # random numbers used, besides two for each try
-_OVERHANG = 0.25  # share of a thing's box that may lie outside the picture
 _BANK_LOCK = threading.Lock()  # fonts are not safe to share between reader threads
 
 
-class _Placed(NamedTuple):
-  """A thing in a scene: the visible window of its sprite and where it goes."""
-  name: int
-  rgb: np.ndarray
-  clear: np.ndarray
-  rows: slice
-  columns: slice
-  gain: np.ndarray
-
-
-class _Layout(NamedTuple):
-  """All that chance decides about a scene: what is where, and who is in front."""
-  stuff: int
-  texture: np.ndarray
-  light: np.ndarray
-  noise: np.ndarray
-  placed: list[_Placed]
-  owner: np.ndarray  # uint8 [H, W]: 0 for the stuff, k for the k-th thing placed
-  caption: str
+def _generator(scenes: 'Scenes', domain: int, index: int) -> np.random.Generator:
+  """The random numbers of one purpose and index, of this seed and split alone."""
+  key = np.array((scenes.seed, SPLITS.index(scenes.split)), np.uint64)
+  counter = np.array((0, index, domain, 0), np.uint64)
+  return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 class _Bank:
@@ -62,7 +47,7 @@ class _Bank:
     # Twice the largest size, so that turning and scaling blur nothing.
     side = round(2 * scenes.max_scale * scenes.size)
     self.glyphs = [[glyphs.draw_glyph(c, side) for c in offered[name]] for name in scenes.things]
-    plane = scenes.generator(_NOISE, 0).standard_normal((2 * scenes.size,) * 2, np.float32)
+    plane = _generator(scenes, _NOISE, 0).standard_normal((2 * scenes.size,) * 2, np.float32)
     self.noise = plane * np.float32(_NOISE_LEVELS)
     self._sprites: dict[tuple[int, int, int], glyphs.Sprite] = {}
     self._textures: dict[tuple[int, int], np.ndarray] = {}
@@ -72,7 +57,7 @@ class _Bank:
     if key not in self._sprites:
       scenes = self._scenes
       flat = (name * 16 + variant) * scenes.poses + pose
-      u, v = scenes.generator(_POSE, flat).random(2)
+      u, v = _generator(scenes, _POSE, flat).random(2)
       scale = scenes.min_scale + (scenes.max_scale - scenes.min_scale) * (pose + u) / scenes.poses
       degrees = scenes.max_degrees * (2 * v - 1)
       glyph = self.glyphs[name][variant]
@@ -83,7 +68,7 @@ class _Bank:
     key = (name, variant)
     if key not in self._textures:
       scenes = self._scenes
-      rng = scenes.generator(_TEXTURE, name * scenes.textures + variant)
+      rng = _generator(scenes, _TEXTURE, name * scenes.textures + variant)
       stuff = backgrounds.STUFF[scenes.stuff[name]]
       side = round(_TEXTURE_SIDE * scenes.size)
       self._textures[key] = backgrounds.paint_texture(stuff, rng, side, scenes.size)
@@ -94,10 +79,10 @@ class _Bank:
 class Scenes:
   """Random-access source of composed scenes, each pure in (seed, split, index).
 
-  Every scene draws from its own counter range of a Philox generator keyed by (seed, split). For one
-  key the generator is a bijection of the counter, and keys of different splits differ, so the
-  streams of two splits, and of two scenes, share no random number. Textures and poses, too, are
-  drawn per split: held-out scenes show backgrounds and poses that training never saw.
+  The randomness is Philox, a block cipher of a counter under a key. The key is (seed, split) and the
+  scene's index is the second word of the counter, the first of which runs over its draws: no two
+  scenes of any splits or seeds encrypt the same counter under the same key. Textures and poses are
+  drawn per split too: held-out scenes show backgrounds and poses that training never saw.
 
   Attributes:
     size: side of the square scenes in pixels.
@@ -144,7 +129,7 @@ class Scenes:
     _check_range('min_scale', self.min_scale, 0.1, self.max_scale)
     _check_range('max_scale', self.max_scale, 0.1, 0.7)  # turned by 45 degrees, 0.7 just fits
     _check_range('max_degrees', self.max_degrees, 0, 180)
-    _check_range('min_visible', self.min_visible, 0, 1)
+    _check_range('min_visible', self.min_visible, 0, 0.9)  # more may be lost to rounding alone
     _check_range('poses', self.poses, 1, 4096)
     _check_range('textures', self.textures, 1, 4096)
 
@@ -173,60 +158,57 @@ class Scenes:
     Raises:
       IndexError: index is negative or not below the length.
     """
-    layout = self.lay_out(index)
-    key = f'scene-{self.split}-{self.seed}-{operator.index(index)}'
-    return {'image': _paint(layout), 'text': layout.caption, 'key': key}
+    return self._record(index, self._lay_out(index))
 
-  def generator(self, domain: int, index: int) -> np.random.Generator:
-    """The random numbers that belong to one purpose and index, of this seed and split alone."""
-    key = np.array((self.seed, SPLITS.index(self.split)), np.uint64)
-    counter = np.array((0, index, domain, 0), np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+  def _record(self, index: int, layout: composition.Layout) -> dict[str, Any]:
+    key = f'scene-{self.split}-{self.seed}-{operator.index(index)}'
+    return {'image': composition.paint_scene(layout), 'text': layout.caption, 'key': key}
 
   @functools.cached_property
   def _bank(self) -> _Bank:
     with _BANK_LOCK:
       return _Bank(self)
 
-  def lay_out(self, index: int) -> _Layout:
-    """Decides everything about a scene, in a fixed order of draws; see `__getitem__`."""
+  def _lay_out(self, index: int) -> composition.Layout:
+    """Decides everything about a scene, in a fixed order of draws."""
     index = operator.index(index)
     if not 0 <= index < self.length:
       raise IndexError(f'scene {index} of {self.length}')
     count = _SCENE_DRAWS + self.max_things * (_THING_DRAWS + 2 * _TRIES)
-    draws = iter(self.generator(_COMPOSITION, index).random(count).tolist())
-    stuff = _pick(draws, len(self.stuff))
+    draws = iter(_generator(self, _COMPOSITION, index).random(count).tolist())
+    stuff = composition.pick(draws, len(self.stuff))
     kind = backgrounds.STUFF[self.stuff[stuff]]
-    texture = _cut(draws, self._bank.texture(stuff, _pick(draws, self.textures)), self.size)
-    texture = _turn(draws, texture, kind.turns)
-    light = _light(draws, self.size)
-    noise = _cut(draws, self._bank.noise, self.size)
-    place = kind.places[_pick(draws, len(kind.places))]
+    texture = composition.cut_window(draws, self._bank.texture(stuff, composition.pick(draws, self.textures)), self.size)
+    texture = composition.turn_texture(draws, texture, kind.turns)
+    light = composition.light_scene(draws, self.size)
+    noise = composition.cut_window(draws, self._bank.noise, self.size)
+    place = kind.places[composition.pick(draws, len(kind.places))]
     template, backwards = next(draws), next(draws) < 0.5
     owner = np.zeros((self.size, self.size), np.uint8)
     placed = self._place_things(draws, owner)
     names = [self.things[thing.name] for thing in placed]
     caption = captions.write_caption(names[::-1] if backwards else names, place, template)
-    return _Layout(stuff, texture, light, noise, placed, owner, caption)
+    return composition.Layout(stuff, texture, light, noise, placed, owner, caption)
 
-  def _place_things(self, draws: Iterator[float], owner: np.ndarray) -> list[_Placed]:
-    placed: list[_Placed] = []
+  def _place_things(self, draws: Iterator[float], owner: np.ndarray) -> list[composition.Placed]:
+    placed: list[composition.Placed] = []
     spare: list[float] = [np.inf]  # pixels each owner can still lose; the stuff can lose all
-    for _ in range(self.min_things + _pick(draws, self.max_things - self.min_things + 1)):
-      name = _pick(draws, len(self.things))
-      variant = _pick(draws, len(self._bank.glyphs[name]))
-      sprite = self._bank.sprite(name, variant, _pick(draws, self.poses))
+    for _ in range(self.min_things + composition.pick(draws, self.max_things - self.min_things + 1)):
+      name = composition.pick(draws, len(self.things))
+      variant = composition.pick(draws, len(self._bank.glyphs[name]))
+      sprite = self._bank.sprite(name, variant, composition.pick(draws, self.poses))
       mirror = slice(None, None, -1 if next(draws) < 0.5 else 1)
       gain = np.float32([next(draws), next(draws), next(draws)]) * 0.2 + (0.7 + 0.3 * next(draws))
       mask = sprite.mask[:, mirror]
       spots = [(next(draws), next(draws)) for _ in range(_TRIES)]
-      found = _find_room(owner, mask, sprite.area, spots, spare, self.min_visible)
+      found = composition.find_room(owner, mask, sprite.area, spots, spare, self.min_visible)
       if found is None:
         continue
       rows, columns, window = found
       owner[rows, columns][mask[window]] = len(placed) + 1
       rgb, clear = sprite.rgb[:, :, mirror], sprite.clear[:, mirror]
-      placed.append(_Placed(name, rgb[:, *window], clear[window], rows, columns, gain[:, None, None]))
+      placed.append(composition.Placed(
+          name, rgb[:, *window], clear[window], rows, columns, gain[:, None, None]))
     return placed
 
 
@@ -245,87 +227,10 @@ class LabelledScenes:
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     """The scene's record with 'label' uint8 [H, W]; see `Scenes`."""
-    layout = self.scenes.lay_out(index)
+    layout = self.scenes._lay_out(index)
     labels = [len(self.scenes.things) + layout.stuff, *(thing.name for thing in layout.placed)]
-    return {**self.scenes[index], 'label': np.array(labels, np.uint8)[layout.owner]}
-
-
-def _find_room(owner, mask, area, spots, spare, min_visible):
-  """First spot where the thing, and all below it, stay visible enough.
-
-  Args:
-    owner: uint8 [H, W], who holds each pixel.
-    mask: bool [h, w], the thing's pixels.
-    area: their number.
-    spots: places to try, pairs of numbers in [0, 1).
-    spare: pixels that each owner can lose; taken from, and extended, where a spot is found.
-    min_visible: share of the thing's pixels that must be in the picture.
-
-  Returns:
-    Rows and columns of the picture and the window of the sprite, or None.
-  """
-  for attempt, (u, v) in enumerate(spots):
-    # Each try hangs out less than the one before; the last lies inside the picture.
-    overhang = _OVERHANG * (1 - attempt / (len(spots) - 1))
-    rows, window_rows = _span(u, mask.shape[0], owner.shape[0], overhang)
-    columns, window_columns = _span(v, mask.shape[1], owner.shape[1], overhang)
-    window = window_rows, window_columns
-    visible = mask[window]
-    covered = np.bincount(owner[rows, columns][visible], minlength=len(spare)).tolist()
-    left = [old - lost for old, lost in zip(spare, covered)]
-    own = sum(covered) - min_visible * area
-    if min(left) >= 0 and own >= 0:
-      spare[:] = [*left, own]
-      return rows, columns, window
-  return None
-
-
-def _span(u: float, length: int, size: int, overhang: float) -> tuple[slice, slice]:
-  """Puts `length` pixels somewhere along `size`; the span covered, and the part that covers it."""
-  margin = overhang * length
-  start = round(u * (size - length + 2 * margin) - margin)
-  first, last = max(start, 0), min(start + length, size)
-  return slice(first, last), slice(first - start, last - start)
-
-
-def _paint(layout: _Layout) -> np.ndarray:
-  """Lays the things over the stuff, from back to front: uint8 [H, W, 3]."""
-  canvas = layout.texture * layout.light  # [3, H, W]
-  for thing in layout.placed:
-    window = canvas[:, thing.rows, thing.columns]
-    window *= thing.clear
-    window += thing.rgb * thing.gain
-  canvas += layout.noise
-  planes = np.clip(canvas, 0, 255, out=canvas).astype(np.uint8)
-  image = np.empty((*planes.shape[1:], 3), np.uint8)
-  for channel, plane in enumerate(planes):  # three strided copies beat one transposed copy
-    image[:, :, channel] = plane
-  return image
-
-
-def _pick(draws: Iterator[float], choices: int) -> int:
-  return int(next(draws) * choices)
-
-
-def _cut(draws: Iterator[float], picture: np.ndarray, size: int) -> np.ndarray:
-  row, column = (_pick(draws, picture.shape[-1] - size + 1) for _ in range(2))
-  return picture[..., row:row + size, column:column + size]
-
-
-def _turn(draws: Iterator[float], texture: np.ndarray, turns: bool) -> np.ndarray:
-  """Mirrors a texture at random and, where it may, stands it on its side or head."""
-  mirror, head, side = (next(draws) < 0.5 for _ in range(3))
-  texture = texture[:, ::-1 if turns and head else 1, ::-1 if mirror else 1]
-  return texture.swapaxes(1, 2) if turns and side else texture
-
-
-def _light(draws: Iterator[float], size: int) -> np.ndarray:
-  """Brightness with a slight tint, falling off linearly across the scene: float32 [3, H, W]."""
-  level, down, across = (next(draws) for _ in range(3))
-  tint = np.float32([next(draws), next(draws), next(draws)]) * 0.12 - 0.06
-  ramp = np.linspace(-0.15, 0.15, size, dtype=np.float32)
-  plane = ramp[:, None] * (2 * down - 1) + ramp * (2 * across - 1)
-  return plane + (tint + (0.82 + 0.3 * level))[:, None, None]
+    record = self.scenes._record(index, layout)
+    return {**record, 'label': np.array(labels, np.uint8)[layout.owner]}
 
 
 def _check_names(what: str, names: Sequence[str], offered: Sequence[str]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import functools
 import io
 import itertools
 import os
+import random
 import re
 import sys
 import time
@@ -28,6 +29,8 @@ SENTENCEPIECE_FILE = 'tokenizer.model'
 
 # SentencePiece's trainer skips longer lines; captions are cut instead.
 _LONGEST_CAPTION = 4096
+
+_NO_CAPTIONS = 'there are no captions to train a tokenizer on'
 
 
 class Tokenizer(abc.ABC):
@@ -213,13 +216,13 @@ def train_sentencepiece(
 
   Raises:
     ValueError: there are no captions, or `vocab_size` is below what their characters need.
-    Exception: what the captions' source raised.
   """
   if vocab_size < 1:
     raise ValueError(f'vocab_size={vocab_size} is too small; use 300 or more')
-  lines = _TrainingLines(captions)
+  lines = _sample(filter(None, map(_training_line, captions)), max_captions)
+  if not lines:
+    raise ValueError(_NO_CAPTIONS)
   model = io.BytesIO()
-  sentencepiece.set_random_generator_seed(0)
   try:
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter(lines),
@@ -229,8 +232,6 @@ def train_sentencepiece(
       hard_vocab_limit=False,
       byte_fallback=True,
       normalization_rule_name='nmt_nfkc_cf',
-      input_sentence_size=max_captions,
-      shuffle_input_sentence=True,
       max_sentence_length=4 * _LONGEST_CAPTION,  # in bytes of UTF-8
       pad_id=0,
       unk_id=1,
@@ -240,7 +241,7 @@ def train_sentencepiece(
       minloglevel=2,
     )
   except RuntimeError as error:
-    raise lines.failure or _training_error(str(error), vocab_size) from error
+    raise _training_error(str(error), vocab_size) from error
   _write(epath.Path(path), model.getvalue())
   return SentencePieceTokenizer(path)
 
@@ -305,30 +306,28 @@ def _encodable(text: str) -> str:
   return text.encode('utf-8', 'replace').decode('utf-8')
 
 
-class _TrainingLines:
-  """Captions as the trainer takes them, and the error of their source, which it would swallow."""
+def _training_line(caption: str) -> str:
+  return _encodable(' '.join(caption[:_LONGEST_CAPTION].split()))
 
-  def __init__(self, captions: Iterable[str]):
-    self._captions = captions
-    self.failure: BaseException | None = None
 
-  def __iter__(self) -> Iterator[str]:
-    try:
-      for caption in self._captions:
-        line = _encodable(' '.join(caption[:_LONGEST_CAPTION].split()))
-        if line:
-          yield line
-    except BaseException as error:
-      self.failure = error
-      raise
+def _sample(lines: Iterable[str], count: int) -> list[str]:
+  """Returns a uniform sample in one pass; SentencePiece's own cannot be seeded."""
+  draw = random.Random(0)
+  kept = []
+  for seen, line in enumerate(lines):
+    if seen < count:
+      kept.append(line)
+    elif (slot := draw.randrange(seen + 1)) < count:
+      kept[slot] = line
+  return kept
 
 
 def _training_error(message: str, vocab_size: int) -> ValueError:
   """Returns the trainer's message as one line, with the fix where it is a known one."""
   if needed := re.search(r'smaller than required_chars\. \d+ vs (\d+)', message):
     return ValueError(f'vocab_size={vocab_size} is too small; use {needed[1]} or more')
-  if 'sentences_.empty' in message or 'all_chars_count' in message:
-    return ValueError('there are no captions to train a tokenizer on')
+  if 'all_chars_count' in message:  # zero-width characters and the like
+    return ValueError(_NO_CAPTIONS)
   return ValueError(f'no tokenizer can be trained on these captions: {" ".join(message.split())}')
 
 

@@ -1,0 +1,67 @@
+"""A GroupViT that learns to segment emoji scenes from their captions, on two CPU cores, in minutes.
+
+  python train.py --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The experiment."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.total_steps = 2500
+  config.batch_size = 64
+  config.multi_label_weight = 1.0
+
+  config.log_every = 50
+  config.max_skipped_in_a_row = 10
+  config.checkpoint = ml_collections.ConfigDict(dict(every_steps=500, keep=2))
+
+  config.data = ml_collections.ConfigDict(dict(
+      source='scenes',
+      num_prompts=3,
+      num_threads=2,
+      num_workers=0,
+      prefetch_batches=4,
+      scenes=dict(
+          seed=0,
+          things=('dog', 'panda', 'frog', 'pig', 'octopus', 'ladybug', 'banana', 'watermelon', 'car', 'rocket',
+                  'umbrella', 'gift'),
+          stuff=('grass', 'sky', 'sand', 'water', 'brick', 'snow'),
+          min_things=1,
+          max_things=3,
+          num_heldout=512,
+      ),
+  ))
+  config.tokenizer = ml_collections.ConfigDict(dict(
+      path='',  # '' trains a SentencePiece model on the captions
+      vocab_size=512,
+      num_captions=5000,
+  ))
+  config.model = ml_collections.ConfigDict(dict(
+      dtype='float32',
+      embed_dim=64,
+      projector_dim=256,
+      vision=dict(
+          image_size=(64, 64),
+          patch_size=8,
+          width=64,
+          num_heads=4,
+          depths=(1, 1),
+          num_group_tokens=(8, 0),
+          num_segments=(8, 0),
+          mlp_ratio=4.0,
+          drop_path=0.0,
+          assignment='gumbel',
+          # A small model learns to group only if its assignment is decisive from the first step: see the README.
+          init=dict(kernel='fan_in:1', assign_kernel='fan_in:8', tokens_std=0.5, positions_std=0.5),
+      ),
+      text=dict(context_length=20, width=64, depth=2, num_heads=4, mlp_ratio=4.0),
+  ))
+  # Rates of the reference batch 4096: they scale linearly with the batch.
+  config.optim = ml_collections.ConfigDict(dict(
+      warmup_lr=4e-4 * 64, peak_lr=2e-3 * 64, end_lr=5e-5 * 64, warmup_steps=100,
+      beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05, clip_norm=5.0))
+  config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, model=1))
+  return config

@@ -1,0 +1,119 @@
+"""Checkpoints: the whole state and the config it belongs to, written atomically, restored onto shardings."""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import json
+from typing import NamedTuple
+
+from absl import logging
+from etils import epath
+import jax
+import ml_collections
+import orbax.checkpoint as ocp
+
+from groupvit_jax.train_state import TrainState
+
+
+class Restored(NamedTuple):
+  """A checkpoint that was read."""
+
+  state: TrainState
+  step: int
+  skipped: tuple[int, ...]  # newer steps that could not be read
+
+
+class Checkpoints:
+  """The checkpoints of a workdir, under `checkpoints/STEP/`."""
+
+  def __init__(self, workdir: epath.PathLike, *, keep: int, read_only: bool = False):
+    """Opens (and unless `read_only` creates) the folder.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest checkpoints stay.
+      read_only: for evaluation.
+    """
+    self._read_only = read_only
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,
+        cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
+    self.folder = epath.Path(workdir).resolve() / 'checkpoints'
+    self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+  def steps(self) -> list[int]:
+    """Steps there are checkpoints of, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: TrainState, config: ml_collections.ConfigDict) -> None:
+    """Starts saving in the background; a checkpoint counts only once it is complete.
+
+    Raises:
+      OSError: this or the previous save failed.
+    """
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    with _disk_errors(self.folder):
+      self._manager.check_for_errors()
+      self._manager.save(step, args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(json.loads(config.to_json()))))
+
+  def wait(self) -> None:
+    """Blocks until the last save is complete. Raises OSError if it failed."""
+    with _disk_errors(self.folder):
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def restore(self, abstract_state: TrainState) -> Restored | None:
+    """Restores the newest checkpoint that is whole, onto the shardings of `abstract_state`.
+
+    Returns:
+      The state, or None when there is no checkpoint at all.
+
+    Raises:
+      ValueError: there are checkpoints and none of them can be read.
+    """
+    failures = {}
+    for step in reversed(self.steps()):
+      try:
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
+        jax.block_until_ready(restored.state)
+      except Exception as error:  # pylint: disable=broad-except
+        # Which exception a damaged file raises depends on the file; every one means "not this checkpoint".
+        failures[step] = error
+        logging.warning('checkpoint %d in %s is damaged and was passed over: %s', step, self.folder, _line(error))
+        continue
+      self._set_aside(failures)
+      return Restored(restored.state, step, tuple(failures))
+    if failures:
+      step, error = next(iter(failures.items()))
+      raise ValueError(f'none of the checkpoints {sorted(failures)} in {self.folder} can be read; '
+                       f'{step} says: {_line(error)}')
+    return None
+
+  def close(self) -> None:
+    """Ends the background threads."""
+    self._manager.close()
+
+  def _set_aside(self, steps: Iterable[int]) -> None:
+    """Renames damaged checkpoints, so that the run can write those steps again and nothing is lost."""
+    if self._read_only or not steps:
+      return
+    for step in steps:
+      (self.folder / str(step)).rename(self.folder / f'damaged-{step}')
+    self._manager.reload()
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: epath.Path) -> Iterator[None]:
+  """Turns whatever a failed write raises (tensorstore's are ValueErrors) into one OSError with the reason."""
+  try:
+    yield
+  except Exception as error:
+    raise OSError(f'cannot save a checkpoint in {folder}: {_line(error)}; the checkpoints already there are untouched'
+                  ) from error
+
+
+def _line(error: Exception) -> str:
+  """The first line of an error."""
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -1,0 +1,55 @@
+"""What the commands share: flags from a config file, one line for a user's mistake, exit codes."""
+
+from collections.abc import Callable, Sequence
+import pathlib
+import sys
+import traceback
+
+from absl import app
+from absl import flags
+from absl import logging
+
+EXIT_PARTIAL = 1  # done, but for what was listed
+EXIT_USAGE = 2  # nothing was done: the request has a mistake
+EXIT_PREEMPTED = 75  # stopped by SIGTERM with everything saved; the same command goes on (BSD's EX_TEMPFAIL)
+
+_PACKAGE = pathlib.Path(__file__).parent
+
+
+def run(main: Callable[[], int | None]) -> None:
+  """Parses flags, runs `main` and exits with its code; a user's mistake ends in one line and code 2.
+
+  A ValueError or OSError counts as a user's mistake when this package raised it: those are our messages. Anything that
+  comes out of a library is a defect, and keeps its traceback.
+  """
+  def guarded(_: Sequence[str]) -> int | None:
+    logging.set_verbosity(logging.WARNING)
+    try:
+      return main()
+    except (ValueError, OSError) as error:
+      if not _raised_here(error):
+        raise
+      return fail(str(error))
+  app.run(guarded, flags_parser=_parse_flags)
+
+
+def fail(message: str) -> int:
+  """Prints one line to stderr; returns the exit code for it."""
+  print('error: ' + ' '.join(message.split()), file=sys.stderr)
+  return EXIT_USAGE
+
+
+def _parse_flags(args: Sequence[str]) -> list[str]:
+  """absl's parser, but a mistake (unknown flag, unknown config key, missing config file) takes one line."""
+  try:
+    rest = flags.FLAGS(args)
+  except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    sys.exit(fail(str(error)))
+  if len(rest) > 1:
+    sys.exit(fail(f'unexpected argument {rest[1]!r}; options look like --name=value'))
+  return rest
+
+
+def _raised_here(error: BaseException) -> bool:
+  frame = traceback.extract_tb(error.__traceback__)[-1]
+  return pathlib.Path(frame.filename).is_relative_to(_PACKAGE)

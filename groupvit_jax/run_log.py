@@ -1,0 +1,103 @@
+"""What a run tells people: metrics.jsonl, TensorBoard files, and a progress bar or plain lines."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import math
+import sys
+import time
+
+from etils import epath
+import jax
+import numpy as np
+import tensorboardX
+import tqdm
+
+
+class RunLog:
+  """Writes a run's figures and pictures; silent on all hosts but the first."""
+
+  def __init__(self, workdir: epath.PathLike, *, first_step: int, total_steps: int, batch_size: int):
+    """Opens the logs of a run that starts, or goes on, after `first_step`.
+
+    What an interrupted run logged beyond that step is dropped: it will be logged again.
+    """
+    self._silent = jax.process_index() != 0
+    if self._silent:
+      return
+    workdir = epath.Path(workdir)
+    self._path = workdir / 'metrics.jsonl'
+    _drop_after(self._path, first_step)
+    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=first_step + 1 or None)
+    self._batch_size, self._total = batch_size, total_steps
+    self._last = (first_step, time.perf_counter())
+    self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit='step', disable=not sys.stderr.isatty())
+
+  def say(self, line: str) -> None:
+    """Prints a line, above the bar where there is one."""
+    if not self._silent:
+      tqdm.tqdm.write(line, file=sys.stderr)
+
+  def train(self, step: int, figures: Mapping[str, float]) -> None:
+    """Logs a training step's figures, adds images/s, and moves the bar."""
+    if self._silent:
+      return
+    now = time.perf_counter()
+    rate = (step - self._last[0]) * self._batch_size / (now - self._last[1])
+    self._last = (step, now)
+    self.figures(step, {f'train/{name}': value for name, value in figures.items()} | {'train/images_per_s': rate})
+    shown = {'loss': f'{figures["loss"]:.4f}', 'img/s': f'{rate:.0f}'}
+    self._bar.update(step - self._bar.n)
+    self._bar.set_postfix(shown)
+    if self._bar.disable:
+      left = (self._total - step) * self._batch_size / rate
+      self.say(f'step {step}/{self._total}  loss {shown["loss"]}  {shown["img/s"]} images/s  {_clock(left)} left')
+
+  def figures(self, step: int, figures: Mapping[str, float]) -> None:
+    """Appends figures to metrics.jsonl and TensorBoard; what is not finite is written as null."""
+    if self._silent:
+      return
+    values = {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
+    with self._path.open('a') as file:
+      file.write(json.dumps({'step': step, **values}) + '\n')
+    for name, value in figures.items():
+      self._board.add_scalar(name, value, step)
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Keeps what happens inside (evaluating, saving) out of images/s."""
+    start = time.perf_counter()
+    yield
+    if not self._silent:
+      self._last = (self._last[0], self._last[1] + time.perf_counter() - start)
+
+  def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+    """Adds a picture, uint8 [H, W, 3], to TensorBoard."""
+    if not self._silent:
+      self._board.add_image(name, picture, step, dataformats='HWC')
+
+  def close(self) -> None:
+    """Flushes everything."""
+    if not self._silent:
+      self._bar.close()
+      self._board.close()
+
+
+def _drop_after(path: epath.Path, step: int) -> None:
+  """Drops the lines of steps after `step`, and a last line cut short by a kill."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)['step'] <= step:
+        kept.append(line + '\n')
+    except (json.JSONDecodeError, KeyError):
+      continue
+  path.write_text(''.join(kept))
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}' if hours else f'{minutes}:{seconds:02}'

@@ -1,0 +1,101 @@
+"""The device mesh, and where every array of the training state lives on it."""
+
+from collections.abc import Sequence
+import re
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+AXES = ('data', 'fsdp', 'model')
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# First match wins. A path reads like `params/vision/stage0_block1/mlp/fc1/kernel`; the optimiser's moments end in the
+# same names and so follow their parameter. An axis that a dimension cannot be divided over is left out.
+DEFAULT_RULES: Rules = (
+    (r'attn/qkv/kernel$', PartitionSpec('fsdp', None, 'model')),  # [D, 3, h, k]
+    (r'attn/(query|key|value)/kernel$', PartitionSpec('fsdp', 'model')),  # [D, h, k]
+    (r'attn/out/kernel$', PartitionSpec('model', None, 'fsdp')),  # [h, k, D]
+    (r'(mlp|projector)/fc1/kernel$', PartitionSpec('fsdp', 'model')),
+    (r'(mlp|projector)/fc2/kernel$', PartitionSpec('model', 'fsdp')),
+    (r'assign_\w+/kernel$', PartitionSpec('fsdp', 'model')),
+    (r'token_embedding$', PartitionSpec('fsdp', 'model')),
+    (r'', PartitionSpec()),
+)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over all devices with axes data, fsdp and model.
+
+  Args:
+    data: size of the data axis; -1 takes what the others leave.
+    fsdp: over how many devices parameters are sharded; the batch is sharded over them as well.
+    model: over how many devices heads and hidden units are split.
+    devices: defaults to all of them.
+
+  Returns:
+    The mesh.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  if data == -1 and fsdp > 0 and model > 0 and len(devices) % (fsdp * model) == 0:
+    data = len(devices) // (fsdp * model)
+  shape = (data, fsdp, model)
+  if min(shape) < 1 or int(np.prod(shape)) != len(devices):
+    raise ValueError(f'mesh data={data} x fsdp={fsdp} x model={model} does not cover {len(devices)} devices; '
+                     'make the product equal, or set mesh.data=-1')
+  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of an array [B, ...] over all devices that see different samples."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_ways(mesh: Mesh) -> int:
+  """Over how many devices a batch is divided."""
+  return mesh.shape['data'] * mesh.shape['fsdp']
+
+
+def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
+  """Raises ValueError when the devices do not divide a batch."""
+  ways = batch_ways(mesh)
+  if batch_size < 1 or batch_size % ways:
+    raise ValueError(f'{name}={batch_size} is not a positive multiple of the {ways} devices it is divided over; '
+                     f'use {max(1, batch_size // ways) * ways} or {(batch_size // ways + 1) * ways}')
+
+
+def state_shardings(abstract_state: object, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> object:
+  """Shardings for a tree of shapes, by the first rule that its path matches.
+
+  Args:
+    abstract_state: a tree of things with `.shape`, such as `jax.eval_shape` returns.
+    mesh: the mesh.
+    rules: (regex, PartitionSpec) pairs.
+
+  Returns:
+    A tree of NamedSharding.
+  """
+  def sharding_of(path, leaf):
+    spec = next(spec for pattern, spec in rules if re.search(pattern, path_name(path)))
+    return NamedSharding(mesh, _fitting(spec, leaf.shape, mesh))
+  return jax.tree_util.tree_map_with_path(sharding_of, abstract_state)
+
+
+def path_name(path: tuple) -> str:
+  """A tree path as 'params/vision/positions'."""
+  return jax.tree_util.keystr(path, simple=True, separator='/')
+
+
+def _fitting(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+  """Drops the axes of `spec` that do not divide their dimension, or that are of size 1."""
+  fits = lambda axis, size: axis is not None and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
+  return PartitionSpec(*(axis if fits(axis, size) else None for axis, size in zip(spec, shape)))

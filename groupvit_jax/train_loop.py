@@ -1,0 +1,162 @@
+"""A run: restore, step, log, evaluate, save, until the last step or a signal."""
+
+import functools
+import time
+from typing import NamedTuple
+
+from clu import parameter_overview
+from etils import epath
+import jax
+import ml_collections
+import optax
+
+from groupvit_jax import cli, optim, sharding, train_state, train_step, workdir as workdir_lib
+from groupvit_jax.checkpoint import Checkpoints
+from groupvit_jax.data import pipeline
+from groupvit_jax.data.sources import build_source
+from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.interrupts import Interrupts, Preempted
+from groupvit_jax.models.build import build_model
+from groupvit_jax.models.image_text import ImageTextModel
+from groupvit_jax.run_log import RunLog
+from groupvit_jax.train_state import TrainState
+
+
+class Run(NamedTuple):
+  """What a run is made of, before its first step."""
+
+  config: ml_collections.ConfigDict
+  mesh: jax.sharding.Mesh
+  source: pipeline.Source
+  tokenizer: Tokenizer
+  model: ImageTextModel
+  tx: optax.GradientTransformation
+  schedule: optax.Schedule
+  changed: list[str]  # config keys that differ from the first start
+
+  @property
+  def text_shape(self) -> tuple[int, int]:
+    """(T, L) of the tokens of one image."""
+    return 1 + self.config.data.num_prompts, self.config.model.text.context_length
+
+
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
+  """Trains, or goes on training, the run in a workdir.
+
+  Args:
+    config: the experiment.
+    workdir: where everything goes.
+
+  Returns:
+    The exit code: 0, or `cli.EXIT_PREEMPTED` after a signal.
+
+  Raises:
+    ValueError: the config has a mistake or does not fit the workdir.
+    OSError: a checkpoint could not be saved.
+  """
+  with Interrupts().installed() as interrupts:
+    try:
+      with interrupts.immediately():
+        run = set_up(config, workdir)
+        checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
+        state = restore_or_init(run, checkpoints)
+      return _loop(run, state, checkpoints, workdir, interrupts)
+    except Preempted:
+      return cli.EXIT_PREEMPTED
+
+
+def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
+  """Checks the config from cheap to dear, claims the workdir, and builds everything but the state."""
+  mesh = sharding.make_mesh(**config.mesh)
+  sharding.check_batch_size('batch_size', config.batch_size, mesh)
+  schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
+  source = build_source(config.data, tuple(config.model.vision.image_size))
+  build = functools.partial(build_model, config.model, multi_label=config.data.num_prompts > 0)
+  build(vocab_size=2, eos_id=1)  # a mistake in the config shows before anything is written
+  changed = workdir_lib.claim(workdir, config)
+  tokenizer = workdir_lib.prepare_tokenizer(workdir, config.tokenizer, source)
+  model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+  return Run(config, mesh, source, tokenizer, model, optim.build_optimizer(config.optim, schedule), schedule, changed)
+
+
+def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
+  """The state to start from.
+
+  1. The newest whole checkpoint in the workdir: everything goes on, the position in the data included.
+  2. Otherwise the config's seed.
+  """
+  restored = checkpoints.restore(
+      train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh))
+  if restored is not None:
+    return restored.state
+  return train_state.init_state(run.model, run.tx, run.config.seed, run.text_shape, run.mesh)
+
+
+def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.PathLike,
+          interrupts: Interrupts) -> int:
+  """Steps until the end or a signal. Figures are fetched while the next step runs, so no step waits for them."""
+  config, first_step = run.config, int(state.step)
+  log = RunLog(workdir, first_step=first_step, total_steps=config.total_steps, batch_size=config.batch_size)
+  _announce(log, run, state)
+  step_fn = jax.jit(
+      functools.partial(train_step.train_step, model=run.model, tx=run.tx,
+                        multi_label_weight=config.multi_label_weight),
+      donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
+  batches = pipeline.iterate(_examples(run, first_step), num_threads=config.data.num_threads,
+                             num_workers=config.data.num_workers, prefetch_batches=config.data.prefetch_batches)
+  pending: tuple[int, train_step.Figures] | None = None
+  started = time.perf_counter()
+  for step, batch in enumerate(batches, start=first_step + 1):
+    state, figures = step_fn(state, pipeline.to_devices(batch, run.mesh))
+    if pending is not None:
+      _log_step(log, run, *pending)
+      pending = None
+    if step == first_step + 1:
+      jax.block_until_ready(state)
+      log.say(f'first step after {time.perf_counter() - started:.1f} s (compiled)')
+    if step % config.log_every == 0 or step == config.total_steps:
+      pending = (step, figures)
+    if interrupts.requested:
+      break
+    if step % config.checkpoint.every_steps == 0:
+      with log.paused():
+        checkpoints.save(state, config)
+  if pending is not None:
+    _log_step(log, run, *pending)
+  checkpoints.save(state, config)
+  checkpoints.wait()
+  log.close()
+  if int(state.step) < config.total_steps:
+    log.say(f'stopped by a signal after step {int(state.step)}; the same command goes on from there')
+    return cli.EXIT_PREEMPTED
+  return 0
+
+
+def _examples(run: Run, first_batch: int) -> pipeline.Examples:
+  config = run.config
+  return pipeline.Examples(
+      run.source, run.tokenizer, seed=config.seed, batch_size=config.batch_size, num_prompts=config.data.num_prompts,
+      text_length=config.model.text.context_length, first_batch=first_batch, num_batches=config.total_steps,
+      host=jax.process_index(), num_hosts=jax.process_count())
+
+
+def _announce(log: RunLog, run: Run, state: TrainState) -> None:
+  """What a person needs to trust a run, once."""
+  step = int(state.step)
+  log.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+  log.say(f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
+          f'{len(run.source):,} records; vocabulary {run.tokenizer.vocab_size:,}')
+  log.say(f'goes on after step {step}' if step else 'starts at step 0')
+  for line in run.changed:
+    log.say(f'changed since the first start: {line}')
+
+
+def _log_step(log: RunLog, run: Run, step: int, figures: train_step.Figures) -> None:
+  """Logs one step's figures and ends the run when updates keep being skipped."""
+  scalars = {name: float(value) for name, value in jax.device_get(figures.scalars).items()}
+  log.train(step, scalars | figures.health.compute() | {'learning_rate': float(run.schedule(step - 1))})
+  if scalars['skipped_in_a_row'] >= run.config.max_skipped_in_a_row:
+    raise ValueError(
+        f'the loss or its gradient was not finite in {scalars["skipped_in_a_row"]:.0f} steps in a row up to step '
+        f'{step}; lower optim.peak_lr, or raise max_skipped_in_a_row={run.config.max_skipped_in_a_row}; the last '
+        'checkpoint is from before')

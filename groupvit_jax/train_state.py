@@ -1,0 +1,64 @@
+"""Everything that training changes, in one tree."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from groupvit_jax import sharding
+from groupvit_jax.models.image_text import ImageTextModel
+
+
+class TrainState(flax.struct.PyTreeNode):
+  """The training state; a checkpoint is exactly this."""
+
+  step: jax.Array  # [], batches consumed so far: also the position in the data
+  params: object
+  batch_stats: object
+  opt_state: optax.OptState
+  rng: jax.Array  # root key; a step uses fold_in(rng, step)
+  skipped: jax.Array  # [], updates skipped because something was not finite
+  skipped_in_a_row: jax.Array  # [], the same since the last good update
+
+  @property
+  def variables(self) -> dict[str, object]:
+    """What `model.apply` takes."""
+    return {'params': self.params, 'batch_stats': self.batch_stats}
+
+
+def init_state(model: ImageTextModel, tx: optax.GradientTransformation, seed: int, text_shape: tuple[int, int],
+               mesh: jax.sharding.Mesh) -> TrainState:
+  """Initialises a state whose arrays are born in their places.
+
+  Args:
+    model: the model.
+    tx: the optimiser.
+    seed: of the parameters and of the run.
+    text_shape: (T, L) of the tokens.
+    mesh: where the state lives.
+
+  Returns:
+    A state at step 0.
+  """
+  init = lambda: _init(model, tx, seed, text_shape)
+  shardings = sharding.state_shardings(jax.eval_shape(init), mesh)
+  return jax.jit(init, out_shardings=shardings)()
+
+
+def abstract_state(model: ImageTextModel, tx: optax.GradientTransformation, text_shape: tuple[int, int],
+                   mesh: jax.sharding.Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of the state, without computing it; what a checkpoint is restored onto."""
+  shapes = jax.eval_shape(lambda: _init(model, tx, 0, text_shape))
+  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+                      shapes, sharding.state_shardings(shapes, mesh))
+
+
+def _init(model: ImageTextModel, tx: optax.GradientTransformation, seed: int,
+          text_shape: tuple[int, int]) -> TrainState:
+  init_key, root_key = jax.random.split(jax.random.key(seed))
+  variables = model.init(
+      init_key, jnp.zeros((1, *model.vision.image_size, 3)), jnp.zeros((1, *text_shape), jnp.int32))
+  zero = jnp.zeros((), jnp.int32)
+  return TrainState(
+      step=zero, params=variables['params'], batch_stats=variables['batch_stats'],
+      opt_state=tx.init(variables['params']), rng=root_key, skipped=zero, skipped_in_a_row=zero)

@@ -1,0 +1,104 @@
+"""One step of training: a pure function of state and batch."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from groupvit_jax import losses, metrics
+from groupvit_jax.models.image_text import ImageTextModel, ImageTextOutput
+from groupvit_jax.train_state import TrainState
+
+# ImageNet statistics of RGB in [0, 1].
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+Batch = dict[str, jax.Array]  # 'image': uint8 [B, H, W, 3], 'tokens': int32 [B, T, L]
+
+
+class Figures(NamedTuple):
+  """What a step reports."""
+
+  scalars: dict[str, jax.Array]
+  health: metrics.GroupingHealth
+
+
+class LossOutput(NamedTuple):
+  """What else the loss returns."""
+
+  batch_stats: object
+  figures: Figures
+
+
+def normalize_images(images: jax.Array) -> jax.Array:
+  """uint8 pixels [B, H, W, 3] -> float32, with ImageNet's mean and standard deviation."""
+  return (images.astype(jnp.float32) / 255 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+
+
+def total_loss(out: ImageTextOutput, multi_label_weight: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Caption loss plus weighted multi-label loss (paper section 3.3), and everything worth logging about them."""
+  caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale)
+  loss = caption.loss
+  logged = {
+      'caption_loss': caption.loss, 'image_to_text_accuracy': caption.image_to_text_accuracy,
+      'text_to_image_accuracy': caption.text_to_image_accuracy,
+      'logit_scale': losses.clamped_scale(out.logit_scale)}
+  if out.multi_label_logit_scale is not None:
+    prompts = losses.multi_label_loss(out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale)
+    loss = loss + multi_label_weight * prompts.loss
+    logged |= {'multi_label_loss': prompts.loss,
+               'multi_label_logit_scale': losses.clamped_scale(out.multi_label_logit_scale)}
+  return loss, logged | {'loss': loss}
+
+
+def loss_and_grads(state: TrainState, batch: Batch, model: ImageTextModel,
+                   multi_label_weight: float) -> tuple[LossOutput, object]:
+  """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss."""
+  key = jax.random.fold_in(state.rng, state.step)
+
+  def loss_fn(params):
+    out, updated = model.apply(
+        state.variables | {'params': params}, normalize_images(batch['image']), batch['tokens'], train=True, key=key,
+        mutable=['batch_stats'])
+    loss, logged = total_loss(out, multi_label_weight)
+    health = metrics.GroupingHealth.from_assignments(out.assignments)
+    return loss, LossOutput(updated['batch_stats'], Figures(logged, health))
+
+  grads, out = jax.grad(loss_fn, has_aux=True)(state.params)
+  return out, grads
+
+
+def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: optax.GradientTransformation,
+               multi_label_weight: float) -> tuple[TrainState, Figures]:
+  """Applies one update.
+
+  An update with a non-finite loss or gradient is skipped and counted: parameters, statistics and optimiser stay as
+  they were, the step (and so the position in the data) moves on.
+
+  Args:
+    state: the state, which may be donated.
+    batch: images and tokens.
+    model: the model (static).
+    tx: the optimiser (static).
+    multi_label_weight: weight of the multi-label loss (static).
+
+  Returns:
+    The next state and the step's figures.
+  """
+  out, grads = loss_and_grads(state, batch, model, multi_label_weight)
+  grad_norm = optax.global_norm(grads)
+  finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
+
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  updated = (optax.apply_updates(state.params, updates), out.batch_stats, opt_state)
+  kept = (state.params, state.batch_stats, state.opt_state)
+  params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
+
+  bad = 1 - finite.astype(jnp.int32)
+  state = state.replace(
+      step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state,
+      skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + 1) * bad)
+  scalars = out.figures.scalars | {
+      'grad_norm': grad_norm, 'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+  return state, Figures(scalars, out.figures.health)

@@ -1,0 +1,106 @@
+"""The folder of a run: its config, tokenizer and checkpoints, written once and read by every command."""
+
+import json
+import os
+
+from etils import epath
+import ml_collections
+
+from groupvit_jax.data.pipeline import Source
+from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
+
+# What decides whether a checkpoint fits: everything else may change from one start to the next.
+_FITTING = ('model', 'tokenizer')
+
+
+def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
+  """Reads the config a workdir's run was started with.
+
+  Raises:
+    ValueError: there is no such folder, or no run in it.
+  """
+  workdir = epath.Path(workdir)
+  if not workdir.is_dir():
+    raise ValueError(f'there is no workdir {workdir}; train one with train.py --config=... --workdir={workdir}')
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise ValueError(f'{workdir} holds no run (it has no config.json); name the folder train.py wrote')
+  try:
+    return ml_collections.ConfigDict(json.loads(path.read_text()))
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not a config: {error}') from error
+
+
+def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
+  """Makes a workdir this run's: writes its config, or checks that it fits the one already there.
+
+  Args:
+    workdir: made if it is not there.
+    config: of the run that starts or goes on.
+
+  Returns:
+    Keys that differ from the first start without making the checkpoints unusable, with both values.
+
+  Raises:
+    ValueError: `workdir` holds a run with another model or tokenizer; nothing was changed.
+  """
+  workdir = epath.Path(workdir)
+  if (workdir / 'config.json').exists():
+    differences = _differences(read_config(workdir), config)
+    unfit = [text for key, text in differences.items() if key.split('.')[0] in _FITTING]
+    if unfit:
+      raise ValueError(f'the config does not fit the run in {workdir}: ' + '; '.join(unfit)
+                       + '; use another --workdir, or the values of that run')
+    return list(differences.values())
+  workdir.mkdir(parents=True, exist_ok=True)
+  _write_whole(workdir / 'config.json', config.to_json(indent=2) + '\n')
+  return []
+
+
+def load_tokenizer(workdir: epath.PathLike) -> Tokenizer:
+  """The tokenizer a run was trained with. Raises ValueError if it has none."""
+  return build_tokenizer(epath.Path(workdir) / 'tokenizer')
+
+
+def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict, source: Source) -> Tokenizer:
+  """The run's tokenizer: the one in its workdir, or else a copy of the one named, or else one trained on captions.
+
+  Args:
+    workdir: of the run.
+    config: the `tokenizer` part of its config: path, or vocab_size and num_captions to train on.
+    source: where captions come from.
+  """
+  folder = epath.Path(workdir) / 'tokenizer'
+  if folder.exists():
+    return load_tokenizer(workdir)
+  partial = epath.Path(workdir) / f'tokenizer.partial-{os.getpid()}'
+  if config.path:
+    build_tokenizer(config.path).save(partial)
+  else:
+    captions = (source[i]['text'] for i in range(min(config.num_captions, len(source))))
+    partial.mkdir(parents=True)
+    train_sentencepiece(captions, partial / 'tokenizer.model', config.vocab_size)
+  partial.rename(folder)
+  return load_tokenizer(workdir)
+
+
+def _differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> dict[str, str]:
+  """Keys whose values differ, with a sentence each. Compared as JSON: tuples and lists are the same thing."""
+  before, after = (_flatten(json.loads(config.to_json())) for config in (old, new))
+  text = lambda values, key: repr(values[key]) if key in values else 'absent'
+  return {key: f'{key} is {text(after, key)} here and {text(before, key)} there'
+          for key in sorted(before.keys() | after.keys()) if text(before, key) != text(after, key)}
+
+
+def _flatten(tree: object, prefix: str = '') -> dict[str, object]:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  return {path: value for key, child in tree.items()
+          for path, value in _flatten(child, f'{prefix}.{key}' if prefix else key).items()}
+
+
+def _write_whole(path: epath.Path, text: str) -> None:
+  """Writes a file so that no reader, and no kill, ever sees half of it."""
+  partial = path.with_name(f'{path.name}.partial-{os.getpid()}')
+  partial.write_text(text)
+  partial.replace(path)
