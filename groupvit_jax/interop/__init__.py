@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face, the authors' checkpoints, StableHLO, safetensors."""
