@@ -39,7 +39,7 @@ def paint_texture(stuff: Stuff, rng: np.random.Generator, n: int, unit: float) -
   return np.ascontiguousarray(np.clip(colours, 0, 255).astype(np.uint8).transpose(2, 0, 1))
 
 
-def _smooth(rng, n: int, rows: float, columns: float) -> np.ndarray:
+def _smooth(rng: np.random.Generator, n: int, rows: float, columns: float) -> np.ndarray:
   """Smooth noise of unit spread [n, n]: about `rows` x `columns` bumps over the texture."""
   coarse = rng.standard_normal((int(rows) + 2, int(columns) + 2), np.float32)
   noise = np.asarray(Image.fromarray(coarse).resize((n, n), Image.Resampling.BICUBIC))
@@ -50,7 +50,8 @@ def _grain(rng, n: int) -> np.ndarray:
   return rng.standard_normal((n, n), np.float32)
 
 
-def _colour(rng, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
+def _colour(rng: np.random.Generator, low: tuple[float, ...],
+            high: tuple[float, ...]) -> np.ndarray:
   """A colour on the segment from `low` to `high`, each channel a little off it: float32 [3]."""
   low, high = np.float32(low), np.float32(high)
   return low + (high - low) * np.float32(rng.random()) + np.float32(rng.normal(0, 0.012, 3))
@@ -68,7 +69,8 @@ def _axes(n: int, unit: float) -> tuple[np.ndarray, np.ndarray]:
   return line[:, None], line[None]
 
 
-def _cells(rng, n: int, unit: float, count: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cells(rng: np.random.Generator, n: int, unit: float,
+           count: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Worley cells, about `count` to a scene side, one jittered point in each grid square.
 
   Returns:
@@ -93,7 +95,7 @@ def _cells(rng, n: int, unit: float, count: float) -> tuple[np.ndarray, np.ndarr
   return nearest, second - nearest, chosen
 
 
-def _grass(rng, n, unit):
+def _grass(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   bumps = n / unit
   blades = _smooth(rng, n, 12 * bumps, 40 * bumps) + 0.8 * _smooth(rng, n, 20 * bumps, 64 * bumps)
   patches = _smooth(rng, n, 3 * bumps, 3 * bumps)
@@ -102,7 +104,7 @@ def _grass(rng, n, unit):
   return _mix(dark, light, 0.5 + 0.2 * blades + 0.1 * patches)
 
 
-def _sky(rng, n, unit):
+def _sky(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   y, _ = _axes(n, unit)
   top = _colour(rng, (0.16, 0.42, 0.85), (0.35, 0.62, 0.95))
   horizon = _colour(rng, (0.62, 0.82, 0.98), (0.75, 0.90, 1.0))
@@ -112,7 +114,7 @@ def _sky(rng, n, unit):
   return _mix(_mix(top, horizon, height), np.float32(0.97), 0.9 * (cloud - rng.uniform(0.5, 1.3)))
 
 
-def _sand(rng, n, unit):
+def _sand(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   y, x = _axes(n, unit)
   bumps = n / unit
   slant = rng.uniform(-0.6, 0.6)
@@ -124,10 +126,11 @@ def _sand(rng, n, unit):
   return _mix(dark, light, shade + 0.08 * _smooth(rng, n, 2 * bumps, 2 * bumps))
 
 
-def _water(rng, n, unit):
+def _water(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   y, _ = _axes(n, unit)
   bumps = n / unit
-  warp = 0.06 * _smooth(rng, n, 5 * bumps, 3 * bumps) + 0.025 * _smooth(rng, n, 14 * bumps, 7 * bumps)
+  warp = 0.06 * _smooth(rng, n, 5 * bumps, 3 * bumps)
+  warp += 0.025 * _smooth(rng, n, 14 * bumps, 7 * bumps)
   crest = np.sin(2 * np.pi * rng.uniform(5, 8) * (y + warp)) * 0.5 + 0.5
   deep = _colour(rng, (0.00, 0.22, 0.42), (0.02, 0.36, 0.48))
   clear = _colour(rng, (0.05, 0.48, 0.66), (0.12, 0.60, 0.68))
@@ -136,7 +139,8 @@ def _water(rng, n, unit):
   return _mix(body, foam, crest ** 6 * (0.6 + 0.4 * _smooth(rng, n, 6 * bumps, 5 * bumps)))
 
 
-def _blocks(rng, n, unit, rows: float, aspect: float, shift: float):
+def _blocks(rng: np.random.Generator, n: int, unit: float, rows: float, aspect: float,
+            shift: float) -> tuple[np.ndarray, np.ndarray]:
   """Rectangles laid in rows: distance to the nearest joint [n, n] in scene sides, value [n, n]."""
   y, x = _axes(n, unit)
   v = y * rows + rng.random()
@@ -149,7 +153,7 @@ def _blocks(rng, n, unit, rows: float, aspect: float, shift: float):
   return np.minimum(gap_u, gap_v), values[row.astype(int), column.astype(int)]
 
 
-def _brick(rng, n, unit):
+def _brick(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   gap, value = _blocks(rng, n, unit, rng.uniform(6, 8.5), rng.uniform(1.9, 2.4), 0.5)
   dark = _colour(rng, (0.48, 0.16, 0.10), (0.58, 0.22, 0.14))
   light = _colour(rng, (0.74, 0.32, 0.20), (0.80, 0.38, 0.26))
@@ -158,7 +162,7 @@ def _brick(rng, n, unit):
   return _mix(body, mortar, (0.016 - gap) * unit + 0.5)
 
 
-def _snow(rng, n, unit):
+def _snow(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   y, x = _axes(n, unit)
   bumps = n / unit
   warp = 0.12 * _smooth(rng, n, 2 * bumps, 2 * bumps)
@@ -169,7 +173,7 @@ def _snow(rng, n, unit):
   return np.where((rng.random((n, n)) < 0.02)[..., None], np.float32(1), body)
 
 
-def _wood(rng, n, unit):
+def _wood(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   y, _ = _axes(n, unit)
   bumps = n / unit
   gap, value = _blocks(rng, n, unit, rng.uniform(3, 5), rng.uniform(5, 9), 0.37)
@@ -182,7 +186,7 @@ def _wood(rng, n, unit):
   return body * np.clip(0.45 + gap * unit / 1.6, 0, 1)[..., None]
 
 
-def _night(rng, n, unit):
+def _night(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   bumps = n / unit
   dark = _colour(rng, (0.01, 0.01, 0.06), (0.04, 0.03, 0.12))
   glow = _colour(rng, (0.10, 0.08, 0.30), (0.22, 0.12, 0.38))
@@ -192,7 +196,7 @@ def _night(rng, n, unit):
   return _mix(body, _colour(rng, (0.95, 0.92, 0.75), (1.0, 1.0, 1.0)), spots)
 
 
-def _leaves(rng, n, unit):
+def _leaves(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   autumn = np.float32([(0.80, 0.26, 0.05), (0.92, 0.52, 0.08), (0.95, 0.74, 0.20),
                        (0.60, 0.15, 0.07), (0.55, 0.34, 0.12)])
   ground = np.full((n, n, 3), _colour(rng, (0.14, 0.08, 0.04), (0.24, 0.14, 0.08)))
@@ -213,7 +217,7 @@ def _leaves(rng, n, unit):
   return np.float32(ground)
 
 
-def _road(rng, n, unit):
+def _road(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   y, x = _axes(n, unit)
   grey = _colour(rng, (0.24, 0.24, 0.25), (0.36, 0.36, 0.37))
   body = grey + (0.05 * _grain(rng, n) + 0.02 * _smooth(rng, n, 4, 4))[..., None]
@@ -224,7 +228,7 @@ def _road(rng, n, unit):
   return _mix(body, paint, 0.92 * (line & dash))
 
 
-def _stone(rng, n, unit):
+def _stone(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   nearest, border, value = _cells(rng, n, unit, rng.uniform(4, 6))
   dark = _colour(rng, (0.42, 0.42, 0.42), (0.50, 0.49, 0.46))
   light = _colour(rng, (0.66, 0.66, 0.66), (0.76, 0.74, 0.70))
@@ -232,7 +236,7 @@ def _stone(rng, n, unit):
   return body * np.clip(0.25 + border * 5, 0, 1)[..., None]
 
 
-def _tiles(rng, n, unit):
+def _tiles(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   y, x = _axes(n, unit)
   rows = rng.uniform(4, 6)
   odd = (np.floor(y * rows + rng.random()) + np.floor(x * rows + rng.random())) % 2
@@ -241,7 +245,7 @@ def _tiles(rng, n, unit):
   return _mix(dark, light, odd + 0.04 * _smooth(rng, n, 6, 6) + 0.03 * _grain(rng, n))
 
 
-def _lava(rng, n, unit):
+def _lava(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   bumps = n / unit
   _, border, value = _cells(rng, n, unit, rng.uniform(3.5, 5.5))
   crust = _colour(rng, (0.10, 0.05, 0.05), (0.20, 0.09, 0.07))

@@ -37,11 +37,11 @@ class Sprite(NamedTuple):
 def glyph_names() -> dict[str, tuple[str, ...]]:
   """Every thing of the OpenMoji list with its characters; several are variants of one thing."""
   names = json.loads(_NAMES_FILE.read_text(encoding='utf-8'))
-  return {name: tuple(chr(int(point, 16)) for point in points) for name, points in names.items()}
+  return {name: tuple(chr(int(point, 16)) for point in group) for name, group in names.items()}
 
 
 def distinct_glyphs() -> dict[str, tuple[str, ...]]:
-  """Applies the rule that decides what is offered; a test compares its answer with `offered_glyphs`.
+  """Applies the rule that decides what is offered; a test holds `offered_glyphs` to its answer.
 
   In the order of the list, a glyph is kept when its shape fills at least `_LEAST_INK` of its square
   and its distance (`compare_glyphs`) to every kept glyph of another name is at least
@@ -62,7 +62,8 @@ def distinct_glyphs() -> dict[str, tuple[str, ...]]:
 
 def offered_glyphs() -> dict[str, tuple[str, ...]]:
   """The things offered to scenes with their characters: the list without what is left out."""
-  kept = {name: tuple(c for c in group if c not in _LEFT_OUT) for name, group in glyph_names().items()}
+  names = glyph_names().items()
+  kept = {name: tuple(c for c in group if c not in _LEFT_OUT) for name, group in names}
   return {name: group for name, group in kept.items() if group}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from groupvit_jax.data import backgrounds, captions, composition, glyphs
+from groupvit_jax.data.composition import pick
 
 ALL_THINGS = tuple(glyphs.offered_glyphs())
 ALL_STUFF = tuple(backgrounds.STUFF)
@@ -26,7 +27,7 @@ SPLITS = ('train', 'validation', 'test')
 _COMPOSITION, _POSE, _TEXTURE, _NOISE = range(4)
 _TEXTURE_SIDE = 1.5  # in scene sides: room to cut a different window for every scene
 _NOISE_LEVELS = 4.0  # standard deviation of the pixel noise, of 255
-_TRIES = 6  # places tried for a thing before it is left out
+_TRIES = 10  # places tried for a thing before it is left out
 _SCENE_DRAWS, _THING_DRAWS = 19, 8  # random numbers used, besides two for each try
 _BANK_LOCK = threading.Lock()  # fonts are not safe to share between reader threads
 
@@ -79,9 +80,9 @@ class _Bank:
 class Scenes:
   """Random-access source of composed scenes, each pure in (seed, split, index).
 
-  The randomness is Philox, a block cipher of a counter under a key. The key is (seed, split) and the
-  scene's index is the second word of the counter, the first of which runs over its draws: no two
-  scenes of any splits or seeds encrypt the same counter under the same key. Textures and poses are
+  The randomness is Philox, a block cipher of a counter under a key. The key is (seed, split); the
+  scene's index is one word of the counter and the position among its draws another, so no two
+  scenes of any splits and seeds encrypt the same counter under the same key. Textures and poses are
   drawn per split too: held-out scenes show backgrounds and poses that training never saw.
 
   Attributes:
@@ -176,13 +177,14 @@ class Scenes:
       raise IndexError(f'scene {index} of {self.length}')
     count = _SCENE_DRAWS + self.max_things * (_THING_DRAWS + 2 * _TRIES)
     draws = iter(_generator(self, _COMPOSITION, index).random(count).tolist())
-    stuff = composition.pick(draws, len(self.stuff))
+    stuff = pick(draws, len(self.stuff))
     kind = backgrounds.STUFF[self.stuff[stuff]]
-    texture = composition.cut_window(draws, self._bank.texture(stuff, composition.pick(draws, self.textures)), self.size)
+    texture = self._bank.texture(stuff, pick(draws, self.textures))
+    texture = composition.cut_window(draws, texture, self.size)
     texture = composition.turn_texture(draws, texture, kind.turns)
     light = composition.light_scene(draws, self.size)
     noise = composition.cut_window(draws, self._bank.noise, self.size)
-    place = kind.places[composition.pick(draws, len(kind.places))]
+    place = kind.places[pick(draws, len(kind.places))]
     template, backwards = next(draws), next(draws) < 0.5
     owner = np.zeros((self.size, self.size), np.uint8)
     placed = self._place_things(draws, owner)
@@ -193,10 +195,11 @@ class Scenes:
   def _place_things(self, draws: Iterator[float], owner: np.ndarray) -> list[composition.Placed]:
     placed: list[composition.Placed] = []
     spare: list[float] = [np.inf]  # pixels each owner can still lose; the stuff can lose all
-    for _ in range(self.min_things + composition.pick(draws, self.max_things - self.min_things + 1)):
-      name = composition.pick(draws, len(self.things))
-      variant = composition.pick(draws, len(self._bank.glyphs[name]))
-      sprite = self._bank.sprite(name, variant, composition.pick(draws, self.poses))
+    wanted = self.min_things + pick(draws, self.max_things - self.min_things + 1)
+    for _ in range(wanted):
+      name = pick(draws, len(self.things))
+      variant = pick(draws, len(self._bank.glyphs[name]))
+      sprite = self._bank.sprite(name, variant, pick(draws, self.poses))
       mirror = slice(None, None, -1 if next(draws) < 0.5 else 1)
       gain = np.float32([next(draws), next(draws), next(draws)]) * 0.2 + (0.7 + 0.3 * next(draws))
       mask = sprite.mask[:, mirror]
@@ -229,8 +232,8 @@ class LabelledScenes:
     """The scene's record with 'label' uint8 [H, W]; see `Scenes`."""
     layout = self.scenes._lay_out(index)
     labels = [len(self.scenes.things) + layout.stuff, *(thing.name for thing in layout.placed)]
-    record = self.scenes._record(index, layout)
-    return {**record, 'label': np.array(labels, np.uint8)[layout.owner]}
+    label = np.array(labels, np.uint8)[layout.owner]
+    return {**self.scenes._record(index, layout), 'label': label}
 
 
 def _check_names(what: str, names: Sequence[str], offered: Sequence[str]) -> tuple[str, ...]:
