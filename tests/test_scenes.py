@@ -185,7 +185,7 @@ def test_paint_scene_lays_things_over_stuff():
 
 def test_captions_are_grammatical():
   phrases = {'dog': 'a dog', 'apple': 'an apple', 'unicorn': 'a unicorn', 'scissors': 'scissors',
-             'sun': 'the sun', 'owl': 'an owl'}
+             'sun': 'the sun', 'umbrella': 'an umbrella'}
   assert {name: captions.name_thing(name) for name in phrases} == phrases
   assert captions.write_caption(['dog', 'owl', 'dog'], 'on the grass', 0) == (
       'a photo of a dog and an owl on the grass')
