@@ -1,5 +1,6 @@
 """Tests for the words of captions and the prompts made from them."""
 
+import concurrent.futures
 import random
 import subprocess
 import sys
@@ -160,3 +161,16 @@ def test_tagging_imports_neither_nltk_nor_scipy():
   )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert done.stdout.strip() == '[]'
+
+
+def test_threads_that_tag_first_see_the_whole_lexicon():
+  text_ops._parse.cache_clear()
+  interval = sys.getswitchinterval()
+  sys.setswitchinterval(1e-5)
+  try:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      # 'of' is late in the lexicon; a word that is not in it is called a noun.
+      tagged = list(pool.map(text_ops.nouns, ['young dog of the year'] * 200))
+  finally:
+    sys.setswitchinterval(interval)
+  assert tagged == [['dog', 'year']] * 200

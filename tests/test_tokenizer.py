@@ -75,12 +75,13 @@ def odd_captions(count, seed):
   """Captions with what the web has in them: entities, emoji, scripts, controls, lengths."""
   draw = random.Random(seed)
   odd = [
-    *'🐶 👩‍👩‍👧 🏳️‍🌈 🇩🇪 👍🏽 é é ﬁ ½ ² ① İ ẞ ß Ǆ ſ Σς 猫 日本語 한국어 עברית العربية हिन्दी ไทย'.split(' '),
+    *'🐶 👩\u200d👩\u200d👧 🏳\ufe0f\u200d🌈 🇩🇪 👍🏽 é e\u0301 ﬁ ½ ² ① İ ẞ ß Ǆ ſ Σς'.split(),
+    *'猫 日本語 한국어 עברית العربية हिन्दी ไทย ٣'.split(),
     *'&amp; &lt;b&gt; &#39; &quot; &nbsp; &amp;amp; <br/> http://a.b/c?d=e&f=g #tag @name'.split(),
-    *"don't it's we're I'd 'tis o'clock ''s dogs' ’s “quoted” — – … ... !!! ?! 12 3.5 2nd ٣".split(),
+    *"don't it's we're I'd 'tis o'clock ''s dogs' ’s “quoted” — – … ... !!! ?! 12 3.5 2nd".split(),
     *'<|endoftext|> <|startoftext|> <|ENDOFTEXT|> <|endoftext </w> Ġ Ċ __x__ a_b'.split(),
-    '\t', '\n', '\r\n', '\x00', '\x1f', '\x85', '\xa0', '\xad', '\u200b', '\u200d', '\u2028', '\u3000',
-    '\ufeff', '\ufffd', 'â€™', 'Ã©', '', ' ', '  ',
+    '\t', '\n', '\r\n', '\0', '\x1f', '\x85', '\xa0', '\xad', '\u200b', '\u200d', '\u2028',
+    '\u3000', '\ufeff', '\ufffd', 'â€™', 'Ã©', '', ' ', '  ',
   ]
 
   def piece():
@@ -114,9 +115,9 @@ def test_sentencepiece_rows_are_text_eos_padding(trained):
   rows = trained.encode(['a dog', '', 'a dog on the grass'], 4)
   assert rows.dtype == np.int32 and rows.shape == (3, 4)
   a, dog = rows[0, :2]
-  assert rows.tolist()[:2] == [[a, dog, 2, 0], [2, 0, 0, 0]]
-  assert rows[2, :2].tolist() == [a, dog] and rows[2, 3] == 2
-  assert (trained.bos_id, trained.eos_id, trained.pad_id) == (None, 2, 0)
+  assert rows.tolist()[:2] == [[a, dog, 1, 0], [1, 0, 0, 0]]
+  assert rows[2, :2].tolist() == [a, dog] and rows[2, 3] == 1
+  assert (trained.bos_id, trained.eos_id, trained.pad_id) == (None, 1, 0)
   assert trained.encode([], 4).shape == (0, 4)
 
 
@@ -125,7 +126,7 @@ def test_no_text_holds_padding_eos_or_unknown_pieces(trained):
   for row in trained.encode(texts, 2048).tolist():
     ids = row[: row.index(trained.eos_id)]
     assert not {0, 1, 2} & set(ids) and max(ids, default=0) < trained.vocab_size
-    assert row[len(ids) :] == [2] + [0] * (2047 - len(ids))
+    assert row[len(ids) :] == [1] + [0] * (2047 - len(ids))
 
 
 def test_training_takes_at_most_a_second_and_is_quiet(tmp_path, capfd):
@@ -159,12 +160,14 @@ def test_training_stops_at_what_the_captions_support(tmp_path):
   large = tokenizer.train_sentencepiece(make_captions(100), tmp_path / 'b', 32_000)
   assert 300 < large.vocab_size < 600
   one = tokenizer.train_sentencepiece(['dog'], tmp_path / 'c', 32_000)
-  assert one.encode(['dog'], 3).tolist()[0][1:] == [2, 0]
+  assert one.encode(['dog'], 3).tolist()[0][1:] == [1, 0]
 
 
 def test_training_takes_any_captions(tmp_path):
   captions = ['dog\ncat', 'a\tb', 'x' * 100_000, '\ud800 dog', 'a\0b', *odd_captions(50, 3)]
   assert tokenizer.train_sentencepiece(captions, tmp_path / 'a', 1000).vocab_size > 259
+  long = tokenizer.train_sentencepiece(['dog 猫 ' * 50_000], tmp_path / 'b', 1000)
+  assert len(long._text_ids('dog')) == 1
 
 
 @pytest.mark.parametrize(
@@ -243,7 +246,7 @@ def test_clip_reads_openais_file(clip_folder, tmp_path):
   np.testing.assert_array_equal(ours.encode(captions, 77), folder.encode(captions, 77))
 
 
-def test_clip_leaves_out_the_merges_that_openais_vocabulary_lacks(clip_folder, tmp_path, monkeypatch):
+def test_clip_leaves_out_the_merges_beyond_its_vocabulary(clip_folder, tmp_path, monkeypatch):
   assert clip_bpe.OPENAI_MERGES == 48_894
   monkeypatch.setattr(clip_bpe, 'OPENAI_MERGES', 100)
   path = write_openai_file(clip_folder, tmp_path / 'bpe.gz')
@@ -251,9 +254,7 @@ def test_clip_leaves_out_the_merges_that_openais_vocabulary_lacks(clip_folder, t
 
 
 @pytest.mark.parametrize('kind', ['sentencepiece', 'clip', 'openai'])
-def test_a_saved_tokenizer_loads_again_without_its_source(
-  kind, trained, clip_folder, tmp_path
-):
+def test_a_saved_tokenizer_loads_again_without_its_source(kind, trained, clip_folder, tmp_path):
   source = tmp_path / 'source'
   source.mkdir()
   if kind == 'sentencepiece':
@@ -382,6 +383,11 @@ def test_train_command_reads_text_tsv_and_stdin(tmp_path, trained):
   assert done.returncode == 0 and done.stderr == ''
   assert output.read_bytes() == trained._files['tokenizer.model']
   assert done.stdout.startswith(f'{output}: {trained.vocab_size} pieces in ')
+
+
+def test_captions_that_are_not_utf8_are_read(tmp_path):
+  (tmp_path / 'a.txt').write_bytes(b'caf\xe9\r\ndog\n')
+  assert list(tokenizer.read_captions(str(tmp_path / 'a.txt'), 0)) == ['caf\ufffd', 'dog']
 
 
 def test_train_command_ends_with_one_line_on_a_mistake(tmp_path):

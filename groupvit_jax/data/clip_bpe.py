@@ -79,7 +79,7 @@ def build_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
     merges: pairs of tokens, best first.
 
   Returns:
-    A `tokenizers` pipeline: NFC, single spaces, lower case; words; bytes; BPE.
+    A `tokenizers` pipeline: NFC and lower case, words, bytes, BPE.
 
   Raises:
     Exception: of any type, where these are no CLIP vocabulary.
@@ -87,8 +87,7 @@ def build_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
   if not {BOS, EOS} <= vocab.keys():
     raise ValueError(f'{BOS} or {EOS} is missing')
   pipeline = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix='</w>'))
-  spaces = normalizers.Replace(tokenizers.Regex(r'\s+'), ' ')
-  pipeline.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+  pipeline.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
   words = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior='removed', invert=True)
   bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
   pipeline.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_])

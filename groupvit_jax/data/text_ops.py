@@ -146,4 +146,5 @@ def _parse() -> Callable[..., list]:
   text = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(text)
   lexicon = text.Lexicon(path=str(folder / 'en' / 'en-lexicon.txt'), language='en')
+  lexicon.load()  # here, not at first use: another thread would see half of it
   return text.Parser(lexicon=lexicon, default=('NN', 'NNP', 'CD'), language='en').parse
