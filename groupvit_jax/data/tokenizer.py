@@ -234,8 +234,8 @@ def train_sentencepiece(
       normalization_rule_name='nmt_nfkc_cf',
       max_sentence_length=4 * _LONGEST_CAPTION,  # in bytes of UTF-8
       pad_id=0,
-      unk_id=1,
-      eos_id=2,
+      eos_id=1,  # not 2, which `transformers` takes for a mistake of old configs: it then pools at the largest id
+      unk_id=2,
       bos_id=-1,
       num_threads=8,  # part of the file, so not this machine's
       minloglevel=2,
