@@ -234,7 +234,7 @@ def train_sentencepiece(
       normalization_rule_name='nmt_nfkc_cf',
       max_sentence_length=4 * _LONGEST_CAPTION,  # in bytes of UTF-8
       pad_id=0,
-      eos_id=1,  # not 2, which `transformers` takes for a mistake of old configs: it then pools at the largest id
+      eos_id=1,  # not 2: `transformers` then pools at the largest id, for the sake of old configs
       unk_id=2,
       bos_id=-1,
       num_threads=8,  # part of the file, so not this machine's
