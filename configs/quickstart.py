@@ -26,8 +26,8 @@ def get_config() -> ml_collections.ConfigDict:
       prefetch_batches=4,
       scenes=dict(
           seed=0,
-          things=('dog', 'panda', 'frog', 'pig', 'octopus', 'ladybug', 'banana', 'watermelon', 'car', 'rocket',
-                  'umbrella', 'gift'),
+          things=('dog', 'panda', 'frog', 'pig', 'ladybug', 'butterfly', 'banana', 'grapes', 'watermelon', 'tractor',
+                  'rocket', 'gift'),
           stuff=('grass', 'sky', 'sand', 'water', 'brick', 'snow'),
           min_things=1,
           max_things=3,

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from groupvit_jax import losses, metrics
@@ -11,8 +12,8 @@ from groupvit_jax.models.image_text import ImageTextModel, ImageTextOutput
 from groupvit_jax.train_state import TrainState
 
 # ImageNet statistics of RGB in [0, 1].
-IMAGE_MEAN = (0.485, 0.456, 0.406)
-IMAGE_STD = (0.229, 0.224, 0.225)
+IMAGE_MEAN = np.array([[[[0.485, 0.456, 0.406]]]], np.float32)
+IMAGE_STD = np.array([[[[0.229, 0.224, 0.225]]]], np.float32)
 
 Batch = dict[str, jax.Array]  # 'image': uint8 [B, H, W, 3], 'tokens': int32 [B, T, L]
 
@@ -33,7 +34,7 @@ class LossOutput(NamedTuple):
 
 def normalize_images(images: jax.Array) -> jax.Array:
   """uint8 pixels [B, H, W, 3] -> float32, with ImageNet's mean and standard deviation."""
-  return (images.astype(jnp.float32) / 255 - jnp.array(IMAGE_MEAN)) / jnp.array(IMAGE_STD)
+  return (images.astype(jnp.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
 
 
 def total_loss(out: ImageTextOutput, multi_label_weight: float) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -10,7 +10,8 @@ from groupvit_jax.models.text import TextTower
 from groupvit_jax.models.vision import StageSpec, VisionInit, VisionTower
 
 
-def build_model(config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, multi_label: bool) -> ImageTextModel:
+def build_model(
+    config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, multi_label: bool) -> ImageTextModel:
   """Builds the model a config describes.
 
   Args:
@@ -71,7 +72,6 @@ def _stages(vision: ml_collections.ConfigDict) -> tuple[StageSpec, ...]:
 
 
 def _vision_init(config: ml_collections.ConfigDict) -> VisionInit:
-  """Reads `init`: a standard deviation, or for kernels 'lecun' or a variance scale by fan-in ('scale:8')."""
   return VisionInit(
       kernel=_kernel_init('kernel', config.kernel), assign_kernel=_kernel_init('assign_kernel', config.assign_kernel),
       tokens=nn.initializers.normal(config.tokens_std), positions=nn.initializers.normal(config.positions_std))

@@ -54,7 +54,7 @@ class TextTower(nn.Module):
         'token_embedding', nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
     positions = self.param(
         'positions', nn.initializers.normal(0.01), (self.context_length, self.width), jnp.float32)
-    x = (embedding[tokens] + positions[:length]).astype(self.dtype)
+    x = (embedding[tokens] + positions[None, :length]).astype(self.dtype)
     causal = jnp.tril(jnp.ones((length, length), bool))
     for j in range(self.depth):
       x = Block(

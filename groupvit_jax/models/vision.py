@@ -144,7 +144,7 @@ class VisionTower(nn.Module):
         name='patch_embed')(images)
     x = layer_norm('patch_norm')(x)
     positions = self.param('positions', self.init.positions, (*grid, self.width), jnp.float32)
-    x = x + resize_positions(positions, *x.shape[1:3])
+    x = x + resize_positions(positions, *x.shape[1:3])[None]
     return x.reshape(x.shape[0], -1, self.width).astype(self.dtype)
 
   def _group_tokens(self, i: int, count: int, previous: jax.Array | None, batch: int) -> jax.Array:

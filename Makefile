@@ -1,0 +1,32 @@
+# The two targets that matter do all their set-up: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+BIN = $(VENV)/bin
+
+.PHONY: quickstart test test-long lint clean
+
+quickstart: $(VENV)/run
+	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(BIN)/python eval.py --workdir=$(WORKDIR) --output=$(WORKDIR)/eval
+
+test: $(VENV)/test lint
+	$(BIN)/python -m pytest
+
+test-long: $(VENV)/test
+	$(BIN)/python -m pytest -m long
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+
+$(VENV)/run: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/test: requirements-test.txt $(VENV)/run
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache

@@ -1,0 +1,16 @@
+"""Eight fake CPU devices, strict shapes, and a compilation cache shared by all processes of a test run."""
+
+import os
+import pathlib
+
+CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+
+# Also for the commands that tests start; it must be set before JAX is imported.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
+
+import jax  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -1,0 +1,85 @@
+"""The mesh, the rules, and that devices change nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+from groupvit_jax import sharding, train_state, train_step
+from groupvit_jax.data import pipeline
+from groupvit_jax.models.vision import StageSpec
+from tests.tiny import tiny_model
+
+TEXT_SHAPE = (3, 6)
+
+
+def random_batch(size: int) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(0)
+  return {'image': rng.integers(0, 256, (size, 16, 16, 3), np.uint8),
+          'tokens': rng.integers(1, 20, (size, *TEXT_SHAPE), np.int32)}
+
+
+def loss_and_grads_on(mesh: jax.sharding.Mesh):
+  model, tx = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))), optax.sgd(1.0)
+  state = train_state.init_state(model, tx, seed=0, text_shape=TEXT_SHAPE, mesh=mesh)
+  batch = pipeline.to_devices(random_batch(32), mesh)
+  step = jax.jit(functools.partial(train_step.loss_and_grads, model=model, multi_label_weight=1.0))
+  out, grads = step(state, batch)
+  return jax.device_get((out.figures.scalars['loss'], out.batch_stats, grads))
+
+
+def test_one_and_eight_devices_agree():
+  """Loss, gradients and BatchNorm statistics, noise included, are those of one device."""
+  with jax.default_matmul_precision('highest'):
+    one = loss_and_grads_on(sharding.make_mesh(devices=jax.devices()[:1]))
+    for axes in ({'data': 8}, {'data': 2, 'fsdp': 2, 'model': 2}):
+      many = loss_and_grads_on(sharding.make_mesh(**axes))
+      for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(many)):
+        scale = max(1, np.abs(a).max())
+        np.testing.assert_allclose(
+            a / scale, b / scale, rtol=0, atol=1e-5, err_msg=f'{axes} {sharding.path_name(path)}')
+
+
+def test_parameters_are_born_sharded():
+  mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+  state = train_state.init_state(tiny_model(), optax.adamw(1e-3), seed=0, text_shape=TEXT_SHAPE, mesh=mesh)
+  kernel = state.params['vision']['stage0_block0']['attn']['qkv']['kernel']
+  assert kernel.sharding.spec == PartitionSpec('fsdp', None, 'model')
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+  moment = state.opt_state[0].mu['vision']['stage0_block0']['attn']['qkv']['kernel']
+  assert moment.sharding == kernel.sharding
+
+
+def test_every_large_kernel_has_a_rule():
+  """No matrix falls through to the last rule, which replicates."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+  shapes = jax.eval_shape(lambda: tiny_model().init(
+      jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, *TEXT_SHAPE), jnp.int32))['params'])
+  places = sharding.state_shardings(shapes, mesh)
+  replicated = [sharding.path_name(path) for (path, leaf), place
+                in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(places))
+                if path[-1].key == 'kernel' and place.is_fully_replicated and 'mixer' not in sharding.path_name(path)]
+  assert replicated == ['vision/patch_embed/kernel']
+
+
+def test_an_axis_that_does_not_divide_is_left_out():
+  mesh = sharding.make_mesh(data=1, fsdp=8)
+  place = sharding.state_shardings({'mlp': {'fc1': {'kernel': jnp.zeros((12, 16))}}}, mesh)
+  assert place['mlp']['fc1']['kernel'].spec == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize('axes', [{'data': 3}, {'fsdp': 3}, {'data': 0}, {'data': 8, 'model': 2}])
+def test_mesh_that_does_not_cover_the_devices(axes):
+  with pytest.raises(ValueError, match='does not cover 8 devices'):
+    sharding.make_mesh(**axes)
+
+
+def test_batch_that_the_devices_do_not_divide():
+  mesh = sharding.make_mesh()
+  with pytest.raises(ValueError, match='batch_size=12 .* 8 devices .* use 8 or 16'):
+    sharding.check_batch_size('batch_size', 12, mesh)
+  sharding.check_batch_size('batch_size', 16, mesh)
