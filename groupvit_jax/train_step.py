@@ -88,7 +88,7 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
     The next state and the step's figures.
   """
   out, grads = loss_and_grads(state, batch, model, multi_label_weight)
-  grad_norm = optax.global_norm(grads)
+  grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
 
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
