@@ -147,7 +147,7 @@ def from_huggingface_config(config: Mapping[str, Any]) -> ModelSpec:
       text=dict(
           context_length=text['max_position_embeddings'], width=text['hidden_size'], depth=text['num_hidden_layers'],
           num_heads=text['num_attention_heads'], mlp_ratio=mlp_ratio(text['hidden_size'], text['intermediate_size']))))
-  # `transformers` reads 2, which old configs carry by mistake, as "the largest id", the end of text in CLIP's vocabulary.
+  # Old configs say 2 by mistake; `transformers` then takes the largest id, which ends a text in CLIP's vocabulary.
   eos_id = text['vocab_size'] - 1 if text['eos_token_id'] == 2 else text['eos_token_id']
   return ModelSpec(model, text['vocab_size'], eos_id)
 
@@ -206,12 +206,14 @@ def _check_supported(config: Mapping[str, Any], vision: Mapping[str, Any], text:
     if values[key] != only:
       raise ValueError(f'config.json has {part}.{key}={values[key]!r}; only {only!r} is supported')
   if len(set(_pair(vision['patch_size']))) != 1:
-    raise ValueError(f"config.json has vision_config.patch_size={vision['patch_size']}; only square patches are supported")
+    raise ValueError(
+        f"config.json has vision_config.patch_size={vision['patch_size']}; only square patches are supported")
   tokens_ratio, channels_ratio = _pair(vision['assign_mlp_ratio'])
   width = vision['hidden_size']
   if (int(width * tokens_ratio), int(width * channels_ratio)) != (width // 2, vision['intermediate_size']):
-    raise ValueError(f"config.json has vision_config.assign_mlp_ratio={vision['assign_mlp_ratio']}; only half the width "
-                     'across tokens and intermediate_size across channels are supported')
+    raise ValueError(
+        f"config.json has vision_config.assign_mlp_ratio={vision['assign_mlp_ratio']}; only half the width across "
+        'tokens and intermediate_size across channels are supported')
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
