@@ -4,6 +4,7 @@ Shape letters: B images, N tokens, S segments, C classes. Everything but `comput
 """
 
 from collections.abc import Sequence
+import operator
 from typing import NamedTuple
 
 from clu import metrics
@@ -57,7 +58,10 @@ class SegmentationScores(NamedTuple):
 
 @flax.struct.dataclass
 class ConfusionMatrix(metrics.Metric):
-  """Exact counts of (true, predicted) classes up to 2**61; two int32 halves, as devices lack int64."""
+  """Exact counts of (true, predicted) classes, up to 2**61.
+
+  In two int32 halves: devices have no int64, and a long evaluation has more pixels than int32.
+  """
 
   low: jax.Array  # [C, C], below 2**30
   high: jax.Array  # [C, C], in units of 2**30
@@ -193,19 +197,23 @@ class GroupingHealth(metrics.Metric):
     return cls(zeros, zeros, zeros, jnp.zeros((), jnp.float32))
 
   @classmethod
-  def from_assignments(cls, assignments: Sequence[jax.Array]) -> 'GroupingHealth':
+  def from_assignments(
+    cls, assignments: Sequence[jax.Array], mask: jax.Array | None = None
+  ) -> 'GroupingHealth':
     """Sums over a batch.
 
     Args:
       assignments: per grouping stage [B, S, N], soft (summing to one over S).
+      mask: [B], 1 for an image that counts, 0 for padding; None counts all.
     """
-    per_stage = [_stage_health(assignment.astype(jnp.float32)) for assignment in assignments]
-    entropy, used, largest = (jnp.stack(figures) for figures in zip(*per_stage))
-    return cls(entropy, used, largest, jnp.asarray(assignments[0].shape[0], jnp.float32))
+    mask = jnp.ones(assignments[0].shape[0]) if mask is None else mask.astype(jnp.float32)
+    figures = [_stage_health(soft.astype(jnp.float32)) for soft in assignments]
+    entropy, used, largest = ((jnp.stack(f) * mask[None]).sum(axis=1) for f in zip(*figures))
+    return cls(entropy, used, largest, mask.sum())
 
   def merge(self, other: 'GroupingHealth') -> 'GroupingHealth':
     """The sums over both."""
-    return jax.tree.map(jnp.add, self, other)
+    return jax.tree.map(operator.add, self, other)
 
   def compute(self) -> dict[str, float]:
     """Means over images, `stage<i>/entropy` and so on, stages counted from 1.
@@ -223,10 +231,8 @@ class GroupingHealth(metrics.Metric):
 
 
 def _stage_health(soft: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sums over images of an assignment [B, S, N]: entropy, segments in use, share of the largest."""
+  """Per image [B] of an assignment [B, S, N]: entropy, segments in use, share of the largest."""
   entropy = -jax.scipy.special.xlogy(soft, soft).sum(axis=1).mean(axis=1)
-  tokens = jax.nn.one_hot(soft.argmax(axis=1), soft.shape[1]).sum(
-    axis=1
-  )  # [B, S], won by each segment
+  tokens = jax.nn.one_hot(soft.argmax(axis=1), soft.shape[1]).sum(axis=1)  # [B, S], won by each
   used = (tokens > 0).sum(axis=1).astype(jnp.float32)
-  return entropy.sum(), used.sum(), (tokens.max(axis=1) / soft.shape[2]).sum()
+  return entropy, used, tokens.max(axis=1) / soft.shape[2]

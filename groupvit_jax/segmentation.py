@@ -177,50 +177,115 @@ def pixel_scores(segments: jax.Array, scores: jax.Array) -> jax.Array:
   return jax.vmap(lambda index, table: table[index])(segments, scores)
 
 
-def stitch(
-  segments: jax.Array, scores: jax.Array, placement: Placement, pixels: jax.Array
+def pixel_shares(
+  segments: jax.Array, num_segments: int, placement: Placement, pixels: jax.Array
 ) -> jax.Array:
-  """Scores of some pixels of a picture: the mean over windows, bilinear to the original size.
+  """How much of each pixel of a picture is in each segment of each window.
 
-  All of it is linear in the windows' scores. So each pixel is a weighting of (window, segment)
-  pairs, and nothing of the size of picture x classes ever exists but the requested pixels.
+  Summing windows, dividing by their number and bilinear resizing to the original size are linear in
+  the windows' scores. So a pixel is a weighting of (window, segment) pairs, and no map of the size
+  of picture x classes need exist. Loops of unknown length serve any number of windows.
 
   Args:
     segments: segment of each pixel of each window [K, H, W], integers; a smaller window fills the
       upper left.
-    scores: [K, S, C].
+    num_segments: S.
     placement: where the windows lie.
-    pixels: row-major positions [P] in the original picture; those beyond its end give some pixel's
-      scores.
+    pixels: row-major positions [P] in the original picture; those beyond its end repeat others.
 
   Returns:
-    [P, C], float32.
+    Weights [K, S, P], float32, that sum to one for each pixel; zeros for windows that do not exist.
   """
   neighbours = _neighbours(placement, pixels)
 
-  def inside(k: jax.Array, y: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  def locate(k: jax.Array, y: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     row, column = y - placement.tops[k], x - placement.lefts[k]
-    within = (
-      (row >= 0) & (row < placement.window[0]) & (column >= 0) & (column < placement.window[1])
-    )
-    return within, row, column
+    rows, columns = placement.window[0], placement.window[1]
+    return (row >= 0) & (row < rows) & (column >= 0) & (column < columns), row, column
 
   def count(k: jax.Array, covers: list[jax.Array]) -> list[jax.Array]:
-    return [cover + inside(k, y, x)[0] for cover, (y, x, _) in zip(covers, neighbours)]
+    return [cover + locate(k, y, x)[0] for cover, (y, x, _) in zip(covers, neighbours)]
+
+  def add(k: jax.Array, shares: jax.Array) -> jax.Array:
+    window = jnp.zeros((num_segments, pixels.shape[0]), jnp.float32)
+    for (y, x, weight), cover in zip(neighbours, covers):
+      inside, row, column = locate(k, y, x)
+      segment = segments.at[k, row, column].get(mode='clip').astype(jnp.int32)
+      share = jnp.where(inside, weight / cover, 0)
+      window += jax.nn.one_hot(segment, num_segments, axis=0) * share[None]
+    return shares.at[k].set(window)
+
+  covers = [jnp.zeros(pixels.shape, jnp.int32)] * len(neighbours)
+  covers = jax.lax.fori_loop(0, placement.num_windows, count, covers)
+  shares = jnp.zeros((segments.shape[0], num_segments, pixels.shape[0]), jnp.float32)
+  return jax.lax.fori_loop(0, placement.num_windows, add, shares)
+
+
+def stitch(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -> jax.Array:
+  """Class scores of pixels: shares [K, S, P] and scores [K, S, C] of K windows -> [C, P]."""
 
   def add(k: jax.Array, total: jax.Array) -> jax.Array:
-    member = jnp.zeros((pixels.shape[0], scores.shape[1]), jnp.float32)
-    for (y, x, weight), cover in zip(neighbours, covers):
-      within, row, column = inside(k, y, x)
-      index = segments[k].at[row, column].get(mode='clip').astype(jnp.int32)
-      share = jnp.where(within, weight / cover, 0)
-      member += jax.nn.one_hot(index, scores.shape[1]) * share[:, None]
-    return total + jnp.dot(member, scores[k].astype(jnp.float32), precision=_HIGHEST)
+    return total + jnp.einsum('sc,sp->cp', scores[k], shares[k], precision=_HIGHEST)
 
-  none = jnp.zeros(pixels.shape, jnp.int32)
-  covers = jax.lax.fori_loop(0, placement.num_windows, count, [none] * len(neighbours))
-  total = jnp.zeros((pixels.shape[0], scores.shape[2]), jnp.float32)
-  return jax.lax.fori_loop(0, placement.num_windows, add, total)
+  total = jnp.zeros((scores.shape[2], shares.shape[2]), jnp.float32)
+  return jax.lax.fori_loop(0, num_windows, add, total)
+
+
+def best_classes(
+  shares: jax.Array, scores: jax.Array, num_windows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The argmax and the maximum over classes of `stitch`.
+
+  Only classes that score somewhere in the picture are looked at, a few at a time: the class filter
+  leaves 5 per window, and pixels x classes is what labelling costs.
+
+  Args:
+    shares: [K, S, P].
+    scores: [K, S, C], not negative; zeros for windows that do not exist.
+    num_windows: [], those that do.
+
+  Returns:
+    Labels [P], int32, the first of several best ones, and their scores [P].
+  """
+  num_classes, at_once = scores.shape[2], 16
+  scored = (scores > 0).any(axis=(0, 1))
+  order = jnp.argsort(~scored, stable=True)
+  order = jnp.concatenate([order, jnp.zeros(-num_classes % at_once, order.dtype)])
+
+  def improve(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    labels, best = found
+    classes = jax.lax.dynamic_slice_in_dim(order, i * at_once, at_once).astype(jnp.int32)
+    for label, score in zip(classes, stitch(shares, scores[:, :, classes], num_windows)):
+      better = score > best
+      labels, best = jnp.where(better, label, labels), jnp.where(better, score, best)
+    return labels, best
+
+  none = jnp.zeros(shares.shape[2])
+  blocks = (scored.sum() + at_once - 1) // at_once
+  return jax.lax.fori_loop(0, blocks, improve, (none.astype(jnp.int32), none))
+
+
+def segment_overlap(
+  shares: jax.Array, truth: jax.Array, num_windows: jax.Array, num_classes: int
+) -> jax.Array:
+  """How many pixels of each label are in each segment.
+
+  Args:
+    shares: [K, S, P].
+    truth: labels [P]; those that are no class are left out.
+    num_windows: [], windows that exist.
+    num_classes: C.
+
+  Returns:
+    [K, S, C], float32.
+  """
+
+  def add(k: jax.Array, overlap: jax.Array) -> jax.Array:
+    per_class = jnp.zeros((num_classes, shares.shape[1])).at[truth].add(shares[k].T, mode='drop')
+    return overlap.at[k].set(per_class.T)
+
+  overlap = jnp.zeros((*shares.shape[:2], num_classes))
+  return jax.lax.fori_loop(0, num_windows, add, overlap)
 
 
 def _neighbours(

@@ -129,3 +129,5 @@ def test_grouping_health_averages_over_images():
   merged = metrics.GroupingHealth.empty(1).merge(parts)
   assert merged.compute() == whole.compute()
   assert whole.compute()['stage1/segments_in_use'] == pytest.approx(4 / 3)
+  masked = metrics.GroupingHealth.from_assignments([jnp.concatenate([a, b])], jnp.array([1, 0]))
+  assert masked.compute()['stage1/segments_in_use'] == 2

@@ -152,12 +152,18 @@ def test_pixel_scores_are_those_of_the_segment():
   np.testing.assert_allclose(got[0, :, :, 0], [[0.1, 0.7], [0.7, 0.7]])
 
 
+def stitch(segments, scores, where, num_pixels):
+  """Scores [P, C] of the first pixels of a picture."""
+  shares = segmentation.pixel_shares(segments, scores.shape[1], where, jnp.arange(num_pixels))
+  return segmentation.stitch(shares, scores, where.num_windows).T
+
+
 def test_stitch_of_one_window_is_pixel_scores(rng):
   segments = jnp.asarray(rng.integers(0, 3, (1, 4, 5)), jnp.uint8)
   scores = jnp.asarray(rng.random((1, 3, 2)), jnp.float32)
-  whole = placement([0], [0], [4, 5], [4, 5], [4, 5])
-  got = segmentation.stitch(segments, scores, whole, jnp.arange(20)).reshape(4, 5, 2)
-  np.testing.assert_allclose(got, segmentation.pixel_scores(segments, scores)[0], rtol=1e-6)
+  got = stitch(segments, scores, placement([0], [0], [4, 5], [4, 5], [4, 5]), 20)
+  want = segmentation.pixel_scores(segments, scores)[0]
+  np.testing.assert_allclose(got.reshape(4, 5, 2), want, rtol=1e-6)
 
 
 def test_stitch_by_hand():
@@ -166,30 +172,68 @@ def test_stitch_by_hand():
   segments = jnp.array([[[0, 1]], [[1, 0]], [[1, 1]]], jnp.uint8)
   scores = jnp.array([[[1.0], [2.0]], [[10.0], [20.0]], [[500.0], [500.0]]])
   where = placement([0, 0], [0, 1], [1, 2], [1, 3], [1, 3], slots=3)
-  got = segmentation.stitch(segments, scores, where, jnp.arange(3))
+  got = stitch(segments, scores, where, 3)
   assert got[:, 0].tolist() == [1.0, (2.0 + 20.0) / 2, 10.0]
   # The same at twice the size: half-pixel bilinear of those three.
   where = placement([0, 0], [0, 1], [1, 2], [1, 3], [2, 6], slots=3)
-  got = segmentation.stitch(segments, scores, where, jnp.arange(12)).reshape(2, 6)
+  got = stitch(segments, scores, where, 12).reshape(2, 6)
   np.testing.assert_allclose(got, [[1, 3.5, 8.5, 10.75, 10.25, 10]] * 2)
+
+
+def stitching_case(rng, slots=7):
+  """Four overlapping windows of a small picture; the other slots hold rubbish."""
+  where = placement([0, 0, 3, 3], [0, 4, 0, 4], [6, 6], [9, 10], [23, 17], slots)
+  segments = rng.integers(0, 4, (slots, 6, 6)).astype(np.uint8)
+  return segments, rng.random((slots, 4, 3)).astype(np.float32), where
 
 
 def test_stitch_matches_averaging_and_resizing(rng):
   """Against the plain procedure: add, divide, resize the map of scores."""
-  tops, lefts, window, resized, original = [0, 0, 3, 3], [0, 4, 0, 4], (6, 6), (9, 10), (23, 17)
-  segments = rng.integers(0, 4, (4, 6, 6))
-  scores = rng.random((4, 4, 3))
-  total, count = np.zeros((*resized, 3)), np.zeros((*resized, 1))
-  for k, (top, left) in enumerate(zip(tops, lefts)):
+  segments, scores, where = stitching_case(rng)
+  total, count = np.zeros((9, 10, 3)), np.zeros((9, 10, 1))
+  for k, (top, left) in enumerate(zip([0, 0, 3, 3], [0, 4, 0, 4])):
     total[top : top + 6, left : left + 6] += scores[k][segments[k]]
     count[top : top + 6, left : left + 6] += 1
-  want = cv2.resize(total / count, original[::-1], interpolation=cv2.INTER_LINEAR)
-  where = placement(tops, lefts, window, resized, original, slots=7)
-  pad = lambda x: np.concatenate([x, np.ones((3, *x.shape[1:]), x.dtype)])
-  got = segmentation.stitch(
-    jnp.asarray(pad(segments), jnp.uint8),
-    jnp.asarray(pad(scores), jnp.float32),
-    where,
-    jnp.arange(23 * 17),
-  )
-  np.testing.assert_allclose(got.reshape(*original, 3), want, atol=1e-5)
+  want = cv2.resize(total / count, (17, 23), interpolation=cv2.INTER_LINEAR)
+  got = stitch(jnp.asarray(segments), jnp.asarray(scores), where, 23 * 17)
+  np.testing.assert_allclose(got.reshape(23, 17, 3), want, atol=1e-5)
+
+
+def test_shares_sum_to_one_also_beyond_the_picture(rng):
+  segments, _, where = stitching_case(rng)
+  shares = segmentation.pixel_shares(jnp.asarray(segments), 4, where, jnp.arange(23 * 17 + 40))
+  np.testing.assert_allclose(shares.sum(axis=(0, 1)), 1, rtol=1e-6)
+  assert not shares[4:].any()
+
+
+@pytest.mark.parametrize('num_classes', [3, 16, 40])
+def test_best_classes_are_the_argmax(num_classes, rng):
+  segments, _, where = stitching_case(rng)
+  shares = segmentation.pixel_shares(jnp.asarray(segments), 4, where, jnp.arange(23 * 17))
+  scores = rng.random((7, 4, num_classes)).astype(np.float32)
+  scores[:, :, rng.random(num_classes) < 0.5] = 0  # filtered out
+  scores[4:] = 0
+  labels, best = segmentation.best_classes(shares, jnp.asarray(scores), where.num_windows)
+  want = np.einsum('ksp,ksc->pc', np.asarray(shares, np.float64), scores)
+  np.testing.assert_allclose(best, want.max(axis=1), rtol=1e-5)
+  assert np.array_equal(labels, want.argmax(axis=1))
+
+
+def test_best_class_of_equals_is_the_first():
+  shares = jnp.ones((1, 1, 2))
+  scores = jnp.array([[[0.0, 0.3, 0.1, 0.3]]])
+  labels, _ = segmentation.best_classes(shares, scores, jnp.asarray(1))
+  assert labels.tolist() == [1, 1]
+  labels, best = segmentation.best_classes(shares, 0 * scores, jnp.asarray(1))
+  assert labels.tolist() == [0, 0] and best.tolist() == [0, 0]
+
+
+def test_segment_overlap_counts_labels(rng):
+  segments, _, where = stitching_case(rng)
+  truth = rng.integers(0, 5, 23 * 17).astype(np.uint8)
+  truth[::7] = 255
+  shares = segmentation.pixel_shares(jnp.asarray(segments), 4, where, jnp.arange(23 * 17))
+  got = segmentation.segment_overlap(shares, jnp.asarray(truth), where.num_windows, 5)
+  is_label = truth[:, None] == np.arange(5)
+  np.testing.assert_allclose(got, np.einsum('ksp,pc->ksc', shares, is_label), atol=1e-3)
+  np.testing.assert_allclose(got.sum(), (truth != 255).sum(), rtol=1e-5)

@@ -1,0 +1,149 @@
+"""How a model is asked for label maps: every choice that moves mIoU, under a name."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, Literal, get_args
+
+ThresholdMode = Literal['window', 'global']
+ClassNames = Literal['groupvit', 'benchmark']
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """A way to label a picture. A figure holds only for its protocol, so results name all of it.
+
+  Attributes:
+    name: which of `PROTOCOLS` it is, or was made from.
+    short_side: pixels that a picture's short side is resized to.
+    max_long_side: pixels that its long side may have at most; where it would have more, the picture
+      is made smaller than `short_side` asks.
+    window: side of the square windows, in pixels; a smaller picture is one smaller window.
+    stride: pixels from one window to the next; the last one is moved back inside.
+    class_filter: classes kept per window, those that fit its pooled feature best; None for all.
+    double_softmax: whether the filtered softmax is multiplied by the unfiltered one.
+    threshold: score below which a pixel is background; None for the benchmark's own under this
+      protocol. Without a background class it has no meaning.
+    threshold_mode: 'window' lowers it to the window's best score where that is smaller, so a window
+      always shows something (paper); 'global' is the same number everywhere.
+    templates: name of the set of sentences that class names are put into.
+    class_names: 'groupvit' for the spellings behind the published figures, 'benchmark' for its own.
+  """
+
+  name: str
+  short_side: int
+  max_long_side: int
+  window: int
+  stride: int
+  class_filter: int | None
+  double_softmax: bool
+  threshold: float | None
+  threshold_mode: ThresholdMode
+  templates: str
+  class_names: ClassNames
+
+  def __post_init__(self):
+    for field in ('short_side', 'max_long_side', 'window', 'stride'):
+      _check(field, getattr(self, field), 1, None, int)
+    if self.class_filter is not None:
+      _check('class_filter', self.class_filter, 1, None, int)
+    if self.threshold is not None:
+      _check('threshold', self.threshold, 0, 1, (int, float))
+    if not isinstance(self.double_softmax, bool):
+      raise ValueError(f'protocol.double_softmax={self.double_softmax!r}: use True or False')
+    if self.max_long_side < self.short_side:
+      raise ValueError(
+        f'protocol.max_long_side={self.max_long_side} is less than short_side={self.short_side}; '
+        'raise it'
+      )
+    if self.stride > self.window:
+      raise ValueError(
+        f'protocol.stride={self.stride} leaves gaps between windows of {self.window} px; '
+        f'use {self.window} or less'
+      )
+    _check_choice('threshold_mode', self.threshold_mode, get_args(ThresholdMode))
+    _check_choice('class_names', self.class_names, get_args(ClassNames))
+
+  @property
+  def max_windows(self) -> int:
+    """The most windows that any picture is cut into."""
+    return self.windows_along(self.short_side) * self.windows_along(self.max_long_side)
+
+  def windows_along(self, length: int) -> int:
+    """How many windows cover `length` pixels along one axis."""
+    return -(-max(length - self.window, 0) // self.stride) + 1
+
+  def to_json(self) -> dict[str, Any]:
+    """Every parameter, and under 'changed' those that differ from the protocol of this name."""
+    named = PROTOCOLS.get(self.name)
+    values = dataclasses.asdict(self)
+    changed = [key for key, value in values.items() if named and value != getattr(named, key)]
+    return values | {'changed': changed}
+
+
+def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
+  """The protocol with some parameters changed; it keeps its name, and says what changed.
+
+  Args:
+    protocol: where to start.
+    changes: parameter -> value.
+
+  Returns:
+    A protocol.
+
+  Raises:
+    ValueError: there is no such parameter, or it cannot have that value.
+  """
+  known = [field.name for field in dataclasses.fields(Protocol) if field.name != 'name']
+  for key in changes:
+    if key not in known:
+      raise ValueError(f'a protocol has no {key!r}; it has {", ".join(known)}')
+  return dataclasses.replace(protocol, **changes)
+
+
+def find_protocol(name: str) -> Protocol:
+  """The protocol of that name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if name not in PROTOCOLS:
+    raise ValueError(f'there is no protocol {name!r}; choose one of {", ".join(PROTOCOLS)}')
+  return PROTOCOLS[name]
+
+
+def _check(
+  field: str, value: Any, low: float, high: float | None, kind: type | tuple[type, ...]
+) -> None:
+  valid = isinstance(value, kind) and not isinstance(value, bool)
+  if not valid or value < low or (high is not None and value > high):
+    noun = 'a whole number' if kind is int else 'a number'
+    bounds = f'from {low} up' if high is None else f'from {low} to {high}'
+    raise ValueError(f'protocol.{field}={value!r}: use {noun} {bounds}')
+
+
+def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise ValueError(f'protocol.{field}={value!r}: use {" or ".join(map(repr, choices))}')
+
+
+# The paper's. The thresholds belong to the benchmarks.
+GROUPVIT = Protocol(
+  name='groupvit',
+  short_side=448,
+  max_long_side=2048,
+  window=448,
+  stride=224,
+  class_filter=5,
+  double_softmax=True,
+  threshold=None,
+  threshold_mode='window',
+  templates='simple',
+  class_names='groupvit',
+)
+# The unified one of later papers: the same windows, the benchmark's names, one threshold for all.
+TCL = dataclasses.replace(GROUPVIT, name='tcl', threshold=0.5, class_names='benchmark')
+# Without post-processing: softmax over all classes, one threshold.
+PLAIN = dataclasses.replace(
+  TCL, name='plain', class_filter=None, double_softmax=False, threshold_mode='global'
+)
+PROTOCOLS = {protocol.name: protocol for protocol in (GROUPVIT, TCL, PLAIN)}

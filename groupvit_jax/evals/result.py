@@ -1,0 +1,130 @@
+"""What an evaluation found, as figures, JSON and a table that name the protocol."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from groupvit_jax import metrics
+from groupvit_jax.data import text_ops
+from groupvit_jax.evals.benchmarks import Benchmark
+from groupvit_jax.evals.protocols import Protocol
+from groupvit_jax.metrics import SegmentationScores
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What an evaluation found, and everything its figures depend on.
+
+  Attributes:
+    benchmark: what was segmented.
+    protocol: how, with the threshold that was used.
+    num_images: pictures counted.
+    counts: confusion matrix [C, C], rows true.
+    oracle_counts: the same with every segment named by its majority label; None if not asked for.
+    health: grouping health over all windows.
+    thresholds: other background thresholds that were counted along.
+    threshold_counts: their confusion matrices [T, C, C].
+    provenance: whatever else the figures depend on: checkpoint, step, commit.
+  """
+
+  benchmark: Benchmark
+  protocol: Protocol
+  num_images: int
+  counts: np.ndarray
+  oracle_counts: np.ndarray | None
+  health: Mapping[str, float]
+  thresholds: tuple[float, ...]
+  threshold_counts: np.ndarray
+  provenance: Mapping[str, str]
+
+  @property
+  def scores(self) -> SegmentationScores:
+    """Of the predictions."""
+    return metrics.scores_from_counts(self.counts)
+
+  @property
+  def oracle(self) -> SegmentationScores | None:
+    """Of perfect naming."""
+    return None if self.oracle_counts is None else metrics.scores_from_counts(self.oracle_counts)
+
+  @property
+  def constant(self) -> tuple[str, SegmentationScores]:
+    """Of calling every pixel the same class: the best such class, and its scores."""
+    best, scores = metrics.best_constant_scores(self.counts)
+    return self.benchmark.classes[best], scores
+
+  def scalars(self) -> dict[str, float]:
+    """Headline figures by name, for logs."""
+    rows = {'': self.scores, 'oracle_': self.oracle, 'constant_': self.constant[1]}
+    figures = {
+      prefix + name: getattr(scores, name)
+      for prefix, scores in rows.items()
+      if scores is not None
+      for name in ('miou', 'pixel_accuracy', 'mean_accuracy')
+    }
+    return figures | dict(self.health)
+
+  def to_json(self) -> dict[str, Any]:
+    """Figures, the protocol with all its parameters, and what they depend on. nan becomes None."""
+    named = lambda values: dict(zip(self.benchmark.classes, map(_number, values)))
+    swept = map(metrics.scores_from_counts, self.threshold_counts)
+    return {
+      'benchmark': self.benchmark.name,
+      'num_images': self.num_images,
+      'protocol': self.protocol.to_json(),
+      'templates': list(text_ops.template_set(self.protocol.templates)),
+      'class_names': list(self.benchmark.prompt_names(self.protocol.class_names)),
+      'background': self.benchmark.background,
+      **{name: _number(value) for name, value in self.scalars().items()},
+      'constant_class': self.constant[0],
+      'iou': named(self.scores.iou),
+      'accuracy': named(self.scores.accuracy),
+      'oracle_iou': None if self.oracle is None else named(self.oracle.iou),
+      'threshold_miou': [
+        {'threshold': threshold, 'miou': _number(scores.miou)}
+        for threshold, scores in zip(self.thresholds, swept)
+      ],
+      'published': [dataclasses.asdict(row) for row in self.benchmark.published],
+      'provenance': dict(self.provenance),
+    }
+
+  def table(self) -> str:
+    """Per-class IoU and the headline figures, in percent, as text."""
+    oracle = self.oracle
+    width = max(map(len, [*self.benchmark.classes, 'pixel accuracy']))
+    row = lambda name, *values: '  '.join([name.ljust(width), *map(_percent, values)])
+    columns = lambda pick: [pick(s) for s in (self.scores, oracle) if s is not None]
+    lines = [_describe(self), '', '  '.join([' ' * width, '   IoU', *['oracle'] * bool(oracle)])]
+    for name, *iou in zip(self.benchmark.classes, *columns(lambda s: s.iou)):
+      lines.append(row(name, *iou))
+    constant, scores = self.constant
+    lines += [
+      '',
+      row('mIoU', *columns(lambda s: s.miou)),
+      row('pixel accuracy', *columns(lambda s: s.pixel_accuracy)),
+      row('mean accuracy', *columns(lambda s: s.mean_accuracy)),
+      f'everything called {constant!r}: mIoU {scores.miou:.1%}, '
+      f'pixel accuracy {scores.pixel_accuracy:.1%}',
+    ]
+    return '\n'.join(lines)
+
+
+def _describe(result: Result) -> str:
+  """What the figures of a result hold for, in two lines."""
+  protocol = result.protocol
+  parameters = dataclasses.asdict(protocol)
+  parameters.pop('name')
+  pairs = ', '.join(f'{key}={value}' for key, value in parameters.items())
+  return (
+    f'{result.benchmark.name}, {result.num_images} pictures, protocol {protocol.name}\n({pairs})'
+  )
+
+
+def _number(value: float) -> float | None:
+  return None if np.isnan(value) else float(value)
+
+
+def _percent(value: float) -> str:
+  return '     -' if np.isnan(value) else f'{100 * value:6.1f}'

@@ -1,0 +1,247 @@
+"""Label maps of pictures of any size, made and counted on the device.
+
+What has been encoded (window_encoder.py) is turned into labels a fixed number of pixels at a time,
+so this is one compilation whatever the pictures' sizes, and no map of picture x classes exists.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from groupvit_jax import segmentation
+from groupvit_jax.evals.protocols import Protocol
+from groupvit_jax.evals.window_encoder import EncodedPicture
+from groupvit_jax.evals.windows import Picture
+from groupvit_jax.metrics import ConfusionMatrix, IGNORE_LABEL
+
+_MOST_PIXELS = 2**16  # labelled at a time
+
+
+@flax.struct.dataclass
+class Tally:
+  """Confusion matrices of what this host has labelled."""
+
+  predicted: ConfusionMatrix  # [T, C, C], one per threshold
+  oracle: ConfusionMatrix  # [C, C], with each segment named by its majority label
+
+
+class Tables(NamedTuple):
+  """What labels a picture: K windows, of which the placement says how many there are."""
+
+  segments: jax.Array  # [K, H, W], uint8
+  scores: jax.Array  # [K, S, C], without the background
+  placement: segmentation.Placement
+
+
+class PixelLabels(NamedTuple):
+  """Labels of P pixels of a picture."""
+
+  labels: jax.Array  # [P], int32
+  scores: jax.Array  # [P], of those labels
+  overlap: jax.Array  # [K, S, C], pixels of each label in each segment, so far
+  tally: Tally
+
+
+class LabelMap(NamedTuple):
+  """Labels of a picture, on the host."""
+
+  labels: np.ndarray  # uint8 [H, W]
+  scores: np.ndarray  # float32 [H, W], of those labels
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('background', 'per_window', 'place'),
+  donate_argnames=('tally', 'overlap'),
+)
+def label_pixels(
+  tally: Tally,
+  overlap: jax.Array,
+  tables: Tables,
+  pixels: jax.Array,
+  offset: jax.Array,
+  truth: jax.Array,
+  thresholds: jax.Array,
+  oracle: jax.Array,
+  *,
+  background: bool,
+  per_window: bool,
+  place: NamedSharding,
+) -> PixelLabels:
+  """Labels some pixels of a picture and counts them.
+
+  A first pass over a picture counts predictions and measures how much of the truth each segment
+  covers; a second one, with `oracle`, names segments by that measure and counts again.
+
+  Args:
+    tally: counts so far (donated).
+    overlap: [K, S, C] so far (donated); zeros at first.
+    tables: of the picture.
+    pixels: 0..P-1.
+    offset: [], where the first of these pixels lies in the picture, row-major.
+    truth: labels [P], 255 where there is none.
+    thresholds: [T]; the first is the one that labels.
+    oracle: [], whether this is the second pass.
+    background: whether class 0 is the background.
+    per_window: whether thresholds are lowered to a window's best score.
+    place: sharding of pixels.
+
+  Returns:
+    Labels, and both counts.
+  """
+  num_segments, num_classes = overlap.shape[1:]
+  num_windows = tables.placement.num_windows
+  shares = segmentation.pixel_shares(
+    tables.segments, num_segments, tables.placement, pixels + offset
+  )
+  count = lambda labels: ConfusionMatrix.from_labels(truth, labels, num_classes)
+
+  def predict() -> PixelLabels:
+    labels, best = segmentation.best_classes(shares, tables.scores, num_windows)
+    labels, best = labels[None], best[None]
+    if background:
+      below = segmentation.background_scores(tables.scores, thresholds, per_window=per_window)
+      below = segmentation.stitch(shares, below, num_windows)
+      labels, best = jnp.where(below >= best, 0, labels + 1), jnp.maximum(below, best)
+    seen = segmentation.segment_overlap(shares, truth, num_windows, num_classes)
+    predicted = tally.predicted.merge(jax.vmap(count)(labels))
+    return PixelLabels(labels[0], best[0], overlap + seen, tally.replace(predicted=predicted))
+
+  def name_by_majority() -> PixelLabels:
+    exists = jnp.arange(overlap.shape[0]) < num_windows
+    names = jax.nn.one_hot(overlap.argmax(axis=-1), num_classes) * exists[:, None, None]
+    labels, best = segmentation.best_classes(shares, names, num_windows)
+    counted = tally.replace(oracle=tally.oracle.merge(count(labels)))
+    return PixelLabels(labels, best, overlap, counted)
+
+  out = jax.lax.cond(oracle, name_by_majority, predict)
+  whole = NamedSharding(place.mesh, PartitionSpec())
+  places = PixelLabels(place, place, whole, whole)
+  return jax.lax.with_sharding_constraint(out, _spread(places, out))
+
+
+def _spread(places: PixelLabels, out: PixelLabels) -> PixelLabels:
+  """One sharding per array."""
+  return PixelLabels(
+    *(jax.tree.map(lambda _, place=place: place, part) for place, part in zip(places, out))
+  )
+
+
+class Segmenter:
+  """Labels encoded pictures and counts, on this host's devices."""
+
+  def __init__(
+    self,
+    protocol: Protocol,
+    num_classes: int,
+    *,
+    background: bool,
+    thresholds: tuple[float, ...],
+    mesh: Mesh,
+  ):
+    """Places what every picture needs.
+
+    Args:
+      protocol: with its threshold fixed.
+      num_classes: C, the background included.
+      background: whether class 0 is the background.
+      thresholds: of the background; the first one labels, the others are only counted.
+      mesh: of all hosts.
+    """
+    local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    mesh = Mesh(np.array(local), ('pixels',))
+    self._by_pixel = NamedSharding(mesh, PartitionSpec('pixels'))
+    self._whole = NamedSharding(mesh, PartitionSpec())
+    self._protocol, self._num_classes = protocol, num_classes
+    enough = 1 << (protocol.window**2 - 1).bit_length()
+    self._num_pixels = -(-min(enough, _MOST_PIXELS) // len(local)) * len(local)
+    self._pixels = jax.device_put(np.arange(self._num_pixels, dtype=np.int32), self._by_pixel)
+    self._thresholds = self._put(np.array(thresholds, np.float32))
+    self._flags = [self._put(np.bool_(flag)) for flag in (False, True)]
+    self._label = functools.partial(
+      label_pixels,
+      background=background,
+      per_window=protocol.threshold_mode == 'window',
+      place=self._by_pixel,
+    )
+    zeros = np.zeros((len(thresholds), num_classes, num_classes), np.int32)
+    self._tally = self._put(Tally(*(ConfusionMatrix(z, z) for z in (zeros, zeros[0]))))
+
+  def _put(self, tree):
+    """Places arrays whole on every device of this host."""
+    return jax.device_put(tree, self._whole)
+
+  def label(self, encoded: EncodedPicture, *, oracle: bool) -> list[tuple[jax.Array, jax.Array]]:
+    """Labels a picture, part by part, and counts it.
+
+    Args:
+      encoded: the picture.
+      oracle: whether to count the oracle as well; needs a label map.
+
+    Returns:
+      Labels and scores [P] of its pixels, row-major, on the devices; `fetch` brings them home.
+    """
+    picture = encoded.picture
+    size = picture.original[0] * picture.original[1]
+    starts = range(0, size, self._num_pixels)
+    truth = np.full(len(starts) * self._num_pixels, IGNORE_LABEL, np.uint8)
+    if picture.label is not None:
+      truth[:size] = picture.label.ravel()
+    tables = self._put(self._tables(encoded))
+    overlap = self._put(np.zeros((*tables.scores.shape[:2], self._num_classes), np.float32))
+    parts = []
+    for second_pass in self._flags[: 1 + oracle]:
+      for start in starts:
+        part = jax.device_put(truth[start : start + self._num_pixels], self._by_pixel)
+        out = self._label(
+          self._tally,
+          overlap,
+          tables,
+          self._pixels,
+          self._put(np.int32(start)),
+          part,
+          self._thresholds,
+          second_pass,
+        )
+        self._tally, overlap = out.tally, out.overlap
+        parts.append((out.labels, out.scores))
+    return parts[: len(starts)]
+
+  def fetch(self, picture: Picture, parts: list[tuple[jax.Array, jax.Array]]) -> LabelMap:
+    """What `label` returned, as arrays of the picture's size on the host."""
+    size = picture.original[0] * picture.original[1]
+    labels, scores = (np.concatenate(jax.device_get(arrays))[:size] for arrays in zip(*parts))
+    return LabelMap(
+      labels.astype(np.uint8).reshape(picture.original), scores.reshape(picture.original)
+    )
+
+  def counts(self) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted [T, C, C] and oracle [C, C] confusion matrices of all hosts, int64."""
+    tally = jax.tree.map(np.asarray, self._tally)
+    if jax.process_count() > 1:
+      hosts = multihost_utils.process_allgather(tally)
+      return hosts.predicted.counts().sum(axis=0), hosts.oracle.counts().sum(axis=0)
+    return tally.predicted.counts(), tally.oracle.counts()
+
+  def _tables(self, encoded: EncodedPicture) -> Tables:
+    """Everything of fixed shape: unused windows stay zero, small ones fill the upper left."""
+    picture, count = encoded.picture, len(encoded.segments)
+    slots, side = self._protocol.max_windows, self._protocol.window
+    height, width = picture.window_size
+    segments = np.zeros((slots, side, side), np.uint8)
+    segments[:count, :height, :width] = encoded.segments
+    scores = np.zeros((slots, *encoded.scores[0].shape), np.float32)
+    scores[:count] = encoded.scores
+    corners = np.zeros((2, slots), np.int32)
+    corners[:, :count] = picture.tops, picture.lefts
+    sizes = (picture.window_size, picture.resized, picture.original)
+    placement = segmentation.Placement(
+      corners[0], corners[1], np.int32(count), *(np.array(size, np.int32) for size in sizes)
+    )
+    return Tables(segments, scores, placement)

@@ -1,0 +1,81 @@
+"""Protocols: what their names stand for, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+from groupvit_jax.evals import protocols
+
+
+def test_groupvit_is_the_published_procedure():
+  assert protocols.GROUPVIT.to_json() == {
+    'name': 'groupvit',
+    'short_side': 448,
+    'max_long_side': 2048,
+    'window': 448,
+    'stride': 224,
+    'class_filter': 5,
+    'double_softmax': True,
+    'threshold': None,
+    'threshold_mode': 'window',
+    'templates': 'simple',
+    'class_names': 'groupvit',
+    'changed': [],
+  }
+
+
+def test_tcl_and_plain_differ_where_they_should():
+  tcl, plain = protocols.TCL.to_json(), protocols.PLAIN.to_json()
+  assert (tcl['threshold'], tcl['class_names'], tcl['window']) == (0.5, 'benchmark', 448)
+  assert plain['class_filter'] is None and not plain['double_softmax']
+  assert plain['threshold_mode'] == 'global'
+
+
+def test_overrides_are_named_in_the_result():
+  protocol = protocols.override(protocols.GROUPVIT, {'stride': 448, 'class_filter': None})
+  found = json.loads(json.dumps(protocol.to_json()))
+  assert found['name'] == 'groupvit' and found['stride'] == 448
+  assert found['changed'] == ['stride', 'class_filter']
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'strides': 2}, "a protocol has no 'strides'; it has short_side"),
+    ({'name': 'mine'}, "no 'name'"),
+    ({'stride': 449}, 'stride=449 leaves gaps between windows of 448 px'),
+    ({'stride': 0}, 'stride=0: use a whole number from 1 up'),
+    ({'window': 448.0}, 'window=448.0: use a whole number'),
+    ({'class_filter': 0}, 'class_filter=0'),
+    ({'threshold': 1.5}, 'threshold=1.5: use a number from 0 to 1'),
+    ({'threshold': True}, 'threshold=True'),
+    ({'threshold_mode': 'both'}, "threshold_mode='both': use 'window' or 'global'"),
+    ({'class_names': 'imagenet'}, "class_names='imagenet'"),
+    ({'double_softmax': 1}, 'double_softmax=1: use True or False'),
+    ({'max_long_side': 400}, 'max_long_side=400 is less than short_side=448'),
+  ],
+)
+def test_bad_overrides_are_refused_in_one_line(changes, message):
+  with pytest.raises(ValueError) as error:
+    protocols.override(protocols.GROUPVIT, changes)
+  assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_unknown_protocol():
+  assert protocols.find_protocol('tcl') is protocols.TCL
+  with pytest.raises(ValueError, match="no protocol 'voc'; choose one of groupvit, tcl, plain"):
+    protocols.find_protocol('voc')
+
+
+@pytest.mark.parametrize(
+  'length, count', [(448, 1), (100, 1), (449, 2), (672, 2), (673, 3), (2048, 9)]
+)
+def test_windows_along_an_axis(length, count):
+  assert protocols.GROUPVIT.windows_along(length) == count
+
+
+def test_most_windows():
+  assert protocols.GROUPVIT.max_windows == 9
+  square = dataclasses.replace(protocols.GROUPVIT, short_side=896, max_long_side=896)
+  assert square.max_windows == 9

@@ -1,0 +1,369 @@
+"""The evaluator against the slow reference, its own parts, and bad input."""
+
+import dataclasses
+import functools
+import json
+
+import cv2
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from groupvit_jax import metrics, sharding
+from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.evals import protocols, semantic_seg
+from groupvit_jax.evals.benchmarks import make_benchmark
+from groupvit_jax.models.vision import StageSpec, VisionInit
+from tests import reference_protocol
+from tests.tiny import tiny_model
+
+PATCH, WINDOW = 8, 32
+SIZES = reference_protocol.Sizes(WINDOW, 150, WINDOW, 16, PATCH)
+PROTOCOL = protocols.override(
+  protocols.GROUPVIT, {'short_side': WINDOW, 'max_long_side': 150, 'window': WINDOW, 'stride': 16}
+)
+# Whole windows only: as large, smaller, wide, portrait, odd, much larger, at the longest.
+ORDINARY = [
+  (32, 32), (20, 16), (7, 5), (32, 48), (33, 47), (50, 40), (41, 99), (99, 41), (64, 64), (65, 300),
+  (150, 32), (32, 150), (31, 33), (120, 90), (90, 121), (77, 211), (211, 77), (240, 320), (333, 250),
+]  # fmt: skip
+# So wide or tall that the short side is less than a window, and in the last even than a patch.
+EXTREME = [(20, 150), (400, 50), (40, 320), (13, 200)]
+
+
+@dataclasses.dataclass
+class Pictures:
+  """Blurred noise with label maps of rectangles, 255 at some borders."""
+
+  sizes: list
+  classes: tuple
+
+  def __len__(self):
+    return len(self.sizes)
+
+  def __getitem__(self, i):
+    rng = np.random.default_rng(i)
+    height, width = self.sizes[i]
+    noise = rng.integers(0, 256, (max(height // 9, 2), max(width // 9, 2), 3), np.uint8)
+    labels = rng.integers(0, len(self.classes), (3, 2)).astype(np.uint8)
+    label = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
+    label[:, :1] = 255
+    image = cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+    return {'image': image, 'label': label, 'key': f'{i}: {height} x {width}'}
+
+
+CLASSES = ('background', *(f'class {i}' for i in range(9)))
+WITH_BACKGROUND = make_benchmark('shapes', CLASSES, background=True)
+WITHOUT = make_benchmark('shapes', CLASSES[1:])
+
+
+@pytest.fixture(scope='module')
+def model():
+  decisive = nn.initializers.variance_scaling(8.0, 'fan_in', 'normal')
+  init = VisionInit(nn.initializers.lecun_normal(), decisive, *[nn.initializers.normal(0.5)] * 2)
+  stages = (StageSpec(1, 8, 8), StageSpec(1, 5, 5), StageSpec(1, 0, 0))
+  return tiny_model(
+    image_size=(WINDOW, WINDOW), patch_size=PATCH, width=16, stages=stages, init=init
+  )
+
+
+@pytest.fixture(scope='module')
+def variables(model):
+  images, tokens = jnp.zeros((1, WINDOW, WINDOW, 3)), jnp.full((1, 1, 6), 2)
+  return jax.jit(model.init)(jax.random.key(1), images, tokens)
+
+
+@pytest.fixture(scope='module')
+def text_embeds():
+  return np.random.default_rng(0).normal(size=(9, 8)).astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def evaluate(model, variables, text_embeds):
+  """Evaluates and returns the result and the label maps by key."""
+
+  def call(sizes, benchmark, protocol, **options):
+    maps = {}
+    keep = lambda encoded, labelled: maps.update({encoded.picture.key: labelled})
+    source = Pictures(sizes, benchmark.classes)
+    result = semantic_seg.evaluate(
+      model,
+      variables,
+      source,
+      text_embeds,
+      benchmark,
+      protocol,
+      **({'batch_size': 8, 'on_picture': keep} | options),
+    )
+    return result, maps
+
+  return call
+
+
+def threshold(value, **changes):
+  return protocols.override(PROTOCOL, {'threshold': value} | changes)
+
+
+@pytest.mark.parametrize('background', [True, False])
+def test_label_maps_are_those_of_the_slow_reference(
+  background, evaluate, model, variables, text_embeds
+):
+  benchmark = WITH_BACKGROUND if background else WITHOUT
+  sizes = ORDINARY + EXTREME
+  _, maps = evaluate(sizes, benchmark, threshold(0.1))
+  apply = jax.jit(lambda x: model.apply(variables, x, method='encode_segments'))
+
+  def encode(window):
+    out = apply(jnp.asarray(window[None], jnp.float32))
+    return reference_protocol.Encoded(*(x[0] for x in out[:2]), [a[0] for a in out.assignments])
+
+  agree, clear, labels_seen = 0, 0, set()
+  for record in Pictures(sizes, benchmark.classes):
+    if min(record['image'].shape[:2]) * 150 // max(record['image'].shape[:2]) < PATCH:
+      continue  # less than a patch: the description ends here
+    want, margin = reference_protocol.label_picture(
+      record['image'],
+      encode,
+      text_embeds,
+      float(variables['params']['logit_scale']),
+      0.1 if background else None,
+      SIZES,
+    )
+    is_clear = margin > 1e-4
+    agree += (maps[record['key']].labels == want)[is_clear].sum()
+    clear += is_clear.sum()
+    labels_seen |= set(want.ravel().tolist())
+  assert len(maps) == len(sizes)
+  assert len(labels_seen) >= 5 and (not background or 0 in labels_seen)
+  assert clear > 200_000
+  assert agree / clear >= 0.9999
+
+
+@pytest.fixture
+def compilations():
+  """Names of what is compiled during a test."""
+  names, active = [], [True]
+
+  def listen(event, duration, fun_name=None, **_):
+    if active[0] and event == '/jax/core/compile/backend_compile_duration':
+      names.append(fun_name)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield names
+  active[0] = False
+
+
+def test_any_ordinary_sizes_are_two_compilations(
+  compilations, evaluate, model, variables, text_embeds
+):
+  jax.clear_caches()
+  evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1), thresholds=(0.3,))
+  assert sorted(compilations) == ['jit(encode_windows)', 'jit(label_pixels)']
+  # Another step of training, other thresholds, other pictures: nothing is compiled again.
+  other = jax.device_get(jax.tree.map(lambda x: x * 1.1, variables))
+  compilations.clear()
+  semantic_seg.evaluate(
+    model,
+    other,
+    Pictures(ORDINARY[5:9], CLASSES),
+    text_embeds,
+    WITH_BACKGROUND,
+    threshold(0.7),
+    batch_size=8,
+    thresholds=(0.2,),
+  )
+  assert compilations == []
+
+
+def test_counts_are_those_of_the_label_maps(evaluate):
+  result, maps = evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1))
+  source = Pictures(ORDINARY, CLASSES)
+  counts = np.zeros((10, 10), np.int64)
+  for record in source:
+    truth, labels = record['label'].ravel(), maps[record['key']].labels.ravel()
+    np.add.at(counts, (truth[truth != 255], labels[truth != 255]), 1)
+  assert np.array_equal(result.counts, counts)
+  assert result.num_images == len(source)
+
+
+def test_oracle_names_each_segment_by_its_majority(evaluate):
+  """On pictures of one window, against the direct count."""
+  segments = {}
+
+  def keep(encoded, _):
+    segments[encoded.picture.key] = encoded.segments[0]
+
+  sizes = [(WINDOW, WINDOW)] * 5
+  result, _ = evaluate(sizes, WITHOUT, PROTOCOL, on_picture=keep)
+  counts = 0
+  for record in Pictures(sizes, WITHOUT.classes):
+    counts += metrics.ConfusionMatrix.oracle(
+      jnp.asarray(record['label'])[None],
+      jnp.asarray(segments[record['key']])[None],
+      num_segments=5,
+      num_classes=9,
+    ).counts()
+  assert np.array_equal(result.oracle_counts, counts)
+  assert result.oracle.pixel_accuracy > result.scores.pixel_accuracy
+
+
+def test_oracle_of_many_windows_beats_the_prediction(evaluate):
+  result, _ = evaluate(ORDINARY, WITHOUT, PROTOCOL)
+  assert result.oracle_counts.sum() == result.counts.sum()
+  assert result.oracle.pixel_accuracy > result.scores.pixel_accuracy
+  without, _ = evaluate(ORDINARY[:2], WITHOUT, PROTOCOL, oracle=False)
+  assert without.oracle is None and without.to_json()['oracle_iou'] is None
+
+
+def test_eight_devices_give_what_one_gives(evaluate):
+  one, maps = evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1))
+  many, others = evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1), mesh=sharding.make_mesh())
+  same = sum((maps[key].labels == others[key].labels).sum() for key in maps)
+  assert same >= 0.9999 * sum(m.labels.size for m in maps.values())
+  assert abs(one.counts - many.counts).sum() <= 2e-4 * one.counts.sum()
+  assert many.health == pytest.approx(one.health, rel=1e-5)
+
+
+def test_health_is_of_windows_not_of_padding(evaluate, model, variables):
+  """Five windows in batches of eight."""
+  sizes = [(WINDOW, WINDOW)] * 5
+  result, _ = evaluate(sizes, WITHOUT, PROTOCOL)
+  images = np.stack([record['image'] for record in Pictures(sizes, WITHOUT.classes)])
+  images = (images / 255 - reference_protocol.MEAN) / reference_protocol.STD
+  out = model.apply(variables, jnp.asarray(images, jnp.float32), method='encode_segments')
+  want = metrics.GroupingHealth.from_assignments(out.assignments).compute()
+  assert result.health == pytest.approx(want, rel=1e-5)
+
+
+def test_a_sweep_gives_what_each_threshold_gives(evaluate):
+  swept, _ = evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1), thresholds=(0.02, 0.3))
+  for value, counts in zip(swept.thresholds, swept.threshold_counts):
+    alone, _ = evaluate(ORDINARY, WITH_BACKGROUND, threshold(value))
+    assert np.array_equal(counts, alone.counts)
+    assert not np.array_equal(counts, swept.counts)
+  curve = swept.to_json()['threshold_miou']
+  assert [row['threshold'] for row in curve] == [0.02, 0.3]
+
+
+def test_plain_is_softmax_and_one_threshold(evaluate, model, variables, text_embeds):
+  """On pictures of one window, where stitching does nothing."""
+  plain = threshold(0.3, class_filter=None, double_softmax=False, threshold_mode='global')
+  sizes = [(WINDOW, WINDOW)] * 4
+  scores, segments = {}, {}
+
+  def keep(encoded, labelled):
+    scores[encoded.picture.key] = labelled
+    segments[encoded.picture.key] = encoded
+
+  evaluate(sizes, WITH_BACKGROUND, plain, on_picture=keep)
+  for key, labelled in scores.items():
+    image = next(r['image'] for r in Pictures(sizes, CLASSES) if r['key'] == key)
+    image = (image / 255 - reference_protocol.MEAN) / reference_protocol.STD
+    out = model.apply(variables, jnp.asarray(image[None], jnp.float32), method='encode_segments')
+    unit = reference_protocol.unit
+    scale = np.exp(float(variables['params']['logit_scale']))
+    embeds = np.asarray(out.segment_embeds[0], np.float64)
+    p = reference_protocol.softmax(scale * unit(embeds) @ unit(text_embeds).T)
+    p = p[segments[key].segments[0]]
+    want = np.where(p.max(-1) < 0.3, 0, p.argmax(-1) + 1)
+    assert np.array_equal(labelled.labels, want)
+    np.testing.assert_allclose(labelled.scores, np.maximum(p.max(-1), 0.3), rtol=1e-4)
+
+
+def test_json_names_everything(evaluate):
+  result, _ = evaluate(ORDINARY[:3], WITH_BACKGROUND, threshold(0.1))
+  result = dataclasses.replace(result, provenance={'step': '7'})
+  found = json.loads(json.dumps(result.to_json(), allow_nan=False))
+  assert found['protocol']['changed'] == [
+    'short_side', 'max_long_side', 'window', 'stride', 'threshold'
+  ]  # fmt: skip
+  assert found['protocol']['threshold'] == 0.1
+  assert found['templates'] == ['a photo of a {}.'] and found['class_names'] == list(CLASSES[1:])
+  assert list(found['iou']) == list(CLASSES) and found['provenance'] == {'step': '7'}
+  assert found['num_images'] == 3 and 0 <= found['miou'] <= 1
+
+
+def test_table_and_baseline():
+  counts = np.array([[6, 2, 0], [1, 1, 0], [0, 0, 0]])
+  result = semantic_seg.Result(
+    benchmark=make_benchmark('mine', ('cat', 'dog', 'cow')),
+    protocol=PROTOCOL,
+    num_images=2,
+    counts=counts,
+    oracle_counts=np.diag([8, 2, 0]),
+    health={},
+    thresholds=(),
+    threshold_counts=counts[:0],
+    provenance={},
+  )
+  lines = result.table().splitlines()
+  assert 'mine, 2 pictures, protocol groupvit' in lines[0] and 'stride=16' in lines[1]
+  assert 'cat               66.7   100.0' in lines
+  assert 'cow                  -       -' in lines
+  assert 'mIoU              45.8   100.0' in lines
+  assert "everything called 'cat': mIoU 40.0%, pixel accuracy 80.0%" in lines
+  assert result.scalars()['constant_miou'] == pytest.approx(0.4)
+  assert result.to_json()['iou'] == {'cat': 6 / 9, 'dog': 0.25, 'cow': None}
+
+
+class Words(Tokenizer):
+  """One id per word of a short list."""
+
+  vocab_size, bos_id, eos_id, pad_id = 20, 1, 2, 0
+
+  def _text_ids(self, text):
+    return [3 + 'a photo of the cat dog'.split().index(w) for w in text.strip('.').split()]
+
+
+def test_class_embeddings_are_means_of_projected_features(model, variables):
+  templates = ['a photo of the {}.', 'the {}.']
+  names = ('cat', 'dog')
+  embed = functools.partial(model.apply, variables, method='encode_text')
+  tokenizer = Words({})
+  want = []
+  for name in names:
+    tokens = tokenizer.encode([template.format(name) for template in templates], 6)
+    want.append(np.asarray(embed(jnp.asarray(tokens)), np.float64).mean(axis=0))
+  want = reference_protocol.unit(np.array(want))
+  prompts = [[template.format(name) for template in templates] for name in names]
+  got = semantic_seg.embed_prompts(model, variables, tokenizer, prompts)
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'source': Pictures([], CLASSES[1:])}, 'shapes has no pictures'),
+    ({'source': Pictures(ORDINARY, CLASSES[:9])}, 'the source labels 9 classes .background'),
+    ({'text_embeds': np.ones((8, 8), np.float32)}, 'asks for 9 classes but 8 are embedded'),
+    ({'benchmark': WITH_BACKGROUND}, 'set protocol.threshold'),
+    (
+      {'mesh': 'all', 'batch_size': 12},
+      'batch_size=12 is not a positive multiple of the 8 devices',
+    ),
+  ],
+)
+def test_mistakes_are_named(changes, message, model, variables, text_embeds):
+  arguments = {
+    'source': Pictures(ORDINARY, CLASSES[1:]),
+    'text_embeds': text_embeds,
+    'benchmark': WITHOUT,
+    'protocol': PROTOCOL,
+    'batch_size': 8,
+  }
+  arguments |= changes
+  if 'mesh' in arguments:
+    arguments['mesh'] = sharding.make_mesh()
+  with pytest.raises(ValueError, match=message):
+    semantic_seg.evaluate(model, variables, **arguments)
+
+
+def test_a_label_that_is_no_class_is_named(evaluate):
+  fewer = make_benchmark('shapes', CLASSES[1:4])
+  source = Pictures([(32, 32)], CLASSES)
+  with pytest.raises(
+    ValueError, match="label map of '0: 32 x 32' holds [3-9], but shapes has .* 2"
+  ):
+    semantic_seg.prepare_picture(source, 0, benchmark=fewer, protocol=PROTOCOL, patch_size=PATCH)

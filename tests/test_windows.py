@@ -1,0 +1,128 @@
+"""Pictures cut into windows, on the host."""
+
+import io
+import threading
+
+import cv2
+import numpy as np
+from PIL import Image
+import pytest
+
+from groupvit_jax.evals import protocols, windows
+
+GROUPVIT = protocols.GROUPVIT
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+  'size, want',
+  [
+    ((375, 500), (448, 597)),
+    ((500, 375), (597, 448)),
+    ((333, 500), (448, 673)),  # 672.67 is rounded
+    ((1024, 2048), (448, 896)),
+    ((400, 2000), (410, 2048)),  # the long side is bounded: 409.6
+    ((10, 4000), (16, 2048)),  # never less than a patch
+    ((448, 448), (448, 448)),
+  ],
+)
+def test_resized_size(size, want):
+  assert windows.resized_size(*size, GROUPVIT, 16) == want
+
+
+def test_last_window_is_moved_back_inside():
+  assert windows.window_starts(597, GROUPVIT) == [0, 149]
+  assert windows.window_starts(896, GROUPVIT) == [0, 224, 448]
+  assert windows.window_starts(300, GROUPVIT) == [0]
+
+
+def test_windows_are_cut_from_opencvs_resize(rng):
+  image = rng.integers(0, 256, (60, 100, 3), np.uint8)
+  picture = windows.cut_picture(image, GROUPVIT, 16, key='a')
+  resized = cv2.resize(image, (747, 448), interpolation=cv2.INTER_LINEAR)
+  assert picture.original == (60, 100) and picture.resized == (448, 747)
+  assert (picture.tops, picture.lefts) == ((0, 0, 0), (0, 224, 299))
+  for window, left in zip(picture.windows, picture.lefts):
+    assert np.array_equal(window, resized[:, left : left + 448])
+
+
+def test_a_picture_of_window_size_is_left_alone(rng):
+  image = rng.integers(0, 256, (448, 448, 3), np.uint8)
+  assert np.array_equal(windows.cut_picture(image, GROUPVIT, 16, key='a').windows, image[None])
+
+
+def test_a_picture_smaller_than_a_window_is_one_window(rng):
+  image = rng.integers(0, 256, (40, 300, 3), np.uint8)
+  picture = windows.cut_picture(image, GROUPVIT, 16, key='a')
+  assert picture.window_size == (273, 448) and len(picture.windows) == GROUPVIT.max_windows
+
+
+@pytest.mark.parametrize(
+  'image, label, message',
+  [
+    (np.zeros((4, 4), np.uint8), None, "picture 'a' is uint8 .4, 4.; make it uint8"),
+    (np.zeros((4, 4, 3), np.float32), None, 'is float32'),
+    (np.zeros((0, 4, 3), np.uint8), None, 'make it uint8'),
+    (
+      np.zeros((4, 5, 3), np.uint8),
+      np.zeros((5, 4), np.uint8),
+      'is 4 x 5 px, its label map .5, 4.',
+    ),
+  ],
+)
+def test_bad_pictures_are_refused(image, label, message):
+  with pytest.raises(ValueError, match=message):
+    windows.cut_picture(image, GROUPVIT, 16, key='a', label=label)
+
+
+def encoded(image, kind='PNG', **options):
+  data = io.BytesIO()
+  image.save(data, kind, **options)
+  return data.getvalue()
+
+
+def test_decoding_gives_rgb_whatever_the_mode(rng):
+  image = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
+  assert np.array_equal(windows.decode_image(encoded(image), 'a'), image)
+  grey = image.convert('L')
+  assert np.array_equal(windows.decode_image(encoded(grey), 'a'), grey.convert('RGB'))
+  cmyk = windows.decode_image(encoded(image.convert('CMYK'), 'JPEG'), 'a')
+  assert cmyk.shape == (5, 7, 3) and cmyk.dtype == np.uint8
+  pixels = np.asarray(image)
+  assert windows.decode_image(pixels, 'a') is pixels
+
+
+@pytest.mark.parametrize('data', [b'', b'not a picture'])
+def test_bytes_that_are_no_picture(data):
+  with pytest.raises(ValueError, match="picture 'a' cannot be decoded"):
+    windows.decode_image(data, 'a')
+
+
+@pytest.mark.parametrize('num_threads', [0, 3])
+def test_prefetch_keeps_the_order(num_threads):
+  assert list(windows.prefetch(str, range(50), num_threads=num_threads)) == [*map(str, range(50))]
+
+
+def test_prefetch_works_ahead_but_not_without_bound():
+  made, third = [], threading.Event()
+
+  def make(i):
+    made.append(i)
+    if len(made) == 3:
+      third.set()
+    return i
+
+  results = windows.prefetch(make, range(1000), num_threads=2)
+  next(results)
+  assert third.wait(10)  # made without being asked for
+  results.close()
+  assert len(made) <= 6
+
+
+def test_prefetch_passes_errors_on():
+  with pytest.raises(ZeroDivisionError):
+    list(windows.prefetch(lambda i: 1 // i, [1, 0, 1], num_threads=2))
