@@ -13,6 +13,7 @@ def test_groupvit_is_the_published_procedure():
     'name': 'groupvit',
     'short_side': 448,
     'max_long_side': 2048,
+    'antialias': False,
     'window': 448,
     'stride': 224,
     'class_filter': 5,
@@ -30,6 +31,13 @@ def test_tcl_and_plain_differ_where_they_should():
   assert (tcl['threshold'], tcl['class_names'], tcl['window']) == (0.5, 'benchmark', 448)
   assert plain['class_filter'] is None and not plain['double_softmax']
   assert plain['threshold_mode'] == 'global'
+
+
+def test_native_fits_the_models_own_pictures():
+  native = protocols.native_protocol((64, 96))
+  assert (native.short_side, native.window, native.stride) == (64, 64, 32)
+  assert native.max_long_side == 256 and native.threshold is None and native.antialias
+  assert native.class_filter == protocols.GROUPVIT.class_filter
 
 
 def test_overrides_are_named_in_the_result():

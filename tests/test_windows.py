@@ -1,11 +1,10 @@
 """Pictures cut into windows, on the host."""
 
-import io
+import dataclasses
 import threading
 
 import cv2
 import numpy as np
-from PIL import Image
 import pytest
 
 from groupvit_jax.evals import protocols, windows
@@ -50,6 +49,18 @@ def test_windows_are_cut_from_opencvs_resize(rng):
     assert np.array_equal(window, resized[:, left : left + 448])
 
 
+def test_antialiasing_averages_where_a_picture_shrinks(rng):
+  protocol = dataclasses.replace(GROUPVIT, short_side=4, window=4, stride=4, antialias=True)
+  image = rng.integers(0, 256, (8, 8, 3), np.uint8)
+  window = windows.cut_picture(image, protocol, 2, key='a').windows[0]
+  want = image.reshape(4, 2, 4, 2, 3).mean(axis=(1, 3))
+  np.testing.assert_allclose(window, want, atol=0.51)
+  # Where it grows there is nothing to average.
+  small = image[:2, :2]
+  want = cv2.resize(small, (4, 4), interpolation=cv2.INTER_LINEAR)
+  assert np.array_equal(windows.cut_picture(small, protocol, 2, key='a').windows[0], want)
+
+
 def test_a_picture_of_window_size_is_left_alone(rng):
   image = rng.integers(0, 256, (448, 448, 3), np.uint8)
   assert np.array_equal(windows.cut_picture(image, GROUPVIT, 16, key='a').windows, image[None])
@@ -77,29 +88,6 @@ def test_a_picture_smaller_than_a_window_is_one_window(rng):
 def test_bad_pictures_are_refused(image, label, message):
   with pytest.raises(ValueError, match=message):
     windows.cut_picture(image, GROUPVIT, 16, key='a', label=label)
-
-
-def encoded(image, kind='PNG', **options):
-  data = io.BytesIO()
-  image.save(data, kind, **options)
-  return data.getvalue()
-
-
-def test_decoding_gives_rgb_whatever_the_mode(rng):
-  image = Image.fromarray(rng.integers(0, 256, (5, 7, 3), np.uint8))
-  assert np.array_equal(windows.decode_image(encoded(image), 'a'), image)
-  grey = image.convert('L')
-  assert np.array_equal(windows.decode_image(encoded(grey), 'a'), grey.convert('RGB'))
-  cmyk = windows.decode_image(encoded(image.convert('CMYK'), 'JPEG'), 'a')
-  assert cmyk.shape == (5, 7, 3) and cmyk.dtype == np.uint8
-  pixels = np.asarray(image)
-  assert windows.decode_image(pixels, 'a') is pixels
-
-
-@pytest.mark.parametrize('data', [b'', b'not a picture'])
-def test_bytes_that_are_no_picture(data):
-  with pytest.raises(ValueError, match="picture 'a' cannot be decoded"):
-    windows.decode_image(data, 'a')
 
 
 @pytest.mark.parametrize('num_threads', [0, 3])

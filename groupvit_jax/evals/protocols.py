@@ -17,6 +17,7 @@ class Protocol:
     short_side: pixels that a picture's short side is resized to.
     max_long_side: pixels that its long side may have at most; where it would have more, the picture
       is made smaller than `short_side` asks.
+    antialias: whether pictures are averaged where they shrink; OpenCV's bilinear skips pixels.
     window: side of the square windows, in pixels; a smaller picture is one smaller window.
     stride: pixels from one window to the next; the last one is moved back inside.
     class_filter: classes kept per window, those that fit its pooled feature best; None for all.
@@ -32,6 +33,7 @@ class Protocol:
   name: str
   short_side: int
   max_long_side: int
+  antialias: bool
   window: int
   stride: int
   class_filter: int | None
@@ -48,8 +50,9 @@ class Protocol:
       _check('class_filter', self.class_filter, 1, None, int)
     if self.threshold is not None:
       _check('threshold', self.threshold, 0, 1, (int, float))
-    if not isinstance(self.double_softmax, bool):
-      raise ValueError(f'protocol.double_softmax={self.double_softmax!r}: use True or False')
+    for field in ('antialias', 'double_softmax'):
+      if not isinstance(getattr(self, field), bool):
+        raise ValueError(f'protocol.{field}={getattr(self, field)!r}: use True or False')
     if self.max_long_side < self.short_side:
       raise ValueError(
         f'protocol.max_long_side={self.max_long_side} is less than short_side={self.short_side}; '
@@ -100,6 +103,28 @@ def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
   return dataclasses.replace(protocol, **changes)
 
 
+def native_protocol(image_size: tuple[int, int]) -> Protocol:
+  """The paper's protocol at a model's own scale: windows of the size it was trained on.
+
+  Args:
+    image_size: (H, W) of the training pictures.
+
+  Returns:
+    A protocol named 'native', without a threshold.
+  """
+  side = min(image_size)
+  return dataclasses.replace(
+    GROUPVIT,
+    name='native',
+    short_side=side,
+    max_long_side=4 * side,
+    antialias=True,
+    window=side,
+    stride=max(side // 2, 1),
+    class_names='benchmark',
+  )
+
+
 def find_protocol(name: str) -> Protocol:
   """The protocol of that name.
 
@@ -131,6 +156,7 @@ GROUPVIT = Protocol(
   name='groupvit',
   short_side=448,
   max_long_side=2048,
+  antialias=False,
   window=448,
   stride=224,
   class_filter=5,

@@ -14,31 +14,10 @@ from groupvit_jax.data.sources import build_scenes
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals import groups, semantic_seg, visualize
 from groupvit_jax.evals.benchmarks import Benchmark, make_benchmark
-from groupvit_jax.evals.protocols import GROUPVIT, Protocol
+from groupvit_jax.evals.protocols import native_protocol, Protocol
 from groupvit_jax.models.image_text import ImageTextModel
 
 _WINDOWS_PER_BATCH = 32
-
-
-def run_protocol(config: ml_collections.ConfigDict) -> Protocol:
-  """The protocol that suits a run's own pictures: the paper's, with windows of the training size.
-
-  Args:
-    config: of the run.
-
-  Returns:
-    A protocol named 'native'.
-  """
-  side = min(config.model.vision.image_size)
-  return dataclasses.replace(
-    GROUPVIT,
-    name='native',
-    short_side=side,
-    max_long_side=4 * side,
-    window=side,
-    stride=max(side // 2, 1),
-    class_names='benchmark',
-  )
 
 
 def windows_per_batch(mesh: jax.sharding.Mesh) -> int:
@@ -74,16 +53,17 @@ class SceneEvaluator:
       tokenizer: of the run.
       mesh: where the variables live.
       split: 'validation', or 'test' for what no choice has been based on.
-      protocol: how pictures are labelled; None for `run_protocol(config)`.
+      protocol: how pictures are labelled; None for the native one.
 
     Raises:
       ValueError: the config's scenes or the protocol have a mistake.
     """
-    scenes = build_scenes(config.data.scenes, tuple(config.model.vision.image_size), split)
+    size = tuple(config.model.vision.image_size)
+    scenes = build_scenes(config.data.scenes, size, split)
     self.split = split
     self.source = scenes.labelled()
     self.benchmark = scene_benchmark(self.source.classes)
-    self.protocol = run_protocol(config) if protocol is None else protocol
+    self.protocol = protocol or native_protocol(size)
     self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
 
   def evaluate(

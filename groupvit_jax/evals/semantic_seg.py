@@ -11,6 +11,7 @@ import numpy as np
 
 from groupvit_jax import sharding
 from groupvit_jax.data import text_ops
+from groupvit_jax.data.pictures import read_picture
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals import windows
 from groupvit_jax.evals.benchmarks import Benchmark, IGNORE_LABEL
@@ -22,6 +23,7 @@ from groupvit_jax.metrics import GroupingHealth
 from groupvit_jax.models.image_text import ImageTextModel
 
 _TEXT_ROWS = 256  # texts per batch
+_TEXT_STEP = 8  # lengths of texts are multiples of this
 
 
 class LabelledSource(Interface):
@@ -79,8 +81,9 @@ def embed_prompts(
   tokens = tokenizer.encode(texts, model.text.context_length)
   # Nothing after the end-of-text token matters in a causal tower, and it is most of the work.
   ends = (tokens == tokenizer.eos_id).argmax(axis=1)
-  tokens = tokens[:, : ends.max() + 1]
-  rows = min(len(tokens), _TEXT_ROWS)
+  # Rounded up, so that few shapes are ever compiled.
+  tokens = tokens[:, : -(-(ends.max() + 1) // _TEXT_STEP) * _TEXT_STEP]
+  rows = min(1 << (len(tokens) - 1).bit_length(), _TEXT_ROWS)
   batches = np.pad(tokens, ((0, -len(tokens) % rows), (0, 0)), mode='edge')
   batches = batches.reshape(-1, rows, tokens.shape[1])
   embeds = [_to_host(_embed_texts(variables, batch, model=model)) for batch in batches]
@@ -225,5 +228,5 @@ def prepare_picture(
       f'the label map of {key!r} holds {beyond[0]}, but {benchmark.name} has labels 0 to '
       f'{benchmark.num_classes - 1} and {IGNORE_LABEL}'
     )
-  image = windows.decode_image(record['image'], key)
+  image = read_picture(record['image'], key)
   return windows.cut_picture(image, protocol, patch_size, key=key, label=label)

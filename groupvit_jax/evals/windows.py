@@ -43,20 +43,6 @@ class Picture:
     return self.windows.shape[1:3]
 
 
-def decode_image(data: bytes | np.ndarray, key: str) -> np.ndarray:
-  """Pixels of an encoded picture as uint8 [H, W, 3], turned as its EXIF says; arrays pass through.
-
-  Raises:
-    ValueError: the bytes are no picture.
-  """
-  if isinstance(data, np.ndarray):
-    return data
-  pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
-  if pixels is None:
-    raise ValueError(f'picture {key!r} cannot be decoded; replace or remove it')
-  return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
-
-
 def resized_size(height: int, width: int, protocol: Protocol, patch_size: int) -> tuple[int, int]:
   """Rows and columns of a picture after resizing.
 
