@@ -10,7 +10,6 @@ import transformers
 
 from groupvit_jax import losses
 from groupvit_jax.interop import huggingface, state_dicts
-from groupvit_jax.models.build import build_model
 
 EOS = 33  # neither the largest nor the smallest id of a text
 
@@ -93,7 +92,7 @@ def theirs(model: transformers.GroupViTModel, images: np.ndarray, tokens: np.nda
 
 def ours(model: transformers.GroupViTModel, images: np.ndarray, tokens: np.ndarray) -> Outputs:
   spec = huggingface.from_huggingface_config(model.config.to_dict())
-  jax_model = build_model(spec.config, vocab_size=spec.vocab_size, eos_id=spec.eos_id, multi_label=False)
+  jax_model = spec.build()
   state = {name: x.numpy() for name, x in model.state_dict().items()}
   variables = huggingface.from_huggingface(state, state_dicts.abstract_variables(jax_model))
 

@@ -1,7 +1,7 @@
 """GroupViT as `transformers` stores it: names of the weights and of the config."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -22,7 +22,8 @@ def _block(ours: str, theirs: str) -> tuple[Rule, ...]:
       *mlp(f'{ours}/mlp', f'{theirs}.mlp'))
 
 
-def _grouping(ours: str, theirs: str) -> tuple[Rule, ...]:
+def grouping(ours: str, theirs: str, attention_out: str) -> tuple[Rule, ...]:
+  """A grouping block, whose names the authors' checkpoints share but for that of the attention's last projection."""
   cross, attn = f'{ours}/cross_attn', f'{theirs}.pre_assign_attn'
   return (
       *norm(f'{ours}/norm_groups', f'{theirs}.norm_tokens'),
@@ -32,7 +33,7 @@ def _grouping(ours: str, theirs: str) -> tuple[Rule, ...]:
       *dense(f'{cross}/attn/query', f'{attn}.attn.q_proj'),
       *dense(f'{cross}/attn/key', f'{attn}.attn.k_proj'),
       *dense(f'{cross}/attn/value', f'{attn}.attn.v_proj'),
-      *dense(f'{cross}/attn/out', f'{attn}.attn.out_proj', KERNEL_OUT),
+      *dense(f'{cross}/attn/out', f'{attn}.attn.{attention_out}', KERNEL_OUT),
       *norm(f'{cross}/norm2', f'{attn}.norm2'),
       *mlp(f'{cross}/mlp', f'{attn}.mlp'),
       *norm(f'{cross}/norm_post', f'{attn}.norm_post'),
@@ -59,7 +60,7 @@ RULES = (
     *norm('vision/stage{i}_group_projector/norm', f'{_STAGE}.group_projector.0'),
     *mlp('vision/stage{i}_group_projector/mixer/mlp', f'{_STAGE}.group_projector.1'),
     *_block('vision/stage{i}_block{j}', _STAGE + '.layers.{j}'),
-    *_grouping('vision/stage{i}_grouping', f'{_STAGE}.downsample'),
+    *grouping('vision/stage{i}_grouping', f'{_STAGE}.downsample', 'out_proj'),
     *norm('vision/norm', 'vision_model.layernorm'),
     *array('text/token_embedding', 'text_model.embeddings.token_embedding.weight'),
     *array('text/positions', 'text_model.embeddings.position_embedding.weight'),
@@ -83,19 +84,6 @@ _VISION_DEFAULTS = dict(
 _TEXT_DEFAULTS = dict(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=4,
     max_position_embeddings=77, vocab_size=49408, eos_token_id=49407, hidden_act='quick_gelu', layer_norm_eps=1e-5)
-
-# Of the model's config, what trains it and is in no weights file: the paper's values.
-TRAINING_CONFIG = dict(drop_path=0.1, assignment='gumbel', init=dict(
-    kernel='normal:0.02', assign_kernel='normal:0.02', tokens_std=0.02, positions_std=0.02))
-
-
-class ModelSpec(NamedTuple):
-  """What `build_model` needs to rebuild a model found elsewhere."""
-
-  config: ml_collections.ConfigDict  # the `model` part of a config
-  vocab_size: int
-  eos_id: int
-
 
 def from_huggingface(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
   """Variables from the state dict of `transformers.GroupViTModel`.
@@ -124,7 +112,7 @@ def to_huggingface(variables: Mapping) -> state_dicts.StateDict:
   return state_dicts.to_state_dict(variables, RULES) | {name: np.zeros((), np.int64) for name in _COUNTERS}
 
 
-def from_huggingface_config(config: Mapping[str, Any]) -> ModelSpec:
+def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
   """Our model config from a parsed `config.json`.
 
   Raises:
@@ -134,22 +122,22 @@ def from_huggingface_config(config: Mapping[str, Any]) -> ModelSpec:
   vision = _VISION_DEFAULTS | dict(config.get('vision_config') or {})
   text = _TEXT_DEFAULTS | dict(config.get('text_config') or {})
   _check_supported(config, vision, text)
-  height, width = _pair(vision['image_size'])
+  ratio = state_dicts.mlp_ratio
   model = ml_collections.ConfigDict(dict(
       dtype='float32', embed_dim=top['projection_dim'], projector_dim=top['projection_intermediate_dim'],
       vision=dict(
-          image_size=(height, width), patch_size=_pair(vision['patch_size'])[0], width=vision['hidden_size'],
+          image_size=_pair(vision['image_size']), patch_size=_pair(vision['patch_size'])[0], width=vision['hidden_size'],
           num_heads=vision['num_attention_heads'], depths=tuple(vision['depths']),
           num_group_tokens=tuple(vision['num_group_tokens']),
           # The last stage has an entry there too, which nothing reads.
           num_segments=(*vision['num_output_groups'][:-1], 0),
-          mlp_ratio=mlp_ratio(vision['hidden_size'], vision['intermediate_size']), **TRAINING_CONFIG),
+          mlp_ratio=ratio(vision['hidden_size'], vision['intermediate_size']), **state_dicts.TRAINING_CONFIG),
       text=dict(
           context_length=text['max_position_embeddings'], width=text['hidden_size'], depth=text['num_hidden_layers'],
-          num_heads=text['num_attention_heads'], mlp_ratio=mlp_ratio(text['hidden_size'], text['intermediate_size']))))
+          num_heads=text['num_attention_heads'], mlp_ratio=ratio(text['hidden_size'], text['intermediate_size']))))
   # Old configs say 2 by mistake; `transformers` then takes the largest id, which ends a text in CLIP's vocabulary.
   eos_id = text['vocab_size'] - 1 if text['eos_token_id'] == 2 else text['eos_token_id']
-  return ModelSpec(model, text['vocab_size'], eos_id)
+  return state_dicts.ModelSpec(model, text['vocab_size'], eos_id, multi_label=False)
 
 
 def to_huggingface_config(config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, pad_id: int) -> dict:
@@ -188,12 +176,6 @@ def to_huggingface_config(config: ml_collections.ConfigDict, *, vocab_size: int,
           model_type='groupvit_text_model', vocab_size=vocab_size, eos_token_id=eos_id, pad_token_id=pad_id,
           max_position_embeddings=text.context_length, hidden_size=text.width, num_hidden_layers=text.depth,
           num_attention_heads=text.num_heads, intermediate_size=int(text.width * text.mlp_ratio)))
-
-
-def mlp_ratio(width: int, hidden: int) -> float:
-  """The ratio with int(width * ratio) == hidden, which hidden / width may miss by a rounding."""
-  ratio = hidden / width
-  return ratio if int(width * ratio) == hidden else float(np.nextafter(ratio, np.inf))
 
 
 def _check_supported(config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:

@@ -11,12 +11,32 @@ from typing import NamedTuple
 from flax import traverse_util
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 
+from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
 
 Array = np.ndarray | jax.Array
 StateDict = dict[str, np.ndarray]
+
+
+# Of the model's config, what trains it and is in no weights file: the paper's values.
+TRAINING_CONFIG = dict(drop_path=0.1, assignment='gumbel', init=dict(
+    kernel='normal:0.02', assign_kernel='normal:0.02', tokens_std=0.02, positions_std=0.02))
+
+
+class ModelSpec(NamedTuple):
+  """What `build_model` needs to rebuild a model found elsewhere."""
+
+  config: ml_collections.ConfigDict  # the `model` part of a config
+  vocab_size: int
+  eos_id: int
+  multi_label: bool
+
+  def build(self) -> ImageTextModel:
+    """The model. Raises ValueError where its sizes do not fit together."""
+    return build_model(self.config, vocab_size=self.vocab_size, eos_id=self.eos_id, multi_label=self.multi_label)
 
 
 class Layout(NamedTuple):
@@ -87,6 +107,12 @@ def abstract_variables(model: ImageTextModel) -> dict:
   images = jax.ShapeDtypeStruct((1, *model.vision.image_size, 3), jnp.float32)
   tokens = jax.ShapeDtypeStruct((1, 1, model.text.context_length), jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), images, tokens)
+
+
+def mlp_ratio(width: int, hidden: int) -> float:
+  """The ratio with int(width * ratio) == hidden, which hidden / width may miss by a rounding."""
+  ratio = hidden / width
+  return ratio if int(width * ratio) == hidden else float(np.nextafter(ratio, np.inf))
 
 
 def name_map(variables: Mapping, rules: Sequence[Rule]) -> dict[str, Entry]:

@@ -1,0 +1,247 @@
+"""Reads the weights in a torch checkpoint without torch, and without running anything the file asks for.
+
+A checkpoint is a pickle, and a pickle is a program: it names functions and has them called. Here every name is looked
+up in a table of our own, whose entries only note down what a tensor is made of; any other name ends the reading. (No
+library that does this is both well kept and free of torch; `torch.load(weights_only=True)` works the same way.)
+"""
+
+from collections.abc import Callable
+import pickle
+import struct
+from typing import Any, BinaryIO, NamedTuple
+import zipfile
+
+from etils import epath
+import ml_dtypes
+import numpy as np
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LFS_POINTER = b'version https://git-lfs'
+
+_DTYPES = {
+    'FloatStorage': np.dtype('<f4'), 'HalfStorage': np.dtype('<f2'), 'DoubleStorage': np.dtype('<f8'),
+    'BFloat16Storage': np.dtype(ml_dtypes.bfloat16), 'LongStorage': np.dtype('<i8'), 'IntStorage': np.dtype('<i4'),
+    'ShortStorage': np.dtype('<i2'), 'CharStorage': np.dtype('i1'), 'ByteStorage': np.dtype('u1'),
+    'BoolStorage': np.dtype('?')}
+
+# Settings and metrics that trainings put beside the weights. They are skipped: nothing of these modules is called.
+_SKIPPED_MODULES = ('_codecs', 'argparse', 'collections', 'numpy', 'omegaconf', 'pathlib', 'typing', 'yacs')
+_SKIPPED_BUILTINS = ('bool', 'bytes', 'dict', 'float', 'int', 'list', 'long', 'set', 'str', 'tuple', 'unicode')
+
+
+class _StorageType(NamedTuple):
+  """A number format; a tuple, as a pickle could change a dtype."""
+
+  dtype: np.dtype
+
+
+class _Storage(NamedTuple):
+  """A run of numbers in the file."""
+
+  key: str
+  dtype: np.dtype
+  numel: int
+
+
+class _Tensor(NamedTuple):
+  """A view of a storage."""
+
+  storage: _Storage
+  offset: int
+  size: tuple[int, ...]
+  stride: tuple[int, ...]
+
+
+class _Dict(dict):
+  """A dict that a pickle cannot give attributes (torch puts `_metadata` on state dicts)."""
+
+  __slots__ = ()
+
+  def __setstate__(self, state: object = None) -> None:
+    pass
+
+
+class _Skipped(dict):
+  """Stands for an object of `_SKIPPED_MODULES`; swallows all a pickle does to it."""
+
+  __slots__ = ()
+
+  def __init__(self, *args: object, **kwargs: object):
+    super().__init__()
+
+  def __setstate__(self, state: object = None) -> None:
+    pass
+
+  def append(self, item: object) -> None:
+    """Called for items of a pickled list."""
+
+
+class _Name:
+  """What a pickle gets for a name in the table: can be called, cannot be changed."""
+
+  __slots__ = ('_call',)
+
+  def __init__(self, call: Callable[..., object]):
+    object.__setattr__(self, '_call', call)
+
+  def __call__(self, *args: object) -> object:
+    return self._call(*args)
+
+  def __setattr__(self, name: str, value: object) -> None:
+    raise pickle.UnpicklingError(f'it tries to change {name}')
+
+  def __setstate__(self, state: object) -> None:
+    raise pickle.UnpicklingError('it tries to change a function')
+
+
+def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> _Tensor:
+  numbers = lambda value: isinstance(value, tuple) and all(type(n) is int and n >= 0 for n in value)
+  if not (isinstance(storage, _Storage) and numbers((offset,)) and numbers(size) and numbers(stride)
+          and len(size) == len(stride)):
+    raise pickle.UnpicklingError('it describes a tensor that cannot be')
+  return _Tensor(storage, offset, size, stride)
+
+
+_TABLE = {
+    ('collections', 'OrderedDict'): _Dict,
+    ('torch', 'Size'): _Name(tuple),
+    ('torch._utils', '_rebuild_tensor'): _Name(_rebuild_tensor),
+    ('torch._utils', '_rebuild_tensor_v2'): _Name(_rebuild_tensor),
+    ('torch._utils', '_rebuild_parameter'): _Name(lambda data, *_: data),
+} | {('torch', name): _StorageType(dtype) for name, dtype in _DTYPES.items()} | {
+    (module, name): _Skipped for module in ('builtins', '__builtin__') for name in _SKIPPED_BUILTINS}
+
+
+class _Unpickler(pickle.Unpickler):
+  """An unpickler that knows the names of the table alone."""
+
+  def find_class(self, module: str, name: str) -> object:
+    if (module, name) in _TABLE:
+      return _TABLE[module, name]
+    if module.split('.')[0] in _SKIPPED_MODULES:
+      return _Skipped
+    raise pickle.UnpicklingError(f'it wants {module}.{name}, which no weights need')
+
+  def persistent_load(self, pid: object) -> _Storage:
+    match pid:
+      # Legacy files end with the view that a storage is of another, which only ancient ones have.
+      case ('storage', _StorageType(dtype), str(key), _, int(numel), *view) if numel >= 0 and view in ([], [None]):
+        return _Storage(key, dtype, numel)
+    raise pickle.UnpicklingError('it refers to something that is not a storage of numbers')
+
+
+def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads the weights of a `.pth`, `.pt` or `.bin` file of torch, of any version since 0.4.
+
+  Args:
+    path: of a file that holds a state dict, or a dict with one under 'model'.
+
+  Returns:
+    Name -> array.
+
+  Raises:
+    ValueError: the file is missing, cut short, not torch's, holds no state dict, or asks for more than tensors.
+  """
+  path = epath.Path(path)
+  if not path.is_file():
+    raise ValueError(f'there is no file {path}')
+  try:
+    with path.open('rb') as file:
+      payload, storages = _read(file)
+    payload = payload.get('model', payload) if isinstance(payload, dict) else payload
+    if not isinstance(payload, dict) or not payload:
+      raise ValueError('it holds no state dict')
+    wrong = [str(name) for name, value in payload.items() if not (isinstance(value, _Tensor) and isinstance(name, str))]
+    if wrong:
+      raise ValueError(f'of what it holds this is no tensor: {", ".join(wrong[:10])}')
+    return {name: _view(tensor, storages) for name, tensor in payload.items()}
+  except Exception as error:  # a damaged pickle or zip raises nearly anything
+    reason = ' '.join(str(error).split()) or type(error).__name__
+    raise ValueError(f'{path} cannot be read: {reason}; nothing in it was run') from error
+
+
+def _read(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
+  """Returns the pickled object, its tensors still descriptions, and the storages by key."""
+  start = file.read(len(_LFS_POINTER))
+  file.seek(0)
+  if start == _LFS_POINTER:
+    raise ValueError('it is a Git LFS pointer; download the file it stands for')
+  if start.startswith(b'PK'):
+    return _read_zip(file)
+  if start.startswith(b'\x80'):
+    return _read_legacy(file)
+  raise ValueError('it is not a torch checkpoint')
+
+
+def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
+  try:
+    archive = zipfile.ZipFile(file)
+  except zipfile.BadZipFile:
+    raise ValueError('it is cut short or damaged; download it again') from None
+  pickles = [name for name in archive.namelist() if name.endswith('/data.pkl')]
+  if len(pickles) != 1:
+    raise ValueError('it is not a torch checkpoint')
+  if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+    raise ValueError('it is compressed, which torch never does')
+  root = pickles[0].removesuffix('data.pkl')
+  if root + 'byteorder' in archive.namelist() and archive.read(root + 'byteorder') != b'little':
+    raise ValueError('it was written by a big-endian machine')
+  used: dict[str, _Storage] = {}
+  with archive.open(pickles[0]) as stream:
+    payload = _RecordingUnpickler(stream, used).load()
+  return payload, {key: _numbers(archive.read(f'{root}data/{key}'), storage) for key, storage in used.items()}
+
+
+def _read_legacy(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
+  """Of torch before 1.6: three pickles of preamble, the object, the order of storages, then their numbers."""
+  used: dict[str, _Storage] = {}
+  try:
+    if _Unpickler(file).load() != _LEGACY_MAGIC:
+      raise ValueError('it is not a torch checkpoint')
+    _Unpickler(file).load()
+    if _Unpickler(file).load().get('little_endian') is not True:
+      raise ValueError('it was written by a big-endian machine')
+    payload = _RecordingUnpickler(file, used).load()
+    keys = _Unpickler(file).load()
+  except EOFError:
+    raise ValueError('it is cut short; download it again') from None
+  storages = {}
+  for key in keys:
+    header = file.read(8)
+    if key not in used or len(header) < 8 or struct.unpack('<q', header)[0] != used[key].numel:
+      raise ValueError('it is cut short or damaged; download it again')
+    storages[key] = _numbers(file.read(used[key].numel * used[key].dtype.itemsize), used[key])
+  return payload, storages
+
+
+class _RecordingUnpickler(_Unpickler):
+  """Notes down which storages are used."""
+
+  def __init__(self, file: BinaryIO, used: dict[str, _Storage]):
+    super().__init__(file)
+    self._used = used
+
+  def persistent_load(self, pid: object) -> _Storage:
+    storage = super().persistent_load(pid)
+    if self._used.setdefault(storage.key, storage) != storage:
+      raise pickle.UnpicklingError(f'it describes storage {storage.key} in two ways')
+    return storage
+
+
+def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
+  if len(data) != storage.numel * storage.dtype.itemsize:
+    raise ValueError('it is cut short or damaged; download it again')
+  return np.frombuffer(data, storage.dtype)
+
+
+def _view(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
+  """The array of a tensor. Checks the bounds, which `as_strided` does not."""
+  numbers = storages.get(tensor.storage.key)
+  last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride, strict=True))
+  count = int(np.prod(tensor.size, dtype=object))
+  if numbers is None or count and (last >= numbers.size or count > numbers.size):
+    raise ValueError('a tensor reaches beyond the numbers that are there')
+  if not count:
+    return np.zeros(tensor.size, tensor.storage.dtype)
+  strides = [step * numbers.itemsize for step in tensor.stride]
+  return np.lib.stride_tricks.as_strided(numbers[tensor.offset:], tensor.size, strides, writeable=False).copy()
