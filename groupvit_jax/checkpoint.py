@@ -2,7 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 import contextlib
+import gc
+import io
 import json
+import logging as python_logging
+import time
+import traceback
 from typing import NamedTuple
 
 from absl import logging
@@ -17,7 +22,7 @@ from groupvit_jax.train_state import TrainState
 class Restored(NamedTuple):
   """A checkpoint that was read."""
 
-  state: TrainState
+  state: TrainState | dict[str, object]  # all of it, or {'params': ..., 'batch_stats': ...}
   step: int
   skipped: tuple[int, ...]  # newer steps that could not be read
 
@@ -34,11 +39,12 @@ class Checkpoints:
       read_only: for evaluation.
     """
     self._read_only = read_only
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,
-        cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
     self.folder = epath.Path(workdir).resolve() / 'checkpoints'
-    self._manager = ocp.CheckpointManager(self.folder, options=options)
+    with _quiet():
+      options = ocp.CheckpointManagerOptions(
+          max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,
+          cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
+      self._manager = ocp.CheckpointManager(self.folder, options=options)
 
   def steps(self) -> list[int]:
     """Steps there are checkpoints of, oldest first."""
@@ -73,11 +79,31 @@ class Checkpoints:
     Raises:
       ValueError: there are checkpoints and none of them can be read.
     """
+    return self._newest(ocp.args.StandardRestore(abstract_state))
+
+  def restore_variables(self, abstract_variables: dict[str, object]) -> Restored | None:
+    """Restores what `model.apply` takes and leaves the rest, above all the optimiser's moments, unread.
+
+    Args:
+      abstract_variables: `TrainState.variables` of an abstract state.
+
+    Returns:
+      The variables as `state`, or None when there is no checkpoint at all.
+
+    Raises:
+      ValueError: there are checkpoints and none of them can be read.
+    """
+    return self._newest(ocp.args.PyTreeRestore(
+        abstract_variables, ocp.checkpoint_utils.construct_restore_args(abstract_variables), partial_restore=True))
+
+  def _newest(self, restore_args: ocp.args.CheckpointArgs) -> Restored | None:
+    """The newest checkpoint that can be read."""
     failures = {}
     for step in reversed(self.steps()):
       try:
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state)))
-        jax.block_until_ready(restored.state)
+        with _quiet():
+          restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
+          jax.block_until_ready(restored.state)
       except Exception as error:  # pylint: disable=broad-except
         # Which exception a damaged file raises depends on the file; every one means "not this checkpoint".
         failures[step] = error
@@ -102,6 +128,30 @@ class Checkpoints:
     for step in steps:
       (self.folder / str(step)).rename(self.folder / f'damaged-{step}')
     self._manager.reload()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps a library's asides off the terminal; what it raises is reported by who catches it.
+
+  Of one damaged file Orbax's readers print a hundred tracebacks, some of them when their tasks are collected.
+  """
+  asyncio_log, verbosity = python_logging.getLogger('asyncio'), logging.get_verbosity()
+  disabled = asyncio_log.disabled
+  asyncio_log.disabled = True
+  logging.set_verbosity(logging.ERROR)
+  try:
+    with contextlib.redirect_stderr(io.StringIO()):
+      try:
+        yield
+      except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        time.sleep(0.3)  # readers that are still at work print when they find that nobody waits
+        raise
+  finally:
+    asyncio_log.disabled = disabled
+    logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,90 @@
+"""A run that has been trained: its model and newest checkpoint, for reading only."""
+
+from collections.abc import Mapping
+import pathlib
+import subprocess
+from typing import NamedTuple
+
+from etils import epath
+import jax
+import ml_collections
+import optax
+
+import groupvit_jax
+from groupvit_jax import sharding, train_state, workdir as workdir_lib
+from groupvit_jax.checkpoint import Checkpoints
+from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.models.build import build_model
+from groupvit_jax.models.image_text import ImageTextModel
+
+
+class TrainedRun(NamedTuple):
+  """What a workdir holds, ready for `model.apply`."""
+
+  workdir: epath.Path
+  config: ml_collections.ConfigDict
+  tokenizer: Tokenizer
+  model: ImageTextModel
+  mesh: jax.sharding.Mesh
+  variables: dict[str, object]  # {'params': ..., 'batch_stats': ...}, whole on each device
+  step: int
+  skipped: tuple[int, ...]  # newer checkpoints, which are damaged
+
+  @property
+  def provenance(self) -> Mapping[str, str]:
+    """What figures of this run depend on besides their protocol."""
+    return {'workdir': str(self.workdir), 'step': str(self.step), 'code': code_version()}
+
+
+def open_run(workdir: epath.PathLike) -> TrainedRun:
+  """Opens the newest whole checkpoint of a workdir, on all devices; nothing is written there.
+
+  Raises:
+    ValueError: there is no such workdir, no run in it, no checkpoint yet, or none that can be read.
+  """
+  config = workdir_lib.read_config(workdir)
+  tokenizer = workdir_lib.load_tokenizer(workdir)
+  model = build_model(
+    config.model,
+    vocab_size=tokenizer.vocab_size,
+    eos_id=tokenizer.eos_id,
+    multi_label=config.data.num_prompts > 0,
+  )
+  mesh = sharding.make_mesh()
+  shapes = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh).variables
+  checkpoints = Checkpoints(workdir, keep=1, read_only=True)
+  try:
+    restored = checkpoints.restore_variables(shapes)
+  finally:
+    checkpoints.close()
+  if restored is None:
+    raise ValueError(f'the run in {workdir} has no checkpoint yet; let train.py reach its first')
+  return TrainedRun(
+    epath.Path(workdir), config, tokenizer, model, mesh, restored.state, restored.step, restored.skipped
+  )
+
+
+def untrained_variables(run: TrainedRun) -> dict[str, object]:
+  """The variables that the run started from."""
+  state = train_state.init_state(
+    run.model, optax.identity(), run.config.seed, _text_shape(run.model), run.mesh
+  )
+  return state.variables
+
+
+def code_version() -> str:
+  """The commit of this code, with '-dirty' after changes, or the package's version outside git."""
+  root = pathlib.Path(__file__).parents[1]
+  if (root / '.git').exists():
+    command = ['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    try:
+      done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+      return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here, or it distrusts the folder's owner
+      pass
+  return groupvit_jax.__version__
+
+
+def _text_shape(model: ImageTextModel) -> tuple[int, int]:
+  """Any (T, L) will do: no parameter's shape depends on T."""
+  return 1, model.text.context_length
