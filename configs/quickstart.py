@@ -16,11 +16,12 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.log_every = 50
   config.max_skipped_in_a_row = 10
+  config.eval = ml_collections.ConfigDict(dict(every_steps=500))
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=500, keep=2))
 
   config.data = ml_collections.ConfigDict(dict(
       source='scenes',
-      num_prompts=3,
+      num_prompts=0,  # with so few words every batch holds each prompt many times over: see the README
       num_threads=2,
       num_workers=0,
       prefetch_batches=4,
@@ -31,6 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
           stuff=('grass', 'sky', 'sand', 'water', 'brick', 'snow'),
           min_things=1,
           max_things=3,
+          partial_captions=0.5,
           num_heldout=512,
       ),
   ))
@@ -57,7 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
           # A small model learns to group only if its assignment is decisive from the first step: see the README.
           init=dict(kernel='fan_in:1', assign_kernel='fan_in:8', tokens_std=0.5, positions_std=0.5),
       ),
-      text=dict(context_length=20, width=64, depth=2, num_heads=4, mlp_ratio=4.0),
+      text=dict(context_length=20, width=64, depth=1, num_heads=4, mlp_ratio=4.0),
   ))
   # Rates of the reference batch 4096: they scale linearly with the batch.
   config.optim = ml_collections.ConfigDict(dict(

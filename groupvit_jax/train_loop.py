@@ -15,6 +15,7 @@ from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data import pipeline
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.evals.scene_eval import SceneEvaluator
 from groupvit_jax.interrupts import Interrupts, Preempted
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
@@ -98,6 +99,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   config, first_step = run.config, int(state.step)
   log = RunLog(workdir, first_step=first_step, total_steps=config.total_steps, batch_size=config.batch_size)
   _announce(log, run, state)
+  evaluator = SceneEvaluator(config, run.model, run.tokenizer, run.mesh)
   step_fn = jax.jit(
       functools.partial(train_step.train_step, model=run.model, tx=run.tx,
                         multi_label_weight=config.multi_label_weight),
@@ -118,6 +120,9 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
       pending = (step, figures)
     if interrupts.requested:
       break
+    if step % config.eval.every_steps == 0 or step == config.total_steps:
+      with log.paused():
+        _evaluate(log, evaluator, state, step, interrupts)
     if step % config.checkpoint.every_steps == 0:
       with log.paused():
         checkpoints.save(state, config)
@@ -130,6 +135,18 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
     log.say(f'stopped by a signal after step {int(state.step)}; the same command goes on from there')
     return cli.EXIT_PREEMPTED
   return 0
+
+
+def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: int, interrupts: Interrupts) -> None:
+  """Scores the held-out scenes; a signal leaves it at once, and the loop sees the flag."""
+  try:
+    with interrupts.immediately():
+      scores = evaluator.evaluate(state.variables).scalars()
+      log.figures(step, {f'eval/{evaluator.split}/{name}': value for name, value in scores.items()})
+      log.picture(step, f'eval/{evaluator.split}', evaluator.pictures(state.variables))
+      log.say(f'step {step}  held-out mIoU {scores["miou"]:.3f}  oracle {scores["oracle_miou"]:.3f}')
+  except Preempted:
+    log.say(f'evaluation after step {step} left for a signal')
 
 
 def _examples(run: Run, first_batch: int) -> pipeline.Examples:

@@ -26,7 +26,7 @@ def tiny_config() -> ml_collections.ConfigDict:
   """The quickstart, shrunk until a run takes seconds: 32-px scenes, width 16, 6 steps of 8 pictures."""
   config = quickstart.get_config()
   config.total_steps, config.batch_size, config.log_every = 6, 8, 1
-  config.checkpoint.every_steps = 2
+  config.checkpoint.every_steps, config.eval.every_steps = 2, 3
   config.data.num_prompts = 1
   config.data.scenes.num_heldout = 8
   config.tokenizer.num_captions = 300

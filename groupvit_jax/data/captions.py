@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-# {things} is 'a dog and a banana', {place} is 'on the grass'. No verb agrees with the things, so
-# every template but one fits one thing and several.
+# {things} is 'a dog and a banana', {place} is 'on the grass' or nothing. No verb agrees with the
+# things, so every template but one fits one thing and several.
 TEMPLATES = (
     'a photo of {things} {place}',
     'a picture of {things} {place}',
@@ -33,18 +33,26 @@ def name_thing(name: str) -> str:
   return _PHRASES.get(name, f'{article} {name}')
 
 
-def write_caption(things: Sequence[str], place: str, template: float) -> str:
+def write_caption(things: Sequence[str], place: str | None, template: float) -> str:
   """Says what is where.
 
   Args:
-    things: names of the things, at least one; a repeated name is said once.
-    place: where they are, as in 'on the grass'.
+    things: names of the things; a repeated name is said once.
+    place: where they are, as in 'on the grass'; None to keep quiet about it.
     template: number in [0, 1) that picks the sentence.
 
   Returns:
     A caption in lower case without a full stop.
+
+  Raises:
+    ValueError: there is nothing to name.
   """
   phrases = [name_thing(name) for name in dict.fromkeys(things)]
+  if not phrases and place is None:
+    raise ValueError('a caption needs a thing or a place to name')
+  if not phrases:
+    phrases, place = [place.split(' ', 1)[1]], None  # 'on the grass' without the preposition
   listed = ' and '.join(filter(None, (', '.join(phrases[:-1]), phrases[-1])))
   sentences = TEMPLATES if len(phrases) > 1 else _ONE_THING_TEMPLATES
-  return sentences[int(template * len(sentences))].format(things=listed, place=place)
+  sentence = sentences[int(template * len(sentences))]
+  return sentence.format(things=listed, place=place or '').strip(' ,')
