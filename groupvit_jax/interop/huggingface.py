@@ -126,7 +126,8 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
   model = ml_collections.ConfigDict(dict(
       dtype='float32', embed_dim=top['projection_dim'], projector_dim=top['projection_intermediate_dim'],
       vision=dict(
-          image_size=_pair(vision['image_size']), patch_size=_pair(vision['patch_size'])[0], width=vision['hidden_size'],
+          image_size=_pair(vision['image_size']), patch_size=_pair(vision['patch_size'])[0],
+          width=vision['hidden_size'],
           num_heads=vision['num_attention_heads'], depths=tuple(vision['depths']),
           num_group_tokens=tuple(vision['num_group_tokens']),
           # The last stage has an entry there too, which nothing reads.

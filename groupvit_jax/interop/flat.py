@@ -1,0 +1,55 @@
+"""Our own exchange form: the model's paths as flat names, and a JSON that says how to build the model."""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from groupvit_jax.interop import state_dicts
+
+MODEL_TYPE = 'groupvit_jax'
+
+_KEYS = ('model', 'vocab_size', 'eos_id', 'multi_label')
+
+
+def to_flat(variables: Mapping) -> state_dicts.StateDict:
+  """Variables by path, as in 'params/vision/positions'."""
+  return state_dicts.to_state_dict(variables, _rules(variables))
+
+
+def from_flat(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
+  """Variables from `to_flat`.
+
+  Args:
+    state: path -> array.
+    abstract: shapes of our variables, from `state_dicts.abstract_variables`.
+
+  Returns:
+    {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
+
+  Raises:
+    ValueError: lists every missing, unexpected, misshapen or non-floating name.
+  """
+  return state_dicts.from_state_dict(state, abstract, _rules(abstract))
+
+
+def spec_to_json(spec: state_dicts.ModelSpec) -> dict[str, Any]:
+  """A spec as plain values."""
+  return {'model_type': MODEL_TYPE, 'model': json.loads(spec.config.to_json())} | {
+      key: getattr(spec, key) for key in _KEYS[1:]}
+
+
+def spec_from_json(values: Mapping[str, Any]) -> state_dicts.ModelSpec:
+  """The spec in what `spec_to_json` made. Raises ValueError when keys are missing."""
+  if missing := [key for key in _KEYS if key not in values]:
+    raise ValueError(f'the description of the model lacks {", ".join(missing)}')
+  return state_dicts.ModelSpec(ml_collections.ConfigDict(values['model']), *(values[key] for key in _KEYS[1:]))
+
+
+def _rules(variables: Mapping) -> list[state_dicts.Rule]:
+  paths = (jax.tree_util.keystr(path, simple=True, separator='/')
+           for path, _ in jax.tree_util.tree_leaves_with_path(variables))
+  return [state_dicts.Rule(path, (path,), state_dicts.SAME) for path in paths]
