@@ -1,6 +1,7 @@
 """A run that has been trained: its model and newest checkpoint, for reading only."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import pathlib
 import subprocess
 from typing import NamedTuple
@@ -44,12 +45,13 @@ def open_run(workdir: epath.PathLike) -> TrainedRun:
   """
   config = workdir_lib.read_config(workdir)
   tokenizer = workdir_lib.load_tokenizer(workdir)
-  model = build_model(
-    config.model,
-    vocab_size=tokenizer.vocab_size,
-    eos_id=tokenizer.eos_id,
-    multi_label=config.data.num_prompts > 0,
-  )
+  with complete_config(workdir):
+    model = build_model(
+      config.model,
+      vocab_size=tokenizer.vocab_size,
+      eos_id=tokenizer.eos_id,
+      multi_label=config.data.num_prompts > 0,
+    )
   mesh = sharding.make_mesh()
   shapes = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh).variables
   checkpoints = Checkpoints(workdir, keep=1, read_only=True)
@@ -62,6 +64,20 @@ def open_run(workdir: epath.PathLike) -> TrainedRun:
   return TrainedRun(
     epath.Path(workdir), config, tokenizer, model, mesh, restored.state, restored.step, restored.skipped
   )
+
+
+@contextlib.contextmanager
+def complete_config(workdir: epath.PathLike) -> Iterator[None]:
+  """Raises ValueError, with its name, for an entry that is asked for and that a run's config lacks."""
+  try:
+    yield
+  except AttributeError as error:
+    if not isinstance(error.args[0], KeyError):  # what ConfigDict makes it from; others are defects
+      raise
+    raise ValueError(
+      f'{epath.Path(workdir) / "config.json"} has no entry {error.args[0].args[0]}: the run was made by '
+      'another version of this code; use that one, or train again'
+    ) from error
 
 
 def untrained_variables(run: TrainedRun) -> dict[str, object]:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 ThresholdMode = Literal['window', 'global']
 ClassNames = Literal['groupvit', 'benchmark']
+NATIVE = 'native'  # the protocol made to measure, by `native_protocol`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def native_protocol(image_size: tuple[int, int]) -> Protocol:
   side = min(image_size)
   return dataclasses.replace(
     GROUPVIT,
-    name='native',
+    name=NATIVE,
     short_side=side,
     max_long_side=4 * side,
     antialias=True,
@@ -125,15 +126,20 @@ def native_protocol(image_size: tuple[int, int]) -> Protocol:
   )
 
 
-def find_protocol(name: str) -> Protocol:
+def find_protocol(name: str, image_size: tuple[int, int]) -> Protocol:
   """The protocol of that name.
+
+  Args:
+    name: one of `PROTOCOLS`, or 'native'.
+    image_size: (H, W) that the model was trained on.
 
   Raises:
     ValueError: there is none.
   """
-  if name not in PROTOCOLS:
-    raise ValueError(f'there is no protocol {name!r}; choose one of {", ".join(PROTOCOLS)}')
-  return PROTOCOLS[name]
+  protocols = {NATIVE: native_protocol(image_size)} | PROTOCOLS
+  if name not in protocols:
+    raise ValueError(f'there is no protocol {name!r}; choose one of {", ".join(protocols)}')
+  return protocols[name]
 
 
 def _check(

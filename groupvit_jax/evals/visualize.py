@@ -13,11 +13,13 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-IGNORE_LABEL = 255
+from groupvit_jax.metrics import IGNORE_LABEL
+
 _IGNORE_COLOUR = (224, 224, 224)
-_LONG_SIDE = 384  # overlays are at least this long: below it no name is legible
-_OPACITY = 0.55  # of classes over the picture
-_GROUP_OPACITY = 0.35  # of groups, whose borders say more than their colours
+_LONG_SIDE = 384  # overlays are at least this long: far below it no name is legible
+_TILE = 256  # the same for the tiles of a panel, of which there are many
+OPACITY = 0.55  # of classes over the picture
+GROUP_OPACITY = 0.35  # of groups, whose borders say more than their colours
 _TEXT_SHARE = 26  # a letter's height in pictures' short sides, inverted
 _SMALLEST_TEXT, _PANEL_TEXT = 12, 15  # pixels
 _SMALLEST_AREA = 0.004  # of the picture: a smaller class is not named on it
@@ -97,7 +99,7 @@ def draw_overlay(
   palette: Sequence[Sequence[int]],
   names: Sequence[str],
   *,
-  opacity: float = _OPACITY,
+  opacity: float = OPACITY,
 ) -> np.ndarray:
   """Colours over a picture, borders between them, and each class's name on its largest area.
 
@@ -120,7 +122,7 @@ def draw_overlay(
 
 
 def draw_groups(
-  image: np.ndarray, groups: np.ndarray, *, opacity: float = _GROUP_OPACITY
+  image: np.ndarray, groups: np.ndarray, *, opacity: float = GROUP_OPACITY
 ) -> np.ndarray:
   """Groups over a picture: a tint for each and borders between them.
 

@@ -1,0 +1,249 @@
+"""What eval.py does: score a run on its held-out scenes, or segment anyone's pictures."""
+
+import ast
+from collections.abc import Iterator, Mapping, Sequence
+import glob
+import json
+import os
+from pathlib import Path
+import sys
+from typing import Any
+
+import jax
+
+from groupvit_jax import cli, trained_run
+from groupvit_jax.data.pictures import read_picture
+from groupvit_jax.evals import protocols
+from groupvit_jax.evals.output_folder import OutputFolder
+from groupvit_jax.evals.protocols import Protocol
+from groupvit_jax.evals.scene_eval import SceneEvaluator
+from groupvit_jax.predictor import parse_words, Prediction, Predictor
+from groupvit_jax.trained_run import TrainedRun
+
+_SCENES_SHOWN = 6
+
+
+def evaluate_scenes(
+  workdir: str,
+  *,
+  output: str | None,
+  overwrite: bool,
+  protocol: str,
+  changes: Mapping[str, str],
+) -> int:
+  """Scores a run on its held-out scenes, beside two baselines, and prints a table.
+
+  Args:
+    workdir: of the run.
+    output: folder for results.json, table.txt and scenes.png; None for the table alone.
+    overwrite: see `OutputFolder`.
+    protocol: name of the protocol.
+    changes: protocol parameters as people write them.
+
+  Returns:
+    The exit code.
+
+  Raises:
+    ValueError: the request has a mistake; nothing was written.
+    OSError: the results cannot be written.
+  """
+  folder = None if output is None else OutputFolder(output, overwrite=overwrite)
+  run = trained_run.open_run(workdir)
+  chosen = _choose_protocol(run, protocol, changes)
+  with trained_run.complete_config(workdir):
+    evaluator = SceneEvaluator(
+      run.config, run.model, run.tokenizer, run.mesh, split='test', protocol=chosen
+    )
+  first = jax.process_index() == 0
+  if folder and first:
+    folder.begin()
+  result = evaluator.evaluate(run.variables, provenance=run.provenance)
+  untrained = evaluator.evaluate(trained_run.untrained_variables(run)).to_json()
+  pictures = evaluator.pictures(run.variables, _SCENES_SHOWN)
+  if not first:
+    return 0
+  table = '\n'.join([
+    result.table(),
+    f'the untrained model: mIoU {untrained["miou"]:.1%}, '
+    f'pixel accuracy {untrained["pixel_accuracy"]:.1%}',
+    _describe(run),
+  ])
+  print(table)
+  if folder:
+    _say_replaced(folder)
+    report = result.to_json()
+    report['baselines'] = _baselines(report, untrained)
+    folder.write_text('table.txt', table + '\n')
+    folder.write_picture('scenes.png', pictures)
+    folder.write_report({'split': evaluator.split, **report, **_facts(run, chosen, protocol)})
+    print(f'written to {folder.path}')
+  return 0
+
+
+def label_pictures(
+  workdir: str,
+  *,
+  images: str,
+  classes: str,
+  output: str,
+  overwrite: bool,
+  protocol: str,
+  changes: Mapping[str, str],
+) -> int:
+  """Segments pictures into words, and writes for each what was found.
+
+  Of a picture NAME: NAME.mask.png (indexed, label values), NAME.overlay.png, NAME.final_groups.png,
+  NAME.first_groups.png and NAME.json (areas and scores); for all of them classes.json and results.json.
+
+  Args:
+    workdir: of the run.
+    images: a path, or a pattern such as '*.png'.
+    classes: words between commas; 'dog|puppy' is one class. With a threshold in the protocol what fits
+      no word is background.
+    output: folder.
+    overwrite: see `OutputFolder`.
+    protocol: name of the protocol.
+    changes: protocol parameters as people write them.
+
+  Returns:
+    The exit code: `cli.EXIT_PARTIAL` if a picture could not be read.
+
+  Raises:
+    ValueError: the request has a mistake; nothing was written.
+    OSError: the results cannot be written.
+  """
+  words = classes.split(',') if classes.strip() else []
+  parse_words(words)  # before anything that takes time
+  paths = _find_pictures(images)
+  folder = OutputFolder(output, overwrite=overwrite)
+  run = trained_run.open_run(workdir)
+  chosen = _choose_protocol(run, protocol, changes)
+  predictor = Predictor.from_run(run, protocol=chosen)
+  folder.begin()
+  _say_replaced(folder)
+  names, failures, done = _unique_names(paths), {}, {}
+  found = predictor.stream(_read_all(paths, failures), words, threshold=chosen.threshold)
+  for prediction in found:
+    _write_prediction(folder, names[prediction.key], prediction)
+    if not done:
+      folder.write_json('classes.json', _class_table(prediction))
+    done[prediction.key] = names[prediction.key]
+    print(_summarize(prediction), flush=True)
+  for reason in failures.values():
+    print(f'not done: {reason}', file=sys.stderr)
+  folder.write_report({
+    'pictures': [{'picture': path, 'files': name} for path, name in sorted(done.items())],
+    'failures': [{'picture': path, 'reason': reason} for path, reason in failures.items()],
+    'words': words,
+    'protocol': chosen.to_json(),
+    'provenance': dict(run.provenance),
+    **_facts(run, chosen, protocol),
+  })
+  print(f'{len(done)} of {len(paths)} pictures, written to {folder.path}; {_describe(run)}')
+  return cli.EXIT_PARTIAL if failures else 0
+
+
+def _choose_protocol(run: TrainedRun, name: str, changes: Mapping[str, str]) -> Protocol:
+  """The named protocol with parameters as they were written on the command line."""
+  protocol = protocols.find_protocol(name, tuple(run.config.model.vision.image_size))
+  return protocols.override(protocol, {key: _parse(text) for key, text in changes.items()})
+
+
+def _parse(text: str) -> object:
+  """A number, True, False or None (in any case); else the text."""
+  try:
+    return ast.literal_eval(text.title() if text.isalpha() else text)
+  except (ValueError, SyntaxError):
+    return text
+
+
+def _facts(run: TrainedRun, protocol: Protocol, name: str) -> dict[str, Any]:
+  """What a report says of the run, whatever was evaluated."""
+  size = tuple(run.config.model.vision.image_size)
+  before, after = protocols.find_protocol(name, size).to_json(), protocol.to_json()
+  return {
+    'protocol': after | {'changed': [key for key in after if after[key] != before[key]]},
+    'checkpoint': {'step': run.step, 'damaged_newer_steps': list(run.skipped)},
+    'config': json.loads(run.config.to_json()),
+  }
+
+
+def _describe(run: TrainedRun) -> str:
+  """The checkpoint and the code, in a line."""
+  facts = run.provenance
+  line = f'checkpoint {facts["workdir"]} step {facts["step"]}, code {facts["code"]}'
+  damaged = ', '.join(map(str, run.skipped))
+  return f'{line}; step {damaged} is newer but damaged' if damaged else line
+
+
+def _baselines(report: Mapping[str, Any], untrained: Mapping[str, Any]) -> dict[str, Any]:
+  """What the run has to beat: one class for everything, and the model before training."""
+  names = ('miou', 'pixel_accuracy', 'mean_accuracy')
+  constant = {'class': report['constant_class']} | {n: report[f'constant_{n}'] for n in names}
+  names += tuple(f'oracle_{name}' for name in names)
+  return {'constant': constant, 'untrained': {name: untrained[name] for name in names}}
+
+
+def _say_replaced(folder: OutputFolder) -> None:
+  if folder.replaces:
+    print(f'{folder.path}: files of the same names are replaced', file=sys.stderr)
+
+
+def _find_pictures(pattern: str) -> list[str]:
+  """The files that a pattern, or a path, stands for, sorted.
+
+  Raises:
+    ValueError: there are none.
+  """
+  # A name may hold brackets: what exists is not a pattern.
+  found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+  paths = sorted(path for path in found if os.path.isfile(path))
+  if not paths:
+    hint = f'; for a folder write {os.path.join(pattern, "*")}' if os.path.isdir(pattern) else ''
+    raise ValueError(f'no picture matches --images={pattern}{hint}')
+  return paths
+
+
+def _unique_names(paths: Sequence[str]) -> dict[str, str]:
+  """What each picture's files are called: its name without the ending, numbered where two are equal."""
+  names: dict[str, str] = {}
+  taken: set[str] = set()
+  for path in paths:
+    name, number = Path(path).stem, 1
+    while name.casefold() in taken:
+      number += 1
+      name = f'{Path(path).stem}_{number}'
+    taken.add(name.casefold())
+    names[path] = name
+  return names
+
+
+def _read_all(paths: Sequence[str], failures: dict[str, str]) -> Iterator[tuple[str, Any]]:
+  """Yields (path, pixels) of the pictures that can be read, and notes the others."""
+  for path in paths:
+    try:
+      yield path, read_picture(path, path)
+    except ValueError as error:
+      failures[path] = str(error)
+
+
+def _write_prediction(folder: OutputFolder, name: str, prediction: Prediction) -> None:
+  folder.write_picture(f'{name}.mask.png', prediction.mask())
+  folder.write_picture(f'{name}.overlay.png', prediction.overlay())
+  folder.write_picture(f'{name}.final_groups.png', prediction.group_overlay(-1))
+  folder.write_picture(f'{name}.first_groups.png', prediction.group_overlay(0))
+  folder.write_json(f'{name}.json', prediction.to_json())
+
+
+def _class_table(prediction: Prediction) -> list[dict[str, Any]]:
+  """What the values of a mask stand for."""
+  return [
+    {'label': label, 'name': name, 'colour': '#{:02x}{:02x}{:02x}'.format(*colour)}
+    for label, (name, colour) in enumerate(zip(prediction.classes, prediction.palette))
+  ]
+
+
+def _summarize(prediction: Prediction) -> str:
+  """The classes of a picture, largest first."""
+  rows = [row for row in prediction.to_json()['classes'] if row['pixels']]
+  return f'{prediction.key}: ' + ', '.join(f'{row["name"]} {row["area"]:.0%}' for row in rows)
