@@ -10,6 +10,7 @@ import transformers
 
 from groupvit_jax import losses
 from groupvit_jax.interop import huggingface, state_dicts
+from tests import huggingface_models
 
 EOS = 33  # neither the largest nor the smallest id of a text
 
@@ -38,29 +39,6 @@ def odd_config() -> transformers.GroupViTConfig:
       text_config=dict(
           hidden_size=20, intermediate_size=50, num_attention_heads=5, num_hidden_layers=2, vocab_size=61,
           max_position_embeddings=9, eos_token_id=EOS))
-
-
-def randomize(model: transformers.GroupViTModel, seed: int = 0) -> None:
-  """Fills every parameter and statistic, so that assignments are decisive and no bias or norm is neutral."""
-  rng = np.random.default_rng(seed)
-  for name, value in model.state_dict().items():
-    if name.endswith('num_batches_tracked'):
-      continue
-    normal = rng.standard_normal(value.shape)
-    if name.endswith('running_var'):
-      new = rng.uniform(0.5, 2, value.shape)
-    elif name == 'logit_scale':
-      new = np.float64(2.0)
-    elif 'group_token' in name or 'embedding' in name and 'projection' not in name and value.ndim > 1:
-      new = 0.7 * normal
-    elif value.ndim > 1:
-      gain = 4.0 if '.assign.q_proj' in name or '.assign.k_proj' in name else 1.0
-      new = gain * normal / np.sqrt(np.prod(value.shape[1:]))
-    elif 'norm' in name and name.endswith('weight') or name.endswith('projection.1.weight'):
-      new = 1 + 0.3 * normal
-    else:
-      new = 0.3 * normal
-    value.copy_(torch.as_tensor(new, dtype=torch.float32))
 
 
 class Outputs(NamedTuple):
@@ -114,9 +92,7 @@ def ours(model: transformers.GroupViTModel, images: np.ndarray, tokens: np.ndarr
 @pytest.fixture(scope='module', params=[released_config, odd_config], ids=['released', 'odd'])
 def outputs(request) -> tuple[Outputs, Outputs]:
   config = request.param()
-  with torch.no_grad():
-    model = transformers.GroupViTModel(config).eval()
-    randomize(model)
+  model = huggingface_models.random_model(config)
   text, vision = config.text_config, config.vision_config
   rng = np.random.default_rng(1)
   size = vision.image_size if isinstance(vision.image_size, list) else [vision.image_size] * 2

@@ -1,0 +1,299 @@
+"""Weights from elsewhere: into a workdir, with the same features, or refused in one line."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+
+from groupvit_jax import trained_run
+from groupvit_jax.interop import huggingface, weights_folder
+from groupvit_jax.interop.import_weights import import_weights
+from tests import huggingface_models
+from tests.huggingface_models import small_config, write_clip_folder
+
+# With the sizes of images to compare at.
+VARIANTS = {
+    'three stages': (small_config(), [(224, 224), (448, 448), (448, 672)]),
+    'two stages, patch 32': (
+        small_config(depths=[2, 1], num_hidden_layers=3, num_group_tokens=[5, 0], num_output_groups=[4, 4],
+                     patch_size=32), [(448, 672)]),
+}
+
+
+def write_folder(folder: pathlib.Path, model: transformers.GroupViTModel, **options) -> pathlib.Path:
+  """A folder as the hub has it, tokenizer and model card included."""
+  model.save_pretrained(folder, **options)
+  write_clip_folder(folder)
+  (folder / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n# A model\n')
+  return folder
+
+
+@pytest.fixture(scope='module')
+def released(tmp_path_factory) -> tuple[pathlib.Path, transformers.GroupViTModel]:
+  model = huggingface_models.random_model(small_config())
+  return write_folder(tmp_path_factory.mktemp('hub'), model), model
+
+
+def flat(variables) -> dict[str, np.ndarray]:
+  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+
+
+def assert_equal_variables(mine, other) -> None:
+  mine, other = flat(mine), flat(other)
+  assert mine.keys() == other.keys()
+  for path, leaf in mine.items():
+    np.testing.assert_array_equal(leaf, other[path], err_msg=path)
+
+
+def reference_features(model: transformers.GroupViTModel, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Pooled and per-segment embeddings at any size, the positions resized by torch."""
+  vision = model.vision_model
+  with torch.no_grad():
+    hidden = vision.embeddings(torch.tensor(images.transpose(0, 3, 1, 2)), interpolate_pos_encoding=True)
+    segments = vision.layernorm(vision.encoder(hidden).last_hidden_state)
+    project = lambda x: model.visual_projection(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1).numpy()
+    return project(segments.mean(dim=1)), project(segments)
+
+
+@pytest.mark.parametrize('config, sizes', VARIANTS.values(), ids=VARIANTS.keys())
+def test_features_are_those_of_transformers_at_any_size(config, sizes, tmp_path):
+  model = huggingface_models.random_model(config)
+  import_weights(str(write_folder(tmp_path / 'hub', model)), str(tmp_path / 'run'))
+  run = trained_run.open_run(tmp_path / 'run')
+  encode = jax.jit(lambda variables, images: run.model.apply(variables, images, method='encode_segments'))
+  for size in sizes:
+    images = np.random.default_rng(0).standard_normal((1, *size, 3)).astype(np.float32)
+    with jax.default_matmul_precision('highest'):
+      mine = encode(run.variables, images)
+    image_embeds, segment_embeds = reference_features(model, images)
+    np.testing.assert_allclose(mine.image_embeds, image_embeds, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(mine.segment_embeds, segment_embeds, rtol=0, atol=1e-4)
+  texts = ['a dog', 'snow']
+  theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / 'hub')
+  ids = theirs(texts, padding='max_length', truncation=True, max_length=9, return_tensors='pt').input_ids
+  tokens = run.tokenizer.encode(texts, 9)
+  np.testing.assert_array_equal(tokens, ids.numpy())
+  with torch.no_grad():
+    expected = model.get_text_features(ids).pooler_output.numpy()
+  with jax.default_matmul_precision('highest'):
+    embeds = jax.jit(lambda variables: run.model.apply(variables, tokens, method='encode_text'))(run.variables)
+  np.testing.assert_allclose(embeds, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.long
+def test_released_sizes_come_through(tmp_path):
+  model = huggingface_models.random_model(transformers.GroupViTConfig())
+  folder = write_folder(tmp_path / 'hub', model)
+  weights = weights_folder.read_weights(folder)
+  assert sum(leaf.size for leaf in jax.tree.leaves(weights.variables['params'])) == 55_726_609
+
+
+@pytest.mark.parametrize('form', ['sharded safetensors', 'pytorch_model.bin', 'sharded pytorch_model.bin'])
+def test_every_form_of_folder_gives_the_same(form, released, tmp_path):
+  folder, model = released
+  other = tmp_path / 'hub'
+  if form == 'sharded safetensors':
+    write_folder(other, model, max_shard_size='20KB')
+    assert len(list(other.glob('*.safetensors'))) > 2 and not (other / 'model.safetensors').exists()
+  else:
+    shutil.copytree(folder, other)
+    (other / 'model.safetensors').unlink()
+    state = model.state_dict()
+    state['text_model.embeddings.position_ids'] = torch.arange(9)[None]  # in files of 2022
+    parts = [dict(list(state.items())[i::3]) for i in range(3)] if form.startswith('sharded') else [state]
+    names = [f'pytorch_model-{i}.bin' for i in range(len(parts))] if len(parts) > 1 else ['pytorch_model.bin']
+    for name, part in zip(names, parts, strict=True):
+      torch.save(part, other / name)
+    if len(parts) > 1:
+      index = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+      (other / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': index}))
+  assert_equal_variables(
+      weights_folder.read_weights(other).variables, weights_folder.read_weights(folder).variables)
+
+
+def authors_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+  """The same weights under the authors' names; written by hand, not with the tables under test."""
+  renamed = {}
+  for name, value in state.items():
+    if match := re.match(r'(.*\.(?:layers|self_attn).*)\.k_proj\.(weight|bias)$', name):
+      if '.self_attn.' not in name:
+        renamed[name] = value
+        continue
+      stem, kind = match.groups()
+      fused = torch.cat([state[f'{stem}.{letter}_proj.{kind}'] for letter in 'qkv'])
+      is_text = name.startswith('text')
+      renamed[f'{stem}.in_proj_{kind}' if is_text else f'{stem}.qkv.{kind}'] = fused
+    elif not re.search(r'\.self_attn\.[qv]_proj\.', name):
+      renamed[name] = value
+  substitutions = (
+      (r'^vision_model\.encoder\.stages\.(\d+)\.layers', r'img_encoder.layers.\1.blocks'),
+      (r'^vision_model\.encoder\.stages', 'img_encoder.layers'),
+      (r'^vision_model\.embeddings\.position_embeddings', 'img_encoder.pos_embed'),
+      (r'^vision_model\.embeddings\.patch_embeddings\.projection', 'img_encoder.patch_embed.proj'),
+      (r'^vision_model\.embeddings\.layernorm', 'img_encoder.patch_embed.norm'),
+      (r'^vision_model\.layernorm', 'img_encoder.norm'),
+      (r'^(img.*blocks.*)\.self_attn\.out_proj', r'\1.attn.proj'),
+      (r'^(img.*blocks.*)\.self_attn', r'\1.attn'),
+      (r'^(img.*blocks.*)\.layer_norm', r'\1.norm'),
+      (r'pre_assign_attn\.attn\.out_proj', 'pre_assign_attn.attn.proj'),
+      (r'^text_model\.embeddings\.token_embedding', 'text_encoder.token_embedding'),
+      (r'^text_model\.embeddings\.position_embedding\.weight', 'text_encoder.positional_embedding'),
+      (r'^text_model\.final_layer_norm', 'text_encoder.ln_final'),
+      (r'^text_model\.encoder\.layers', 'text_encoder.transformer.resblocks'),
+      (r'^(text_encoder.*)\.self_attn', r'\1.attn'),
+      (r'^(text_encoder.*)\.layer_norm(\d)', r'\1.ln_\2'),
+      (r'^(text_encoder.*mlp)\.fc1', r'\1.c_fc'),
+      (r'^(text_encoder.*mlp)\.fc2', r'\1.c_proj'),
+      (r'^visual_projection\.3', 'img_projector.linear_out'),
+      (r'^visual_projection', 'img_projector.linear_hidden'),
+      (r'^text_projection\.3', 'text_projector.linear_out'),
+      (r'^text_projection', 'text_projector.linear_hidden'),
+  )
+  result = {'multi_label_logit_scale': torch.tensor(1.25)}
+  for name, value in renamed.items():
+    for pattern, replacement in substitutions:
+      name = re.sub(pattern, replacement, name)
+    is_conv = re.search(r'linear_(hidden\.0|out)\.weight', name)
+    result[name] = value[..., None] if is_conv else value
+  return result
+
+
+@pytest.mark.parametrize('as_zip', [True, False], ids=['zip', 'legacy'])
+def test_authors_checkpoint_equals_the_same_weights_from_transformers(as_zip, tmp_path):
+  config = small_config(hidden_size=64, num_attention_heads=1, intermediate_size=160)
+  config.text_config = transformers.GroupViTTextConfig(
+      hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=2, max_position_embeddings=9,
+      vocab_size=huggingface_models.VOCAB_SIZE, eos_token_id=huggingface_models.VOCAB_SIZE - 1)
+  model = huggingface_models.random_model(config)
+  hub = write_folder(tmp_path / 'hub', model)
+  checkpoint = tmp_path / 'weights.pth'
+  payload = {'model': authors_state(model.state_dict()), 'epoch': 30}
+  torch.save(payload, checkpoint, _use_new_zipfile_serialization=as_zip)
+  with pytest.raises(ValueError, match="comes without a tokenizer; name CLIP's vocabulary with --tokenizer="):
+    import_weights(str(checkpoint), str(tmp_path / 'run'))
+  import_weights(str(checkpoint), str(tmp_path / 'run'), tokenizer=str(hub))
+  mine = weights_folder.read_weights(checkpoint)
+  other = weights_folder.read_weights(hub)
+  assert mine.spec.config.to_dict() == other.spec.config.to_dict()
+  assert (mine.spec.eos_id, mine.spec.multi_label, other.spec.multi_label) == (other.spec.eos_id, True, False)
+  run = trained_run.open_run(tmp_path / 'run')
+  params = dict(run.variables['params'])
+  assert params.pop('multi_label_logit_scale') == 1.25
+  assert_equal_variables(run.variables | {'params': params}, other.variables)
+
+
+def test_all_that_does_not_fit_is_listed_together(released, tmp_path):
+  folder = shutil.copytree(released[0], tmp_path / 'hub')
+  state = safetensors.numpy.load_file(folder / 'model.safetensors')
+  del state['text_model.final_layer_norm.bias'], state['vision_model.encoder.stages.1.group_token']
+  state['vision_model.layernorm.weight'] = np.zeros(3, np.float32)
+  state['extra.weight'] = np.zeros(3, np.float32)
+  state['vision_model.layernorm.bias'] = np.zeros(24, np.int32)
+  safetensors.numpy.save_file(state, folder / 'model.safetensors')
+  with pytest.raises(ValueError) as caught:
+    import_weights(str(folder), str(tmp_path / 'run'))
+  assert str(caught.value) == (
+      f'{folder}: the weights do not fit the model; 2 missing: text_model.final_layer_norm.bias, '
+      'vision_model.encoder.stages.1.group_token; 1 unexpected: extra.weight; 1 misshapen: '
+      'vision_model.layernorm.weight (3,) instead of (24,); 1 not floating point: vision_model.layernorm.bias (int32)')
+
+
+def cut(path: pathlib.Path) -> None:
+  path.write_bytes(path.read_bytes()[:-100])
+
+
+def edit_config(path: pathlib.Path, part: str, **values) -> None:
+  config = json.loads(path.read_text())
+  (config[part] if part else config).update(values)
+  path.write_text(json.dumps(config))
+
+
+class Hostile:
+  def __reduce__(self):
+    return exec, ("open('mark', 'w')",)
+
+
+def write_hostile(folder: pathlib.Path) -> None:
+  (folder / 'model.safetensors').unlink()
+  torch.save({'weight': Hostile()}, folder / 'pytorch_model.bin')
+
+
+def write_index(folder: pathlib.Path) -> None:
+  (folder / 'model.safetensors').rename(folder / 'a.safetensors')
+  index = {'weight_map': {'x': 'a.safetensors', 'y': 'b.safetensors', 'z': 'c.safetensors'}}
+  (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda folder: cut(folder / 'model.safetensors'), 'model.safetensors cannot be read: .*; download it again'),
+    (lambda folder: (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\n'),
+     'model.safetensors cannot be read: .*; download it again'),
+    (write_index, 'lacks b.safetensors, c.safetensors, which model.safetensors.index.json lists; download them'),
+    (lambda folder: (folder / 'model.safetensors').unlink(),
+     'holds neither model.safetensors nor pytorch_model.bin, whole or in shards; download the weights'),
+    (write_hostile, 'pytorch_model.bin cannot be read: it wants __builtin__.exec, .* nothing in it was run'),
+    (lambda folder: cut(folder / 'config.json'), r'config.json is not JSON \(.*\); download it again'),
+    (lambda folder: (folder / 'config.json').unlink(), 'holds no config.json'),
+    (lambda folder: edit_config(folder / 'config.json', '', model_type='clip'),
+     "model_type 'clip'; this reads 'groupvit'"),
+    (lambda folder: edit_config(folder / 'config.json', 'vision_config', hidden_act='relu'),
+     "vision_config.hidden_act='relu'; only 'gelu' is supported"),
+    (lambda folder: edit_config(folder / 'config.json', 'vision_config', assign_eps=0.5),
+     'vision_config.assign_eps=0.5; only 1.0 is supported'),
+    (lambda folder: edit_config(folder / 'config.json', 'vision_config', patch_size=[16, 8]), 'only square patches'),
+    (lambda folder: edit_config(folder / 'config.json', 'vision_config', assign_mlp_ratio=[0.5, 4]),
+     r'assign_mlp_ratio=\[0.5, 4\]; only half the width'),
+    (lambda folder: (folder / 'merges.txt').unlink(), 'holds no tokenizer.model'),
+    (lambda folder: edit_config(folder / 'vocab.json', '', extra=514), 'vocab_size=515 and the weights have 514'),
+])
+def test_a_damaged_folder_gets_one_line_and_leaves_nothing(damage, message, released, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  folder = shutil.copytree(released[0], tmp_path / 'hub')
+  damage(folder)
+  with pytest.raises(ValueError, match=message) as caught:
+    import_weights(str(folder), str(tmp_path / 'run'))
+  assert '\n' not in str(caught.value)
+  assert [path.name for path in tmp_path.iterdir()] == ['hub']
+
+
+def test_a_workdir_that_exists_is_left_alone(released, tmp_path):
+  (tmp_path / 'note').write_text('mine')
+  with pytest.raises(ValueError, match=f'{tmp_path} exists already and is left alone; name another --workdir'):
+    import_weights(str(released[0]), str(tmp_path))
+  assert [path.name for path in tmp_path.iterdir()] == ['note']
+
+
+def test_the_command(released, tmp_path):
+  command = [sys.executable, '-m', 'groupvit_jax.interop.import_weights', f'--workdir={tmp_path}/run']
+  done = subprocess.run([*command, f'--from={released[0]}'], capture_output=True, text=True, check=True)
+  count = sum(parameter.numel() for parameter in released[1].parameters())
+  assert done.stdout == (
+      f'{tmp_path}/run: {count:,} parameters, imported from {released[0]} (a Hugging Face folder)\n'
+      'licence of the weights: cc-by-nc-4.0\n')
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert done.stderr == ''
+  assert config['imported']['licence'] == 'cc-by-nc-4.0'
+  failed = subprocess.run([*command, f'--from={tmp_path}/absent'], capture_output=True, text=True)
+  assert (failed.returncode, failed.stdout) == (2, '')
+  assert failed.stderr == f'error: {tmp_path}/run exists already and is left alone; name another --workdir\n'
+
+
+def test_old_configs_pool_at_the_largest_id():
+  config = small_config().to_dict()
+  config['text_config']['eos_token_id'] = 2
+  assert huggingface.from_huggingface_config(config).eos_id == huggingface_models.VOCAB_SIZE - 1
+
+
+def test_a_config_that_says_nothing_is_the_released_model():
+  spec = huggingface.from_huggingface_config({'model_type': 'groupvit'})
+  assert spec == huggingface.from_huggingface_config(transformers.GroupViTConfig().to_dict())
+  assert (spec.vocab_size, spec.eos_id, spec.config.vision.depths) == (49408, 49407, (6, 3, 3))
