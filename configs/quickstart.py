@@ -57,7 +57,8 @@ def get_config() -> ml_collections.ConfigDict:
           drop_path=0.0,
           assignment='gumbel',
           # A small model learns to group only if its assignment is decisive from the first step: see the README.
-          init=dict(kernel='fan_in:1', assign_kernel='fan_in:8', tokens_std=0.5, positions_std=0.5),
+          init=dict(kernel='fan_in:1', assign_kernel='fan_in:8', value_kernel='fan_in:1', tokens_std=0.5,
+                    positions_std=0.5),
       ),
       text=dict(context_length=20, width=64, depth=1, num_heads=4, mlp_ratio=4.0),
   ))

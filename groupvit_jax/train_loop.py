@@ -1,5 +1,6 @@
 """A run: restore, step, log, evaluate, save, until the last step or a signal."""
 
+from collections.abc import Callable, Iterator
 import functools
 import time
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from clu import parameter_overview
 from etils import epath
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 from groupvit_jax import cli, optim, sharding, train_state, train_step, workdir as workdir_lib
@@ -93,6 +95,24 @@ def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
   return train_state.init_state(run.model, run.tx, run.config.seed, run.text_shape, run.mesh)
 
 
+def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, train_step.Figures]]:
+  """The training step, compiled for the places where `state` lies; it takes over the state it is given."""
+  step = functools.partial(
+      train_step.train_step, model=run.model, tx=run.tx, multi_label_weight=run.config.multi_label_weight)
+  return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
+
+
+def read_batches(run: Run, first_batch: int) -> Iterator[dict[str, np.ndarray]]:
+  """This host's rows of the run's batches, from the given one to the last."""
+  config = run.config
+  examples = pipeline.Examples(
+      run.source, run.tokenizer, seed=config.seed, batch_size=config.batch_size, num_prompts=config.data.num_prompts,
+      text_length=config.model.text.context_length, first_batch=first_batch, num_batches=config.total_steps,
+      host=jax.process_index(), num_hosts=jax.process_count())
+  return pipeline.iterate(examples, num_threads=config.data.num_threads, num_workers=config.data.num_workers,
+                          prefetch_batches=config.data.prefetch_batches)
+
+
 def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.PathLike,
           interrupts: Interrupts) -> int:
   """Steps until the end or a signal. Figures are fetched while the next step runs, so no step waits for them."""
@@ -100,15 +120,10 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   log = RunLog(workdir, first_step=first_step, total_steps=config.total_steps, batch_size=config.batch_size)
   _announce(log, run, state)
   evaluator = SceneEvaluator(config, run.model, run.tokenizer, run.mesh)
-  step_fn = jax.jit(
-      functools.partial(train_step.train_step, model=run.model, tx=run.tx,
-                        multi_label_weight=config.multi_label_weight),
-      donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
-  batches = pipeline.iterate(_examples(run, first_step), num_threads=config.data.num_threads,
-                             num_workers=config.data.num_workers, prefetch_batches=config.data.prefetch_batches)
+  step_fn = jit_step(run, state)
   pending: tuple[int, train_step.Figures] | None = None
   started = time.perf_counter()
-  for step, batch in enumerate(batches, start=first_step + 1):
+  for step, batch in enumerate(read_batches(run, first_step), start=first_step + 1):
     state, figures = step_fn(state, pipeline.to_devices(batch, run.mesh))
     if pending is not None:
       _log_step(log, run, *pending)
@@ -147,14 +162,6 @@ def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: i
       log.say(f'step {step}  held-out mIoU {scores["miou"]:.3f}  oracle {scores["oracle_miou"]:.3f}')
   except Preempted:
     log.say(f'evaluation after step {step} left for a signal')
-
-
-def _examples(run: Run, first_batch: int) -> pipeline.Examples:
-  config = run.config
-  return pipeline.Examples(
-      run.source, run.tokenizer, seed=config.seed, batch_size=config.batch_size, num_prompts=config.data.num_prompts,
-      text_length=config.model.text.context_length, first_batch=first_batch, num_batches=config.total_steps,
-      host=jax.process_index(), num_hosts=jax.process_count())
 
 
 def _announce(log: RunLog, run: Run, state: TrainState) -> None:

@@ -24,7 +24,8 @@ def model_config(**overrides) -> ml_collections.ConfigDict:
       vision=dict(
           image_size=(224, 224), patch_size=16, width=384, num_heads=6, depths=(6, 3, 3), num_group_tokens=(64, 8, 0),
           num_segments=(64, 8, 0), mlp_ratio=4.0, drop_path=0.1, assignment='gumbel',
-          init=dict(kernel='normal:0.02', assign_kernel='normal:0.02', tokens_std=0.02, positions_std=0.02)),
+          init=dict(kernel='normal:0.02', assign_kernel='normal:0.02', value_kernel='normal:0.02', tokens_std=0.02,
+                    positions_std=0.02)),
       text=dict(context_length=77, width=256, depth=12, num_heads=4, mlp_ratio=4.0)))
   config.update_from_flattened_dict(overrides)
   return config

@@ -15,7 +15,7 @@ def tiny_model(**vision) -> ImageTextModel:
   fields = dict(
       image_size=(16, 16), patch_size=4, width=8, num_heads=2,
       stages=(StageSpec(1, 4, 4), StageSpec(1, 2, 2), StageSpec(1, 0, 0)),
-      init=VisionInit(normal, normal, normal, normal), drop_path=0.1)
+      init=VisionInit(normal, normal, normal, normal, normal), drop_path=0.1)
   return ImageTextModel(
       vision=VisionTower(**(fields | vision)),
       text=TextTower(vocab_size=20, context_length=6, width=8, depth=1, num_heads=2, eos_id=2),

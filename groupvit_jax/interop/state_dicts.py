@@ -23,7 +23,7 @@ StateDict = dict[str, np.ndarray]
 
 # Of the model's config, what trains it and is in no weights file: the paper's values.
 TRAINING_CONFIG = dict(drop_path=0.1, assignment='gumbel', init=dict(
-    kernel='normal:0.02', assign_kernel='normal:0.02', tokens_std=0.02, positions_std=0.02))
+    kernel='normal:0.02', assign_kernel='normal:0.02', value_kernel='normal:0.02', tokens_std=0.02, positions_std=0.02))
 
 
 class ModelSpec(NamedTuple):
@@ -174,6 +174,11 @@ def to_state_dict(variables: Mapping, rules: Sequence[Rule]) -> StateDict:
     arrays = entry.layout.save(np.asarray(flat[path]))
     state.update({name: np.asarray(x, order='C') for name, x in zip(entry.names, arrays, strict=True)})
   return state
+
+
+def cast(state: Mapping[str, np.ndarray], dtype: np.dtype) -> StateDict:
+  """Floating arrays in another dtype; counters stay what they are."""
+  return {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in state.items()}
 
 
 def _check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -74,6 +74,7 @@ def _stages(vision: ml_collections.ConfigDict) -> tuple[StageSpec, ...]:
 def _vision_init(config: ml_collections.ConfigDict) -> VisionInit:
   return VisionInit(
       kernel=_kernel_init('kernel', config.kernel), assign_kernel=_kernel_init('assign_kernel', config.assign_kernel),
+      value_kernel=_kernel_init('value_kernel', config.value_kernel),
       tokens=nn.initializers.normal(config.tokens_std), positions=nn.initializers.normal(config.positions_std))
 
 

@@ -43,6 +43,7 @@ class GroupingBlock(nn.Module):
   mode: assignment_lib.AssignmentMode
   kernel: Initializer
   assign_kernel: Initializer  # of the assignment's query and key projections
+  value_kernel: Initializer  # of its value and output projections
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -71,8 +72,8 @@ class GroupingBlock(nn.Module):
       logits = assignment_lib.assignment_logits(
           dense('assign_query', self.assign_kernel)(groups), dense('assign_key', self.assign_kernel)(tokens))
       weights = assignment_lib.assign(logits, self.mode, key)
-      pooled = assignment_lib.pool_segments(weights, dense('assign_value', self.kernel)(tokens))
-      segments = dense('assign_out', self.kernel)(pooled) + groups
+      pooled = assignment_lib.pool_segments(weights, dense('assign_value', self.value_kernel)(tokens))
+      segments = dense('assign_out', self.value_kernel)(pooled) + groups
 
     mlp = Mlp(int(width * self.mlp_ratio), width, self.kernel, self.kernel, dtype=self.dtype, name='mlp')
     segments = segments + mlp(layer_norm('norm_segments')(segments))

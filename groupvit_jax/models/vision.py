@@ -32,6 +32,7 @@ class VisionInit:
 
   kernel: Initializer
   assign_kernel: Initializer  # query and key projections of the assignment
+  value_kernel: Initializer  # its value and output projections
   tokens: Initializer  # group tokens of the first stage
   positions: Initializer
 
@@ -173,7 +174,7 @@ class VisionTower(nn.Module):
   def _grouping(self, i: int, num_segments: int) -> GroupingBlock:
     return GroupingBlock(
         num_segments, self.num_heads, self.mlp_ratio, self.assignment, self.init.kernel, self.init.assign_kernel,
-        self.dtype, name=f'stage{i}_grouping')
+        self.init.value_kernel, self.dtype, name=f'stage{i}_grouping')
 
 
 def _fold(key: jax.Array | None, data: int) -> jax.Array | None:
