@@ -141,31 +141,30 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
   return state_dicts.ModelSpec(model, text['vocab_size'], eos_id, multi_label=False)
 
 
-def to_huggingface_config(config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, pad_id: int) -> dict:
+def to_huggingface_config(spec: state_dicts.ModelSpec, *, pad_id: int, dtype: str) -> dict[str, Any]:
   """The `config.json` of a model, as a dict of plain values.
 
   Args:
-    config: the `model` part of a config.
-    vocab_size: of the tokenizer.
-    eos_id: of the tokenizer.
+    spec: the model.
     pad_id: of the tokenizer.
+    dtype: of the weights.
 
   Raises:
     ValueError: `transformers` cannot represent the model.
   """
-  vision, text = config.vision, config.text
+  config, vision, text = spec.config, spec.config.vision, spec.config.text
   stages = [StageSpec(*spec) for spec in zip(vision.depths, vision.num_group_tokens, vision.num_segments, strict=True)]
   if any(stage.num_group_tokens != stage.num_segments for stage in stages[:-2]):
     raise ValueError(
         'transformers sizes the projection of group tokens by the segments of the stage before it, so every grouping '
         'stage but the last must have as many segments as group tokens; model.vision has num_group_tokens='
         f'{tuple(vision.num_group_tokens)} and num_segments={tuple(vision.num_segments)}')
-  if eos_id == 2:
+  if spec.eos_id == 2:
     raise ValueError('transformers pools the text at the largest id instead of EOS where eos_token_id is 2; '
                      'train with a tokenizer whose EOS has another id')
   segments = tuple(vision.num_segments)
   return dict(
-      architectures=['GroupViTModel'], model_type='groupvit', dtype='float32', projection_dim=config.embed_dim,
+      architectures=['GroupViTModel'], model_type='groupvit', dtype=dtype, projection_dim=config.embed_dim,
       projection_intermediate_dim=config.projector_dim,
       vision_config=_VISION_DEFAULTS | dict(
           model_type='groupvit_vision_model', image_size=_size(tuple(vision.image_size)),
@@ -174,7 +173,7 @@ def to_huggingface_config(config: ml_collections.ConfigDict, *, vocab_size: int,
           num_group_tokens=list(vision.num_group_tokens), num_output_groups=[*segments[:-1], segments[-2]],
           intermediate_size=int(vision.width * vision.mlp_ratio), assign_mlp_ratio=[0.5, vision.mlp_ratio]),
       text_config=_TEXT_DEFAULTS | dict(
-          model_type='groupvit_text_model', vocab_size=vocab_size, eos_token_id=eos_id, pad_token_id=pad_id,
+          model_type='groupvit_text_model', vocab_size=spec.vocab_size, eos_token_id=spec.eos_id, pad_token_id=pad_id,
           max_position_embeddings=text.context_length, hidden_size=text.width, num_hidden_layers=text.depth,
           num_attention_heads=text.num_heads, intermediate_size=int(text.width * text.mlp_ratio)))
 

@@ -6,8 +6,6 @@
 `--tokenizer`, a folder or file with CLIP's vocabulary.
 """
 
-import os
-
 from absl import flags
 from etils import epath
 import jax
@@ -18,12 +16,9 @@ import optax
 from groupvit_jax import cli, workdir as workdir_lib
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
+from groupvit_jax.interop.new_folder import check_free, new_folder
 from groupvit_jax.interop.weights_folder import read_weights, Weights
 from groupvit_jax.train_state import TrainState
-
-SOURCE = flags.DEFINE_string('from', None, 'Folder or .pth file with the weights.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'Folder to make.')
-TOKENIZER = flags.DEFINE_string('tokenizer', None, "Tokenizer files; by default those in the weights' folder.")
 
 
 def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> str:
@@ -40,9 +35,7 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
   Raises:
     ValueError: the weights or the tokenizer are missing, damaged or do not fit, or `workdir` is taken.
   """
-  target = epath.Path(workdir)
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise ValueError(f'{workdir} exists already and is left alone; name another --workdir')
+  check_free('--workdir', workdir)
   if tokenizer is None and not epath.Path(source).is_dir() and epath.Path(source).exists():
     raise ValueError(f"{source} comes without a tokenizer; name CLIP's vocabulary with --tokenizer=")
   weights = read_weights(source)
@@ -51,15 +44,8 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
     if getattr(loaded, name) != getattr(weights.spec, name):
       raise ValueError(f'the tokenizer has {name}={getattr(loaded, name)} and the weights have '
                        f'{getattr(weights.spec, name)}; name the one they were trained with, with --tokenizer=')
-  partial = target.with_name(f'{target.name}.partial-{os.getpid()}')
-  try:
-    _write(partial, weights, loaded, source)
-    if target.exists():
-      target.rmdir()
-    partial.rename(target)
-  finally:
-    if partial.exists():
-      partial.rmtree()
+  with new_folder('--workdir', workdir) as folder:
+    _write(folder, weights, loaded, source)
   return (f'{workdir}: {_count(weights):,} parameters, imported from {source} ({weights.form})\n'
           f'licence of the weights: {weights.licence}')
 
@@ -88,12 +74,9 @@ def _count(weights: Weights) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(weights.variables['params']))
 
 
-def main() -> int:
-  """Imports what the flags name."""
-  print(import_weights(SOURCE.value, WORKDIR.value, TOKENIZER.value))
-  return 0
-
-
 if __name__ == '__main__':
+  SOURCE = flags.DEFINE_string('from', None, 'Folder or .pth file with the weights.')
+  WORKDIR = flags.DEFINE_string('workdir', None, 'Folder to make.')
+  TOKENIZER = flags.DEFINE_string('tokenizer', None, "Tokenizer files; by default those in the weights' folder.")
   flags.mark_flags_as_required(['from', 'workdir'])
-  cli.run(main)
+  cli.run(lambda: print(import_weights(SOURCE.value, WORKDIR.value, TOKENIZER.value)))

@@ -1,0 +1,151 @@
+"""Writes a folder that `transformers` loads: weights, configs, tokenizer, model card."""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+from etils import epath
+import numpy as np
+import safetensors.numpy
+
+from groupvit_jax.data import clip_bpe
+from groupvit_jax.data.tokenizer import ClipTokenizer, SENTENCEPIECE_FILE
+from groupvit_jax.interop import flat, huggingface, state_dicts
+from groupvit_jax.interop.weights_folder import SIDE_FILE
+from groupvit_jax.train_step import IMAGE_MEAN, IMAGE_STD
+from groupvit_jax.trained_run import TrainedRun
+
+_BILINEAR = 2  # Pillow's number, which the image processor's config holds
+
+_SENTENCEPIECE_NOTE = f"""\
+The tokenizer is the SentencePiece model `{SENTENCEPIECE_FILE}`, for which `transformers` has no class that fits: it
+loads the model and the image processor (`AutoModel`, `AutoImageProcessor`) but neither `AutoTokenizer` nor
+`AutoProcessor`. Make ids with `sentencepiece` and append the end of text, where the text is pooled:
+
+```python
+import sentencepiece, torch
+pieces = sentencepiece.SentencePieceProcessor(model_file='{SENTENCEPIECE_FILE}')
+input_ids = torch.tensor([pieces.encode('a photo of a dog') + [pieces.eos_id()]])
+```
+"""
+
+_CLIP_NOTE = """\
+```python
+from transformers import AutoModel, AutoProcessor
+model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+```
+"""
+
+_CARD = """\
+---
+{header}
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags: [groupvit, zero-shot-segmentation]
+---
+# GroupViT
+
+Segments pictures into words, learnt from captions alone (Xu et al., CVPR 2022). Written by groupvit_jax {code} from
+step {step:,} of its run.
+
+## Use
+
+{use}
+Pictures are resized to {height} x {width} px: `transformers` accepts no other size, and its segmentation logits apply
+the temperature twice. groupvit_jax reads this folder too (`groupvit_jax.interop.import_weights`) and segments pictures
+of any size.
+
+## Scores
+
+{scores}
+## Configuration
+
+{origin}
+```json
+{config}
+```
+"""
+
+
+def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype,
+                 report: Mapping[str, Any] | None) -> None:
+  """Fills a folder.
+
+  Args:
+    folder: exists and is empty.
+    run: whose newest checkpoint is written.
+    spec: its model.
+    dtype: of the weights.
+    report: an evaluation's results, for the model card; None for none.
+
+  Raises:
+    ValueError: `transformers` cannot represent the model.
+  """
+  config = huggingface.to_huggingface_config(spec, pad_id=run.tokenizer.pad_id, dtype=dtype.name)
+  params = dict(run.variables['params'])
+  prompts_scale = params.pop('multi_label_logit_scale', None)
+  side = flat.spec_to_json(spec) | {
+      'multi_label_logit_scale': None if prompts_scale is None else float(prompts_scale)}
+  state = huggingface.to_huggingface(run.variables | {'params': params})
+  safetensors.numpy.save_file(
+      state_dicts.cast(state, dtype), str(folder / 'model.safetensors'), metadata={'format': 'pt'})
+  _write_json(folder / 'config.json', config)
+  _write_json(folder / SIDE_FILE, side)
+  _write_json(folder / 'preprocessor_config.json', _image_processor(run))
+  _write_tokenizer(folder, run)
+  (folder / 'README.md').write_text(_card(run, report))
+
+
+def _image_processor(run: TrainedRun) -> dict[str, Any]:
+  height, width = run.model.vision.image_size
+  return dict(
+      image_processor_type='CLIPImageProcessor', processor_class='CLIPProcessor', do_resize=True,
+      size=dict(height=height, width=width), resample=_BILINEAR, do_center_crop=False, do_rescale=True,
+      rescale_factor=1 / 255, do_normalize=True, do_convert_rgb=True, image_mean=_decimals(IMAGE_MEAN),
+      image_std=_decimals(IMAGE_STD))
+
+
+def _decimals(values: np.ndarray) -> list[float]:
+  return [round(float(value), 6) for value in values.ravel()]
+
+
+def _write_tokenizer(folder: epath.Path, run: TrainedRun) -> None:
+  """Writes CLIP's vocabulary in the form every version of `transformers` reads, or the SentencePiece model."""
+  run.tokenizer.save(folder)
+  if not isinstance(run.tokenizer, ClipTokenizer):
+    return
+  files = clip_bpe.find_files(folder)
+  vocab, merges = clip_bpe.read_bpe({name: path.read_bytes() for name, path in files.items()})
+  for path in files.values():
+    path.unlink()
+  _write_json(folder / 'vocab.json', vocab)
+  (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *map(' '.join, merges)]) + '\n')
+  special = dict(bos_token=clip_bpe.BOS, eos_token=clip_bpe.EOS, unk_token=clip_bpe.EOS, pad_token=clip_bpe.EOS)
+  _write_json(folder / 'tokenizer_config.json', dict(
+      tokenizer_class='CLIPTokenizer', processor_class='CLIPProcessor', do_lower_case=True,
+      model_max_length=run.config.model.text.context_length, **special))
+  _write_json(folder / 'special_tokens_map.json', special)
+
+
+def _card(run: TrainedRun, report: Mapping[str, Any] | None) -> str:
+  config = json.loads(run.config.to_json())
+  imported = config.get('imported')
+  height, width = run.model.vision.image_size
+  scores = 'None were given to the export.\n' if report is None else _scores(report)
+  return _CARD.format(
+      header=f'license: {imported["licence"]}' if imported else 'license: unknown', code=run.provenance['code'],
+      step=run.step, use=_CLIP_NOTE if isinstance(run.tokenizer, ClipTokenizer) else _SENTENCEPIECE_NOTE,
+      height=height, width=width, scores=scores, config=json.dumps(config, indent=2),
+      origin=f'Imported from {imported["source"]} ({imported["form"]}).\n' if imported else '')
+
+
+def _scores(report: Mapping[str, Any]) -> str:
+  """A table of what `eval.py` found, with the protocol that the figures hold for."""
+  figures = ''.join(f'| {name} | {report[name]:.3f} |\n' for name in ('miou', 'pixel_accuracy', 'oracle_miou')
+                    if report.get(name) is not None)
+  return (f'{report["benchmark"]}, {report["num_images"]:,} pictures:\n\n| figure | value |\n| --- | --- |\n{figures}\n'
+          f'Protocol:\n\n```json\n{json.dumps(report["protocol"], indent=2)}\n```\n\n')
+
+
+def _write_json(path: epath.Path, values: object) -> None:
+  path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + '\n')
