@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from groupvit_jax import cli, train_loop
+from groupvit_jax.checkpoint import Checkpoints
+from groupvit_jax.evals.scene_eval import SceneEvaluator
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -67,6 +69,26 @@ def terminate_after(log: pathlib.Path, lines: int) -> None:
   while not log.exists() or log.read_text().count('\n') < lines:
     time.sleep(0.01)
   os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize('owner, phase', [
+    (train_loop, 'set_up'), (train_loop, 'restore_or_init'), (SceneEvaluator, 'evaluate'), (Checkpoints, 'save'),
+    (Checkpoints, 'wait')])
+def test_sigterm_in_every_phase_loses_nothing(owner, phase, uninterrupted, tmp_path, monkeypatch):
+  """The signal comes when the phase begins; the phase itself is the real one."""
+  real = getattr(owner, phase)
+
+  def signalled(*args, **kwargs):
+    monkeypatch.setattr(owner, phase, real)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(owner, phase, signalled)
+  code = train_loop.train(tiny_config(), tmp_path)
+  assert code == (0 if phase == 'wait' else cli.EXIT_PREEMPTED)  # nothing is left to do after the last save
+  assert not list((tmp_path / 'checkpoints').glob('*tmp*'))
+  assert train_loop.train(tiny_config(), tmp_path) == 0
+  assert losses(tmp_path) == losses(uninterrupted)
 
 
 def command(workdir: pathlib.Path, *flags: str) -> list[str]:
