@@ -21,7 +21,7 @@ def small_config(**vision) -> transformers.GroupViTConfig:
       projection_dim=10, projection_intermediate_dim=22, vision_config=fields | vision,
       text_config=dict(
           hidden_size=20, intermediate_size=50, num_attention_heads=5, num_hidden_layers=2, vocab_size=VOCAB_SIZE,
-          max_position_embeddings=9, eos_token_id=VOCAB_SIZE - 1))
+          max_position_embeddings=9, bos_token_id=VOCAB_SIZE - 2, eos_token_id=VOCAB_SIZE - 1))
 
 
 def random_model(config: transformers.GroupViTConfig, seed: int = 0) -> transformers.GroupViTModel:

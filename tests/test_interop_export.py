@@ -190,7 +190,7 @@ def test_stablehlo_in_bfloat16(clip_run, bundle, tmp_path):
   small, large = ((folder / 'image.stablehlo') for folder in (tmp_path / 'out', bundle))
   params = trained_run.open_run(clip_run).variables['params']
   count = sum(leaf.size for leaf in jax.tree.leaves([params['vision'], params['image_projector']]))
-  assert large.stat().st_size - small.stat().st_size > 0.8 * 2 * count  # two bytes less for each
+  assert large.stat().st_size - small.stat().st_size > 0.7 * 2 * count  # two bytes less for each, and casts
   mine, other = (jax.export.deserialize(path.read_bytes()).call(pictures(2))['image_embeds'] for path in (small, large))
   difference = np.abs(mine - other).max() / np.abs(other).max()
   assert 1e-6 < difference < 0.2
@@ -206,7 +206,7 @@ def test_what_transformers_cannot_represent_is_refused(vision, message, tmp_path
   write_run(tmp_path / 'run', ClipTokenizer(tmp_path / 'clip'), multi_label=False, **vision)
   with pytest.raises(ValueError, match=message):
     export(tmp_path / 'run', 'huggingface', tmp_path / 'out')
-  assert not (tmp_path / 'out').exists()
+  assert {path.name for path in tmp_path.iterdir()} == {'clip', 'run'}
   export(tmp_path / 'run', 'safetensors', tmp_path / 'out')
 
 

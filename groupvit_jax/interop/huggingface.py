@@ -141,11 +141,13 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
   return state_dicts.ModelSpec(model, text['vocab_size'], eos_id, multi_label=False)
 
 
-def to_huggingface_config(spec: state_dicts.ModelSpec, *, pad_id: int, dtype: str) -> dict[str, Any]:
+def to_huggingface_config(
+    spec: state_dicts.ModelSpec, *, bos_id: int | None, pad_id: int, dtype: str) -> dict[str, Any]:
   """The `config.json` of a model, as a dict of plain values.
 
   Args:
     spec: the model.
+    bos_id: of the tokenizer; None if texts start without.
     pad_id: of the tokenizer.
     dtype: of the weights.
 
@@ -173,7 +175,8 @@ def to_huggingface_config(spec: state_dicts.ModelSpec, *, pad_id: int, dtype: st
           num_group_tokens=list(vision.num_group_tokens), num_output_groups=[*segments[:-1], segments[-2]],
           intermediate_size=int(vision.width * vision.mlp_ratio), assign_mlp_ratio=[0.5, vision.mlp_ratio]),
       text_config=_TEXT_DEFAULTS | dict(
-          model_type='groupvit_text_model', vocab_size=spec.vocab_size, eos_token_id=spec.eos_id, pad_token_id=pad_id,
+          model_type='groupvit_text_model', vocab_size=spec.vocab_size, bos_token_id=bos_id,
+          eos_token_id=spec.eos_id, pad_token_id=pad_id,
           max_position_embeddings=text.context_length, hidden_size=text.width, num_hidden_layers=text.depth,
           num_attention_heads=text.num_heads, intermediate_size=int(text.width * text.mlp_ratio)))
 

@@ -81,7 +81,8 @@ def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpe
   Raises:
     ValueError: `transformers` cannot represent the model.
   """
-  config = huggingface.to_huggingface_config(spec, pad_id=run.tokenizer.pad_id, dtype=dtype.name)
+  config = huggingface.to_huggingface_config(
+      spec, bos_id=run.tokenizer.bos_id, pad_id=run.tokenizer.pad_id, dtype=dtype.name)
   params = dict(run.variables['params'])
   prompts_scale = params.pop('multi_label_logit_scale', None)
   side = flat.spec_to_json(spec) | {
