@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from groupvit_jax.metrics import IGNORE_LABEL
 
 _IGNORE_COLOUR = (224, 224, 224)
-_LONG_SIDE = 384  # overlays are at least this long: far below it no name is legible
+LONG_SIDE = 384  # overlays are at least this long: far below it no name is legible
 _TILE = 256  # the same for the tiles of a panel, of which there are many
 OPACITY = 0.55  # of classes over the picture
 GROUP_OPACITY = 0.35  # of groups, whose borders say more than their colours
@@ -88,9 +88,9 @@ def enlarge(array: np.ndarray, factor: int) -> np.ndarray:
   return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def enlargement(size: tuple[int, int]) -> int:
-  """The whole factor that makes a picture of `size` (H, W) large enough for names."""
-  return max(1, -(-_LONG_SIDE // max(size)))
+def enlargement(size: tuple[int, int], long_side: int) -> int:
+  """The smallest whole factor that makes the long side of a picture (H, W) at least `long_side`."""
+  return -(-long_side // max(size)) or 1
 
 
 def draw_overlay(
@@ -100,6 +100,7 @@ def draw_overlay(
   names: Sequence[str],
   *,
   opacity: float = OPACITY,
+  long_side: int = LONG_SIDE,
 ) -> np.ndarray:
   """Colours over a picture, borders between them, and each class's name on its largest area.
 
@@ -109,11 +110,12 @@ def draw_overlay(
     palette: C colours.
     names: C names; an empty one is not drawn.
     opacity: of the colours, 0 to 1.
+    long_side: pixels; smaller pictures are enlarged.
 
   Returns:
-    uint8 [H * f, W * f, 3], f the whole `enlargement` of small pictures.
+    uint8 [H * f, W * f, 3], f their `enlargement`.
   """
-  factor = enlargement(labels.shape)
+  factor = enlargement(labels.shape, long_side)
   image, labels = enlarge(image, factor), enlarge(labels, factor)
   coloured = _blend(image, colour_map(labels, palette), opacity * (labels != IGNORE_LABEL))
   canvas = Image.fromarray(_draw_borders(coloured, labels))
@@ -122,7 +124,11 @@ def draw_overlay(
 
 
 def draw_groups(
-  image: np.ndarray, groups: np.ndarray, *, opacity: float = GROUP_OPACITY
+  image: np.ndarray,
+  groups: np.ndarray,
+  *,
+  opacity: float = GROUP_OPACITY,
+  long_side: int = LONG_SIDE,
 ) -> np.ndarray:
   """Groups over a picture: a tint for each and borders between them.
 
@@ -132,11 +138,12 @@ def draw_groups(
     image: uint8 [H, W, 3].
     groups: numbers [H, W], below 256.
     opacity: of the tints, 0 to 1.
+    long_side: pixels; smaller pictures are enlarged.
 
   Returns:
-    uint8 [H * f, W * f, 3], f the whole `enlargement` of small pictures.
+    uint8 [H * f, W * f, 3], f their `enlargement`.
   """
-  factor = enlargement(groups.shape)
+  factor = enlargement(groups.shape, long_side)
   image, groups = enlarge(image, factor), enlarge(groups, factor)
   tints = np.array(spread_palette(int(groups.max()) + 1), np.uint8)[groups]
   return _draw_borders(_blend(image, tints, np.full(groups.shape, opacity)), groups)
@@ -188,15 +195,14 @@ def _tiles(
   several: bool,
 ) -> list[np.ndarray]:
   """The tiles of one line of a panel, all of one size."""
-  factor = enlargement(row.image.shape[:2])
-  tiles = [enlarge(row.image, factor)]
+  overlay = lambda labels: draw_overlay(row.image, labels, palette, names, long_side=_TILE)
+  grouped = lambda groups: draw_groups(row.image, groups, long_side=_TILE)
+  tiles = [enlarge(row.image, enlargement(row.image.shape[:2], _TILE))]
   if labelled:
     unknown = np.full(row.image.shape[:2], IGNORE_LABEL, np.uint8)
-    truth = unknown if row.truth is None else row.truth
-    tiles.append(draw_overlay(row.image, truth, palette, names))
-  tiles.append(draw_overlay(row.image, row.prediction, palette, names))
-  tiles.append(draw_groups(row.image, row.groups[-1]))
-  return tiles + [draw_groups(row.image, row.groups[0])] * several
+    tiles.append(overlay(unknown if row.truth is None else row.truth))
+  tiles += [overlay(row.prediction), grouped(row.groups[-1])]
+  return tiles + [grouped(row.groups[0])] * several
 
 
 def _used_labels(rows: Sequence[Row]) -> list[int]:
@@ -272,21 +278,21 @@ def _write_names(
   for label in np.argsort(-areas, kind='stable').tolist():
     if label < len(names) and names[label] and areas[label] >= _SMALLEST_AREA * labels.size:
       font = _fitting_font(names[label], canvas.size)
-      box = draw.textbbox((0, 0), names[label], font, anchor='mm')
-      place = _find_place(labels == label, box, taken)
+      # The same height for all names, whether or not they have ascenders.
+      size = font.getlength(names[label]), sum(font.getmetrics())
+      place = _find_place(labels == label, size, taken)
       taken.append(place)
       _write_name(draw, place, names[label], tuple(palette[label]), font)
 
 
 def _find_place(
   area: np.ndarray,
-  box: tuple[float, float, float, float],
+  size: tuple[float, float],
   taken: Sequence[tuple[float, float, float, float]],
 ) -> tuple[float, float, float, float]:
   """Where a name goes: deep inside its area, inside the picture, clear of other names if possible."""
   height, width = area.shape
-  pad = max(2, round((box[3] - box[1]) / 4))
-  half_width, half_height = (box[2] - box[0]) / 2 + pad, (box[3] - box[1]) / 2 + pad
+  half_width, half_height = size[0] / 2 + size[1] / 4, size[1] / 2
   # Beyond the picture is not inside the area: names keep away from the picture's border too.
   depth = cv2.distanceTransform(np.pad(area.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
   best = None
@@ -319,7 +325,8 @@ def _write_name(
   """A name on a plate of its class's colour, in black or white, whichever is easier to read."""
   luminance = np.dot(colour, (0.299, 0.587, 0.114))
   ink = _INK if luminance > 140 else _WHITE
-  draw.rounded_rectangle(place, (place[3] - place[1]) / 4, colour, ink)
+  side = place[3] - place[1]
+  draw.rounded_rectangle(place, side / 4, colour, ink, max(1, round(side / 16)))
   draw.text(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), name, ink, font, anchor='mm')
 
 

@@ -1,0 +1,168 @@
+"""The one-call API: pictures and words in; label maps, groups and scores out."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from groupvit_jax import trained_run
+from groupvit_jax.evals import scene_eval, semantic_seg, window_encoder
+from groupvit_jax.predictor import parse_words, Prediction, Predictor
+from tests.trained import trained_workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+WORDS = ('dog|puppy', 'banana', 'grass')
+
+
+@pytest.fixture(scope='module')
+def run() -> trained_run.TrainedRun:
+  return trained_run.open_run(trained_workdir())
+
+
+@pytest.fixture(scope='module')
+def predictor(run) -> Predictor:
+  return Predictor.from_run(run)
+
+
+@pytest.fixture(scope='module')
+def image() -> np.ndarray:
+  """Smooth blobs: 48 x 70, three windows of 32."""
+  coarse = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
+  return np.asarray(Image.fromarray(coarse).resize((70, 48), Image.Resampling.BICUBIC))
+
+
+@pytest.fixture(scope='module')
+def prediction(predictor, image) -> Prediction:
+  return predictor(image, WORDS)
+
+
+def test_everything_is_there_and_of_the_pictures_size(prediction, image):
+  assert prediction.classes == ('dog', 'banana', 'grass') and not prediction.background
+  for array in (prediction.labels, prediction.segments, prediction.pixel_scores):
+    assert array.shape == (48, 70)
+  assert len(prediction.groups) == 1 and prediction.groups[-1] is prediction.segments
+  assert prediction.labels.dtype == np.uint8 and prediction.labels.max() < 3
+  assert prediction.areas.sum() == pytest.approx(1) and prediction.scores.shape == (3,)
+  # A pixel's score is a mean over windows, so no more than its class's best segment.
+  best = prediction.scores[prediction.labels]
+  assert (prediction.pixel_scores <= best + 1e-5).all() and prediction.pixel_scores.min() > 0
+  assert prediction.image is image
+  assert prediction.overlay().shape == (48 * 6, 70 * 6, 3)
+  assert prediction.group_overlay(0).shape == (48 * 6, 70 * 6, 3)
+  mask = prediction.mask()
+  assert mask.mode == 'P' and np.array_equal(np.asarray(mask), prediction.labels)
+
+
+def test_json_has_areas_and_scores(prediction):
+  report = prediction.to_json()
+  assert (report['height'], report['width']) == (48, 70)
+  rows = {row['name']: row for row in report['classes']}
+  assert sum(row['pixels'] for row in rows.values()) == 48 * 70
+  assert rows['banana']['label'] == 1
+  assert rows['banana']['area'] == pytest.approx((prediction.labels == 1).mean())
+  areas = [row['area'] for row in report['classes']]
+  assert areas == sorted(areas, reverse=True)
+
+
+def test_lists_and_kinds_of_pictures_give_the_same(predictor, prediction, image, tmp_path):
+  path = tmp_path / 'a.png'
+  Image.fromarray(image).save(path)
+  found = predictor([image, Image.fromarray(image), path, image[:20], image[:4, :64]], WORDS)
+  assert [p.key for p in found] == ['number 1', 'number 2', str(path), 'number 4', 'number 5']
+  for same in found[:3]:
+    assert np.array_equal(same.labels, prediction.labels)
+    assert np.array_equal(same.segments, prediction.segments)
+  assert [p.labels.shape for p in found[3:]] == [(20, 70), (4, 64)]
+
+
+def test_same_answer_as_the_evaluation(run, predictor):
+  """On held-out scenes: the same pixels are right and wrong."""
+  scenes = scene_eval.SceneEvaluator(
+    run.config, run.model, run.tokenizer, run.mesh, split='test'
+  )
+  want = scenes.evaluate(run.variables).counts
+  records = [scenes.source[i] for i in range(len(scenes.source))]
+  found = predictor([record['image'] for record in records], scenes.source.classes)
+  counts = np.zeros_like(want)
+  for record, prediction in zip(records, found):
+    np.add.at(counts, (record['label'], prediction.labels), 1)
+    # One window, so each segment has one label.
+    pairs = set(zip(prediction.segments.ravel().tolist(), prediction.labels.ravel().tolist()))
+    assert len(pairs) <= len(np.unique(prediction.segments)) + 1  # near-ties of two segments
+  assert np.abs(counts - want).sum() <= 2e-3 * want.sum()
+  assert len({prediction.labels.tobytes() for prediction in found}) > 1
+
+
+def test_synonyms_are_the_mean_of_their_embeddings_and_are_kept(predictor, monkeypatch):
+  words = parse_words(['dog|puppy', 'dog2', 'puppy3'])
+  two = predictor.embed_words(parse_words(['dog', 'puppy']))
+  np.testing.assert_allclose(np.linalg.norm(two, axis=1), 1, rtol=1e-5)
+  asked = []
+  embed = semantic_seg.embed_classes
+  monkeypatch.setattr(
+    semantic_seg, 'embed_classes', lambda *args: asked.append(args[3]) or embed(*args)
+  )
+  got = predictor.embed_words(words)
+  mean = two.mean(axis=0)
+  np.testing.assert_allclose(got[0], mean / np.linalg.norm(mean), atol=1e-6)
+  predictor.embed_words(words)
+  assert asked == [['dog2', 'puppy3']]  # what was known is not embedded again
+
+
+def test_threshold_makes_background(predictor, prediction, image):
+  everywhere = predictor(image, WORDS, threshold=0.0)
+  assert everywhere.classes[0] == 'background' and everywhere.background
+  assert np.array_equal(everywhere.labels, prediction.labels + 1)
+  some = predictor(image, WORDS, threshold=1.0)
+  assert 0 < some.areas[0] < 1  # the best segment of a window is never background
+  assert np.isnan(some.scores[0]) and some.to_json()['classes'][0]['name'] is not None
+  np.testing.assert_allclose(some.scores[1:], prediction.scores)
+  assert some.palette[0] == (0, 0, 0) and some.palette[1:] == prediction.palette
+  with pytest.raises(ValueError, match='threshold=1.5'):
+    predictor(image, WORDS, threshold=1.5)
+
+
+def test_sizes_do_not_recompile(predictor, image):
+  predictor(image, WORDS)
+  before = window_encoder.encode_windows._cache_size()
+  for height, width in ((48, 71), (60, 90), (32, 40)):
+    predictor(image.repeat(2, axis=0).repeat(2, axis=1)[:height, :width], WORDS)
+  assert window_encoder.encode_windows._cache_size() == before
+
+
+@pytest.mark.parametrize(
+  'words, message',
+  [
+    ([], 'there are no classes to look for'),
+    (['dog', 'cat', 'Dog '], "the class 'Dog' is named twice"),
+    (['dog|puppy', 'puppy'], "the class 'puppy' is named twice"),
+    (['dog', ' '], "the word ' ' has an empty name"),
+    (['dog|'], "the word 'dog|' has an empty name".replace('|', r'\|')),
+    ('dog', "words is one text, 'dog'"),
+  ],
+)
+def test_bad_words_are_refused(words, message, predictor, image):
+  with pytest.raises(ValueError, match=message):
+    predictor(image, words)
+
+
+def test_background_is_a_word_like_any_other_without_a_threshold(predictor, image):
+  assert predictor(image, ['dog', 'background']).classes == ('dog', 'background')
+  with pytest.raises(ValueError, match="the class 'background' is named twice"):
+    predictor(image, ['dog', 'background'], threshold=0.5)
+
+
+def test_a_bad_picture_is_named(predictor, image):
+  with pytest.raises(ValueError, match="picture 'number 2' is float64"):
+    predictor([image, image / 255], WORDS)
+
+
+def test_importing_the_package_is_cheap():
+  code = (
+    'import sys, groupvit_jax; assert "jax" not in sys.modules; '
+    'groupvit_jax.Predictor; assert "jax" in sys.modules'
+  )
+  subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)
