@@ -88,23 +88,6 @@ def segment_map(affinity: jax.Array, grid: tuple[int, int], size: tuple[int, int
   return jnp.argmax(maps, axis=-1).astype(jnp.int32)
 
 
-def stage_maps(
-  assignments: Sequence[jax.Array], grid: tuple[int, int], size: tuple[int, int]
-) -> tuple[jax.Array, ...]:
-  """Each stage's groups per pixel, for pictures; the final segments come last.
-
-  Args:
-    assignments: per grouping stage [B, S_i, N_i], soft.
-    grid: rows and columns of the patch grid.
-    size: H, W of the window.
-
-  Returns:
-    Per grouping stage [B, H, W], int32.
-  """
-  stages = range(1, len(assignments) + 1)
-  return tuple(segment_map(token_affinity(assignments[:i]), grid, size) for i in stages)
-
-
 def normalize(embeds: jax.Array) -> jax.Array:
   """Unit vectors along the last axis, in float32; a zero vector stays zero."""
   embeds = embeds.astype(jnp.float32)
@@ -170,11 +153,6 @@ def background_scores(scores: jax.Array, thresholds: jax.Array, *, per_window: b
     return jnp.broadcast_to(thresholds.astype(jnp.float32), (*best.shape, thresholds.shape[0]))
   bound = jnp.minimum(thresholds[None, None, :], best.max(axis=-1)[:, None, None])
   return (best[:, :, None] < bound).astype(jnp.float32)
-
-
-def pixel_scores(segments: jax.Array, scores: jax.Array) -> jax.Array:
-  """Each pixel's class scores, those of its segment: [B, H, W] and [B, S, C] -> [B, H, W, C]."""
-  return jax.vmap(lambda index, table: table[index])(segments, scores)
 
 
 def pixel_shares(

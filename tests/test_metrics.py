@@ -56,6 +56,12 @@ def test_absent_classes_are_left_out_as_mmsegmentation_does():
   assert scores.pixel_accuracy == pytest.approx(4 / 6)
 
 
+def test_255_is_ignored_also_among_many_classes():
+  truth = jnp.array([255, 299], jnp.int32)
+  state = metrics.ConfusionMatrix.from_labels(truth, truth, 300)
+  assert state.counts().sum() == 1 and state.counts()[299, 299] == 1
+
+
 def test_counts_are_exact_where_float32_and_int32_are_not():
   one = metrics.ConfusionMatrix.from_labels(jnp.array([0]), jnp.array([0]), 1)
   state, want = one, 1

@@ -77,13 +77,6 @@ def test_segment_map_matches_opencv(rng):
   assert np.array_equal(segmentation.segment_map(affinity, (3, 4), (48, 64))[0], want)
 
 
-def test_stage_maps_have_one_map_per_stage(rng):
-  stages = [soft(rng, 1, 6, 4), soft(rng, 1, 3, 6)]
-  first, final = segmentation.stage_maps(stages, (2, 2), (2, 2))
-  assert np.array_equal(first[0].ravel(), stages[0][0].argmax(0))
-  assert np.array_equal(final[0].ravel(), segmentation.token_affinity(stages)[0].argmax(-1))
-
-
 def reference_scores(image, segments, text, scale, top):
   """Numpy float64, one window."""
   softmax = lambda x: (
@@ -145,24 +138,17 @@ def test_background_by_hand():
   np.testing.assert_allclose(everywhere, np.broadcast_to([0.4, 0.55, 0.95], (1, 3, 3)))
 
 
-def test_pixel_scores_are_those_of_the_segment():
-  segments = jnp.array([[[0, 1], [1, 1]]])
-  scores = jnp.array([[[0.1, 0.9], [0.7, 0.3]]])
-  got = segmentation.pixel_scores(segments, scores)
-  np.testing.assert_allclose(got[0, :, :, 0], [[0.1, 0.7], [0.7, 0.7]])
-
-
 def stitch(segments, scores, where, num_pixels):
   """Scores [P, C] of the first pixels of a picture."""
   shares = segmentation.pixel_shares(segments, scores.shape[1], where, jnp.arange(num_pixels))
   return segmentation.stitch(shares, scores, where.num_windows).T
 
 
-def test_stitch_of_one_window_is_pixel_scores(rng):
+def test_in_one_window_a_pixel_has_the_scores_of_its_segment(rng):
   segments = jnp.asarray(rng.integers(0, 3, (1, 4, 5)), jnp.uint8)
   scores = jnp.asarray(rng.random((1, 3, 2)), jnp.float32)
   got = stitch(segments, scores, placement([0], [0], [4, 5], [4, 5], [4, 5]), 20)
-  want = segmentation.pixel_scores(segments, scores)[0]
+  want = scores[0][segments[0]]
   np.testing.assert_allclose(got.reshape(4, 5, 2), want, rtol=1e-6)
 
 

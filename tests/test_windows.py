@@ -51,9 +51,9 @@ def test_windows_are_cut_from_opencvs_resize(rng):
 
 def test_antialiasing_averages_where_a_picture_shrinks(rng):
   protocol = dataclasses.replace(GROUPVIT, short_side=4, window=4, stride=4, antialias=True)
-  image = rng.integers(0, 256, (8, 8, 3), np.uint8)
+  image = rng.integers(0, 256, (16, 16, 3), np.uint8)
   window = windows.cut_picture(image, protocol, 2, key='a').windows[0]
-  want = image.reshape(4, 2, 4, 2, 3).mean(axis=(1, 3))
+  want = image.reshape(4, 4, 4, 4, 3).mean(axis=(1, 3))
   np.testing.assert_allclose(window, want, atol=0.51)
   # Where it grows there is nothing to average.
   small = image[:2, :2]

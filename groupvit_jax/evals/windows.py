@@ -92,8 +92,10 @@ def cut_picture(
       f'picture {key!r} is {height} x {width} px, its label map {label.shape}; make them one size'
     )
   rows, columns = resized_size(height, width, protocol, patch_size)
-  # Published figures are made with OpenCV's resize; Pillow's, called bilinear too, antialiases.
-  resized = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_LINEAR)
+  # Published figures are made with OpenCV's bilinear; Pillow's, called so too, antialiases.
+  shrinks = protocol.antialias and rows < height
+  method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+  resized = cv2.resize(image, (columns, rows), interpolation=method)
   starts = [(y, x) for y in window_starts(rows, protocol) for x in window_starts(columns, protocol)]
   side = protocol.window
   windows = np.stack([resized[y : y + side, x : x + side] for y, x in starts])
