@@ -10,7 +10,7 @@ def get_config() -> ml_collections.ConfigDict:
   """The experiment."""
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.total_steps = 2500
+  config.total_steps = 5500
   config.batch_size = 64
   config.multi_label_weight = 1.0
 
@@ -57,14 +57,14 @@ def get_config() -> ml_collections.ConfigDict:
           drop_path=0.0,
           assignment='gumbel',
           # A small model learns to group only if its assignment is decisive from the first step: see the README.
-          init=dict(kernel='fan_in:1', assign_kernel='fan_in:8', value_kernel='fan_in:1', tokens_std=0.5,
+          init=dict(kernel='fan_in:1', assign_kernel='fan_in:8', value_kernel='fan_in:4', tokens_std=0.5,
                     positions_std=0.5),
       ),
-      text=dict(context_length=20, width=64, depth=1, num_heads=4, mlp_ratio=4.0),
+      text=dict(context_length=16, width=64, depth=1, num_heads=4, mlp_ratio=4.0),
   ))
   # Rates of the reference batch 4096: they scale linearly with the batch.
   config.optim = ml_collections.ConfigDict(dict(
-      warmup_lr=4e-4 * 64, peak_lr=2e-3 * 64, end_lr=5e-5 * 64, warmup_steps=100,
+      warmup_lr=1e-4 * 64, peak_lr=1.2e-3 * 64, end_lr=5e-5 * 64, warmup_steps=100,
       beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05, clip_norm=5.0))
   config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, model=1))
   return config
