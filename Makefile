@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
+WORKERS ?= 2
 BIN = $(VENV)/bin
 
 .PHONY: quickstart test test-long lint clean
@@ -9,9 +10,10 @@ BIN = $(VENV)/bin
 quickstart: $(VENV)/run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR) --output=$(WORKDIR)/eval
+	@echo "Open $(WORKDIR)/eval/scenes.png"
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-long: $(VENV)/test
 	$(BIN)/python -m pytest -m long
