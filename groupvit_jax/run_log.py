@@ -10,8 +10,22 @@ import time
 from etils import epath
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+  """Hides torch from an import that takes it along wherever it is installed, for seconds and hundreds of MB."""
+  hidden = sys.modules.setdefault('torch', None) is None  # what is None cannot be imported
+  try:
+    yield
+  finally:
+    if hidden:
+      del sys.modules['torch']
+
+
+with _without_torch():
+  import tensorboardX
 
 
 class RunLog:

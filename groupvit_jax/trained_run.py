@@ -74,9 +74,10 @@ def complete_config(workdir: epath.PathLike) -> Iterator[None]:
   except AttributeError as error:
     if not isinstance(error.args[0], KeyError):  # what ConfigDict makes it from; others are defects
       raise
+    key = str(error.args[0].args[0]).splitlines()[0]  # and then, what else might have been meant
     raise ValueError(
-      f'{epath.Path(workdir) / "config.json"} has no entry {error.args[0].args[0]}: the run was made by '
-      'another version of this code; use that one, or train again'
+      f'{epath.Path(workdir) / "config.json"} has no entry {key}: the run was made by another version '
+      'of this code; use that one, or train again'
     ) from error
 
 
