@@ -52,9 +52,9 @@ def test_palettes_with_and_without_transparency():
 
 
 def test_sixteen_bits():
-  deep = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
-  assert read(encoded(deep))[0, :, 0].tolist() == [0, 1, 128, 255]
-  assert read(encoded(deep, 'TIFF'))[0, :, 0].tolist() == [0, 1, 128, 255]
+  deep = np.array([[0, 200, 257, 128 * 257, 65535]], np.uint16)
+  assert read(encoded(deep))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+  assert read(encoded(deep, 'TIFF'))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
   # RGB of 16 bits, which Pillow cannot write: one pixel by hand.
   rows = b'\0' + struct.pack('>3H', 65535, 128 * 257, 257)
   chunk = lambda kind, data: (

@@ -306,8 +306,9 @@ def _find_place(
     best = best or place
     if not any(_overlap(place, other) for other in taken):
       return place
-    reach = max(2, int(half_height))
-    depth[max(0, int(y) - reach) : int(y) + reach, max(0, int(x) - reach) : int(x) + reach] = 0
+    # Elsewhere, by a plate's height and half its width at least.
+    rows, columns = int(2 * half_height), int(half_width)
+    depth[max(0, int(y) - rows) : int(y) + rows, max(0, int(x) - columns) : int(x) + columns] = 0
   return best
 
 
