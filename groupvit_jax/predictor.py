@@ -221,7 +221,8 @@ class Predictor:
     embeds = self.embed_words(found_words)
     segmenter = Segmenter(
       protocol,
-      benchmark.num_classes,
+      embeds,
+      float(self._variables['params']['logit_scale']),
       background=benchmark.background,
       thresholds=(0.0 if threshold is None else threshold,),
       mesh=self._mesh,
@@ -229,9 +230,9 @@ class Predictor:
     waiting: dict[str, np.ndarray] = {}
     pictures = self._cut(images, protocol, waiting)
     encoder, pictures = self._fit_encoder(pictures, protocol)
-    for item in encoder.encode(self._variables, embeds, pictures):
+    for item in encoder.encode(self._variables, pictures):
       if isinstance(item, EncodedPicture):
-        labelled = segmenter.fetch(item.picture, segmenter.label(item, oracle=False))
+        labelled = segmenter.fetch(segmenter.label(item, oracle=False))
         yield self._finish(waiting.pop(item.picture.key), benchmark, item, labelled)
 
   def embed_words(self, words: Sequence[Word]) -> np.ndarray:
@@ -275,7 +276,7 @@ class Predictor:
     self, image: np.ndarray, benchmark: Benchmark, encoded: EncodedPicture, labelled: LabelMap
   ) -> Prediction:
     """Everything about a picture that has been labelled."""
-    best = np.max(encoded.scores, axis=(0, 1))
+    best = labelled.class_scores.max(axis=(0, 1))
     unscored = [np.nan] * benchmark.background
     maps = groups.group_maps(
       self._model, self._variables, [image], self.protocol.window, self._mesh

@@ -148,7 +148,8 @@ def background_scores(scores: jax.Array, thresholds: jax.Array, *, per_window: b
   Returns:
     [B, S, T], float32.
   """
-  best = scores.max(axis=-1)
+  # Computed once: fused into both sides of the comparison, a score might not equal itself.
+  best = jax.lax.optimization_barrier(scores.max(axis=-1))
   if not per_window:
     return jnp.broadcast_to(thresholds.astype(jnp.float32), (*best.shape, thresholds.shape[0]))
   bound = jnp.minimum(thresholds[None, None, :], best.max(axis=-1)[:, None, None])

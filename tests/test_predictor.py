@@ -117,7 +117,7 @@ def test_threshold_makes_background(predictor, prediction, image):
   assert everywhere.classes[0] == 'background' and everywhere.background
   assert np.array_equal(everywhere.labels, prediction.labels + 1)
   some = predictor(image, WORDS, threshold=1.0)
-  assert 0 < some.areas[0] < 1  # the best segment of a window is never background
+  assert some.areas[0] > 0  # maybe 1: the best segment of a window is never background, but may be empty
   assert np.isnan(some.scores[0]) and some.to_json()['classes'][0]['name'] is not None
   np.testing.assert_allclose(some.scores[1:], prediction.scores)
   assert some.palette[0] == (0, 0, 0) and some.palette[1:] == prediction.palette

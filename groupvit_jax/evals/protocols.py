@@ -25,8 +25,8 @@ class Protocol:
     double_softmax: whether the filtered softmax is multiplied by the unfiltered one.
     threshold: score below which a pixel is background; None for the benchmark's own under this
       protocol. Without a background class it has no meaning.
-    threshold_mode: 'window' lowers it to the window's best score where that is smaller, so a window
-      always shows something (paper); 'global' is the same number everywhere.
+    threshold_mode: 'window' lowers it to the best score of any segment of the window where that is
+      smaller, so the best segment is never background (paper); 'global' is the same everywhere.
     templates: name of the set of sentences that class names are put into.
     class_names: 'groupvit' for the spellings behind the published figures, 'benchmark' for its own.
   """

@@ -4,6 +4,8 @@ What has been encoded (window_encoder.py) is turned into labels a fixed number o
 so this is one compilation whatever the pictures' sizes, and no map of picture x classes exists.
 """
 
+import collections
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -21,6 +23,7 @@ from groupvit_jax.evals.windows import Picture
 from groupvit_jax.metrics import ConfusionMatrix, IGNORE_LABEL
 
 _MOST_PIXELS = 2**16  # labelled at a time
+_MOST_PENDING = 128  # parts that wait for the devices, lest a backlog of pictures fill the memory
 
 
 @flax.struct.dataclass
@@ -32,11 +35,20 @@ class Tally:
 
 
 class Tables(NamedTuple):
-  """What labels a picture: K windows, of which the placement says how many there are."""
+  """What is known of a picture: K windows, of which the placement says how many there are."""
 
   segments: jax.Array  # [K, H, W], uint8
-  scores: jax.Array  # [K, S, C], without the background
+  segment_embeds: jax.Array  # [K, S, E]
+  image_embeds: jax.Array  # [K, E]
   placement: segmentation.Placement
+
+
+class Classes(NamedTuple):
+  """What pictures are labelled with."""
+
+  text_embeds: jax.Array  # [C, E], without the background
+  logit_scale: jax.Array  # [], log temperature
+  thresholds: jax.Array  # [T], of the background; the first one labels
 
 
 class PixelLabels(NamedTuple):
@@ -44,8 +56,18 @@ class PixelLabels(NamedTuple):
 
   labels: jax.Array  # [P], int32
   scores: jax.Array  # [P], of those labels
+  class_scores: jax.Array  # [K, S, C] of the windows' segments, without the background
   overlap: jax.Array  # [K, S, C], pixels of each label in each segment, so far
   tally: Tally
+
+
+class Labelled(NamedTuple):
+  """Labels of a picture, on the devices."""
+
+  picture: Picture
+  labels: list[jax.Array]  # of [P], row-major
+  scores: list[jax.Array]  # likewise
+  class_scores: jax.Array  # [K, S, C], without the background
 
 
 class LabelMap(NamedTuple):
@@ -53,25 +75,24 @@ class LabelMap(NamedTuple):
 
   labels: np.ndarray  # uint8 [H, W]
   scores: np.ndarray  # float32 [H, W], of those labels
+  class_scores: np.ndarray  # float32 [K, S, C], of the windows' segments, without the background
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=('background', 'per_window', 'place'),
-  donate_argnames=('tally', 'overlap'),
+  jax.jit, static_argnames=('protocol', 'background', 'place'), donate_argnames=('tally', 'overlap')
 )
 def label_pixels(
   tally: Tally,
   overlap: jax.Array,
   tables: Tables,
+  classes: Classes,
   pixels: jax.Array,
   offset: jax.Array,
   truth: jax.Array,
-  thresholds: jax.Array,
   oracle: jax.Array,
   *,
+  protocol: Protocol,
   background: bool,
-  per_window: bool,
   place: NamedSharding,
 ) -> PixelLabels:
   """Labels some pixels of a picture and counts them.
@@ -83,46 +104,56 @@ def label_pixels(
     tally: counts so far (donated).
     overlap: [K, S, C] so far (donated); zeros at first.
     tables: of the picture.
+    classes: to choose from.
     pixels: 0..P-1.
     offset: [], where the first of these pixels lies in the picture, row-major.
     truth: labels [P], 255 where there is none.
-    thresholds: [T]; the first is the one that labels.
     oracle: [], whether this is the second pass.
+    protocol: how labels are chosen; its own threshold is not looked at.
     background: whether class 0 is the background.
-    per_window: whether thresholds are lowered to a window's best score.
     place: sharding of pixels.
 
   Returns:
     Labels, and both counts.
   """
-  num_segments, num_classes = overlap.shape[1:]
+  num_slots, num_segments, num_classes = overlap.shape
   num_windows = tables.placement.num_windows
+  exists = (jnp.arange(num_slots) < num_windows)[:, None, None]
   shares = segmentation.pixel_shares(
     tables.segments, num_segments, tables.placement, pixels + offset
   )
   count = lambda labels: ConfusionMatrix.from_labels(truth, labels, num_classes)
 
   def predict() -> PixelLabels:
-    labels, best = segmentation.best_classes(shares, tables.scores, num_windows)
+    scores = exists * segmentation.class_scores(
+      tables.image_embeds,
+      tables.segment_embeds,
+      classes.text_embeds,
+      classes.logit_scale,
+      class_filter=protocol.class_filter,
+      double_softmax=protocol.double_softmax,
+    )
+    labels, best = segmentation.best_classes(shares, scores, num_windows)
     labels, best = labels[None], best[None]
     if background:
-      below = segmentation.background_scores(tables.scores, thresholds, per_window=per_window)
+      per_window = protocol.threshold_mode == 'window'
+      below = segmentation.background_scores(scores, classes.thresholds, per_window=per_window)
       below = segmentation.stitch(shares, below, num_windows)
       labels, best = jnp.where(below >= best, 0, labels + 1), jnp.maximum(below, best)
     seen = segmentation.segment_overlap(shares, truth, num_windows, num_classes)
     predicted = tally.predicted.merge(jax.vmap(count)(labels))
-    return PixelLabels(labels[0], best[0], overlap + seen, tally.replace(predicted=predicted))
+    counted = tally.replace(predicted=predicted)
+    return PixelLabels(labels[0], best[0], scores, overlap + seen, counted)
 
   def name_by_majority() -> PixelLabels:
-    exists = jnp.arange(overlap.shape[0]) < num_windows
-    names = jax.nn.one_hot(overlap.argmax(axis=-1), num_classes) * exists[:, None, None]
+    names = exists * jax.nn.one_hot(overlap.argmax(axis=-1), num_classes)
     labels, best = segmentation.best_classes(shares, names, num_windows)
     counted = tally.replace(oracle=tally.oracle.merge(count(labels)))
-    return PixelLabels(labels, best, overlap, counted)
+    return PixelLabels(labels, best, names[:, :, background:], overlap, counted)
 
   out = jax.lax.cond(oracle, name_by_majority, predict)
   whole = NamedSharding(place.mesh, PartitionSpec())
-  places = PixelLabels(place, place, whole, whole)
+  places = PixelLabels(place, place, whole, whole, whole)
   return jax.lax.with_sharding_constraint(out, _spread(places, out))
 
 
@@ -139,7 +170,8 @@ class Segmenter:
   def __init__(
     self,
     protocol: Protocol,
-    num_classes: int,
+    text_embeds: np.ndarray,
+    logit_scale: float,
     *,
     background: bool,
     thresholds: tuple[float, ...],
@@ -148,9 +180,10 @@ class Segmenter:
     """Places what every picture needs.
 
     Args:
-      protocol: with its threshold fixed.
-      num_classes: C, the background included.
-      background: whether class 0 is the background.
+      protocol: how labels are chosen.
+      text_embeds: [C, E], of the classes but the background.
+      logit_scale: log temperature of the model.
+      background: whether class 0 is the background, and the others shift up by one.
       thresholds: of the background; the first one labels, the others are only counted.
       mesh: of all hosts.
     """
@@ -158,26 +191,29 @@ class Segmenter:
     mesh = Mesh(np.array(local), ('pixels',))
     self._by_pixel = NamedSharding(mesh, PartitionSpec('pixels'))
     self._whole = NamedSharding(mesh, PartitionSpec())
-    self._protocol, self._num_classes = protocol, num_classes
+    self._protocol, self._num_classes = protocol, len(text_embeds) + background
     enough = 1 << (protocol.window**2 - 1).bit_length()
     self._num_pixels = -(-min(enough, _MOST_PIXELS) // len(local)) * len(local)
     self._pixels = jax.device_put(np.arange(self._num_pixels, dtype=np.int32), self._by_pixel)
-    self._thresholds = self._put(np.array(thresholds, np.float32))
+    classes = Classes(*(np.asarray(x, np.float32) for x in (text_embeds, logit_scale, thresholds)))
+    self._classes = self._put(classes)
+    self._pending: collections.deque[jax.Array] = collections.deque()
     self._flags = [self._put(np.bool_(flag)) for flag in (False, True)]
     self._label = functools.partial(
       label_pixels,
+      # Thresholds are data: others need no compilation.
+      protocol=dataclasses.replace(protocol, threshold=None),
       background=background,
-      per_window=protocol.threshold_mode == 'window',
       place=self._by_pixel,
     )
-    zeros = np.zeros((len(thresholds), num_classes, num_classes), np.int32)
+    zeros = np.zeros((len(thresholds), self._num_classes, self._num_classes), np.int32)
     self._tally = self._put(Tally(*(ConfusionMatrix(z, z) for z in (zeros, zeros[0]))))
 
   def _put(self, tree):
     """Places arrays whole on every device of this host."""
     return jax.device_put(tree, self._whole)
 
-  def label(self, encoded: EncodedPicture, *, oracle: bool) -> list[tuple[jax.Array, jax.Array]]:
+  def label(self, encoded: EncodedPicture, *, oracle: bool) -> Labelled:
     """Labels a picture, part by part, and counts it.
 
     Args:
@@ -185,7 +221,7 @@ class Segmenter:
       oracle: whether to count the oracle as well; needs a label map.
 
     Returns:
-      Labels and scores [P] of its pixels, row-major, on the devices; `fetch` brings them home.
+      What `fetch` brings home.
     """
     picture = encoded.picture
     size = picture.original[0] * picture.original[1]
@@ -194,8 +230,9 @@ class Segmenter:
     if picture.label is not None:
       truth[:size] = picture.label.ravel()
     tables = self._put(self._tables(encoded))
-    overlap = self._put(np.zeros((*tables.scores.shape[:2], self._num_classes), np.float32))
-    parts = []
+    slots = tables.segment_embeds.shape[:2]
+    overlap = self._put(np.zeros((*slots, self._num_classes), np.float32))
+    parts: list[PixelLabels] = []
     for second_pass in self._flags[: 1 + oracle]:
       for start in starts:
         part = jax.device_put(truth[start : start + self._num_pixels], self._by_pixel)
@@ -203,22 +240,30 @@ class Segmenter:
           self._tally,
           overlap,
           tables,
+          self._classes,
           self._pixels,
           self._put(np.int32(start)),
           part,
-          self._thresholds,
           second_pass,
         )
         self._tally, overlap = out.tally, out.overlap
-        parts.append((out.labels, out.scores))
-    return parts[: len(starts)]
+        parts.append(out)
+        self._pending.append(out.labels)
+        if len(self._pending) > _MOST_PENDING:
+          jax.block_until_ready(self._pending.popleft())
+    first = parts[: len(starts)]
+    return Labelled(
+      picture, [p.labels for p in first], [p.scores for p in first], first[0].class_scores
+    )
 
-  def fetch(self, picture: Picture, parts: list[tuple[jax.Array, jax.Array]]) -> LabelMap:
+  def fetch(self, labelled: Labelled) -> LabelMap:
     """What `label` returned, as arrays of the picture's size on the host."""
-    size = picture.original[0] * picture.original[1]
-    labels, scores = (np.concatenate(jax.device_get(arrays))[:size] for arrays in zip(*parts))
+    height, width = labelled.picture.original
+    whole = lambda parts: np.concatenate(jax.device_get(parts))[: height * width]
     return LabelMap(
-      labels.astype(np.uint8).reshape(picture.original), scores.reshape(picture.original)
+      whole(labelled.labels).astype(np.uint8).reshape(height, width),
+      whole(labelled.scores).reshape(height, width),
+      np.asarray(labelled.class_scores)[: len(labelled.picture.windows)],
     )
 
   def counts(self) -> tuple[np.ndarray, np.ndarray]:
@@ -236,12 +281,14 @@ class Segmenter:
     height, width = picture.window_size
     segments = np.zeros((slots, side, side), np.uint8)
     segments[:count, :height, :width] = encoded.segments
-    scores = np.zeros((slots, *encoded.scores[0].shape), np.float32)
-    scores[:count] = encoded.scores
+    embeds = [
+      np.concatenate([found, np.zeros((slots - count, *found[0].shape), np.float32)])
+      for found in (encoded.segment_embeds, encoded.image_embeds)
+    ]
     corners = np.zeros((2, slots), np.int32)
     corners[:, :count] = picture.tops, picture.lefts
     sizes = (picture.window_size, picture.resized, picture.original)
     placement = segmentation.Placement(
       corners[0], corners[1], np.int32(count), *(np.array(size, np.int32) for size in sizes)
     )
-    return Tables(segments, scores, placement)
+    return Tables(segments, *embeds, placement)

@@ -148,7 +148,12 @@ def evaluate(
   _check(source, text_embeds, benchmark, protocol)
   wanted = (protocol.threshold, *thresholds) if benchmark.background else (0.0,)
   segmenter = Segmenter(
-    protocol, benchmark.num_classes, background=benchmark.background, thresholds=wanted, mesh=mesh
+    protocol,
+    text_embeds,
+    float(variables['params']['logit_scale']),
+    background=benchmark.background,
+    thresholds=wanted,
+    mesh=mesh,
   )
   encoder = WindowEncoder(model, protocol, mesh, batch_size)
   prepare = functools.partial(
@@ -161,13 +166,13 @@ def evaluate(
   mine = range(jax.process_index(), len(source), jax.process_count())
   pictures = windows.prefetch(prepare, mine, num_threads=num_threads)
   health: GroupingHealth | None = None
-  for item in encoder.encode(variables, text_embeds, pictures):
+  for item in encoder.encode(variables, pictures):
     if isinstance(item, GroupingHealth):
       health = item if health is None else health.merge(item)
       continue
-    parts = segmenter.label(item, oracle=oracle)
+    labelled = segmenter.label(item, oracle=oracle)
     if on_picture is not None:
-      on_picture(item, segmenter.fetch(item.picture, parts))
+      on_picture(item, segmenter.fetch(labelled))
   predicted, named = segmenter.counts()
   return Result(
     benchmark=benchmark,

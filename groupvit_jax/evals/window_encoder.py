@@ -26,33 +26,23 @@ class WindowBatch(NamedTuple):
   """What is kept of a batch of windows."""
 
   segments: jax.Array  # [B, H, W], uint8: segment of each pixel
-  scores: jax.Array  # [B, S, C], without the background
+  segment_embeds: jax.Array  # [B, S, E], not normalised
+  image_embeds: jax.Array  # [B, E], not normalised
   health: GroupingHealth  # over the windows that are no padding
   num_windows: jax.Array  # [], those windows, of all hosts
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'class_filter', 'double_softmax', 'mesh'))
+@functools.partial(jax.jit, static_argnames=('model', 'mesh'))
 def encode_windows(
-  variables: dict,
-  windows: jax.Array,
-  mask: jax.Array,
-  text_embeds: jax.Array,
-  *,
-  model: ImageTextModel,
-  class_filter: int | None,
-  double_softmax: bool,
-  mesh: Mesh,
+  variables: dict, windows: jax.Array, mask: jax.Array, *, model: ImageTextModel, mesh: Mesh
 ) -> WindowBatch:
-  """Segments and scores of a batch of windows.
+  """Segments of a batch of windows.
 
   Args:
     variables: of the model.
     windows: uint8 [B, H, W, 3].
     mask: int32 [B], 1 for a window, 0 for padding.
-    text_embeds: [C, E], of the classes but the background.
     model: the model.
-    class_filter: see `segmentation.class_scores`.
-    double_softmax: likewise.
     mesh: over which the batch is divided.
 
   Returns:
@@ -62,17 +52,12 @@ def encode_windows(
   size, patch = windows.shape[1:3], model.vision.patch_size
   affinity = segmentation.token_affinity(out.assignments)
   segments = segmentation.segment_map(affinity, (size[0] // patch, size[1] // patch), size)
-  scores = segmentation.class_scores(
-    out.image_embeds,
-    out.segment_embeds,
-    text_embeds,
-    variables['params']['logit_scale'],
-    class_filter=class_filter,
-    double_softmax=double_softmax,
-  )
   health = GroupingHealth.from_assignments(out.assignments, mask)
   return WindowBatch(
-    *_constrain((segments.astype(jnp.uint8), scores), sharding.batch_sharding(mesh)),
+    *_constrain(
+      (segments.astype(jnp.uint8), out.segment_embeds, out.image_embeds),
+      sharding.batch_sharding(mesh),
+    ),
     *_constrain((health, mask.sum()), sharding.replicated(mesh)),
   )
 
@@ -83,11 +68,12 @@ def _constrain(tree: tuple, place: NamedSharding) -> tuple:
 
 @dataclasses.dataclass
 class EncodedPicture:
-  """A picture of which all windows have been through the encoder."""
+  """A picture of which all windows have been through the encoder; it knows no classes yet."""
 
   picture: Picture
   segments: list[np.ndarray]  # K of [H, W], uint8
-  scores: list[np.ndarray]  # K of [S, C]
+  segment_embeds: list[np.ndarray]  # K of [S, E]
+  image_embeds: list[np.ndarray]  # K of [E]
   missing: int  # windows still to come
 
 
@@ -102,7 +88,7 @@ class WindowEncoder:
 
   Attributes:
     model: the model.
-    protocol: how pictures are cut and scored.
+    protocol: how pictures are cut.
     mesh: the devices of all hosts.
     batch_size: windows per batch, of all hosts.
   """
@@ -116,19 +102,18 @@ class WindowEncoder:
     sharding.check_batch_size('eval batch_size', self.batch_size, self.mesh)
 
   def encode(
-    self, variables: dict, text_embeds: np.ndarray, pictures: Iterable[Picture]
+    self, variables: dict, pictures: Iterable[Picture]
   ) -> Iterator[EncodedPicture | GroupingHealth]:
     """Encodes this host's pictures.
 
     Args:
       variables: of the model.
-      text_embeds: [C, E], of the classes but the background.
       pictures: cut into windows.
 
     Yields:
       Pictures, in about the order in which they came; and for each batch its grouping health.
     """
-    batches = _Batches(self, variables, text_embeds)
+    batches = _Batches(self, variables)
     square = (self.protocol.window,) * 2
     alone = jax.process_count() == 1
     for picture in pictures:
@@ -144,15 +129,10 @@ class WindowEncoder:
 class _Batches:
   """Windows that wait for a batch, by size, and batches that wait to be fetched."""
 
-  def __init__(self, encoder: WindowEncoder, variables: dict, text_embeds: np.ndarray):
+  def __init__(self, encoder: WindowEncoder, variables: dict):
     self._encode = functools.partial(
-      encode_windows,
-      model=encoder.model,
-      class_filter=encoder.protocol.class_filter,
-      double_softmax=encoder.protocol.double_softmax,
-      mesh=encoder.mesh,
+      encode_windows, variables, model=encoder.model, mesh=encoder.mesh
     )
-    self._variables, self._text_embeds = variables, text_embeds
     self._place = sharding.batch_sharding(encoder.mesh)
     self._rows = encoder.batch_size // jax.process_count()
     self._waiting: dict[Size, list[tuple[EncodedPicture, int]]] = collections.defaultdict(list)
@@ -161,7 +141,7 @@ class _Batches:
   def add(self, picture: Picture) -> None:
     """Queues the windows of a picture."""
     count = len(picture.windows)
-    encoded = EncodedPicture(picture, [None] * count, [None] * count, count)
+    encoded = EncodedPicture(picture, [None] * count, [None] * count, [None] * count, count)
     self._waiting[picture.window_size] += [(encoded, k) for k in range(count)]
 
   def full(self, size: Size) -> bool:
@@ -190,7 +170,7 @@ class _Batches:
     windows, mask = (
       jax.make_array_from_process_local_data(self._place, rows) for rows in (windows, mask)
     )
-    self._running.append((jobs, self._encode(self._variables, windows, mask, self._text_embeds)))
+    self._running.append((jobs, self._encode(windows, mask)))
     if len(self._running) > 1:
       yield from self._fetch()
 
@@ -214,9 +194,9 @@ class _Batches:
     """Hands the oldest running batch back to its pictures."""
     jobs, batch = self._running.popleft()
     yield jax.tree.map(np.asarray, batch.health)
-    segments, scores = _local_rows(batch.segments), _local_rows(batch.scores)
-    for row, (encoded, k) in enumerate(jobs):
-      encoded.segments[k], encoded.scores[k] = segments[row], scores[row]
+    rows = zip(*map(_local_rows, (batch.segments, batch.segment_embeds, batch.image_embeds)))
+    for (encoded, k), row in zip(jobs, rows):
+      encoded.segments[k], encoded.segment_embeds[k], encoded.image_embeds[k] = row
       encoded.missing -= 1
       if not encoded.missing:
         yield encoded
