@@ -33,7 +33,6 @@ def get_config() -> ml_collections.ConfigDict:
           min_things=1,
           max_things=3,
           partial_captions=0.5,
-          bare=0.25,
           num_heldout=512,
       ),
   ))

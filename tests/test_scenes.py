@@ -51,17 +51,6 @@ def test_partial_captions_leave_out_but_never_invent():
   assert min(kinds.values()) > 30, kinds
 
 
-def test_bare_scenes_show_and_name_the_stuff_alone():
-  source = make_scenes(bare=0.5)
-  bare = 0
-  for record in map(source.labelled().__getitem__, range(200)):
-    shown = {source.classes[label] for label in np.unique(record['label'])}
-    if shown <= set(QUICKSTART_STUFF):
-      bare += 1
-      assert words(record['text']) & set(source.classes) == shown, record['text']
-  assert 70 < bare < 130
-
-
 def test_training_records_are_the_labelled_ones_without_label():
   source = make_scenes()
   record, labelled = source[5], source.labelled()[5]

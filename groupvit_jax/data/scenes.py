@@ -28,7 +28,7 @@ _COMPOSITION, _POSE, _TEXTURE, _NOISE = range(4)
 _TEXTURE_SIDE = 1.5  # in scene sides: room to cut a different window for every scene
 _NOISE_LEVELS = 4.0  # standard deviation of the pixel noise, of 255
 _TRIES = 10  # places tried for a thing before it is left out
-_SCENE_DRAWS, _THING_DRAWS = 23, 8  # random numbers used, besides two for each try
+_SCENE_DRAWS, _THING_DRAWS = 22, 8  # random numbers used, besides two for each try
 _BANK_LOCK = threading.Lock()  # fonts are not safe to share between reader threads
 
 
@@ -94,12 +94,11 @@ class Scenes:
     split: which of the disjoint streams, of `SPLITS`.
     min_things: fewest things put into a scene.
     max_things: most things put into a scene. One that finds no room in a few tries is left out, so
-      with many large things a scene may have fewer than `min_things`, never none unless it is bare.
+      with many large things a scene may have fewer than `min_things`, never none.
     min_scale: shortest long side of a thing, in scene sides.
     max_scale: longest.
     partial_captions: share of captions that name one thing, or the things, or the stuff alone. People leave
       things out too; and without such captions a name alone is nothing the text tower ever read.
-    bare: share of scenes that show the stuff alone: there a name has nothing else to cling to.
     max_degrees: largest turn of a thing either way.
     min_visible: share of each thing's pixels that must be inside the picture and not covered.
     poses: number of (size, turn) pairs kept per glyph; mirroring doubles them.
@@ -116,7 +115,6 @@ class Scenes:
   min_scale: float = 0.35
   max_scale: float = 0.65
   partial_captions: float = 0.5
-  bare: float = 0.0
   max_degrees: float = 40.0
   min_visible: float = 0.5
   poses: int = 64
@@ -135,7 +133,6 @@ class Scenes:
     _check_range('min_scale', self.min_scale, 0.1, self.max_scale)
     _check_range('max_scale', self.max_scale, 0.1, 0.7)  # turned by 45 degrees, 0.7 just fits
     _check_range('partial_captions', self.partial_captions, 0, 1)
-    _check_range('bare', self.bare, 0, 1)
     _check_range('max_degrees', self.max_degrees, 0, 180)
     _check_range('min_visible', self.min_visible, 0, 0.9)  # more may be lost to rounding alone
     _check_range('poses', self.poses, 1, 4096)
@@ -194,11 +191,10 @@ class Scenes:
     place = kind.places[pick(draws, len(kind.places))]
     template, backwards = next(draws), next(draws) < 0.5
     partial, left_out, kept = next(draws), pick(draws, 3), next(draws)
-    bare = next(draws) < self.bare
     owner = np.zeros((self.size, self.size), np.uint8)
-    placed = [] if bare else self._place_things(draws, owner)
+    placed = self._place_things(draws, owner)
     names = [self.things[thing.name] for thing in placed][::-1 if backwards else 1]
-    if names and partial < self.partial_captions:
+    if partial < self.partial_captions:
       one = names[int(kept * len(names))]
       names, place = (((one,), None), (names, None), ((), place))[left_out]
     caption = captions.write_caption(names, place, template)

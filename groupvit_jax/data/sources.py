@@ -33,5 +33,4 @@ def build_scenes(config: ml_collections.ConfigDict, image_size: tuple[int, int],
   length = 2**40 if split == 'train' else config.num_heldout
   return Scenes(size=image_size[0], things=config.things, stuff=config.stuff, seed=config.seed, length=length,
                 split=split, min_things=config.min_things, max_things=config.max_things,
-                partial_captions=config.partial_captions,
-                bare=config.bare if split == 'train' else 0)
+                partial_captions=config.partial_captions)
