@@ -73,7 +73,7 @@ def test_bad_overrides_are_refused_in_one_line(changes, message):
 def test_unknown_protocol():
   assert protocols.find_protocol('tcl', (64, 64)) is protocols.TCL
   assert protocols.find_protocol('native', (64, 96)) == protocols.native_protocol((64, 96))
-  with pytest.raises(ValueError, match="no protocol 'voc'; choose one of groupvit, tcl, plain"):
+  with pytest.raises(ValueError, match="'voc'; choose one of native, groupvit, tcl, plain"):
     protocols.find_protocol('voc', (64, 64))
 
 
