@@ -343,8 +343,8 @@ def test_what_is_no_sentencepiece_model_is_said(make, message, tmp_path, trained
   'name, content',
   [
     ('bpe.txt.gz', b'not gzip'),
-    ('bpe.txt.gz', gzip.compress(b'v\na b\n')[:-5]),
-    ('bpe.txt.gz', gzip.compress(b'v\none two three\n')),
+    ('bpe.txt.gz', gzip.compress(b'v\na b\n', mtime=0)[:-5]),
+    ('bpe.txt.gz', gzip.compress(b'v\none two three\n', mtime=0)),
     ('tokenizer.json', b'{"model": '),
     ('tokenizer.json', b'{"model": {"vocab": {"a": 0}, "merges": []}}'),
     ('tokenizer.json', b'{"model": {"vocab": [["a", 0.5]], "merges": []}}'),
