@@ -25,6 +25,8 @@ def get_config() -> ml_collections.ConfigDict:
       num_threads=2,
       num_workers=0,
       prefetch_batches=4,
+      augment=dict(name='none'),  # scenes have the model's size and vary by themselves
+      max_fault_share=0.05,  # more records that cannot be used end the run
       scenes=dict(
           seed=0,
           things=('dog', 'panda', 'frog', 'pig', 'ladybug', 'butterfly', 'banana', 'grapes', 'watermelon', 'tractor',

@@ -14,7 +14,9 @@ import optax
 
 from groupvit_jax import cli, optim, sharding, train_state, train_step, workdir as workdir_lib
 from groupvit_jax.checkpoint import Checkpoints
-from groupvit_jax.data import pipeline
+from groupvit_jax.data import manifest, pipeline
+from groupvit_jax.data.fault_tally import FaultTally
+from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals.scene_eval import SceneEvaluator
@@ -30,7 +32,7 @@ class Run(NamedTuple):
 
   config: ml_collections.ConfigDict
   mesh: jax.sharding.Mesh
-  source: pipeline.Source
+  source: Mixture
   tokenizer: Tokenizer
   model: ImageTextModel
   tx: optax.GradientTransformation
@@ -74,9 +76,11 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   source = build_source(config.data, tuple(config.model.vision.image_size))
+  pipeline.check_batch_size(source, config.batch_size, jax.process_count())
   build = functools.partial(build_model, config.model, multi_label=config.data.num_prompts > 0)
   build(vocab_size=2, eos_id=1)  # a mistake in the config shows before anything is written
   changed = workdir_lib.claim(workdir, config)
+  manifest.claim(workdir, source.facts())
   tokenizer = workdir_lib.prepare_tokenizer(workdir, config.tokenizer, source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
   return Run(config, mesh, source, tokenizer, model, optim.build_optimizer(config.optim, schedule), schedule, changed)
@@ -105,10 +109,8 @@ def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, tra
 def read_batches(run: Run, first_batch: int) -> Iterator[dict[str, np.ndarray]]:
   """This host's rows of the run's batches, from the given one to the last."""
   config = run.config
-  examples = pipeline.Examples(
-      run.source, run.tokenizer, seed=config.seed, batch_size=config.batch_size, num_prompts=config.data.num_prompts,
-      text_length=config.model.text.context_length, first_batch=first_batch, num_batches=config.total_steps,
-      host=jax.process_index(), num_hosts=jax.process_count())
+  examples = pipeline.build_examples(config, run.source, run.tokenizer, first_batch=first_batch,
+                                     host=jax.process_index(), num_hosts=jax.process_count())
   return pipeline.iterate(examples, num_threads=config.data.num_threads, num_workers=config.data.num_workers,
                           prefetch_batches=config.data.prefetch_batches)
 
@@ -119,30 +121,35 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   config, first_step = run.config, int(state.step)
   log = RunLog(workdir, first_step=first_step, total_steps=config.total_steps, batch_size=config.batch_size)
   _announce(log, run, state)
-  evaluator = SceneEvaluator(config, run.model, run.tokenizer, run.mesh)
+  evaluator = SceneEvaluator(config, run.model, run.tokenizer, run.mesh) if config.data.source == 'scenes' else None
+  tally = FaultTally(workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share,
+                     mesh=run.mesh)
   step_fn = jit_step(run, state)
-  pending: tuple[int, train_step.Figures] | None = None
+  pending: tuple[int, train_step.Figures, jax.Array] | None = None
   started = time.perf_counter()
   for step, batch in enumerate(read_batches(run, first_step), start=first_step + 1):
+    tally.add(batch.pop('faults'))
     state, figures = step_fn(state, pipeline.to_devices(batch, run.mesh))
     if pending is not None:
-      _log_step(log, run, *pending)
+      _log_step(log, run, tally, *pending)
       pending = None
     if step == first_step + 1:
       jax.block_until_ready(state)
       log.say(f'first step after {time.perf_counter() - started:.1f} s (compiled)')
     if step % config.log_every == 0 or step == config.total_steps:
-      pending = (step, figures)
+      pending = (step, figures, tally.total())
     if interrupts.requested:
       break
-    if step % config.eval.every_steps == 0 or step == config.total_steps:
+    if evaluator is not None and (step % config.eval.every_steps == 0 or step == config.total_steps):
       with log.paused():
         _evaluate(log, evaluator, state, step, interrupts)
     if step % config.checkpoint.every_steps == 0:
       with log.paused():
+        tally.save(step)
         checkpoints.save(state, config)
   if pending is not None:
-    _log_step(log, run, *pending)
+    _log_step(log, run, tally, *pending)
+  tally.save(int(state.step))
   checkpoints.save(state, config)
   checkpoints.wait()
   log.close()
@@ -170,15 +177,22 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
   log.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   log.say(f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
           f'{len(run.source):,} records; vocabulary {run.tokenizer.vocab_size:,}')
+  for part in run.source.sets:
+    log.say(f'{part.name}: {len(part.source):,} records in {part.num_shards:,} shards, weight {part.weight:g}')
   log.say(f'goes on after step {step}' if step else 'starts at step 0')
   for line in run.changed:
     log.say(f'changed since the first start: {line}')
 
 
-def _log_step(log: RunLog, run: Run, step: int, figures: train_step.Figures) -> None:
-  """Logs one step's figures and ends the run when updates keep being skipped."""
+def _log_step(log: RunLog, run: Run, tally: FaultTally, step: int, figures: train_step.Figures,
+              faults: jax.Array) -> None:
+  """Logs one step's figures and ends the run when updates keep being skipped, or too many records replaced."""
   scalars = {name: float(value) for name, value in jax.device_get(figures.scalars).items()}
   log.train(step, scalars | figures.health.compute() | {'learning_rate': float(run.schedule(step - 1))})
+  counts = tally.counts(faults)
+  if counts:
+    log.figures(step, {f'data/faults/{cause}': count for cause, count in counts.items()})
+  tally.check(step, counts)
   if scalars['skipped_in_a_row'] >= run.config.max_skipped_in_a_row:
     raise ValueError(
         f'the loss or its gradient was not finite in {scalars["skipped_in_a_row"]:.0f} steps in a row up to step '

@@ -6,7 +6,8 @@ import os
 from etils import epath
 import ml_collections
 
-from groupvit_jax.data.pipeline import Source
+from groupvit_jax.data.mixture import Mixture
+from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
 
 # What decides whether a checkpoint fits: everything else may change from one start to the next.
@@ -62,7 +63,7 @@ def load_tokenizer(workdir: epath.PathLike) -> Tokenizer:
   return build_tokenizer(epath.Path(workdir) / 'tokenizer')
 
 
-def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict, source: Source) -> Tokenizer:
+def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict, source: Mixture) -> Tokenizer:
   """The run's tokenizer: the one in its workdir, or else a copy of the one named, or else one trained on captions.
 
   Args:
@@ -77,9 +78,8 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
   if config.path:
     build_tokenizer(config.path).save(partial)
   else:
-    captions = (source[i]['text'] for i in range(min(config.num_captions, len(source))))
     partial.mkdir(parents=True)
-    train_sentencepiece(captions, partial / 'tokenizer.model', config.vocab_size)
+    train_sentencepiece(sample_captions(source, config.num_captions), partial / 'tokenizer.model', config.vocab_size)
   partial.rename(folder)
   return load_tokenizer(workdir)
 

@@ -14,9 +14,10 @@ from groupvit_jax.data.tokenizer import Tokenizer
 
 
 def encode(number: int, size: tuple[int, int] = (40, 32), kind: str = 'JPEG') -> bytes:
-  """A picture, (width, height), that tells its number: every pixel is about (number, 100, 200)."""
+  """A picture, (width, height), of a colour that tells its number."""
   buffer = io.BytesIO()
-  pixels = np.broadcast_to(np.uint8((number % 256, 100, 200)), (size[1], size[0], 3))
+  colour = (37 * number % 256, 101 * number % 256, 200)
+  pixels = np.broadcast_to(np.uint8(colour), (size[1], size[0], 3))
   Image.fromarray(pixels).save(buffer, kind)
   return buffer.getvalue()
 
@@ -59,7 +60,7 @@ def data_config(**sets: dict[str, object]) -> ml_collections.ConfigDict:
   """A config's `data` part over some sets, for pictures of 16 x 16."""
   return ml_collections.ConfigDict(dict(
       source='sets', sets=sets, index_dir='', num_prompts=1, max_fault_share=0.5,
-      image=dict(crop_area=(0.5, 1.0), flip=0.5, min_side=8, max_pixels=10_000),
+      augment=dict(name='plain', area=(0.5, 1.0), ratio=(0.75, 4 / 3), flip=0.5, min_side=8, max_pixels=10_000),
       num_threads=0, num_workers=0, prefetch_batches=2))
 
 

@@ -1,37 +1,41 @@
 """Batches of image-text pairs in one global order, exact to the sample on any number of hosts and workers."""
 
-from collections.abc import Iterator
+import concurrent.futures
 import dataclasses
-from typing import Protocol
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import jax
+import ml_collections
 import numpy as np
 
 from groupvit_jax import sharding
-from groupvit_jax.data import text_ops
+from groupvit_jax.data import faults, image_ops, text_ops, workers
+from groupvit_jax.data.mixture import Mixture, Source
 from groupvit_jax.data.tokenizer import Tokenizer
 
+__all__ = ['Batches', 'Example', 'Examples', 'Source', 'build_examples', 'check_batch_size', 'iterate', 'to_devices']
 
-class Source(Protocol):
-  """Random access to image-text records, pure in the index."""
-
-  def __len__(self) -> int:
-    ...
-
-  def __getitem__(self, index: int) -> dict[str, object]:
-    """Returns {'image': uint8 [H, W, 3], 'text': caption, 'key': name}."""
-    ...
+# Streams of randomness of an example: a word of the generator's counter, so that none overlap.
+_WORDS, _AUGMENT = range(2)
+_READ_AHEAD = 2  # batches being made in each process: the second fills in while the first one ends
 
 
-class Order:
-  """The position in a run -> the record to read: a seeded permutation per epoch, for ever."""
+class Example(NamedTuple):
+  """An example as people can look at it.
 
-  def __init__(self, num_records: int, seed: int):
-    self._order = grain.MapDataset.range(num_records).shuffle(seed=seed).repeat()
-
-  def __getitem__(self, position: int) -> int:
-    return self._order[position]
+  Attributes:
+    image: uint8 [H, W, 3], as the model sees it.
+    texts: the caption and the M prompts.
+    key: of the record.
+    faults: int32 [causes], records that were replaced by this one, by cause.
+  """
+  image: np.ndarray
+  texts: list[str]
+  key: str
+  faults: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +43,12 @@ class Examples:
   """What one host sees of a run: example j is row j % b of batch `first_batch + j // b`, b rows being this host's.
 
   Everything random about an example is drawn from (seed, position), the position counting through global batches; so
-  neither workers nor hosts nor a restart change what a batch holds.
+  neither workers nor hosts nor a restart change what a batch holds. A record that cannot be used is replaced by a
+  neighbour in its set, which is a function of that record alone.
   """
 
-  source: Source
+  source: Mixture
+  augment: image_ops.Augment | None  # None where the source makes pictures of the model's size
   tokenizer: Tokenizer
   seed: int
   batch_size: int  # global
@@ -54,7 +60,8 @@ class Examples:
   num_hosts: int
 
   def __post_init__(self):
-    object.__setattr__(self, '_order', Order(len(self.source), self.seed))
+    check_batch_size(self.source, self.batch_size, self.num_hosts)
+    object.__setattr__(self, '_order', self.source.order(self.seed))
 
   @property
   def rows(self) -> int:
@@ -65,32 +72,139 @@ class Examples:
     return max(self.num_batches - self.first_batch, 0) * self.rows
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Makes an example.
+
+    Returns:
+      'image' uint8 [H, W, 3], 'tokens' int32 [T, L], 'faults' int32 [causes].
+
+    Raises:
+      TooManyFaults: neither the record nor any neighbour can be used.
+      OSError: a shard cannot be read.
+    """
+    example = self.look_up(index)
+    tokens = self.tokenizer.encode(example.texts, self.text_length)
+    return {'image': example.image, 'tokens': tokens, 'faults': example.faults}
+
+  def look_up(self, index: int) -> Example:
+    """Makes an example but for its tokens; see `__getitem__`."""
     batch, row = divmod(index, self.rows)
     position = (self.first_batch + batch) * self.batch_size + self.host * self.rows + row
-    record = self.source[self._order[position]]
-    rng = np.random.Generator(np.random.Philox(key=(self.seed, position)))
-    prompts = text_ops.noun_prompts(record['text'], self.num_prompts, rng)
-    return {'image': record['image'], 'tokens': self.tokenizer.encode([record['text'], *prompts], self.text_length)}
+    drawn = self._order[position]
+    part, start = self.source.set_of(drawn)
+    found = []
+    for candidate in faults.neighbours(drawn, start, len(part.source)):
+      try:
+        image, texts, key = self.make(self.source[candidate], position)
+        return Example(image, texts, key, faults.count(found))
+      except faults.Fault as fault:
+        faults.report(fault)
+        found.append(fault)
+    raise faults.TooManyFaults(f'data.sets.{part.name}: {len(found)} neighbours cannot be used, among them '
+                               f'{found[0]}; look at the set with python -m groupvit_jax.data.audit')
+
+  def make(self, record: dict[str, object], position: int) -> tuple[np.ndarray, list[str], str]:
+    """What the record is at a position: its picture uint8 [H, W, 3], its caption and prompts, its key. Raises Fault."""
+    image, caption, key = record['image'], record['text'], record['key']
+    if not caption.strip():
+      raise faults.Fault('caption_empty', key)
+    if self.augment is not None:
+      image = self.augment(image, self._rng(position, _AUGMENT), key)
+    return image, [caption, *text_ops.noun_prompts(caption, self.num_prompts, self._rng(position, _WORDS))], key
+
+  def _rng(self, position: int, stream: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=(self.seed, position), counter=(0, 0, 0, stream)))
+
+
+class Batches:
+  """Examples stacked into one host's batches; the examples of a batch are made by many threads at once.
+
+  Threads are not only for the cores: each waits for one read at a time, so with remote shards their number is the
+  number of requests in flight.
+  """
+
+  def __init__(self, examples: Examples, num_threads: int):
+    """Batches examples.
+
+    Args:
+      examples: this host's.
+      num_threads: that make examples, in each process that pickles this; 0 makes them in the caller.
+    """
+    self._examples, self._num_threads = examples, num_threads
+
+  def __reduce__(self):
+    return type(self), (self._examples, self._num_threads)  # threads do not travel
+
+  def __len__(self) -> int:
+    return len(self._examples) // self._examples.rows
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    """Makes batch `first_batch + index`: what `Examples` returns, stacked."""
+    numbers = range(index * self._examples.rows, (index + 1) * self._examples.rows)
+    make = self._pool.map if self._num_threads else map
+    rows = list(make(self._examples.__getitem__, numbers))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+  @functools.cached_property
+  def _pool(self) -> concurrent.futures.ThreadPoolExecutor:
+    return concurrent.futures.ThreadPoolExecutor(self._num_threads, 'examples')
+
+
+def check_batch_size(source: Source, batch_size: int, num_hosts: int) -> None:
+  """Raises ValueError unless the data fill a batch and the hosts divide it."""
+  if batch_size % num_hosts:
+    raise ValueError(f'batch_size={batch_size} cannot be split over {num_hosts} hosts; use a multiple')
+  if len(source) < batch_size:
+    raise ValueError(f'the data have {len(source)} records, fewer than batch_size={batch_size}; add data, or use '
+                     'smaller batches')
+
+
+def build_examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer: Tokenizer, *, first_batch: int,
+                   host: int, num_hosts: int) -> Examples:
+  """Builds one host's examples of a run.
+
+  Args:
+    config: of the run.
+    source: its data; see `sources.build_source`.
+    tokenizer: its tokenizer.
+    first_batch: batches consumed before.
+    host: which one.
+    num_hosts: of how many.
+
+  Raises:
+    ValueError: the data are fewer than a batch, or the hosts do not divide it.
+  """
+  augment = image_ops.build_augment(config.data.augment, tuple(config.model.vision.image_size))
+  return Examples(
+      source, augment, tokenizer, seed=config.seed, batch_size=config.batch_size, num_prompts=config.data.num_prompts,
+      text_length=config.model.text.context_length, first_batch=first_batch, num_batches=config.total_steps,
+      host=host, num_hosts=num_hosts)
 
 
 def iterate(examples: Examples, *, num_threads: int, num_workers: int, prefetch_batches: int,
             ) -> Iterator[dict[str, np.ndarray]]:
-  """This host's part of each batch, in order.
+  """This host's part of each batch, in order. Close it, or drop it, to end its threads and processes.
+
+  Memory is bounded: about 2 * (`prefetch_batches` + the number of processes) batches.
 
   Args:
     examples: the run's examples.
     num_threads: threads that make examples, in each process; 0 makes them in the caller.
     num_workers: processes that do so; 0 for none but this one.
-    prefetch_batches: how many batches are kept ready.
+    prefetch_batches: how many batches are kept ready, in all processes together.
 
   Yields:
-    {'image': uint8 [b, H, W, 3], 'tokens': int32 [b, T, L]} with b the host's rows.
+    {'image': uint8 [b, H, W, 3], 'tokens': int32 [b, T, L], 'faults': int32 [b, causes]} with b the host's rows.
+
+  Raises:
+    TooManyFaults, OSError: see `Examples`; or a worker died.
   """
-  dataset = grain.MapDataset.source(examples).batch(examples.rows)
-  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_batches if num_threads else 0))
-  if num_workers:
-    dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers, prefetch_batches))
-  return iter(dataset)
+  batches = grain.MapDataset.source(Batches(examples, num_threads))
+  if not num_threads and not num_workers:
+    yield from map(batches.__getitem__, range(len(batches)))
+    return
+  ahead = 1 if num_workers else max(prefetch_batches, 1)
+  dataset = batches.to_iter_dataset(grain.ReadOptions(min(_READ_AHEAD, ahead), ahead))
+  yield from workers.run(dataset, num_workers, -(-prefetch_batches // max(num_workers, 1)))
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

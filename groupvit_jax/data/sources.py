@@ -1,20 +1,52 @@
 """From a ConfigDict to a source of image-text pairs."""
 
+import concurrent.futures
+import hashlib
+from collections.abc import Iterator
+
 import ml_collections
 
-from groupvit_jax.data.pipeline import Source
+from groupvit_jax.data.faults import Fault
+from groupvit_jax.data.mixture import DataSet, Mixture
 from groupvit_jax.data.scenes import Scenes
+from groupvit_jax.data.sets import open_sets
+
+_CAPTION_THREADS, _CHUNK = 32, 1024  # each thread waits for one read
 
 
-def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> Source:
-  """Builds the training source a config's `data` part names.
+def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> Mixture:
+  """Builds the training data a config's `data` part names: 'scenes', or the 'sets' it describes.
 
   Raises:
-    ValueError: there is no such source, or it cannot make pictures of `image_size`.
+    ValueError: there is no such source, it cannot be read, or cannot make pictures of `image_size`.
   """
+  if config.source == 'sets':
+    return open_sets(config)
   if config.source != 'scenes':
-    raise ValueError(f"data.source={config.source!r}: use 'scenes'")
-  return build_scenes(config.scenes, image_size, split='train')
+    raise ValueError(f"data.source={config.source!r}: use 'scenes' or 'sets'")
+  scenes = build_scenes(config.scenes, image_size, split='train')
+  digest = hashlib.sha256(repr(scenes).encode()).hexdigest()[:16]
+  return Mixture((DataSet('scenes', scenes, digest, num_shards=0, weight=0.0),))
+
+
+def sample_captions(source: Mixture, count: int) -> Iterator[str]:
+  """Yields usable captions, spread evenly over all records, without reading pictures where a set allows that.
+
+  Args:
+    source: the data.
+    count: how many records are looked at; all of them if there are fewer.
+  """
+  count = min(count, len(source))
+
+  def read(number: int) -> str | None:
+    try:
+      return source.caption_of(number * len(source) // count)
+    except Fault:
+      return None
+
+  with concurrent.futures.ThreadPoolExecutor(_CAPTION_THREADS) as pool:
+    for start in range(0, count, _CHUNK):  # the pool would otherwise read ahead without end
+      yield from filter(None, pool.map(read, range(start, min(start + _CHUNK, count))))
 
 
 def build_scenes(config: ml_collections.ConfigDict, image_size: tuple[int, int], split: str) -> Scenes:

@@ -1,0 +1,70 @@
+"""Worker processes that end with the run: they leave signals to their parent, and do not outlive it."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from typing import TypeVar
+
+import grain
+from absl import flags
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_T = TypeVar('_T')
+
+
+def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterator[_T]:
+  """Yields what a dataset yields, made by worker processes.
+
+  Worker w makes elements w, w + num_workers, ..., so their number does not change the order.
+
+  Args:
+    dataset: of any elements.
+    num_workers: processes; 0 iterates in this one.
+    buffer: elements each of them keeps ready.
+
+  Raises:
+    OSError: a worker died.
+  """
+  if num_workers:
+    options = grain.MultiprocessingOptions(num_workers, max(buffer, 1))
+    dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
+    if not flags.FLAGS.is_parsed():  # Grain reads some; a notebook or a test parses none
+      flags.FLAGS.mark_as_parsed()
+    resource_tracker.ensure_running()  # when it starts later it unblocks what is blocked below
+  iterator = iter(dataset)
+  try:
+    # A signal that is blocked here is blocked in the processes that the first element starts, from
+    # their first instruction on. Ctrl-C and a scheduler's SIGTERM go to all processes at once, and
+    # it is for the parent to decide when the work ends.
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS if num_workers else ())
+    try:
+      first = next(iterator, None)
+    finally:
+      signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+    if first is not None:
+      yield first
+      yield from iterator
+  except RuntimeError as error:
+    if 'terminated unexpectedly' not in str(error):
+      raise
+    raise OSError('a data worker died (killed, or out of memory?): '
+                  f'{str(error).split(". ")[0]}; try fewer data.num_workers or '
+                  'data.prefetch_batches; the run goes on from its last checkpoint') from error
+  finally:
+    iterator.close()
+
+
+def _init_worker(index: int, count: int) -> None:
+  """Runs first in each worker."""
+  del index, count
+  threading.Thread(target=_end_with_parent, name='end-with-parent', daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """Waits for the parent's end, which may be a kill that it cannot see coming, and ends this process."""
+  multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+  os._exit(1)  # also past threads that wait for a remote store
