@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import optax
 from PIL import Image
 import pytest
 
 import groupvit_jax
-from groupvit_jax import cli, trained_run
+from groupvit_jax import cli, train_state, trained_run
 from groupvit_jax.evals import run_eval, scene_eval, segmenter, window_encoder
 from tests.tiny import tiny_config
 from tests.trained import trained_workdir
@@ -77,9 +79,14 @@ def test_baselines_of_the_same_run(evaluated):
   shares = np.bincount(truth, minlength=18) / truth.size
   assert baselines['constant']['class'] == evaluator.source.classes[shares.argmax()]
   assert baselines['constant']['pixel_accuracy'] == pytest.approx(shares.max())
-  fresh = evaluator.evaluate(trained_run.untrained_variables(run))
+  untrained = trained_run.untrained_variables(run)
+  fresh = evaluator.evaluate(untrained)
   assert baselines['untrained']['miou'] == pytest.approx(fresh.scores.miou)
   assert baselines['untrained']['oracle_miou'] == pytest.approx(fresh.oracle.miou)
+  # Where the run started: whatever the optimiser and the number of prompts.
+  start = train_state.init_state(run.model, optax.adam(1.0), run.config.seed, (2, run.model.text.context_length), run.mesh)
+  for got, want in zip(jax.tree.leaves(untrained), jax.tree.leaves(start.variables), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_table_and_contact_sheet(evaluated):
