@@ -1,0 +1,231 @@
+"""Looks at a config's data before anyone trains on them:
+
+  python -m groupvit_jax.data.audit --config=configs/EXPERIMENT.py --output=audits/EXPERIMENT
+
+Writes `audit.json` and, for each set, a page of samples as the model sees them. Ends with exit code 1
+when more records cannot be used than the config's `data.max_fault_share`.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+
+import ml_collections
+import numpy as np
+import tqdm
+from absl import flags
+from ml_collections import config_flags
+from PIL import Image
+
+from groupvit_jax import cli
+from groupvit_jax.data import faults, pipeline, text_ops
+from groupvit_jax.data.contact_sheet import draw_sheet
+from groupvit_jax.data.mixture import Mixture
+from groupvit_jax.data.shards import write_whole
+from groupvit_jax.data.sources import build_source, sample_captions
+from groupvit_jax.data.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
+
+_THREADS = 16
+_LISTED = 100  # faulty records named in the report, for each set
+_SHEET, _COLUMNS = 24, 6  # pictures on a page
+_TIMED = 128  # examples
+_PERCENTILES = (0, 5, 50, 95, 100)
+
+
+@dataclasses.dataclass
+class Findings:
+  """What was found in one record."""
+  key: str = ''
+  fault: str = ''
+  picture: bytes = b''  # digests, to tell duplicates
+  caption: bytes = b''
+  tokens: int = 0
+  words: int = 0
+
+
+def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int) -> dict[str, object]:
+  """Audits a config's data.
+
+  Args:
+    config: an experiment.
+    output: folder for the report and the pages.
+    samples: records looked at in each set, spread evenly; 0 for all.
+
+  Returns:
+    The report, as it is written.
+  """
+  source = build_source(config.data, tuple(config.model.vision.image_size))
+  tokenizer = _tokenizer(config.tokenizer, source)
+  report = source.facts()
+  for part in source.sets:
+    examples = _examples(config, Mixture((dataclasses.replace(part, weight=0.0),)), tokenizer)
+    found = list(_look_at(examples, samples or len(part.source)))
+    expected = config.data.sets[part.name].expected if config.data.source == 'sets' else 0
+    report['sets'][part.name] |= {'expected': expected} | summarize(
+        found, config.data.num_prompts, config.model.text.context_length)
+    report['sets'][part.name]['examples_per_core_second'] = round(_rate(examples), 1)
+    _write_sheet(output / f'{part.name}.png', examples)
+  write_whole(str(output / 'audit.json'), (json.dumps(report, indent=2) + '\n').encode())
+  return report
+
+
+def summarize(found: list[Findings], num_prompts: int, text_length: int) -> dict[str, object]:
+  """Counts over the records of a set that were looked at.
+
+  Args:
+    found: one for each.
+    num_prompts: M.
+    text_length: L, tokens kept of a text.
+  """
+  good = [record for record in found if not record.fault]
+  bad = [record for record in found if record.fault]
+  tokens = [record.tokens for record in good]
+  words = [record.words for record in good]
+  return {
+      'looked_at': len(found),
+      'unusable': dict(collections.Counter(record.fault for record in bad).most_common()),
+      'unusable_share': len(bad) / max(len(found), 1),
+      'unusable_keys': [f'{record.key}: {record.fault}' for record in bad[:_LISTED]],
+      'duplicate_pictures': _duplicates(record.picture for record in good),
+      'duplicate_captions': _duplicates(record.caption for record in good),
+      'tokens_percentiles': _percentiles(tokens),
+      'captions_cut': sum(n > text_length for n in tokens) / max(len(good), 1),
+      'words_percentiles': _percentiles(words),
+      'words_mean': float(np.mean(words)) if words else 0.0,
+      'captions_with_too_few_words': sum(n < num_prompts for n in words) / max(len(good), 1),
+  }
+
+
+def describe(name: str, facts: Mapping[str, object]) -> str:
+  """A set's report in a few lines, for people."""
+  causes = ', '.join(f'{cause} {n:,}' for cause, n in facts['unusable'].items()) or 'none'
+  expected = f' of {facts["expected"]:,} expected ({facts["records"] / facts["expected"]:.1%})' if facts[
+      'expected'] else ''
+  spread = lambda values: ' / '.join(map(str, values))
+  return '\n'.join([
+      f'{name}: {facts["records"]:,} records{expected} in {facts["shards"]:,} shards, digest {facts["digest"]}',
+      f'  looked at           {facts["looked_at"]:,}',
+      f'  unusable            {facts["unusable_share"]:.2%} ({causes})',
+      f'  duplicates          {facts["duplicate_pictures"]:,} pictures, {facts["duplicate_captions"]:,} captions',
+      f'  tokens per caption  {spread(facts["tokens_percentiles"])} (least, 5 %, median, 95 %, most); '
+      f'{facts["captions_cut"]:.1%} are cut',
+      f'  words for prompts   {spread(facts["words_percentiles"])}, {facts["words_mean"]:.1f} on average; '
+      f'{facts["captions_with_too_few_words"]:.1%} have too few',
+      f'  examples per core   {facts["examples_per_core_second"]:.0f}/s, decoded, cropped and tagged'])
+
+
+def _look_at(examples: pipeline.Examples, count: int) -> Iterator[Findings]:
+  """Reads records spread evenly over a set of one; threads, because shards may be far away."""
+  size = len(examples.source)
+  count = min(count, size)
+  look = lambda number: _look(examples, number * size // count)
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    with tqdm.tqdm(total=count, unit='record', disable=None) as bar:
+      for start in range(0, count, 64 * _THREADS):  # the pool would otherwise read ahead without end
+        for found in pool.map(look, range(start, min(start + 64 * _THREADS, count))):
+          bar.update()
+          yield found
+
+
+def _look(examples: pipeline.Examples, index: int) -> Findings:
+  try:
+    record = examples.source[index]
+    examples.make(record, position=index)
+  except faults.Fault as fault:
+    return Findings(fault.key, fault.cause)
+  text, image = record['text'], record['image']
+  pixels = image if isinstance(image, bytes) else image.tobytes()
+  tokens = examples.tokenizer.encode([text], len(text.encode()) + 8)[0]
+  length = int(np.argmax(tokens == examples.tokenizer.eos_id)) + 1
+  return Findings(record['key'], '', _digest(pixels), _digest(text.encode('utf-8', 'replace')), length,
+                  len(text_ops.nouns(text)))
+
+
+def _rate(examples: pipeline.Examples) -> float:
+  """Examples that one core makes in a second, reading left out and nothing else running in this process."""
+  seconds, count = 0.0, min(_TIMED, len(examples.source))
+  for number in range(count):
+    record = _readable(examples.source, number * len(examples.source) // count)
+    if record is None:
+      continue
+    started = time.thread_time()
+    with contextlib.suppress(faults.Fault):
+      examples.make(record, position=number)
+    seconds += time.thread_time() - started
+  return count / seconds if seconds else 0.0
+
+
+def _readable(source: Mixture, index: int) -> dict[str, object] | None:
+  try:
+    return source[index]
+  except faults.Fault:
+    return None
+
+
+def _write_sheet(path: pathlib.Path, examples: pipeline.Examples) -> None:
+  shown = [examples.look_up(number) for number in range(min(_SHEET, len(examples)))]
+  sheet = draw_sheet([example.image for example in shown], [example.texts for example in shown], _COLUMNS)
+  buffer = io.BytesIO()
+  Image.fromarray(sheet).save(buffer, 'PNG')
+  write_whole(str(path), buffer.getvalue())
+
+
+def _examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer: Tokenizer) -> pipeline.Examples:
+  """A run's examples, over one of its sets, on one host, in batches that no set is too small for."""
+  config = config.copy_and_resolve_references()
+  config.batch_size, config.total_steps = 1, _SHEET
+  return pipeline.build_examples(config, source, tokenizer, first_batch=0, host=0, num_hosts=1)
+
+
+def _tokenizer(config: ml_collections.ConfigDict, source: Mixture) -> Tokenizer:
+  """The tokenizer a config names, or one like that which its run would train."""
+  if config.path:
+    return build_tokenizer(config.path)
+  with tempfile.TemporaryDirectory() as folder:
+    return train_sentencepiece(sample_captions(source, config.num_captions), f'{folder}/tokenizer.model',
+                               config.vocab_size)
+
+
+def _duplicates(digests: Iterator[bytes]) -> int:
+  """How many occurrences are not the first."""
+  counts = collections.Counter(digests)
+  return counts.total() - len(counts)
+
+
+def _digest(data: bytes) -> bytes:
+  return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def _percentiles(values: list[int]) -> list[int]:
+  return [round(float(value)) for value in np.percentile(values, _PERCENTILES)] if values else []
+
+
+def main() -> int:
+  """Runs the command; see this module."""
+  config, output = _CONFIG.value, pathlib.Path(_OUTPUT.value).expanduser()
+  report = audit(config, output, _SAMPLES.value)
+  for name, facts in report['sets'].items():
+    print(describe(name, facts))
+  print(f'fingerprint {report["fingerprint"]}; report and samples in {output}')
+  worst = max(report['sets'], key=lambda name: report['sets'][name]['unusable_share'])
+  share = report['sets'][worst]['unusable_share']
+  if share > config.data.max_fault_share:
+    print(f'{worst} has {share:.1%} unusable records, more than data.max_fault_share={config.data.max_fault_share}')
+    return cli.EXIT_PARTIAL
+  return 0
+
+
+if __name__ == '__main__':
+  _CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
+  _OUTPUT = flags.DEFINE_string('output', None, 'Folder for the report and the pages of samples.')
+  _SAMPLES = flags.DEFINE_integer('samples', 2000, 'Records looked at in each set; 0 for all.', lower_bound=0)
+  flags.mark_flags_as_required(['config', 'output'])
+  cli.run(main)
