@@ -3,6 +3,9 @@
 import dataclasses
 import functools
 import json
+import socket
+import subprocess
+import sys
 
 import cv2
 from flax import linen as nn
@@ -59,8 +62,8 @@ WITH_BACKGROUND = make_benchmark('shapes', CLASSES, background=True)
 WITHOUT = make_benchmark('shapes', CLASSES[1:])
 
 
-@pytest.fixture(scope='module')
-def model():
+def make_model():
+  """Two grouping stages, and an assignment decisive enough that segments differ."""
   decisive = nn.initializers.variance_scaling(8.0, 'fan_in', 'normal')
   spread = nn.initializers.normal(0.5)
   init = dataclasses.replace(
@@ -72,15 +75,28 @@ def model():
   )
 
 
-@pytest.fixture(scope='module')
-def variables(model):
+def init_variables(model):
   images, tokens = jnp.zeros((1, WINDOW, WINDOW, 3)), jnp.full((1, 1, 6), 2)
   return jax.jit(model.init)(jax.random.key(1), images, tokens)
 
 
+def make_text_embeds():
+  return np.random.default_rng(0).normal(size=(9, 8)).astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def model():
+  return make_model()
+
+
+@pytest.fixture(scope='module')
+def variables(model):
+  return init_variables(model)
+
+
 @pytest.fixture(scope='module')
 def text_embeds():
-  return np.random.default_rng(0).normal(size=(9, 8)).astype(np.float32)
+  return make_text_embeds()
 
 
 @pytest.fixture(scope='module')
@@ -374,3 +390,23 @@ def test_a_label_that_is_no_class_is_named(evaluate):
     ValueError, match="label map of '0: 32 x 32' holds [3-9], but shapes has .* 2"
   ):
     semantic_seg.prepare_picture(source, 0, benchmark=fewer, protocol=PROTOCOL, patch_size=PATCH)
+
+
+@pytest.mark.long
+def test_two_hosts_find_what_one_finds():
+  """Two processes of two devices each share the pictures, odd sizes included."""
+  with socket.socket() as probe:
+    probe.bind(('localhost', 0))
+    port = str(probe.getsockname()[1])
+  start = lambda *args: subprocess.Popen(
+    [sys.executable, '-m', 'tests.evaluation_host', *args, port], stdout=subprocess.PIPE, text=True
+  )
+  both = [start('0', '2'), start('1', '2')]
+  found = [json.loads(host.communicate()[0].splitlines()[-1]) for host in both]
+  assert found[0] == found[1]
+  alone = json.loads(start('0', '1').communicate()[0].splitlines()[-1])
+  for several, one in zip(found[0][:2], alone[:2]):
+    assert np.sum(several) == np.sum(one)
+    assert np.abs(np.subtract(several, one)).sum() <= 2e-4 * np.sum(one)
+  np.testing.assert_allclose(found[0][2], alone[2], atol=1e-5)
+  assert found[0][3] == pytest.approx(alone[3], rel=1e-5)
