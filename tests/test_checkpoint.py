@@ -58,13 +58,13 @@ def test_keeps_the_newest(state, tmp_path):
 
 
 def damage(folder: pathlib.Path, how: str) -> None:
-  """Cuts the largest file of array data in two, empties it, or removes it."""
-  path = max((folder / 'state').glob('ocdbt.process_0/d/*'), key=lambda p: p.stat().st_size)
-  data = path.read_bytes()
-  if how == 'removed':
-    path.unlink()
-  else:
-    path.write_bytes(data[:len(data) // 2] if how == 'cut' else b'')
+  """Cuts all files of array data in two, empties them, or removes them."""
+  for path in (folder / 'state').glob('**/d/*'):
+    data = path.read_bytes()
+    if how == 'removed':
+      path.unlink()
+    else:
+      path.write_bytes(data[:len(data) // 2] if how == 'cut' else b'')
 
 
 @pytest.mark.parametrize('how', ['cut', 'emptied', 'removed'])
