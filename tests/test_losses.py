@@ -1,11 +1,14 @@
 """Losses on arrays small enough to work out by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from groupvit_jax import losses
+from benchmarks import plain_losses
+from groupvit_jax import losses, sharding
 
 LOG2 = np.log(2.0)
 
@@ -81,3 +84,55 @@ def test_equal_prompts_share_the_target():
   # With all four prompts of a batch alike nothing can be told apart: log 4 one way, log 2 the other.
   out = losses.multi_label_loss(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.full((2, 2, 2), 1.0), LOG2)
   np.testing.assert_allclose(out.loss, (np.log(4) + np.log(2)) / 2, rtol=1e-5)
+
+
+def embeds(batch: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+  """Embeddings [B, E] and [B, M, E] of unequal lengths, of which two pairs are alike."""
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((batch, 6)).astype(np.float32)
+  texts = images[:, None] + rng.standard_normal((batch, prompts, 6)).astype(np.float32)
+  images[-1], texts[-1] = images[1], texts[1]
+  return 3 * images, texts
+
+
+@pytest.mark.parametrize('mesh, batch, prompts, block', [
+    (None, 13, 1, 1), (None, 13, 3, 7), (None, 6, 2, 1024),
+    ({'data': 8}, 24, 1, 2), ({'data': 2, 'fsdp': 4}, 24, 3, 4), ({'data': 2, 'fsdp': 2, 'model': 2}, 12, 2, 1024)])
+def test_streamed_losses_are_the_plain_ones(mesh, batch, prompts, block):
+  """Values, accuracies and every gradient, on both sides of the clamp."""
+  place = mesh and sharding.batch_sharding(sharding.make_mesh(**mesh))
+  streamed = functools.partial(losses.multi_label_loss, place=place, block=block)
+
+  @jax.jit
+  def both(*args):
+    with_aux = lambda loss: lambda *args: (loss(*args).loss, loss(*args))
+    return tuple(jax.value_and_grad(with_aux(loss), argnums=(0, 1, 2), has_aux=True)(*args)
+                 for loss in (streamed, plain_losses.multi_label_loss))
+
+  images, texts = jax.device_put(embeds(batch, prompts), place)
+  for log_scale in (0.0, 3.0, 5.0):
+    ours, plain = both(images, texts, jnp.float32(log_scale))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    assert (ours[1][2] == 0) == (log_scale == 5.0)
+
+
+def test_equals_count_for_the_first_on_any_number_of_devices():
+  """As argmax does: a batch of equal pairs has one hit, not all or none."""
+  ones = jnp.ones((16, 4))
+  for place in (None, sharding.batch_sharding(sharding.make_mesh())):
+    out = jax.jit(functools.partial(losses.contrastive_loss, place=place, block=3))(ones, ones, 1.0)
+    assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (1 / 16, 1 / 16)
+
+
+def test_far_logits_neither_overflow_nor_vanish():
+  """At the clamp a row may have all logits but its own 200 below; here its own is the lowest."""
+  images = jnp.array([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+  out = losses.contrastive_loss(images, -images, 9.0, block=2)
+  row = np.log(2.0) + 200, np.log(np.exp(-200.0) + 1) + 200
+  np.testing.assert_allclose(out.loss, (row[0] + 2 * row[1]) / 3, rtol=1e-6)
+
+
+def test_no_prompts_have_no_loss():
+  with pytest.raises(ValueError, match='needs prompts and got 0 per image'):
+    losses.multi_label_loss(jnp.ones((2, 3)), jnp.ones((2, 0, 3)), 1.0)
