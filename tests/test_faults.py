@@ -7,6 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
+from configs import quickstart
 from groupvit_jax import sharding
 from groupvit_jax.data import faults, image_ops, manifest, pipeline
 from groupvit_jax.data.fault_tally import FaultTally
@@ -158,6 +159,12 @@ def test_captions_are_sampled_evenly_and_without_the_faulty(tmp_path):
       'caption_empty']), count=40)
   assert list(sample_captions(source, 10)) == [f'a dog number {n}' for n in range(4, 40, 4)]
   assert len(list(sample_captions(source, 1000))) == 37
+
+
+def test_captions_of_scenes_are_those_of_the_first():
+  config = quickstart.get_config()
+  scenes = build_source(config.data, (64, 64))
+  assert list(sample_captions(scenes, 20)) == [scenes[n]['text'] for n in range(20)]
 
 
 class TestTally:

@@ -37,10 +37,12 @@ def sample_captions(source: Mixture, count: int) -> Iterator[str]:
     count: how many records are looked at; all of them if there are fewer.
   """
   count = min(count, len(source))
+  stored = any(part.num_shards for part in source.sets)  # what is made on demand is alike everywhere
+  stride = len(source) / count if stored else 1
 
   def read(number: int) -> str | None:
     try:
-      return source.caption_of(number * len(source) // count)
+      return source.caption_of(int(number * stride))
     except Fault:
       return None
 
