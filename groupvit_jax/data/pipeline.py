@@ -3,7 +3,8 @@
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -20,6 +21,7 @@ __all__ = ['Batches', 'Example', 'Examples', 'Source', 'build_examples', 'check_
 
 # Streams of randomness of an example: a word of the generator's counter, so that none overlap.
 _WORDS, _AUGMENT = range(2)
+_AT_ONCE = 16  # examples that a thread makes together
 _READ_AHEAD = 2  # batches being made in each process: the second fills in while the first one ends
 
 
@@ -35,6 +37,15 @@ class Example(NamedTuple):
   image: np.ndarray
   texts: list[str]
   key: str
+  faults: np.ndarray
+
+
+class _Found(NamedTuple):
+  """An example but for its prompts."""
+  image: np.ndarray
+  caption: str
+  key: str
+  position: int
   faults: np.ndarray
 
 
@@ -81,12 +92,30 @@ class Examples:
       TooManyFaults: neither the record nor any neighbour can be used.
       OSError: a shard cannot be read.
     """
-    example = self.look_up(index)
-    tokens = self.tokenizer.encode(example.texts, self.text_length)
-    return {'image': example.image, 'tokens': tokens, 'faults': example.faults}
+    return self.make_some((index,))[0]
+
+  def make_some(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    """Makes examples, all pictures before all words; see `__getitem__`.
+
+    In turns, pictures would drive the tables of tagger and tokenizer out of the processor's caches each time.
+    """
+    rows = []
+    for found in [self._find(index) for index in indices]:
+      tokens = self.tokenizer.encode(self._texts(found.caption, found.position), self.text_length)
+      rows.append({'image': found.image, 'tokens': tokens, 'faults': found.faults})
+    return rows
 
   def look_up(self, index: int) -> Example:
     """Makes an example but for its tokens; see `__getitem__`."""
+    found = self._find(index)
+    return Example(found.image, self._texts(found.caption, found.position), found.key, found.faults)
+
+  def make(self, record: dict[str, object], position: int) -> tuple[np.ndarray, list[str], str]:
+    """What the record is at a position: its picture uint8 [H, W, 3], its caption and prompts, its key. Raises Fault."""
+    return self._image(record, position), self._texts(record['text'], position), record['key']
+
+  def _find(self, index: int) -> _Found:
+    """The record to use, and its picture."""
     batch, row = divmod(index, self.rows)
     position = (self.first_batch + batch) * self.batch_size + self.host * self.rows + row
     drawn = self._order[position]
@@ -94,22 +123,24 @@ class Examples:
     found = []
     for candidate in faults.neighbours(drawn, start, len(part.source)):
       try:
-        image, texts, key = self.make(self.source[candidate], position)
-        return Example(image, texts, key, faults.count(found))
+        record = self.source[candidate]
+        image = self._image(record, position)
+        return _Found(image, record['text'], record['key'], position, faults.count(found))
       except faults.Fault as fault:
         faults.report(fault)
         found.append(fault)
     raise faults.TooManyFaults(f'data.sets.{part.name}: {len(found)} neighbours cannot be used, among them '
                                f'{found[0]}; look at the set with python -m groupvit_jax.data.audit')
 
-  def make(self, record: dict[str, object], position: int) -> tuple[np.ndarray, list[str], str]:
-    """What the record is at a position: its picture uint8 [H, W, 3], its caption and prompts, its key. Raises Fault."""
-    image, caption, key = record['image'], record['text'], record['key']
-    if not caption.strip():
-      raise faults.Fault('caption_empty', key)
-    if self.augment is not None:
-      image = self.augment(image, self._rng(position, _AUGMENT), key)
-    return image, [caption, *text_ops.noun_prompts(caption, self.num_prompts, self._rng(position, _WORDS))], key
+  def _image(self, record: dict[str, object], position: int) -> np.ndarray:
+    if not record['text'].strip():
+      raise faults.Fault('caption_empty', record['key'])
+    if self.augment is None:
+      return record['image']
+    return self.augment(record['image'], self._rng(position, _AUGMENT), record['key'])
+
+  def _texts(self, caption: str, position: int) -> list[str]:
+    return [caption, *text_ops.noun_prompts(caption, self.num_prompts, self._rng(position, _WORDS))]
 
   def _rng(self, position: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(self.seed, position), counter=(0, 0, 0, stream)))
@@ -140,9 +171,17 @@ class Batches:
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Makes batch `first_batch + index`: what `Examples` returns, stacked."""
     numbers = range(index * self._examples.rows, (index + 1) * self._examples.rows)
+    size = min(_AT_ONCE, -(-len(numbers) // max(self._num_threads, 1)))
     make = self._pool.map if self._num_threads else map
-    rows = list(make(self._examples.__getitem__, numbers))
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    parts = make(self._examples.make_some, [numbers[i:i + size] for i in range(0, len(numbers), size)])
+    rows = itertools.chain.from_iterable(parts)
+    batch: dict[str, np.ndarray] = {}
+    for i, row in enumerate(rows):  # as they come: copied while the cache still holds them
+      for name, value in row.items():
+        if not i:
+          batch[name] = np.empty((len(numbers), *value.shape), value.dtype)
+        batch[name][i] = value
+    return batch
 
   @functools.cached_property
   def _pool(self) -> concurrent.futures.ThreadPoolExecutor:
