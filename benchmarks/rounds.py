@@ -1,0 +1,76 @@
+"""Rounds of work in processes that take turns on one core, so that all of them meet the same machine."""
+
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Rate(NamedTuple):
+  """Pictures a second of one core: by its own clock, and by the wall's, which other programs slow."""
+
+  per_cpu_s: float
+  per_wall_s: float
+
+
+class Side:
+  """A process that works when asked to, and waits for the other side's turn otherwise."""
+
+  def __init__(self, python: str, module: str, arguments: Sequence[str],
+               cores: set[int] | None):
+    environment = os.environ | {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+    self._process = subprocess.Popen(
+        [python, '-m', module, *arguments], cwd=ROOT, env=environment, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    if cores and hasattr(os, 'sched_setaffinity'):
+      os.sched_setaffinity(self._process.pid, cores)
+    self.facts = self._answer()
+
+  def run(self, work: str, pictures: int) -> Rate:
+    """Does some work once, on at least so many pictures."""
+    self._process.stdin.write(json.dumps([work, pictures]) + '\n')
+    self._process.stdin.flush()
+    answer = self._answer()
+    return Rate(answer['pictures'] / answer['cpu_s'], answer['pictures'] / answer['wall_s'])
+
+  def close(self) -> None:
+    """Ends the process."""
+    self._process.stdin.close()
+    self._process.wait()
+
+  def _answer(self) -> dict[str, object]:
+    line = self._process.stdout.readline()
+    if not line:
+      sys.exit(f'{" ".join(self._process.args)} ended with {self._process.wait()}')
+    return json.loads(line)
+
+
+def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]]) -> None:
+  """The other end of a `Side`: each work takes a number of pictures and returns how many it did."""
+  answers, sys.stdout = sys.stdout, sys.stderr
+  print(json.dumps(facts), file=answers, flush=True)
+  for line in sys.stdin:
+    work, pictures = json.loads(line)
+    wall, cpu = time.perf_counter(), time.process_time()
+    done = works[work](pictures)
+    spent = {'cpu_s': time.process_time() - cpu, 'wall_s': time.perf_counter() - wall}
+    print(json.dumps({'pictures': done} | spent), file=answers, flush=True)
+
+
+def take_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int,
+               pictures: int) -> dict[tuple[str, str], Rate]:
+  """Runs each (side, work) once a round, and once before; returns the medians of their rates."""
+  found = {pair: [] for pair in works}
+  for number in range(rounds + 1):
+    for side, work in works:
+      rate = sides[side].run(work, pictures)
+      if number:
+        found[side, work].append(rate)
+  return {pair: Rate(*map(statistics.median, zip(*rates))) for pair, rates in found.items()}
