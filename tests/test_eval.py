@@ -84,7 +84,7 @@ def test_baselines_of_the_same_run(evaluated):
   assert baselines['untrained']['miou'] == pytest.approx(fresh.scores.miou)
   assert baselines['untrained']['oracle_miou'] == pytest.approx(fresh.oracle.miou)
   # Where the run started: whatever the optimiser and the number of prompts.
-  start = train_state.init_state(run.model, optax.adam(1.0), run.config.seed, (2, run.model.text.context_length), run.mesh)
+  start = train_state.init_state(run.model, optax.adam(1.0), run.config.seed, (2, run.model.text.context_length), run.mesh)  # noqa: E501
   for got, want in zip(jax.tree.leaves(untrained), jax.tree.leaves(start.variables), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
