@@ -33,8 +33,9 @@ def main() -> None:
   parser.add_argument('--photos', default='', help='folder of JPEGs; otherwise made-up pictures')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--pictures', type=int, default=256, help='pictures of a round')
-  parser.add_argument('--workers', type=int, nargs='*', default=[], help='also with so many workers')
-  parser.add_argument('--no-peer', action='store_true')
+  parser.add_argument('--workers', type=int, nargs='*', default=[],
+                      help='numbers of worker processes to time as well, on all cores')
+  parser.add_argument('--no-peer', action='store_true', help='ours alone')
   args = parser.parse_args()
   folder = CACHE / 'input_pipeline' / (args.photos.strip('/').replace('/', '_') or 'made_up')
   pattern = shards.write_shards(folder, args.photos)

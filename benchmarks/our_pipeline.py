@@ -1,4 +1,4 @@
-"""The side of `benchmarks.input_pipeline` that is this project's: one process, like one worker of a run."""
+"""The side of `benchmarks.input_pipeline` that is this project's: one process, like a worker."""
 
 import argparse
 import dataclasses
@@ -32,8 +32,8 @@ def examples(source: WebDataset, tokenizer: Tokenizer, augment: Augment) -> pipe
   """An endless run over the shards."""
   mixture = Mixture((DataSet('benchmark', source, source.index.digest, len(source.shards), 0.0),))
   return pipeline.Examples(
-      mixture, augment, tokenizer, seed=0, batch_size=BATCH, num_prompts=PROMPTS, text_length=LENGTH,
-      first_batch=0, num_batches=10**6, host=0, num_hosts=1)
+      mixture, augment, tokenizer, seed=0, batch_size=BATCH, num_prompts=PROMPTS,
+      text_length=LENGTH, first_batch=0, num_batches=10**6, host=0, num_hosts=1)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The peer of `benchmarks.input_pipeline`: webdataset, Pillow and timm, in an environment of its own.
+"""The peer of `benchmarks.input_pipeline`: webdataset, Pillow, timm; in its own environment.
 
 Its texts take the same functions as ours, so that the difference lies in pictures and plumbing.
 """
@@ -15,8 +15,9 @@ import PIL
 from PIL import Image
 import torch
 
-# torchvision registers shapes for operators of its compiled half, which does not load beside another
-# build of torch. Its Pillow transforms, all that is used here, are Python: declared is enough.
+# torchvision registers shapes for operators of its compiled half, which does not load beside
+# another build of torch. Its Pillow transforms, all that is used here, are Python: it is enough to
+# declare the operators.
 _DECLARED = torch.library.Library('torchvision', 'FRAGMENT')
 for _name in ('nms', 'qnms'):
   _DECLARED.define(f'{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
@@ -64,7 +65,7 @@ def main() -> None:
 
   def samples() -> Iterator[tuple[bytes, str]]:
     shards = list(braceexpand.braceexpand(args.shards))
-    return webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).shuffle(256).repeat()
+    return webdataset.WebDataset(shards, shardshuffle=False).shuffle(256).repeat()
 
   # Newer Pillows refuse what timm asks of them at magnitude 10 (posterize to 0 bits): left out.
   batches = iter(

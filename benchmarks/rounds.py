@@ -1,4 +1,4 @@
-"""Rounds of work in processes that take turns on one core, so that all of them meet the same machine."""
+"""Rounds of work in processes that take turns on one core, so that all meet the same machine."""
 
 import json
 import os
@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Rate(NamedTuple):
-  """Pictures a second of one core: by its own clock, and by the wall's, which other programs slow."""
+  """Pictures a second of one core: by its clock, and by the wall's, which other programs slow."""
 
   per_cpu_s: float
   per_wall_s: float

@@ -40,19 +40,20 @@ def write_shards(folder: pathlib.Path, photos: str) -> str:
 def captions(folder: pathlib.Path) -> list[str]:
   """The captions in the first tar."""
   with tarfile.open(folder / '0000.tar') as tar:
-    return [tar.extractfile(member).read().decode() for member in tar if member.name.endswith('txt')]
+    texts = [member for member in tar if member.name.endswith('.txt')]
+    return [tar.extractfile(text).read().decode() for text in texts]
 
 
 def _photographs(folder: pathlib.Path) -> Iterator[tuple[bytes, str]]:
-  captions = next((json.loads(path.read_text()) for path in
-                   (folder / 'captions.json', folder.parent / 'captions.json') if path.exists()), {})
+  files = [path for path in (folder, folder.parent) if (path / 'captions.json').exists()]
+  known = json.loads((files[0] / 'captions.json').read_text()) if files else {}
   rng = np.random.default_rng(0)
   for number, path in enumerate(sorted(folder.glob('*.jpg'))[:SAMPLES]):
     pixels = cv2.imread(str(path))
     scale = LONGER_SIDE / max(pixels.shape)
     pixels = cv2.resize(pixels, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    known = captions.get(path.stem)
-    yield _jpeg(pixels), known[number % len(known)] if known else _sentence(rng)
+    texts = known.get(path.stem) or [_sentence(rng)]
+    yield _jpeg(pixels), texts[number % len(texts)]
 
 
 def _made_up() -> Iterator[tuple[bytes, str]]:
@@ -64,7 +65,7 @@ def _made_up() -> Iterator[tuple[bytes, str]]:
       noise = rng.standard_normal((height // scale + 2, width // scale + 2, 3), np.float32)
       pixels += scale**0.3 * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
       scale *= 2
-    yield _jpeg(np.uint8(np.clip(128 + 12 * pixels, 0, 255))), _sentence(rng)
+    yield _jpeg(np.uint8(np.clip(128 + 4 * pixels, 0, 255))), _sentence(rng)
 
 
 def _sentence(rng: np.random.Generator) -> str:
