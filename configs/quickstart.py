@@ -12,6 +12,8 @@ def get_config() -> ml_collections.ConfigDict:
   config.seed = 0
   config.total_steps = 5500
   config.batch_size = 64
+  config.grad_accum_steps = 1  # the towers see the batch in so many parts; gradients stay those of the whole
+  config.remat = 'none'  # 'dots' or 'blocks' forget more activations and compute them again: docs/large_batches.md
   config.multi_label_weight = 1.0
 
   config.log_every = 50

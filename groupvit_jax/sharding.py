@@ -60,6 +60,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def settle(tree: object, mesh: Mesh) -> None:
+  """Waits for the results of a program where the next one must not overlap with it; elsewhere returns at once.
+
+  CPU devices share a pool of threads, and in a collective a thread waits. Two programs that overlap can take the whole
+  pool, each waiting for a device of its own that the other keeps from running.
+  """
+  if mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu':
+    jax.block_until_ready(tree)
+
+
 def batch_ways(mesh: Mesh) -> int:
   """Over how many devices a batch is divided."""
   return mesh.shape['data'] * mesh.shape['fsdp']
@@ -71,6 +81,16 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
   if batch_size < 1 or batch_size % ways:
     raise ValueError(f'{name}={batch_size} is not a positive multiple of the {ways} devices it is divided over; '
                      f'use {max(1, batch_size // ways) * ways} or {(batch_size // ways + 1) * ways}')
+
+
+def check_micro_batches(batch_size: int, num_steps: int, mesh: Mesh) -> None:
+  """Raises ValueError when a batch that the devices divide has not so many micro-batches that they divide as well."""
+  rows = batch_size // batch_ways(mesh)
+  if num_steps < 1 or rows % num_steps:
+    fitting = [steps for steps in range(1, rows + 1) if rows % steps == 0]
+    nearest = min(fitting, key=lambda steps: abs(steps - num_steps))
+    raise ValueError(f'grad_accum_steps={num_steps} does not divide the {rows} samples that each device has of '
+                     f'batch_size={batch_size}; use {nearest}')
 
 
 def state_shardings(abstract_state: object, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> object:

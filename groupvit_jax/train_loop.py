@@ -74,10 +74,12 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   """Checks the config from cheap to dear, claims the workdir, and builds everything but the state."""
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
+  sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   source = build_source(config.data, tuple(config.model.vision.image_size))
   pipeline.check_batch_size(source, config.batch_size, jax.process_count())
-  build = functools.partial(build_model, config.model, multi_label=config.data.num_prompts > 0)
+  build = functools.partial(
+      build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat)
   build(vocab_size=2, eos_id=1)  # a mistake in the config shows before anything is written
   changed = workdir_lib.claim(workdir, config)
   manifest.claim(workdir, source.facts())
@@ -102,7 +104,8 @@ def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
 def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, train_step.Figures]]:
   """The training step, compiled for the places where `state` lies; it takes over the state it is given."""
   step = functools.partial(
-      train_step.train_step, model=run.model, tx=run.tx, multi_label_weight=run.config.multi_label_weight)
+      train_step.train_step, model=run.model, tx=run.tx, multi_label_weight=run.config.multi_label_weight,
+      grad_accum_steps=run.config.grad_accum_steps, place=sharding.batch_sharding(run.mesh))
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 
 
@@ -130,23 +133,27 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   for step, batch in enumerate(read_batches(run, first_step), start=first_step + 1):
     tally.add(batch.pop('faults'))
     state, figures = step_fn(state, pipeline.to_devices(batch, run.mesh))
+    sharding.settle(state, run.mesh)
     if pending is not None:
       _log_step(log, run, tally, *pending)
-      pending = None
+    logged = step % config.log_every == 0 or step == config.total_steps
+    pending = (step, figures, tally.total() if logged else None)
     if step == first_step + 1:
       jax.block_until_ready(state)
       log.say(f'first step after {time.perf_counter() - started:.1f} s (compiled)')
-    if step % config.log_every == 0 or step == config.total_steps:
-      pending = (step, figures, tally.total())
     if interrupts.requested:
       break
-    if evaluator is not None and (step % config.eval.every_steps == 0 or step == config.total_steps):
+    evaluating = evaluator is not None and (step % config.eval.every_steps == 0 or step == config.total_steps)
+    saving = step % config.checkpoint.every_steps == 0
+    if evaluating or saving:
+      _log_step(log, run, tally, *pending)
+      pending = None
       with log.paused():
-        _evaluate(log, evaluator, state, step, interrupts)
-    if step % config.checkpoint.every_steps == 0:
-      with log.paused():
-        tally.save(step)
-        checkpoints.save(state, config)
+        if evaluating:
+          _evaluate(log, evaluator, state, step, interrupts)
+        if saving:
+          tally.save(step)
+          checkpoints.save(state, config)
   if pending is not None:
     _log_step(log, run, tally, *pending)
   tally.save(int(state.step))
@@ -185,8 +192,14 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
 
 
 def _log_step(log: RunLog, run: Run, tally: FaultTally, step: int, figures: train_step.Figures,
-              faults: jax.Array) -> None:
-  """Logs one step's figures and ends the run when updates keep being skipped, or too many records replaced."""
+              faults: jax.Array | None) -> None:
+  """Waits for a step, logs its figures when it is their turn (then there are `faults`).
+
+  Ends the run when updates keep being skipped, or too many records were replaced.
+  """
+  jax.block_until_ready(figures)
+  if faults is None:
+    return
   scalars = {name: float(value) for name, value in jax.device_get(figures.scalars).items()}
   log.train(step, scalars | figures.health.compute() | {'learning_rate': float(run.schedule(step - 1))})
   counts = tally.counts(faults)

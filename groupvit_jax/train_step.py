@@ -1,14 +1,18 @@
 """One step of training: a pure function of state and batch."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 import numpy as np
 import optax
 
 from groupvit_jax import losses, metrics
-from groupvit_jax.models.image_text import ImageTextModel, ImageTextOutput
+from groupvit_jax.accumulation import map_micro_batches
+from groupvit_jax.models.image_text import ImageTextModel, Projected
+from groupvit_jax.models.layers import sample_keys
 from groupvit_jax.train_state import TrainState
 
 # ImageNet statistics of RGB in [0, 1].
@@ -37,33 +41,44 @@ def normalize_images(images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
 
 
-def total_loss(out: ImageTextOutput, multi_label_weight: float) -> tuple[jax.Array, dict[str, jax.Array]]:
+def total_loss(out: Projected, multi_label_weight: float,
+               place: NamedSharding | None) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Caption loss plus weighted multi-label loss (paper section 3.3), and everything worth logging about them."""
-  caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale)
+  caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, place=place)
   loss = caption.loss
   logged = {
       'caption_loss': caption.loss, 'image_to_text_accuracy': caption.image_to_text_accuracy,
       'text_to_image_accuracy': caption.text_to_image_accuracy,
       'logit_scale': losses.clamped_scale(out.logit_scale)}
   if out.multi_label_logit_scale is not None:
-    prompts = losses.multi_label_loss(out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale)
+    prompts = losses.multi_label_loss(
+        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, place=place)
     loss = loss + multi_label_weight * prompts.loss
     logged |= {'multi_label_loss': prompts.loss,
                'multi_label_logit_scale': losses.clamped_scale(out.multi_label_logit_scale)}
   return loss, logged | {'loss': loss}
 
 
-def loss_and_grads(state: TrainState, batch: Batch, model: ImageTextModel,
-                   multi_label_weight: float) -> tuple[LossOutput, object]:
-  """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss."""
-  key = jax.random.fold_in(state.rng, state.step)
+def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, multi_label_weight: float,
+                   grad_accum_steps: int, place: NamedSharding | None) -> tuple[LossOutput, object]:
+  """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss.
+
+  The towers see the batch in `grad_accum_steps` micro-batches, projectors and losses see it whole; so neither result
+  depends on their number. Arguments as in `train_step`.
+  """
+  keys = sample_keys(jax.random.fold_in(state.rng, state.step), len(batch['image']))
+
+  def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], metrics.GroupingHealth]:
+    out = model.apply({'params': params}, normalize_images(rows['image']), rows['tokens'], keys=rows['keys'],
+                      method='encode_towers')
+    return (out.vision.pooled, out.text), metrics.GroupingHealth.from_assignments(out.vision.assignments)
 
   def loss_fn(params):
+    features, health = map_micro_batches(
+        functools.partial(encode, params), batch | {'keys': keys}, grad_accum_steps)
     out, updated = model.apply(
-        state.variables | {'params': params}, normalize_images(batch['image']), batch['tokens'], train=True, key=key,
-        mutable=['batch_stats'])
-    loss, logged = total_loss(out, multi_label_weight)
-    health = metrics.GroupingHealth.from_assignments(out.assignments)
+        state.variables | {'params': params}, *features, train=True, method='project', mutable=['batch_stats'])
+    loss, logged = total_loss(out, multi_label_weight, place)
     return loss, LossOutput(updated['batch_stats'], Figures(logged, health))
 
   grads, out = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -71,7 +86,8 @@ def loss_and_grads(state: TrainState, batch: Batch, model: ImageTextModel,
 
 
 def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: optax.GradientTransformation,
-               multi_label_weight: float) -> tuple[TrainState, Figures]:
+               multi_label_weight: float, grad_accum_steps: int,
+               place: NamedSharding | None) -> tuple[TrainState, Figures]:
   """Applies one update.
 
   An update with a non-finite loss or gradient is skipped and counted: parameters, statistics and optimiser stay as
@@ -83,11 +99,14 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
     model: the model (static).
     tx: the optimiser (static).
     multi_label_weight: weight of the multi-label loss (static).
+    grad_accum_steps: micro-batches in which the towers see the batch (static); divides B.
+    place: how B is divided over devices (static); None when there is but one.
 
   Returns:
     The next state and the step's figures.
   """
-  out, grads = loss_and_grads(state, batch, model, multi_label_weight)
+  out, grads = loss_and_grads(
+      state, batch, model=model, multi_label_weight=multi_label_weight, grad_accum_steps=grad_accum_steps, place=place)
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
 

@@ -116,9 +116,9 @@ def test_assignment_values():
   np.testing.assert_array_equal(assignment.assign(LOGITS, 'hard'), HARD)
   np.testing.assert_array_equal(assignment.assign(LOGITS, 'gumbel'), HARD)
   # A key makes noise for 'gumbel' alone.
-  key = jax.random.key(0)
-  np.testing.assert_array_equal(assignment.assign(LOGITS, 'hard', key), HARD)
-  np.testing.assert_allclose(assignment.assign(LOGITS, 'soft', key), SOFT, rtol=1e-6)
+  keys = jax.random.split(jax.random.key(0), 1)
+  np.testing.assert_array_equal(assignment.assign(LOGITS, 'hard', keys), HARD)
+  np.testing.assert_allclose(assignment.assign(LOGITS, 'soft', keys), SOFT, rtol=1e-6)
 
 
 def test_straight_through_has_the_gradient_of_the_soft_assignment():
@@ -133,7 +133,7 @@ def test_straight_through_has_the_gradient_of_the_soft_assignment():
 
 def test_gumbel_noise_draws_groups_by_their_probability():
   logits = np.log(np.array([0.2, 0.5, 0.3]))[None, :, None] + np.zeros((1, 3, 20_000))
-  drawn = assignment.assign(logits, 'gumbel', jax.random.key(0))
+  drawn = assignment.assign(logits, 'gumbel', jax.random.split(jax.random.key(0), 1))
   np.testing.assert_array_equal(drawn.sum(axis=1), 1)
   assert set(np.unique(drawn)) == {0, 1}
   np.testing.assert_allclose(drawn.mean(axis=2), [[0.2, 0.5, 0.3]], atol=0.015)
@@ -158,13 +158,14 @@ def test_attention_masks_and_scales():
 
 def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
   x = jnp.ones((4000, 2, 3))
-  out = np.asarray(layers.drop_path(x, 0.25, jax.random.key(0)))
+  keys = layers.sample_keys(jax.random.key(0), 4000)
+  out = np.asarray(layers.drop_path(x, 0.25, keys))
   per_sample = out.reshape(4000, -1)
   assert (per_sample == per_sample[:, :1]).all()
   np.testing.assert_allclose(np.unique(out), [0, 4 / 3], rtol=1e-6)
   assert abs(out.mean() - 1) < 0.03
   assert layers.drop_path(x, 0.25, None) is x
-  assert layers.drop_path(x, 0.0, jax.random.key(0)) is x
+  assert layers.drop_path(x, 0.0, keys) is x
 
 
 def test_stochastic_depth_and_noise_need_a_key():

@@ -27,7 +27,9 @@ def loss_and_grads_on(mesh: jax.sharding.Mesh):
   model, tx = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))), optax.sgd(1.0)
   state = train_state.init_state(model, tx, seed=0, text_shape=TEXT_SHAPE, mesh=mesh)
   batch = pipeline.to_devices(random_batch(32), mesh)
-  step = jax.jit(functools.partial(train_step.loss_and_grads, model=model, multi_label_weight=1.0))
+  step = jax.jit(functools.partial(
+      train_step.loss_and_grads, model=model, multi_label_weight=1.0, grad_accum_steps=1,
+      place=sharding.batch_sharding(mesh)))
   out, grads = step(state, batch)
   return jax.device_get((out.figures.scalars['loss'], out.batch_stats, grads))
 
@@ -80,6 +82,14 @@ def test_an_axis_that_does_not_divide_is_left_out():
 def test_mesh_that_does_not_cover_the_devices(axes):
   with pytest.raises(ValueError, match='does not cover 8 devices'):
     sharding.make_mesh(**axes)
+
+
+@pytest.mark.parametrize('steps, nearest', [(0, 1), (5, 4), (-1, 1), (100, 12)])
+def test_micro_batches_that_do_not_divide_a_devices_samples(steps, nearest):
+  mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+  with pytest.raises(ValueError, match=f'grad_accum_steps={steps} does not divide the 12 samples .* use {nearest}$'):
+    sharding.check_micro_batches(48, steps, mesh)
+  sharding.check_micro_batches(48, 6, mesh)
 
 
 def test_batch_that_the_devices_do_not_divide():

@@ -40,20 +40,20 @@ def straight_through(soft: jax.Array) -> jax.Array:
 straight_through.defvjp(lambda soft: (straight_through(soft), None), lambda _, grad: (grad,))
 
 
-def assign(logits: jax.Array, mode: AssignmentMode, key: jax.Array | None = None) -> jax.Array:
+def assign(logits: jax.Array, mode: AssignmentMode, keys: jax.Array | None = None) -> jax.Array:
   """Assignment used to pool tokens into segments (paper eqs. 3-5).
 
   Args:
     logits: similarities [B, S, N].
     mode: 'soft' keeps the softmax; 'hard' takes its argmax, straight-through; 'gumbel' perturbs the logits with
       Gumbel(0, 1) noise (temperature 1) before it does the same.
-    key: source of the noise. Without one 'gumbel' is 'hard', which is what evaluation wants.
+    keys: [B], source of each sample's noise. Without them 'gumbel' is 'hard', which is what evaluation wants.
 
   Returns:
     Assignment [B, S, N], float32.
   """
-  if mode == 'gumbel' and key is not None:
-    logits = logits + jax.random.gumbel(key, logits.shape, jnp.float32)
+  if mode == 'gumbel' and keys is not None:
+    logits = logits + jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
   soft = soft_assignment(logits)
   return soft if mode == 'soft' else straight_through(soft)
 

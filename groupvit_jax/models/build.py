@@ -1,17 +1,20 @@
 """From a ConfigDict to the model."""
 
+from typing import get_args
+
 from flax import linen as nn
 import jax.numpy as jnp
 import ml_collections
 
 from groupvit_jax.models.image_text import ImageTextModel
-from groupvit_jax.models.layers import Initializer
+from groupvit_jax.models.layers import Initializer, Remat
 from groupvit_jax.models.text import TextTower
 from groupvit_jax.models.vision import StageSpec, VisionInit, VisionTower
 
 
 def build_model(
-    config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, multi_label: bool) -> ImageTextModel:
+    config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, multi_label: bool,
+    remat: Remat = 'none') -> ImageTextModel:
   """Builds the model a config describes.
 
   Args:
@@ -19,12 +22,13 @@ def build_model(
     vocab_size: of the tokenizer.
     eos_id: the tokenizer's end-of-text id.
     multi_label: whether prompts are trained beside captions.
+    remat: what blocks keep of their activations for the backward pass; matters in training alone.
 
   Returns:
     An unbound module.
 
   Raises:
-    ValueError: sizes that do not fit together, an unknown dtype or assignment mode.
+    ValueError: sizes that do not fit together, an unknown dtype, assignment mode or remat.
   """
   vision, text, dtype = config.vision, config.text, _dtype(config.dtype)
   stages = _stages(vision)
@@ -34,14 +38,16 @@ def build_model(
     raise ValueError(f'model.vision.patch_size={vision.patch_size} exceeds image_size={tuple(vision.image_size)}')
   if vision.assignment not in ('soft', 'hard', 'gumbel'):
     raise ValueError(f"model.vision.assignment={vision.assignment!r}: use 'gumbel', 'hard' or 'soft'")
+  if remat not in get_args(Remat):
+    raise ValueError(f"remat={remat!r}: use 'none', 'dots' or 'blocks'")
   return ImageTextModel(
       vision=VisionTower(
           image_size=tuple(vision.image_size), patch_size=vision.patch_size, width=vision.width,
           num_heads=vision.num_heads, stages=stages, init=_vision_init(vision.init), mlp_ratio=vision.mlp_ratio,
-          drop_path=vision.drop_path, assignment=vision.assignment, dtype=dtype),
+          drop_path=vision.drop_path, remat=remat, assignment=vision.assignment, dtype=dtype),
       text=TextTower(
           vocab_size=vocab_size, context_length=text.context_length, width=text.width, depth=text.depth,
-          num_heads=text.num_heads, eos_id=eos_id, mlp_ratio=text.mlp_ratio, dtype=dtype),
+          num_heads=text.num_heads, eos_id=eos_id, mlp_ratio=text.mlp_ratio, remat=remat, dtype=dtype),
       embed_dim=config.embed_dim, projector_dim=config.projector_dim, multi_label=multi_label, dtype=dtype)
 
 

@@ -47,13 +47,13 @@ class GroupingBlock(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens: jax.Array, groups: jax.Array, *, key: jax.Array | None = None) -> GroupingOutput:
+  def __call__(self, tokens: jax.Array, groups: jax.Array, *, keys: jax.Array | None = None) -> GroupingOutput:
     """Groups tokens.
 
     Args:
       tokens: [B, N, D].
       groups: group tokens [B, G, D].
-      key: source of the Gumbel noise; None for none.
+      keys: [B], source of the Gumbel noise; None for none.
 
     Returns:
       Segments [B, S, D] and the soft assignment [B, S, N].
@@ -71,7 +71,7 @@ class GroupingBlock(nn.Module):
     with jax.named_scope('assign'):
       logits = assignment_lib.assignment_logits(
           dense('assign_query', self.assign_kernel)(groups), dense('assign_key', self.assign_kernel)(tokens))
-      weights = assignment_lib.assign(logits, self.mode, key)
+      weights = assignment_lib.assign(logits, self.mode, keys)
       pooled = assignment_lib.pool_segments(weights, dense('assign_value', self.value_kernel)(tokens))
       segments = dense('assign_out', self.value_kernel)(pooled) + groups
 

@@ -7,8 +7,9 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from groupvit_jax.models.layers import sample_keys
 from groupvit_jax.models.text import TextTower
-from groupvit_jax.models.vision import VisionTower
+from groupvit_jax.models.vision import VisionOutput, VisionTower
 
 
 class ImageOutput(NamedTuple):
@@ -27,13 +28,29 @@ class SegmentOutput(NamedTuple):
   assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft
 
 
-class ImageTextOutput(NamedTuple):
-  """What training needs of a batch; embeddings are not normalised."""
+class TowerOutput(NamedTuple):
+  """What the towers make of a batch, each sample on its own."""
+
+  vision: VisionOutput
+  text: jax.Array  # [B, T, D], features at the EOS tokens
+
+
+class Projected(NamedTuple):
+  """What the losses need of a batch; embeddings are not normalised."""
 
   image_embeds: jax.Array  # [B, E]
   text_embeds: jax.Array  # [B, T, E], captions first, then prompts
   logit_scale: jax.Array  # [], log temperature of the captions
   multi_label_logit_scale: jax.Array | None  # [], of the prompts; None for a model without them
+
+
+class ImageTextOutput(NamedTuple):
+  """What the whole model returns: the fields of `Projected`, and how the images were grouped."""
+
+  image_embeds: jax.Array
+  text_embeds: jax.Array
+  logit_scale: jax.Array
+  multi_label_logit_scale: jax.Array | None
   assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft
 
 
@@ -88,14 +105,41 @@ class ImageTextModel(nn.Module):
     Returns:
       Embeddings, log temperatures and assignments.
     """
-    image = self.encode_image(images, train=train, key=key)
-    return ImageTextOutput(
-        image.embeds, self.encode_text(tokens, train=train), self.logit_scale,
-        self.multi_label_logit_scale if self.multi_label else None, image.assignments)
+    keys = None if key is None else sample_keys(key, len(images))
+    towers = self.encode_towers(images, tokens, keys=keys)
+    return ImageTextOutput(*self.project(towers.vision.pooled, towers.text, train=train), towers.vision.assignments)
+
+  def encode_towers(self, images: jax.Array, tokens: jax.Array, *, keys: jax.Array | None = None) -> TowerOutput:
+    """The part of the model in which samples do not meet; `project` is the rest.
+
+    Args:
+      images: [B, H, W, 3], normalised.
+      tokens: ids [B, T, L].
+      keys: [B], source of stochastic depth and Gumbel noise (see `sample_keys`); None for neither.
+
+    Returns:
+      Features, not projected.
+    """
+    return TowerOutput(self.vision(images, keys=keys), self._text_features(tokens))
+
+  def project(self, image_features: jax.Array, text_features: jax.Array, *, train: bool = False) -> Projected:
+    """Projects the towers' features of a whole batch.
+
+    Args:
+      image_features: [B, D].
+      text_features: [B, T, D].
+      train: whether BatchNorm uses (and updates) the batch's statistics.
+
+    Returns:
+      Embeddings and log temperatures.
+    """
+    return Projected(
+        self.image_projector(image_features, train=train), self.text_projector(text_features, train=train),
+        self.logit_scale, self.multi_label_logit_scale if self.multi_label else None)
 
   def encode_image(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> ImageOutput:
     """Embeds images [B, H, W, 3]; arguments as in `__call__`."""
-    out = self.vision(images, key=key)
+    out = self.vision(images, keys=None if key is None else sample_keys(key, len(images)))
     return ImageOutput(self.image_projector(out.pooled, train=train), out.segments, out.assignments)
 
   def encode_segments(self, images: jax.Array) -> SegmentOutput:
@@ -106,5 +150,9 @@ class ImageTextModel(nn.Module):
 
   def encode_text(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
     """Embeds texts [..., L], -> [..., E]."""
+    return self.text_projector(self._text_features(tokens), train=train)
+
+  def _text_features(self, tokens: jax.Array) -> jax.Array:
+    """Features [..., D] of tokens [..., L]."""
     features = self.text(tokens.reshape(-1, tokens.shape[-1]))
-    return self.text_projector(features, train=train).reshape(*tokens.shape[:-1], self.embed_dim)
+    return features.reshape(*tokens.shape[:-1], features.shape[-1])

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Literal
 
 from flax import linen as nn
 import jax
@@ -10,6 +11,10 @@ import jax.numpy as jnp
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
+
+# What a block keeps of its activations for the backward pass: all, the results of matrix products with weights, or
+# none. The rest is computed again.
+Remat = Literal['none', 'dots', 'blocks']
 
 # torch's epsilon; Flax's default is 1e-6.
 LAYER_NORM_EPS = 1e-5
@@ -48,21 +53,35 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
   return jnp.einsum('bhnm,bmhk->bnhk', weights, value)
 
 
-def drop_path(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+def sample_keys(key: jax.Array, batch: int) -> jax.Array:
+  """A key [B] for each sample of a global batch.
+
+  All noise is drawn from these, a sample at a time. So a sample's noise depends on its row in the global batch, not on
+  which other rows are computed with it.
+  """
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def fold_keys(keys: jax.Array | None, data: int) -> jax.Array | None:
+  """`fold_in` for the keys [B] of samples; None stays None."""
+  return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def drop_path(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
   """Stochastic depth: zeroes whole samples of a residual branch [B, ...] and rescales the others.
 
   Args:
     x: the branch's output.
     rate: probability of dropping a sample.
-    key: source of the choice; without one nothing is dropped.
+    keys: [B], source of each sample's choice; without them nothing is dropped.
 
   Returns:
     An array like `x`, with the same expectation.
   """
-  if key is None or rate == 0:
+  if keys is None or rate == 0:
     return x
-  keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
-  return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
+  return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x / (1 - rate), 0).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +97,14 @@ class BlockInit:
   def uniform(cls, kernel: Initializer) -> 'BlockInit':
     """The same initialiser everywhere."""
     return cls(kernel, kernel, kernel, kernel)
+
+
+def rematerialized(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
+  """A module class whose instances keep no more activations than `remat` says; parameters are the same."""
+  if remat == 'none':
+    return module
+  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return nn.remat(module, policy=dots if remat == 'dots' else None)
 
 
 class Mlp(nn.Module):
@@ -157,21 +184,20 @@ class Block(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, key: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
     """Applies the block.
 
     Args:
       x: tokens [B, N, D].
       mask: what each token may attend to, broadcasting to [B, h, N, N].
-      key: source of stochastic depth; None keeps every branch.
+      keys: [B], source of stochastic depth; None keeps every branch.
 
     Returns:
       Tokens [B, N, D].
     """
     width, init = x.shape[-1], self.init
-    attn_key, mlp_key = (None, None) if key is None else jax.random.split(key)
     attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, name='attn')
-    x = x + drop_path(attn(layer_norm('norm1')(x), mask), self.drop_rate, attn_key)
+    x = x + drop_path(attn(layer_norm('norm1')(x), mask), self.drop_rate, fold_keys(keys, 0))
     mlp = Mlp(
         int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
-    return x + drop_path(mlp(layer_norm('norm2')(x)), self.drop_rate, mlp_key)
+    return x + drop_path(mlp(layer_norm('norm2')(x)), self.drop_rate, fold_keys(keys, 1))

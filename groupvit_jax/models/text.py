@@ -4,7 +4,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from groupvit_jax.models.layers import Block, BlockInit, layer_norm, quick_gelu
+from groupvit_jax.models.layers import Block, BlockInit, layer_norm, quick_gelu, Remat, rematerialized
 
 
 def eos_positions(tokens: jax.Array, eos_id: int) -> jax.Array:
@@ -32,6 +32,7 @@ class TextTower(nn.Module):
   num_heads: int
   eos_id: int
   mlp_ratio: float = 4.0
+  remat: Remat = 'none'
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -56,8 +57,9 @@ class TextTower(nn.Module):
         'positions', nn.initializers.normal(0.01), (self.context_length, self.width), jnp.float32)
     x = (embedding[tokens] + positions[None, :length]).astype(self.dtype)
     causal = jnp.tril(jnp.ones((length, length), bool))
+    block_class = rematerialized(Block, self.remat)
     for j in range(self.depth):
-      x = Block(
+      x = block_class(
           self.num_heads, self.mlp_ratio, clip_block_init(self.width, self.depth), quick_gelu, dtype=self.dtype,
           name=f'block{j}')(x, mask=causal)
     at_eos = jnp.take_along_axis(x, eos_positions(tokens, self.eos_id)[:, None, None], axis=1)[:, 0]

@@ -11,7 +11,8 @@ import numpy as np
 
 from groupvit_jax.models.assignment import AssignmentMode
 from groupvit_jax.models.grouping import GroupingBlock
-from groupvit_jax.models.layers import Block, BlockInit, Initializer, layer_norm, TokenMixer
+from groupvit_jax.models.layers import (
+    Block, BlockInit, fold_keys, Initializer, layer_norm, Remat, rematerialized, TokenMixer)
 
 
 class VisionOutput(NamedTuple):
@@ -99,17 +100,18 @@ class VisionTower(nn.Module):
   init: VisionInit
   mlp_ratio: float = 4.0
   drop_path: float = 0.1  # of the last block; rises linearly from 0 at the first
+  remat: Remat = 'none'
   assignment: AssignmentMode = 'gumbel'  # in training; evaluation pools with the hard assignment unless 'soft'
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, key: jax.Array | None = None) -> VisionOutput:
+  def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> VisionOutput:
     """Encodes images.
 
     Args:
       images: [B, H, W, 3], normalised. H and W need not be those of training; pixels beyond the last whole patch are
         not seen.
-      key: source of stochastic depth and Gumbel noise; None (evaluation) for neither.
+      keys: [B], source of stochastic depth and Gumbel noise; None (evaluation) for neither.
 
     Returns:
       Pooled feature, segments and soft assignments.
@@ -122,13 +124,13 @@ class VisionTower(nn.Module):
     groups, assignments = None, []
     for i, stage in enumerate(self.stages):
       rate = list(itertools.islice(rates, stage.depth))
-      stage_key = None if key is None else jax.random.fold_in(key, i)
+      stage_keys = fold_keys(keys, i)
       if stage.num_group_tokens:
         groups = self._group_tokens(i, stage.num_group_tokens, groups, x.shape[0])
       with jax.named_scope(f'stage{i}'):
-        x, groups = self._blocks(i, x, groups if stage.num_group_tokens else None, rate, stage_key)
+        x, groups = self._blocks(i, x, groups if stage.num_group_tokens else None, rate, stage_keys)
         if stage.num_group_tokens:
-          x, soft = self._grouping(i, stage.num_segments)(x, groups, key=_fold(stage_key, stage.depth))
+          x, soft = self._grouping(i, stage.num_segments)(x, groups, keys=fold_keys(stage_keys, stage.depth))
           assignments.append(soft)
     segments = layer_norm('norm')(x)
     return VisionOutput(segments.mean(axis=1), segments, tuple(assignments))
@@ -159,23 +161,19 @@ class VisionTower(nn.Module):
     return tokens + projector(previous)
 
   def _blocks(self, i: int, x: jax.Array, groups: jax.Array | None, rates: list[float],
-              key: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+              keys: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
     """Runs stage i's blocks over tokens and group tokens together; returns both, apart again."""
     num_tokens = x.shape[1]
     if groups is not None:
       x = jnp.concatenate([x, groups], axis=1)
     for j, rate in enumerate(rates):
-      block = Block(
+      block = rematerialized(Block, self.remat)(
           self.num_heads, self.mlp_ratio, BlockInit.uniform(self.init.kernel), drop_rate=float(rate),
           dtype=self.dtype, name=f'stage{i}_block{j}')
-      x = block(x, key=_fold(key, j))
+      x = block(x, keys=fold_keys(keys, j))
     return x[:, :num_tokens], None if groups is None else x[:, num_tokens:]
 
   def _grouping(self, i: int, num_segments: int) -> GroupingBlock:
-    return GroupingBlock(
+    return rematerialized(GroupingBlock, self.remat)(
         num_segments, self.num_heads, self.mlp_ratio, self.assignment, self.init.kernel, self.init.assign_kernel,
         self.init.value_kernel, self.dtype, name=f'stage{i}_grouping')
-
-
-def _fold(key: jax.Array | None, data: int) -> jax.Array | None:
-  return None if key is None else jax.random.fold_in(key, data)

@@ -1,0 +1,121 @@
+"""Prints what micro-batches and rematerialisation cost and save in a config's training step.
+
+  python -m benchmarks.accumulation --config=configs/quickstart.py --config.batch_size=512
+
+Compiles the step and asks the compiler for its memory; runs nothing. Arithmetic is that of matrix products and
+convolutions, counted in the step as JAX traces it, because the compiler counts the body of a loop once.
+"""
+
+import functools
+import math
+
+from absl import app
+from absl import flags
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from ml_collections import config_flags
+
+from groupvit_jax import optim, sharding, train_state, train_step
+from groupvit_jax.models.build import build_model
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
+flags.mark_flag_as_required('config')
+
+VARIANTS = ((1, 'none'), (2, 'none'), (8, 'none'), (1, 'dots'), (1, 'blocks'), (8, 'blocks'))
+
+
+def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
+  """Floating-point operations of matrix products and convolutions, loops counted as often as they run."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    shapes = [var.aval.shape for var in eqn.invars]
+    out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+    if eqn.primitive.name == 'dot_general':
+      (contracted, _), _ = eqn.params['dimension_numbers']
+      total += 2 * out * math.prod(shapes[0][axis] for axis in contracted)
+    elif eqn.primitive.name == 'conv_general_dilated':
+      kernel_out = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
+      total += 2 * out * math.prod(shapes[1]) // kernel_out
+    inner = [
+      getattr(x, 'jaxpr', x)
+      for x in jax.tree.leaves(
+        tuple(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
+      )
+    ]
+    total += _times(eqn) * sum(matmul_flops(x) for x in inner if hasattr(x, 'eqns'))
+  return total
+
+
+def _times(eqn: jax.extend.core.JaxprEqn) -> int:
+  """How often an operation runs what it contains, all devices together."""
+  if eqn.primitive.name == 'shard_map':
+    return eqn.params['mesh'].size
+  return eqn.params['length'] if eqn.primitive.name == 'scan' else 1
+
+
+def main(_) -> None:
+  """One line of a table per number of micro-batches and policy."""
+  config = CONFIG.value
+  mesh = sharding.make_mesh(**config.mesh)
+  place = sharding.batch_sharding(mesh)
+  tx = optim.build_optimizer(
+    config.optim, optim.build_schedule(config.optim, config.total_steps, config.batch_size)
+  )
+  build = functools.partial(
+    build_model,
+    config.model,
+    vocab_size=config.tokenizer.vocab_size,
+    eos_id=1,
+    multi_label=config.data.num_prompts > 0,
+  )
+  text_shape = 1 + config.data.num_prompts, config.model.text.context_length
+  array = lambda shape, dtype: jax.ShapeDtypeStruct(
+    (config.batch_size, *shape), dtype, sharding=place
+  )
+  batch = {
+    'image': array((*config.model.vision.image_size, 3), jnp.uint8),
+    'tokens': array(text_shape, jnp.int32),
+  }
+  state = train_state.abstract_state(build(), tx, text_shape, mesh)
+
+  forward = matmul_flops(
+    jax.make_jaxpr(
+      lambda params: build().apply(
+        {'params': params},
+        train_step.normalize_images(jnp.zeros(batch['image'].shape, jnp.uint8)),
+        jnp.zeros(batch['tokens'].shape, jnp.int32),
+        method='encode_towers',
+      )
+    )(state.params).jaxpr
+  )
+  print(
+    f'batch {config.batch_size} on {mesh.size} device(s); '
+    f'one forward pass of the towers: {forward / 1e9:.2f} GFLOP\n'
+  )
+  print(
+    '| micro-batches | remat | GFLOP a step | extra tower forwards | temporaries, MiB a device |\n'
+    '|--:|:--|--:|--:|--:|'
+  )
+  base = None
+  for steps, remat in VARIANTS:
+    step = functools.partial(
+      train_step.train_step,
+      model=build(remat=remat),
+      tx=tx,
+      multi_label_weight=config.multi_label_weight,
+      grad_accum_steps=steps,
+      place=place,
+    )
+    flops = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
+    base = base or flops
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    extra = (flops - base) / forward
+    print(
+      f'| {steps} | {remat} | {flops / 1e9:.2f} | {extra:.2f} | {temporaries:,.0f} |', flush=True
+    )
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,169 @@
+"""What makes large batches fit changes nothing but memory: streamed losses, micro-batches, rematerialisation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import plain_losses
+from groupvit_jax import losses, sharding, train_loop, train_state, train_step
+from groupvit_jax.accumulation import map_micro_batches
+from groupvit_jax.models.image_text import ImageTextModel, Projected
+from groupvit_jax.models.layers import Remat
+from groupvit_jax.models.vision import StageSpec
+from tests.test_sharding import random_batch, TEXT_SHAPE
+from tests.tiny import tiny_config, tiny_model
+from tests.weights import random_variables
+
+BATCH = 64
+
+
+def small_model(remat: Remat = 'none') -> ImageTextModel:
+  """One grouping stage, with stochastic depth in half of the samples and Gumbel noise."""
+  return tiny_model(remat, stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0)), drop_path=0.5)
+
+
+@functools.cache
+def compiled_step(devices: int, steps: int, remat: Remat = 'none') -> jax.stages.Compiled:
+  """loss_and_grads of (variables, root key, images, tokens)."""
+  place = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:devices]))
+
+  def step(variables, rng, batch):
+    state = train_state.TrainState(
+      step=3, **variables, opt_state=(), rng=rng, skipped=0, skipped_in_a_row=0
+    )
+    return train_step.loss_and_grads(
+      state,
+      batch,
+      model=small_model(remat),
+      multi_label_weight=1.0,
+      grad_accum_steps=steps,
+      place=place,
+    )
+
+  whole = sharding.replicated(place.mesh)
+  with jax.default_matmul_precision('highest'):
+    return jax.jit(step, in_shardings=(whole, whole, place)).lower(*arguments()).compile()
+
+
+def arguments(seed: int = 0) -> tuple[dict, jax.Array, dict[str, np.ndarray]]:
+  """Variables, root key and batch."""
+  return random_variables(small_model()), jax.random.key(seed), random_batch(BATCH)
+
+
+def outcome(devices: int, steps: int, remat: Remat = 'none', seed: int = 0):
+  """Figures, BatchNorm statistics and gradients of one batch, on the host."""
+  step = compiled_step(devices, steps, remat)
+  return jax.device_get(step(*jax.device_put(arguments(seed), step.input_shardings[0])))
+
+
+@pytest.fixture(scope='module')
+def one_shot():
+  """The step on one device that keeps everything."""
+  return outcome(1, 1)
+
+
+def assert_same(a, b) -> None:
+  """Every array agrees to 1e-5 of its largest entry, or of 1."""
+  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+    scale = max(1, np.abs(x).max())
+    np.testing.assert_allclose(
+      x / scale, y / scale, rtol=0, atol=1e-5, err_msg=sharding.path_name(path)
+    )
+
+
+@pytest.mark.parametrize('devices, steps', [(1, 2), (8, 8)])
+def test_micro_batches_change_nothing(one_shot, devices, steps):
+  """Losses, accuracies, health, BatchNorm statistics and gradients of 2 x 32 and 8 x 8 are those of 1 x 64."""
+  assert_same(one_shot, outcome(devices, steps))
+
+
+def test_no_sample_moves_between_devices():
+  """Neither for a micro-batch nor for the losses, whose ring passes on embeddings only."""
+  program = compiled_step(8, 8).as_text()
+  assert 'collective-permute' in program and 'all-reduce' in program
+  assert 'all-gather' not in program and 'all-to-all' not in program
+
+
+@pytest.mark.parametrize('remat', ['dots', 'blocks'])
+def test_rematerialisation_changes_nothing(one_shot, remat):
+  assert_same(one_shot, outcome(1, 1, remat))
+
+
+def test_the_comparisons_include_noise(one_shot):
+  """Otherwise they would pass with noise that depends on the micro-batch."""
+  other = outcome(1, 1, seed=1)
+  assert abs(one_shot[0].figures.scalars['loss'] - other[0].figures.scalars['loss']) > 1e-3
+
+
+def test_micro_batches_and_policies_keep_less():
+  """Bytes that wait for the backward pass, as JAX plans it."""
+  params = random_variables(small_model())['params']
+  batch = {
+    'images': jnp.zeros((BATCH, 16, 16, 3)),
+    'tokens': jnp.zeros((BATCH, *TEXT_SHAPE), jnp.int32),
+  }
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+  def kept(steps: int, remat: Remat) -> int:
+    def features(params):
+      def encode(rows):
+        out = small_model(remat).apply({'params': params}, **rows, method='encode_towers')
+        return (out.vision.pooled, out.text), ()
+
+      return map_micro_batches(encode, batch, steps)[0]
+
+    return size(jax.eval_shape(lambda params: jax.vjp(features, params)[1], params)) - size(params)
+
+  none, dots, blocks, micro = kept(1, 'none'), kept(1, 'dots'), kept(1, 'blocks'), kept(8, 'none')
+  assert none > 1.3 * dots > 1.3 * 1.3 * blocks, (none, dots, blocks)
+  assert micro <= 1.1 * size(batch), (micro, size(batch))
+
+
+@pytest.mark.parametrize('prompts', [0, 1, 2, 3])
+def test_total_loss_with_any_number_of_prompts(prompts):
+  images, *texts = jax.random.normal(jax.random.key(0), (2 + prompts, 5, 4))
+  texts = jnp.stack(texts, axis=1)
+  out = Projected(images, texts, jnp.float32(1.0), jnp.float32(2.0) if prompts else None)
+  loss, logged = train_step.total_loss(out, 0.5, None)
+  plain = plain_losses.multi_label_loss(images, texts[:, :1], jnp.float32(1.0)).loss
+  if prompts:
+    plain += 0.5 * plain_losses.multi_label_loss(images, texts[:, 1:], jnp.float32(2.0)).loss
+  np.testing.assert_allclose(loss, plain, rtol=1e-5)
+  assert ('multi_label_loss' in logged) == (prompts > 0)
+
+
+def test_memory_of_the_losses_is_linear_in_a_devices_batch():
+  """The compiler's own figures; the matrix of logits would grow sixteenfold, and is never there."""
+  place = sharding.batch_sharding(sharding.make_mesh())
+
+  def temporaries(batch: int) -> int:
+    loss = lambda *args: (
+      losses.multi_label_loss(*args, jnp.float32(1.0), place=place, block=128).loss
+    )
+    args = [
+      jax.ShapeDtypeStruct((batch, *shape), jnp.float32, sharding=place) for shape in ((8,), (3, 8))
+    ]
+    step = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=place)
+    return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+  small, large = temporaries(1024), temporaries(4096)
+  assert large < 4.4 * small
+  assert large < 512 * 4096 * 3 * 4 / 4  # of a device's logits
+
+
+@pytest.mark.parametrize(
+  'key, value, message',
+  [
+    ('grad_accum_steps', 2, 'grad_accum_steps=2 does not divide the 1 samples'),
+    ('remat', 'all', "remat='all': use 'none', 'dots' or 'blocks'"),
+  ],
+)
+def test_mistakes_in_the_config(key, value, message, tmp_path):
+  config = tiny_config()
+  config[key] = value
+  with pytest.raises(ValueError, match=message):
+    train_loop.set_up(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
