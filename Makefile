@@ -13,7 +13,7 @@ quickstart: $(VENV)/run
 	@echo "Open $(WORKDIR)/eval/scenes.png"
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 test-long: $(VENV)/test
 	$(BIN)/python -m pytest -m long

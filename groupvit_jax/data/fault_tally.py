@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from groupvit_jax import sharding
 from groupvit_jax.data import faults, shards
 from groupvit_jax.data.pipeline import to_devices
 
@@ -58,7 +59,9 @@ class FaultTally:
 
   def total(self) -> jax.Array:
     """Faults by cause since this process started, over all hosts, int32 [causes]: a promise, nothing waits for it."""
-    return self._sum(to_devices({'faults': self._rows}, self._mesh)['faults'])
+    total = self._sum(to_devices({'faults': self._rows}, self._mesh)['faults'])
+    sharding.settle(total, self._mesh)
+    return total
 
   def counts(self, total: jax.Array) -> dict[str, int]:
     """Fetches a total: faults since step 0 by cause, without zeros."""

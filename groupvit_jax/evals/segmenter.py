@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from groupvit_jax import segmentation
+from groupvit_jax import segmentation, sharding
 from groupvit_jax.evals.protocols import Protocol
 from groupvit_jax.evals.window_encoder import EncodedPicture
 from groupvit_jax.evals.windows import Picture
@@ -246,6 +246,7 @@ class Segmenter:
           part,
           second_pass,
         )
+        sharding.settle(out, self._whole.mesh)
         self._tally, overlap = out.tally, out.overlap
         parts.append(out)
         self._pending.append(out.labels)

@@ -170,7 +170,9 @@ class _Batches:
     windows, mask = (
       jax.make_array_from_process_local_data(self._place, rows) for rows in (windows, mask)
     )
-    self._running.append((jobs, self._encode(windows, mask)))
+    batch = self._encode(windows, mask)
+    sharding.settle(batch, self._place.mesh)
+    self._running.append((jobs, batch))
     if len(self._running) > 1:
       yield from self._fetch()
 
