@@ -1,10 +1,11 @@
 """One call: pictures and words in; label maps, groups, scores and overlays out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
+import functools
 import itertools
 import os
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 import jax
@@ -17,9 +18,10 @@ from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals import groups, semantic_seg, visualize, windows
 from groupvit_jax.evals.benchmarks import Benchmark, make_benchmark
 from groupvit_jax.evals.protocols import native_protocol, Protocol
-from groupvit_jax.evals.segmenter import LabelMap, Segmenter
+from groupvit_jax.evals.segmenter import Segmenter
 from groupvit_jax.evals.window_encoder import EncodedPicture, WindowEncoder
 from groupvit_jax.models.image_text import ImageTextModel
+from groupvit_jax.prediction import Prediction
 
 BACKGROUND = 'background'
 _BATCH_SIZES = (1, 4, 16)  # windows on each device at a time: one compilation each, when first needed
@@ -34,76 +36,12 @@ class Word(NamedTuple):
   synonyms: tuple[str, ...]  # the name among them
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-  """What was found in one picture. Label c stands for `classes[c]`.
+class EncodedImage(NamedTuple):
+  """A picture that has been through the encoder: any words can be looked for in it."""
 
-  Attributes:
-    key: name of the picture: its path, or its place in the list.
-    image: uint8 [H, W, 3].
-    classes: C names.
-    background: whether the first of them is what no word fits well enough.
-    palette: their colours.
-    labels: uint8 [H, W].
-    pixel_scores: float32 [H, W], of those labels.
-    scores: [C], of the segment that fits a class best, in any window; nan for the background.
-    groups: per grouping stage uint8 [H, W], of the picture seen whole; the final segments are last.
-  """
-
-  key: str
-  image: np.ndarray
-  classes: tuple[str, ...]
-  background: bool
-  palette: tuple[tuple[int, int, int], ...]
-  labels: np.ndarray
-  pixel_scores: np.ndarray
-  scores: np.ndarray
-  groups: tuple[np.ndarray, ...]
-
-  @property
-  def areas(self) -> np.ndarray:
-    """Share of the picture that each class covers, [C]."""
-    return np.bincount(self.labels.ravel(), minlength=len(self.classes)) / self.labels.size
-
-  @property
-  def segments(self) -> np.ndarray:
-    """The final segments, uint8 [H, W]."""
-    return self.groups[-1]
-
-  def mask(self) -> Image.Image:
-    """The label map as an indexed picture with the classes' colours."""
-    return visualize.mask_image(self.labels, self.palette)
-
-  def overlay(self, opacity: float = visualize.OPACITY) -> np.ndarray:
-    """The picture under the classes' colours and names, uint8 [H', W', 3]; small ones are enlarged."""
-    labels = self.labels
-    if self.background:  # shows the picture as it is
-      labels = np.where(labels == 0, np.uint8(visualize.IGNORE_LABEL), labels)
-    return visualize.draw_overlay(self.image, labels, self.palette, self.classes, opacity=opacity)
-
-  def group_overlay(self, stage: int = -1) -> np.ndarray:
-    """The picture under a stage's groups, uint8 [H', W', 3]; 0 is the first, -1 the final one."""
-    return visualize.draw_groups(self.image, self.groups[stage])
-
-  def to_json(self) -> dict[str, Any]:
-    """Areas and scores of the classes, largest area first."""
-    rows = [
-      {
-        'label': label,
-        'name': name,
-        'area': float(area),
-        'pixels': int((self.labels == label).sum()),
-        'score': None if np.isnan(score) else float(score),
-      }
-      for label, (name, area, score) in enumerate(zip(self.classes, self.areas, self.scores))
-    ]
-    height, width = self.labels.shape
-    return {
-      'picture': self.key,
-      'height': height,
-      'width': width,
-      'classes': sorted(rows, key=lambda row: -row['area']),
-    }
+  image: np.ndarray  # uint8 [H, W, 3]
+  windows: EncodedPicture
+  groups: tuple[np.ndarray, ...]  # per grouping stage uint8 [H, W]
 
 
 class Predictor:
@@ -112,7 +50,8 @@ class Predictor:
       predictor = Predictor.from_workdir('runs/quickstart')
       prediction = predictor('dog.jpg', ['dog|puppy', 'grass'])
 
-  Compiled at the first call and for new numbers of words; embeddings of words are kept.
+  `encode` and `find` are its two halves: other words and thresholds need only the second one. Compiled
+  at the first call and for new numbers of words; embeddings of words are kept.
   """
 
   def __init__(
@@ -187,13 +126,36 @@ class Predictor:
       ValueError: a picture cannot be read, there are no words, a word is named twice, or the
         threshold is out of range.
     """
+    finder = self._finder(words, threshold)
     if isinstance(pictures, (np.ndarray, Image.Image, str, os.PathLike)):
-      return self([pictures], words, threshold=threshold)[0]
-    named = [(_name(picture, index), picture) for index, picture in enumerate(pictures)]
-    images = [(key, read_picture(picture, key)) for key, picture in named]
-    numbered = ((str(index), image) for index, (_, image) in enumerate(images))
-    found = sorted(self.stream(numbered, words, threshold=threshold), key=lambda p: int(p.key))
-    return [dataclasses.replace(p, key=key) for p, (key, _) in zip(found, images, strict=True)]
+      return finder(self.encode([pictures])[0])
+    return [finder(encoded) for encoded in self.encode(pictures)]
+
+  def encode(self, pictures: Sequence[Picture]) -> list[EncodedImage]:
+    """Takes pictures through the encoder, once for any words and thresholds that `find` is given.
+
+    Args:
+      pictures: as for `__call__`.
+
+    Returns:
+      What `find` takes, in the order of the pictures.
+
+    Raises:
+      ValueError: a picture cannot be read.
+    """
+    keys = [_name(picture, index) for index, picture in enumerate(pictures)]
+    images = [read_picture(picture, key) for picture, key in zip(pictures, keys)]
+    numbered = ((str(index), image) for index, image in enumerate(images))
+    found = sorted(self._encode(numbered), key=lambda encoded: int(encoded.windows.picture.key))
+    for key, encoded in zip(keys, found, strict=True):
+      encoded.windows.picture = dataclasses.replace(encoded.windows.picture, key=key)
+    return found
+
+  def find(
+    self, encoded: EncodedImage, words: Sequence[str], *, threshold: float | None = None
+  ) -> Prediction:
+    """Looks for words in an encoded picture; arguments and errors as for `__call__`."""
+    return self._finder(words, threshold)(encoded)
 
   def stream(
     self,
@@ -215,25 +177,36 @@ class Predictor:
     Raises:
       ValueError: as for `__call__`.
     """
+    yield from map(self._finder(words, threshold), self._encode(images))
+
+  def _finder(
+    self, words: Sequence[str], threshold: float | None
+  ) -> Callable[[EncodedImage], Prediction]:
+    """What finds the words in encoded pictures."""
     found_words = parse_words(words, reserved=() if threshold is None else (BACKGROUND,))
     benchmark = _benchmark(found_words, background=threshold is not None)
-    protocol = dataclasses.replace(self.protocol, threshold=threshold)
-    embeds = self.embed_words(found_words)
     segmenter = Segmenter(
-      protocol,
-      embeds,
+      dataclasses.replace(self.protocol, threshold=threshold),
+      self.embed_words(found_words),
       float(self._variables['params']['logit_scale']),
       background=benchmark.background,
       thresholds=(0.0 if threshold is None else threshold,),
       mesh=self._mesh,
     )
+    return functools.partial(_label, segmenter, benchmark)
+
+  def _encode(self, images: Iterable[tuple[str, np.ndarray]]) -> Iterator[EncodedImage]:
+    """Encodes (key, image) pairs, in about their order."""
     waiting: dict[str, np.ndarray] = {}
-    pictures = self._cut(images, protocol, waiting)
-    encoder, pictures = self._fit_encoder(pictures, protocol)
+    encoder, pictures = self._fit_encoder(self._cut(images, waiting))
     for item in encoder.encode(self._variables, pictures):
       if isinstance(item, EncodedPicture):
-        labelled = segmenter.fetch(segmenter.label(item, oracle=False))
-        yield self._finish(waiting.pop(item.picture.key), benchmark, item, labelled)
+        image = waiting.pop(item.picture.key)
+        yield EncodedImage(image, item, self._groups(image))
+
+  def _groups(self, image: np.ndarray) -> tuple[np.ndarray, ...]:
+    side = self.protocol.window
+    return groups.group_maps(self._model, self._variables, [image], side, self._mesh)[0]
 
   def embed_words(self, words: Sequence[Word]) -> np.ndarray:
     """Unit embeddings [C, E] of classes: the mean of their synonyms', each the mean over templates."""
@@ -248,18 +221,15 @@ class Predictor:
     return np.stack([mean / np.linalg.norm(mean) for mean in means])
 
   def _cut(
-    self,
-    images: Iterable[tuple[str, np.ndarray]],
-    protocol: Protocol,
-    waiting: dict[str, np.ndarray],
+    self, images: Iterable[tuple[str, np.ndarray]], waiting: dict[str, np.ndarray]
   ) -> Iterator[windows.Picture]:
     """Cuts pictures into windows, and notes each under its key until it is done."""
     for key, image in images:
       waiting[key] = image
-      yield windows.cut_picture(image, protocol, self._model.vision.patch_size, key=key)
+      yield windows.cut_picture(image, self.protocol, self._model.vision.patch_size, key=key)
 
   def _fit_encoder(
-    self, pictures: Iterator[windows.Picture], protocol: Protocol
+    self, pictures: Iterator[windows.Picture]
   ) -> tuple[WindowEncoder, Iterator[windows.Picture]]:
     """An encoder with batches no larger than the work, and the pictures, of which some were looked at."""
     ways, ahead, total = sharding.batch_ways(self._mesh), [], 0
@@ -269,29 +239,27 @@ class Predictor:
       if total > _BATCH_SIZES[-1] * ways:
         break
     rows = next((size for size in _BATCH_SIZES if size * ways >= total), _BATCH_SIZES[-1])
-    encoder = WindowEncoder(self._model, protocol, self._mesh, rows * ways)
+    encoder = WindowEncoder(self._model, self.protocol, self._mesh, rows * ways)
     return encoder, itertools.chain(ahead, pictures)
 
-  def _finish(
-    self, image: np.ndarray, benchmark: Benchmark, encoded: EncodedPicture, labelled: LabelMap
-  ) -> Prediction:
-    """Everything about a picture that has been labelled."""
-    best = labelled.class_scores.max(axis=(0, 1))
-    unscored = [np.nan] * benchmark.background
-    maps = groups.group_maps(
-      self._model, self._variables, [image], self.protocol.window, self._mesh
-    )
-    return Prediction(
-      key=encoded.picture.key,
-      image=image,
-      classes=benchmark.classes,
-      background=benchmark.background,
-      palette=benchmark.palette,
-      labels=labelled.labels,
-      pixel_scores=labelled.scores,
-      scores=np.concatenate([unscored, best]),
-      groups=maps[0],
-    )
+
+def _label(segmenter: Segmenter, benchmark: Benchmark, encoded: EncodedImage) -> Prediction:
+  """Everything about an encoded picture."""
+  labelled = segmenter.fetch(segmenter.label(encoded.windows, oracle=False))
+  unscored = [np.nan] * benchmark.background
+  return Prediction(
+    key=encoded.windows.picture.key,
+    image=encoded.image,
+    classes=benchmark.classes,
+    background=benchmark.background,
+    palette=benchmark.palette,
+    labels=labelled.labels,
+    pixel_scores=labelled.scores,
+    scores=np.concatenate([unscored, labelled.class_scores.max(axis=(0, 1))]),
+    groups=encoded.groups,
+    windows=encoded.windows,
+    class_scores=labelled.class_scores,
+  )
 
 
 def parse_words(words: Sequence[str], reserved: Sequence[str] = ()) -> tuple[Word, ...]:

@@ -29,7 +29,7 @@ def predictor(run) -> Predictor:
 
 @pytest.fixture(scope='module')
 def image() -> np.ndarray:
-  """Smooth blobs: 48 x 70, three windows of 32."""
+  """Smooth blobs: 48 x 70, resized two windows of 32."""
   coarse = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
   return np.asarray(Image.fromarray(coarse).resize((70, 48), Image.Resampling.BICUBIC))
 
@@ -54,6 +54,26 @@ def test_everything_is_there_and_of_the_pictures_size(prediction, image):
   assert prediction.group_overlay(0).shape == (48 * 6, 70 * 6, 3)
   mask = prediction.mask()
   assert mask.mode == 'P' and np.array_equal(np.asarray(mask), prediction.labels)
+
+
+def test_heat_maps_are_what_labels_are_chosen_by(predictor, prediction, image):
+  """Two windows that overlap: the maps average them as the labels do."""
+  some = predictor(image, WORDS, threshold=0.3)
+  for found in (prediction, some):
+    maps = np.stack([found.heat_map(name) for name in ('dog', 'banana', 'grass')])
+    assert maps.shape == (3, 48, 70) and len(found.windows.segments) == 2
+    np.testing.assert_allclose(maps.max(axis=0), prediction.pixel_scores, atol=1e-5)
+    assert (maps.argmax(axis=0) == prediction.labels).mean() > 0.995  # but for near-ties
+  with pytest.raises(ValueError, match="'puppy' was not looked for; there are dog, banana, grass"):
+    prediction.heat_map('puppy')
+
+
+def test_other_words_do_not_encode_again(predictor, prediction, image, monkeypatch):
+  encoded, = predictor.encode([image])
+  monkeypatch.setattr(window_encoder, 'encode_windows', None)
+  found = predictor.find(encoded, WORDS)
+  assert np.array_equal(found.labels, prediction.labels) and found.key == prediction.key
+  assert predictor.find(encoded, ['sky', 'dog'], threshold=0.2).classes == ('background', 'sky', 'dog')
 
 
 def test_json_has_areas_and_scores(prediction):
