@@ -1,6 +1,7 @@
 """What the commands share: flags from a config file, one line for a user's mistake, exit codes."""
 
 from collections.abc import Callable, Sequence
+import os
 import pathlib
 import sys
 import traceback
@@ -13,6 +14,10 @@ EXIT_PARTIAL = 1  # done, but for what was listed
 EXIT_USAGE = 2  # nothing was done: the request has a mistake
 EXIT_PREEMPTED = 75  # stopped by SIGTERM with everything saved; the same command goes on (BSD's EX_TEMPFAIL)
 
+# Several CPU devices in one process share a pool of as many threads as there are cores, and each collective that a
+# device waits in takes one: with few cores they wait for ever. XLA takes the size of the pool from NPROC.
+_THREADS_PER_CPU_DEVICE = 8
+
 _PACKAGE = pathlib.Path(__file__).parent
 
 
@@ -22,6 +27,10 @@ def run(main: Callable[[], int | None]) -> None:
   A ValueError or OSError counts as a user's mistake when this package raised it: those are our messages. Anything that
   comes out of a library is a defect, and keeps its traceback.
   """
+  devices = int(os.environ.get('JAX_NUM_CPU_DEVICES', 1))
+  if devices > 1:
+    os.environ.setdefault('NPROC', str(_THREADS_PER_CPU_DEVICE * devices))
+
   def guarded(_: Sequence[str]) -> int | None:
     logging.set_verbosity(logging.WARNING)
     try:

@@ -8,6 +8,8 @@ CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 # Also for the commands that tests start; it must be set before JAX is imported.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
+# Threads for eight devices that wait in several collectives each: see groupvit_jax/cli.py.
+os.environ['NPROC'] = '64'
 # Eight devices on two busy cores may wait long for each other; the default of 40 s aborts the process.
 os.environ['XLA_FLAGS'] = ' '.join([
     os.environ.get('XLA_FLAGS', ''), '--xla_cpu_collective_call_terminate_timeout_seconds=900',
