@@ -72,7 +72,8 @@ def main() -> int:
       num_batches=flags.steps, host=0, num_hosts=1)
   every, memory, files, started = max(flags.steps // _LOOKS, 1), [], [], time.perf_counter()
   batches = pipeline.iterate(examples, num_threads=flags.threads, num_workers=flags.workers, prefetch_batches=4)
-  for step, _ in enumerate(batches):
+  for step, batch in enumerate(batches):
+    del batch
     if step % every == 0:
       memory.append(memory_mb())
       files.append(len(os.listdir('/proc/self/fd')))

@@ -1,4 +1,4 @@
-"""Reads batches with two workers until a signal, as a run does: python -m tests.reader PATTERN (for test_workers)."""
+"""Reads batches with two workers, as a run does: python -m tests.reader PATTERN NUMBER (for test_workers)."""
 
 import logging
 import signal
@@ -10,25 +10,27 @@ from groupvit_jax.data.sources import build_source
 from tests.tars import Words, data_config, set_config
 
 
-def main(pattern: str) -> None:
-  """Prints a line per batch; after SIGTERM or SIGINT it reads a few more and ends."""
+def main(pattern: str, num_batches: int) -> None:
+  """Prints a line per batch, up to a number of them; after SIGTERM or SIGINT it reads a few more and ends."""
   asked = []
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))
   source = build_source(data_config(a=set_config(pattern)), (64, 64))
   augment = image_ops.Augment((64, 64), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
   examples = pipeline.Examples(source, augment, Words(), seed=0, batch_size=8, num_prompts=1, text_length=4,
-                               first_batch=0, num_batches=10**6, host=0, num_hosts=1)
+                               first_batch=0, num_batches=num_batches, host=0, num_hosts=1)
   left = 3
-  for _ in pipeline.iterate(examples, num_threads=2, num_workers=2, prefetch_batches=4):
+  for batch in pipeline.iterate(examples, num_threads=2, num_workers=2, prefetch_batches=4):
+    del batch
     print('batch', flush=True)
     time.sleep(0.2)
     left -= bool(asked)
     if not left:
       break
   print('ended', flush=True)
+  time.sleep(0.5)  # what a run has left to do: the last checkpoint
 
 
 if __name__ == '__main__':
   logging.basicConfig()
-  main(sys.argv[1])
+  main(sys.argv[1], int(sys.argv[2]))

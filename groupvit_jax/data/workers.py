@@ -1,5 +1,6 @@
 """Worker processes that end with the run: they leave signals to their parent, and do not outlive it."""
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -56,6 +57,8 @@ def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterat
                   'data.prefetch_batches; the run goes on from its last checkpoint') from error
   finally:
     iterator.close()
+    first = None
+    gc.collect()  # the last elements lie in cycles, and in shared memory that should not wait for the process's end
 
 
 def _init_worker(index: int, count: int) -> None:
