@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from groupvit_jax import optim, sharding, train_state, train_step
 from groupvit_jax.models.build import build_model
+from groupvit_jax.random_erasing import build_random_erasing
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 flags.mark_flag_as_required('config')
@@ -105,6 +106,7 @@ def main(_) -> None:
       tx=tx,
       multi_label_weight=config.multi_label_weight,
       grad_accum_steps=steps,
+      random_erasing=build_random_erasing(config.data.augment),
       place=place,
     )
     flops = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)

@@ -10,6 +10,7 @@ def get_config() -> ml_collections.ConfigDict:
   """The experiment."""
   config = ml_collections.ConfigDict()
   config.seed = 0
+  config.dry_run = False  # True checks data, tokenizer, shapes and memory instead of training
   config.total_steps = 5500
   config.batch_size = 64
   config.grad_accum_steps = 1  # the towers see the batch in so many parts; gradients stay those of the whole

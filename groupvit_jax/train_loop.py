@@ -14,7 +14,7 @@ import optax
 
 from groupvit_jax import cli, optim, sharding, train_state, train_step, workdir as workdir_lib
 from groupvit_jax.checkpoint import Checkpoints
-from groupvit_jax.data import manifest, pipeline
+from groupvit_jax.data import image_ops, manifest, pipeline
 from groupvit_jax.data.fault_tally import FaultTally
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source
@@ -23,6 +23,7 @@ from groupvit_jax.evals.scene_eval import SceneEvaluator
 from groupvit_jax.interrupts import Interrupts, Preempted
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
+from groupvit_jax.random_erasing import build_random_erasing
 from groupvit_jax.run_log import RunLog
 from groupvit_jax.train_state import TrainState
 
@@ -78,9 +79,11 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   source = build_source(config.data, tuple(config.model.vision.image_size))
   pipeline.check_batch_size(source, config.batch_size, jax.process_count())
+  image_ops.build_augment(config.data.augment, tuple(config.model.vision.image_size))
+  build_random_erasing(config.data.augment)
   build = functools.partial(
       build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat)
-  build(vocab_size=2, eos_id=1)  # a mistake in the config shows before anything is written
+  build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written
   changed = workdir_lib.claim(workdir, config)
   manifest.claim(workdir, source.facts())
   tokenizer = workdir_lib.prepare_tokenizer(workdir, config.tokenizer, source)
@@ -105,7 +108,8 @@ def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, tra
   """The training step, compiled for the places where `state` lies; it takes over the state it is given."""
   step = functools.partial(
       train_step.train_step, model=run.model, tx=run.tx, multi_label_weight=run.config.multi_label_weight,
-      grad_accum_steps=run.config.grad_accum_steps, place=sharding.batch_sharding(run.mesh))
+      grad_accum_steps=run.config.grad_accum_steps, random_erasing=build_random_erasing(run.config.data.augment),
+      place=sharding.batch_sharding(run.mesh))
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 
 

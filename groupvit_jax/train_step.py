@@ -13,6 +13,7 @@ from groupvit_jax import losses, metrics
 from groupvit_jax.accumulation import map_micro_batches
 from groupvit_jax.models.image_text import ImageTextModel, Projected
 from groupvit_jax.models.layers import sample_keys
+from groupvit_jax.random_erasing import RandomErasing
 from groupvit_jax.train_state import TrainState
 
 # ImageNet statistics of RGB in [0, 1].
@@ -60,7 +61,8 @@ def total_loss(out: Projected, multi_label_weight: float,
 
 
 def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, multi_label_weight: float,
-                   grad_accum_steps: int, place: NamedSharding | None) -> tuple[LossOutput, object]:
+                   grad_accum_steps: int, random_erasing: RandomErasing | None,
+                   place: NamedSharding | None) -> tuple[LossOutput, object]:
   """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss.
 
   The towers see the batch in `grad_accum_steps` micro-batches, projectors and losses see it whole; so neither result
@@ -69,8 +71,10 @@ def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, mu
   keys = sample_keys(jax.random.fold_in(state.rng, state.step), len(batch['image']))
 
   def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], metrics.GroupingHealth]:
-    out = model.apply({'params': params}, normalize_images(rows['image']), rows['tokens'], keys=rows['keys'],
-                      method='encode_towers')
+    images = normalize_images(rows['image'])
+    if random_erasing is not None:
+      images = random_erasing(images, rows['keys'])
+    out = model.apply({'params': params}, images, rows['tokens'], keys=rows['keys'], method='encode_towers')
     return (out.vision.pooled, out.text), metrics.GroupingHealth.from_assignments(out.vision.assignments)
 
   def loss_fn(params):
@@ -86,7 +90,7 @@ def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, mu
 
 
 def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: optax.GradientTransformation,
-               multi_label_weight: float, grad_accum_steps: int,
+               multi_label_weight: float, grad_accum_steps: int, random_erasing: RandomErasing | None,
                place: NamedSharding | None) -> tuple[TrainState, Figures]:
   """Applies one update.
 
@@ -100,13 +104,15 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
     tx: the optimiser (static).
     multi_label_weight: weight of the multi-label loss (static).
     grad_accum_steps: micro-batches in which the towers see the batch (static); divides B.
+    random_erasing: what some images lose (static); None when no image loses anything.
     place: how B is divided over devices (static); None when there is but one.
 
   Returns:
     The next state and the step's figures.
   """
   out, grads = loss_and_grads(
-      state, batch, model=model, multi_label_weight=multi_label_weight, grad_accum_steps=grad_accum_steps, place=place)
+      state, batch, model=model, multi_label_weight=multi_label_weight, grad_accum_steps=grad_accum_steps,
+      random_erasing=random_erasing, place=place)
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
 

@@ -13,6 +13,7 @@ from groupvit_jax.accumulation import map_micro_batches
 from groupvit_jax.models.image_text import ImageTextModel, Projected
 from groupvit_jax.models.layers import Remat
 from groupvit_jax.models.vision import StageSpec
+from groupvit_jax.random_erasing import RandomErasing
 from tests.test_sharding import random_batch, TEXT_SHAPE
 from tests.tiny import tiny_config, tiny_model
 from tests.weights import random_variables
@@ -40,6 +41,7 @@ def compiled_step(devices: int, steps: int, remat: Remat = 'none') -> jax.stages
       model=small_model(remat),
       multi_label_weight=1.0,
       grad_accum_steps=steps,
+      random_erasing=RandomErasing(0.5),
       place=place,
     )
 

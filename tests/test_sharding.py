@@ -12,6 +12,7 @@ import pytest
 from groupvit_jax import sharding, train_state, train_step
 from groupvit_jax.data import pipeline
 from groupvit_jax.models.vision import StageSpec
+from groupvit_jax.random_erasing import RandomErasing
 from tests.tiny import tiny_model
 
 TEXT_SHAPE = (3, 6)
@@ -29,6 +30,7 @@ def loss_and_grads_on(mesh: jax.sharding.Mesh):
   batch = pipeline.to_devices(random_batch(32), mesh)
   step = jax.jit(functools.partial(
       train_step.loss_and_grads, model=model, multi_label_weight=1.0, grad_accum_steps=1,
+      random_erasing=RandomErasing(0.5),
       place=sharding.batch_sharding(mesh)))
   out, grads = step(state, batch)
   return jax.device_get((out.figures.scalars['loss'], out.batch_stats, grads))
