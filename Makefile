@@ -26,7 +26,7 @@ $(VENV)/run: requirements.txt
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/test: requirements-test.txt $(VENV)/run
+$(VENV)/test: requirements-test.txt requirements-demo.txt $(VENV)/run
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 

@@ -1,0 +1,31 @@
+"""Serves the page.
+
+  pip install -r requirements-demo.txt
+  python -m groupvit_jax.demo --workdir=runs/quickstart
+"""
+
+import importlib.util
+
+from absl import flags
+
+from groupvit_jax import cli
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'The run whose newest whole checkpoint segments.')
+HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0 lets in the whole network.')
+PORT = flags.DEFINE_integer('port', 7860, 'Port to listen at; 0 takes a free one.', 0, 65535)
+UPLOAD = flags.DEFINE_integer('max_upload_mb', 20, 'Larger files are refused.', 1)
+PIXELS = flags.DEFINE_float('max_megapixels', 24, 'Larger pictures are refused.', 0.01)
+flags.mark_flag_as_required('workdir')
+
+
+def main() -> int:
+  if importlib.util.find_spec('gradio') is None:
+    return cli.fail('the page needs Gradio: pip install -r requirements-demo.txt')
+  from groupvit_jax.demo import server  # after the flags: a mistake there should not wait for JAX to load
+  server.serve(WORKDIR.value, host=HOST.value, port=PORT.value, max_upload_mb=UPLOAD.value,
+               max_pixels=int(PIXELS.value * 1e6))
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)

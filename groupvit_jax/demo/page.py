@@ -1,0 +1,102 @@
+"""The page itself: what is where on it, and what happens when something changes."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import gradio as gr
+
+from groupvit_jax.demo import viewer as viewer_lib
+from groupvit_jax.demo.examples import Example
+from groupvit_jax.demo.viewer import Looked, Viewer
+from groupvit_jax.evals import visualize
+
+_HOUR = 3600
+
+
+def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: pathlib.Path) -> gr.Blocks:
+  """The page, which `launch` serves.
+
+  Args:
+    viewer: what segments.
+    examples: shown at the bottom.
+    title: what the page says of the model.
+    folder: where downloads are written, one folder in it for each visitor.
+  """
+  shown = dict(interactive=False, format='png', buttons=['download', 'fullscreen'])
+  with gr.Blocks(title='GroupViT', analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page:
+    gr.Markdown(f'# GroupViT\n{title}')
+    looked = gr.State(None, time_to_live=_HOUR)
+    with gr.Row():
+      with gr.Column():
+        picture = gr.Image(label='Picture', type='filepath', sources=['upload', 'clipboard'], elem_id='picture',
+                           height=280, buttons=['fullscreen'])
+        # Gradio would open the file first, and answer a bad one with the name of an exception.
+        picture.preprocess = lambda payload: payload and payload.path
+        words = gr.Textbox(label='Words', placeholder='dog|puppy, banana, grass', elem_id='words',
+                           info='With commas between them; names of one thing are separated by |.', max_length=5000)
+        button = gr.Button('Segment', variant='primary', elem_id='segment')
+        threshold = gr.Slider(0, 1, 0, step=0.01, label='Threshold', elem_id='threshold',
+                              info='What fits every word worse is background. At 0 each pixel gets a word.')
+        opacity = gr.Slider(0, 1, visualize.OPACITY, step=0.05, label='Opacity', elem_id='opacity')
+      with gr.Column():
+        message = gr.Markdown(elem_id='message')
+        overlay = gr.Image(label='Segments', elem_id='overlay', **shown)
+        legend = gr.HTML(elem_id='legend-box')
+    with gr.Row():
+      first = gr.Image(label='First groups', elem_id='first-groups', **shown)
+      final = gr.Image(label='Final groups', elem_id='final-groups', **shown)
+    with gr.Row():
+      mask = gr.DownloadButton('Mask (PNG)', elem_id='mask', interactive=False)
+      report = gr.DownloadButton('Areas and scores (JSON)', elem_id='report', interactive=False)
+    gr.Examples([list(example) for example in examples], [picture, words], label='Examples')
+
+    results = [message, looked, overlay, legend, first, final, mask, report]
+
+    def segment(path: str | None, text: str, cut: float, tint: float, before: Looked | None,
+                request: gr.Request) -> list[Any]:
+      try:
+        now = viewer.look(path, text, cut, before)
+      except ValueError as error:
+        return [_alert(error), before, None, '', None, None, *[gr.update(value=None, interactive=False)] * 2]
+      files = [gr.update(value=path, interactive=True) for path in _write_downloads(folder, request, now)]
+      return ['', now, viewer_lib.overlay(now.prediction, tint), viewer_lib.legend(now.prediction),
+              *viewer_lib.group_overlays(now.prediction), *files]
+
+    def draw(tint: float, now: Looked | None) -> Any:
+      return gr.skip() if now is None else viewer_lib.overlay(now.prediction, tint)
+
+    def leave(request: gr.Request) -> None:
+      shutil.rmtree(_visitor(folder, request), ignore_errors=True)
+
+    inputs = [picture, words, threshold, opacity, looked]
+    # One at a time: the devices are shared, and a slider that moves on outdates what it asked for.
+    options = dict(concurrency_limit=1, concurrency_id='model', trigger_mode='always_last', api_visibility='private')
+    for happens in (picture.change, words.submit, button.click, threshold.change):
+      happens(segment, inputs, results, **options)
+    opacity.change(draw, [opacity, looked], overlay, trigger_mode='always_last', api_visibility='private')
+    page.unload(leave)
+  return page
+
+
+def _alert(error: ValueError) -> str:
+  """A mistake as a line of the page; Markdown in it stays as typed."""
+  text = ''.join(f'\\{c}' if c in '\\`*_{}[]<>()#+-.!|~$' else c for c in ' '.join(str(error).split()))
+  return f'⚠️ {text}'
+
+
+def _write_downloads(folder: pathlib.Path, request: gr.Request, now: Looked) -> tuple[str, str]:
+  """The label map and the JSON of a visitor's last result."""
+  folder = _visitor(folder, request)
+  folder.mkdir(exist_ok=True)
+  mask, report = folder / 'mask.png', folder / 'segments.json'
+  now.prediction.mask().save(mask)
+  report.write_text(json.dumps(now.prediction.to_json() | {'picture': pathlib.Path(now.path).name}, indent=2) + '\n')
+  return str(mask), str(report)
+
+
+def _visitor(folder: pathlib.Path, request: gr.Request) -> pathlib.Path:
+  """The folder of whoever asks; what the browser calls itself is no path."""
+  return folder / ''.join(filter(str.isalnum, str(request.session_hash)))

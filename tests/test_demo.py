@@ -1,0 +1,181 @@
+"""The page: what it does with pictures and words, and all of it in a real browser."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from groupvit_jax.demo import viewer as viewer_lib
+from groupvit_jax.demo.viewer import Viewer
+from groupvit_jax.evals import window_encoder
+from groupvit_jax.predictor import Predictor
+from tests.photos import photo
+from tests.trained import trained_workdir
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
+# As root in a container, and without a word to anyone.
+FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
+         '--disable-component-update', '--disable-sync']
+WORDS = 'dog|puppy, banana, grass'
+
+
+@pytest.fixture(scope='module')
+def viewer() -> Viewer:
+  return Viewer(Predictor.from_workdir(trained_workdir()), max_pixels=10_000)
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+  Image.fromarray(photo(60, 90)).save(tmp_path / 'a.png')
+  return str(tmp_path / 'a.png')
+
+
+def test_other_words_and_thresholds_do_not_encode_again(viewer, picture, monkeypatch):
+  first = viewer.look(picture, WORDS, 0, None)
+  assert first.prediction.classes == ('dog', 'banana', 'grass')
+  monkeypatch.setattr(window_encoder, 'encode_windows', None)
+  assert viewer.look(picture, WORDS, 0.9, first).prediction.classes[0] == 'background'
+  assert viewer.look(picture, 'cat,', 0, first).prediction.areas.tolist() == [1]
+
+
+def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_path):
+  (tmp_path / 'no.png').write_bytes(b'not a picture')
+  Image.new('RGB', (101, 100)).save(tmp_path / 'large.png')
+  for path, text, message in (
+      (None, WORDS, 'There is no picture yet'), (picture, ' , ', 'There are no words to look for'),
+      (picture, 'dog, dog', "the class 'dog' is named twice"),
+      (str(tmp_path / 'no.png'), WORDS, "^picture 'no.png' is not a picture"),
+      (str(tmp_path / 'large.png'), WORDS, 'large.png has 101 x 100 pixels; this page takes up to 0.01 million')):
+    with pytest.raises(ValueError, match=message):
+      viewer.look(path, text, 0, None)
+
+
+def test_the_legend_has_areas_and_no_markup_of_the_visitors(viewer, picture):
+  found = viewer.look(picture, '<b>x</b>', 0, None).prediction
+  text = viewer_lib.legend(found)
+  assert '&lt;b&gt;x&lt;/b&gt;</td><td>100.0%' in text and '<b>' not in text
+  some = viewer.look(picture, WORDS, 0, None).prediction
+  found, _, absent = viewer_lib.legend(some).partition('not found: ')
+  for name, area in zip(some.classes, some.areas):
+    assert (name in found, name in absent) == (area > 0, area == 0)
+
+
+def test_what_is_shown_fits_a_screen(viewer, tmp_path):
+  Image.fromarray(photo(8, 1250)).resize((1300, 7)).save(tmp_path / 'long.png')
+  found = viewer.look(str(tmp_path / 'long.png'), WORDS, 0, None).prediction
+  assert found.labels.shape == (7, 1300) and viewer_lib.overlay(found, 0.5).shape == (7, 1280, 3)
+  assert [x.shape for x in viewer_lib.group_overlays(found)] == [(7, 1280, 3)] * 2
+
+
+@contextlib.contextmanager
+def served(*options: str):
+  """The address of the page, served by the command that people give."""
+  command = [sys.executable, '-m', 'groupvit_jax.demo', f'--workdir={trained_workdir()}', '--port=0', *options]
+  process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  try:
+    line = process.stdout.readline()
+    found = re.fullmatch(r'the page is at (\S+)\n', line)
+    assert found, line + process.stdout.read()
+    yield found[1]
+  finally:
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+def picture_bytes(image: np.ndarray) -> dict[str, object]:
+  """A file as a browser uploads it."""
+  buffer = io.BytesIO()
+  Image.fromarray(image).save(buffer, 'PNG')
+  return dict(name='mine.png', mimeType='image/png', buffer=buffer.getvalue())
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium, as in apt install chromium')
+def test_in_a_browser(tmp_path):
+  """Upload, type, look; move the sliders; make mistakes; take the results home."""
+  sync_api = pytest.importorskip('playwright.sync_api')
+  with served('--max_upload_mb=1', '--max_megapixels=0.25') as address, sync_api.sync_playwright() as play:
+    browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    page = browser.new_page(viewport=dict(width=1100, height=1000))
+    page.set_default_timeout(90_000)
+    sync_api.expect.set_options(timeout=90_000)
+    elsewhere = []
+    page.on('request', lambda request: elsewhere.append(request.url)
+            if not request.url.startswith((address, 'data:', 'blob:')) else None)
+    page.goto(address)
+    message, legend, words = page.locator('#message'), page.locator('#legend'), page.locator('#words textarea')
+    shown = lambda: page.locator('#overlay img').get_attribute('src')
+
+    def changed(before: str) -> str:
+      """Waits for another overlay."""
+      page.wait_for_function(
+          "old => { const i = document.querySelector('#overlay img'); return i && i.src && i.src !== old }", arg=before)
+      return shown()
+
+    upload = page.locator('#picture input[type=file]')
+    upload.set_input_files(picture_bytes(photo(60, 90)))
+    sync_api.expect(message).to_contain_text('There are no words to look for')
+    words.fill('dog|puppy, banana')
+    words.press('Enter')
+    first = changed('')
+    sync_api.expect(message).to_be_empty()
+    assert {'dog', 'banana'} <= set(re.findall(r'\w+', legend.inner_text()))
+    words.fill('grass, sky')  # as many words as before: nothing to compile
+    page.locator('#segment').click()
+    second = changed(first)
+    sync_api.expect(legend).to_contain_text('grass')
+    page.locator('#opacity input[type=number]').fill('0.9')
+    third = changed(second)
+    page.locator('#threshold input[type=number]').fill('1')
+    sync_api.expect(legend).to_contain_text('background')
+    changed(third)
+    for stage in ('first', 'final'):
+      assert page.locator(f'#{stage}-groups img').count() == 1
+    page.screenshot(path=tmp_path / 'page.png', full_page=True)
+    files = {}
+    for name in ('mask', 'report'):
+      with page.expect_download() as download:
+        page.locator(f'#{name}').click()
+      files[name] = download.value.path()
+    report = json.loads(files['report'].read_text())
+    assert report['picture'] == 'mine.png' and (report['height'], report['width']) == (60, 90)
+    assert {row['name'] for row in report['classes']} == {'background', 'grass', 'sky'}
+    mask = np.asarray(Image.open(files['mask']))
+    for row in report['classes']:
+      assert (mask == row['label']).sum() == row['pixels']
+
+    upload.set_input_files(dict(name='bad.png', mimeType='image/png', buffer=b'not a picture'))
+    sync_api.expect(message).to_contain_text("picture 'bad.png' is not a picture")
+    assert page.locator('#overlay img').count() == 0
+    upload.set_input_files(picture_bytes(np.zeros((600, 500, 3), np.uint8)))
+    sync_api.expect(message).to_contain_text('this page takes up to 0.25 million')
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
+    upload.set_input_files(picture_bytes(noise))
+    sync_api.expect(page.get_by_text(re.compile('maximum allowed size'))).to_be_visible()
+    page.locator('.gallery-item, .tr-body').first.click()  # an example
+    changed('')
+    assert not elsewhere
+    browser.close()
+    host, port = re.fullmatch(r'http://(.+):(\d+)/', address).groups()
+    assert host == '127.0.0.1'
+    with pytest.raises(ConnectionRefusedError):  # answers only where everything is let in
+      socket.create_connection(('127.0.0.2', int(port)), timeout=5).close()
+
+
+def test_one_line_for_mistakes():
+  for options, message in ((['--workdir=/nowhere/at/all'], 'there is no workdir /nowhere/at/all'),
+                           (['--workdir=x', '--port=-1'], 'port')):
+    done = subprocess.run([sys.executable, '-m', 'groupvit_jax.demo', *options], cwd=ROOT, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr
