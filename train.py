@@ -11,8 +11,9 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main() -> int:
-  from groupvit_jax import train_loop  # after the flags: a mistake there should not wait for JAX to load
-  return train_loop.train(CONFIG.value, WORKDIR.value)
+  from groupvit_jax import dry_run, train_loop  # after the flags: a mistake there should not wait for JAX to load
+  run = dry_run.check if CONFIG.value.dry_run else train_loop.train
+  return run(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == '__main__':

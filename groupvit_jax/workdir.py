@@ -40,22 +40,36 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
     config: of the run that starts or goes on.
 
   Returns:
+    See `compare`.
+
+  Raises:
+    ValueError: see `compare`; nothing was changed.
+  """
+  workdir = epath.Path(workdir)
+  changed = compare(workdir, config)
+  if not (workdir / 'config.json').exists():
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write_whole(workdir / 'config.json', config.to_json(indent=2) + '\n')
+  return changed
+
+
+def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
+  """Checks that a config fits the run in a workdir, if there is one.
+
+  Returns:
     Keys that differ from the first start without making the checkpoints unusable, with both values.
 
   Raises:
-    ValueError: `workdir` holds a run with another model or tokenizer; nothing was changed.
+    ValueError: `workdir` holds a run with another model or tokenizer.
   """
-  workdir = epath.Path(workdir)
-  if (workdir / 'config.json').exists():
-    differences = _differences(read_config(workdir), config)
-    unfit = [text for key, text in differences.items() if key.split('.')[0] in _FITTING]
-    if unfit:
-      raise ValueError(f'the config does not fit the run in {workdir}: ' + '; '.join(unfit)
-                       + '; use another --workdir, or the values of that run')
-    return list(differences.values())
-  workdir.mkdir(parents=True, exist_ok=True)
-  _write_whole(workdir / 'config.json', config.to_json(indent=2) + '\n')
-  return []
+  if not (epath.Path(workdir) / 'config.json').exists():
+    return []
+  differences = _differences(read_config(workdir), config)
+  unfit = [text for key, text in differences.items() if key.split('.')[0] in _FITTING]
+  if unfit:
+    raise ValueError(f'the config does not fit the run in {workdir}: ' + '; '.join(unfit)
+                     + '; use another --workdir, or the values of that run')
+  return list(differences.values())
 
 
 def load_tokenizer(workdir: epath.PathLike) -> Tokenizer:

@@ -7,24 +7,35 @@ from etils import epath
 
 from groupvit_jax.data import shards
 
+_NAME = 'data.json'
+
 
 def claim(workdir: epath.PathLike, facts: Mapping[str, object]) -> None:
   """Writes what a run's data are into its workdir, or checks them against what is written there.
-
-  Where records lie and when they were written does not matter, only which they are, in what order.
 
   Args:
     workdir: of the run.
     facts: see `Mixture.facts`.
 
   Raises:
-    ValueError: the run was started on other data: its order of records would be another one.
+    ValueError: see `compare`.
   """
-  path = epath.Path(workdir) / 'data.json'
+  compare(workdir, facts)
+  path = epath.Path(workdir) / _NAME
   if not path.exists():
     shards.write_whole(str(path), (json.dumps(facts, indent=2) + '\n').encode())
-    return
-  before = json.loads(path.read_text())
+
+
+def compare(workdir: epath.PathLike, facts: Mapping[str, object]) -> None:
+  """Checks data against those of the run in a workdir, if there is one.
+
+  Where records lie and when they were written does not matter, only which they are, in what order.
+
+  Raises:
+    ValueError: the run was started on other data: its order of records would be another one.
+  """
+  path = epath.Path(workdir) / _NAME
+  before = json.loads(path.read_text()) if path.exists() else facts
   if before['fingerprint'] == facts['fingerprint']:
     return
   old, new = before['sets'], facts['sets']

@@ -29,7 +29,7 @@ def open_sets(config: ml_collections.ConfigDict) -> Mixture:
   Raises:
     ValueError: a description has a mistake, or a set cannot be read.
   """
-  if not config.sets:
+  if not config.get('sets'):
     raise ValueError("data.sets is empty; name the sets to train on, or use data.source='scenes'")
   return Mixture(tuple(_open_set(name, config.sets[name], config.index_dir)
                        for name in sorted(config.sets)))
