@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 from groupvit_jax import optim, sharding, train_state, train_step
 from groupvit_jax.models.build import build_model
+from groupvit_jax.models.text_rows import one_a_row
 from groupvit_jax.random_erasing import build_random_erasing
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
@@ -82,11 +83,17 @@ def main(_) -> None:
 
   forward = matmul_flops(
     jax.make_jaxpr(
-      lambda params: build().apply(
-        {'params': params},
-        train_step.normalize_images(jnp.zeros(batch['image'].shape, jnp.uint8)),
-        jnp.zeros(batch['tokens'].shape, jnp.int32),
-        method='encode_towers',
+      lambda params: (
+        build().apply(
+          {'params': params},
+          train_step.normalize_images(jnp.zeros(batch['image'].shape, jnp.uint8)),
+          method='vision_features',
+        ),
+        build().apply(
+          {'params': params},
+          one_a_row(jnp.zeros((config.batch_size * text_shape[0], text_shape[1]), jnp.int32), 1),
+          method='text_features',
+        ),
       )
     )(state.params).jaxpr
   )
@@ -106,6 +113,7 @@ def main(_) -> None:
       tx=tx,
       multi_label_weight=config.multi_label_weight,
       grad_accum_steps=steps,
+      text_budget=config.text_budget,
       random_erasing=build_random_erasing(config.data.augment),
       place=place,
     )

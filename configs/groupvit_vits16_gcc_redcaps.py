@@ -17,6 +17,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
   """The experiment; see the base for `machine`."""
   config = base.get_config(machine)
   config.data.num_prompts = 0  # captions of RedCaps hold few nouns
+  config.text_budget = 32
   with config.unlocked():
     del config.data.sets.yfcc14m
     config.data.sets.redcaps12m = base.records('/data/tfds/redcaps12m/1.0.0', expected=11_866_987)

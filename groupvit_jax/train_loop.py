@@ -12,7 +12,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from groupvit_jax import cli, optim, sharding, train_state, train_step, workdir as workdir_lib
+from groupvit_jax import (
+    cli, optim, packed_texts, sharding, train_state, train_step, workdir as workdir_lib)
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data import image_ops, manifest, pipeline
 from groupvit_jax.data.fault_tally import FaultTally
@@ -76,6 +77,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
+  packed_texts.check_budget(config.text_budget)
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   source = build_source(config.data, tuple(config.model.vision.image_size))
   pipeline.check_batch_size(source, config.batch_size, jax.process_count())
@@ -108,7 +110,8 @@ def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, tra
   """The training step, compiled for the places where `state` lies; it takes over the state it is given."""
   step = functools.partial(
       train_step.train_step, model=run.model, tx=run.tx, multi_label_weight=run.config.multi_label_weight,
-      grad_accum_steps=run.config.grad_accum_steps, random_erasing=build_random_erasing(run.config.data.augment),
+      grad_accum_steps=run.config.grad_accum_steps, text_budget=run.config.text_budget,
+      random_erasing=build_random_erasing(run.config.data.augment),
       place=sharding.batch_sharding(run.mesh))
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 

@@ -9,10 +9,11 @@ from jax.sharding import NamedSharding
 import numpy as np
 import optax
 
-from groupvit_jax import losses, metrics
+from groupvit_jax import losses, metrics, sharding
 from groupvit_jax.accumulation import map_micro_batches
 from groupvit_jax.models.image_text import ImageTextModel, Projected
 from groupvit_jax.models.layers import sample_keys
+from groupvit_jax.packed_texts import text_features
 from groupvit_jax.random_erasing import RandomErasing
 from groupvit_jax.train_state import TrainState
 
@@ -61,21 +62,24 @@ def total_loss(out: Projected, multi_label_weight: float,
 
 
 def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, multi_label_weight: float,
-                   grad_accum_steps: int, random_erasing: RandomErasing | None,
+                   grad_accum_steps: int, text_budget: int, random_erasing: RandomErasing | None,
                    place: NamedSharding | None) -> tuple[LossOutput, object]:
   """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss.
 
   The towers see the batch in `grad_accum_steps` micro-batches, projectors and losses see it whole; so neither result
   depends on their number. Arguments as in `train_step`.
   """
+  groups = 1 if place is None else sharding.batch_ways(place.mesh)
+  read = lambda params, texts: model.apply({'params': params}, texts, method='text_features')
   keys = sample_keys(jax.random.fold_in(state.rng, state.step), len(batch['image']))
 
   def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], metrics.GroupingHealth]:
     images = normalize_images(rows['image'])
     if random_erasing is not None:
       images = random_erasing(images, rows['keys'])
-    out = model.apply({'params': params}, images, rows['tokens'], keys=rows['keys'], method='encode_towers')
-    return (out.vision.pooled, out.text), metrics.GroupingHealth.from_assignments(out.vision.assignments)
+    vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
+    text = text_features(read, params, rows['tokens'], eos_id=model.text.eos_id, budget=text_budget, groups=groups)
+    return (vision.pooled, text), metrics.GroupingHealth.from_assignments(vision.assignments)
 
   def loss_fn(params):
     features, health = map_micro_batches(
@@ -90,7 +94,8 @@ def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, mu
 
 
 def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: optax.GradientTransformation,
-               multi_label_weight: float, grad_accum_steps: int, random_erasing: RandomErasing | None,
+               multi_label_weight: float, grad_accum_steps: int, text_budget: int,
+               random_erasing: RandomErasing | None,
                place: NamedSharding | None) -> tuple[TrainState, Figures]:
   """Applies one update.
 
@@ -104,6 +109,7 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
     tx: the optimiser (static).
     multi_label_weight: weight of the multi-label loss (static).
     grad_accum_steps: micro-batches in which the towers see the batch (static); divides B.
+    text_budget: tokens an image that the text tower computes at once (static); 0 for padded texts.
     random_erasing: what some images lose (static); None when no image loses anything.
     place: how B is divided over devices (static); None when there is but one.
 
@@ -112,7 +118,7 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
   """
   out, grads = loss_and_grads(
       state, batch, model=model, multi_label_weight=multi_label_weight, grad_accum_steps=grad_accum_steps,
-      random_erasing=random_erasing, place=place)
+      text_budget=text_budget, random_erasing=random_erasing, place=place)
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
 

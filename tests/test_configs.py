@@ -97,6 +97,7 @@ def test_recipes_build_the_released_model(recipe, prompts):
            'tokens': jax.ShapeDtypeStruct((4096, 1 + prompts, 77), jnp.int32)}
   step = functools.partial(
       train_step.train_step, model=model, tx=tx, multi_label_weight=1.0, grad_accum_steps=config.grad_accum_steps,
+      text_budget=config.text_budget,
       random_erasing=build_random_erasing(config.data.augment), place=sharding.batch_sharding(mesh))
   after, figures = jax.eval_shape(step, state, batch)
   assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks import plain_losses
-from groupvit_jax import losses, sharding, train_loop, train_state, train_step
+from groupvit_jax import losses, packed_texts, sharding, train_loop, train_state, train_step
 from groupvit_jax.accumulation import map_micro_batches
 from groupvit_jax.models.image_text import ImageTextModel, Projected
 from groupvit_jax.models.layers import Remat
+from groupvit_jax.models.text_rows import one_a_row
 from groupvit_jax.models.vision import StageSpec
 from groupvit_jax.random_erasing import RandomErasing
 from tests.test_sharding import random_batch, TEXT_SHAPE
@@ -20,6 +21,10 @@ from tests.weights import random_variables
 
 BATCH = 64
 
+# Tokens an image; with rows of 8, a micro-batch of one image has one row and needs one to three. So all that
+# is compared here with padded texts is packed, and most of it does not fit at once.
+BUDGET, ROW_LENGTH = 4, 8
+
 
 def small_model(remat: Remat = 'none') -> ImageTextModel:
   """One grouping stage, with stochastic depth in half of the samples and Gumbel noise."""
@@ -27,8 +32,10 @@ def small_model(remat: Remat = 'none') -> ImageTextModel:
 
 
 @functools.cache
-def compiled_step(devices: int, steps: int, remat: Remat = 'none') -> jax.stages.Compiled:
-  """loss_and_grads of (variables, root key, images, tokens)."""
+def compiled_step(
+  devices: int, steps: int, remat: Remat = 'none', text_budget: int = BUDGET
+) -> jax.stages.Compiled:
+  """loss_and_grads of (variables, root key, batch)."""
   place = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:devices]))
 
   def step(variables, rng, batch):
@@ -41,6 +48,7 @@ def compiled_step(devices: int, steps: int, remat: Remat = 'none') -> jax.stages
       model=small_model(remat),
       multi_label_weight=1.0,
       grad_accum_steps=steps,
+      text_budget=text_budget,
       random_erasing=RandomErasing(0.5),
       place=place,
     )
@@ -55,16 +63,23 @@ def arguments(seed: int = 0) -> tuple[dict, jax.Array, dict[str, np.ndarray]]:
   return random_variables(small_model()), jax.random.key(seed), random_batch(BATCH)
 
 
-def outcome(devices: int, steps: int, remat: Remat = 'none', seed: int = 0):
-  """Figures, BatchNorm statistics and gradients of one batch, on the host."""
-  step = compiled_step(devices, steps, remat)
+def outcome(*variant, seed: int = 0):
+  """Figures, BatchNorm statistics and gradients of one batch, on the host; `compiled_step` has the variants."""
+  step = compiled_step(*variant)
   return jax.device_get(step(*jax.device_put(arguments(seed), step.input_shardings[0])))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def short_rows():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(packed_texts, 'ROW_LENGTH', ROW_LENGTH)
+    yield
 
 
 @pytest.fixture(scope='module')
 def one_shot():
-  """The step on one device that keeps everything."""
-  return outcome(1, 1)
+  """The step on one device that keeps everything and pads texts."""
+  return outcome(1, 1, 'none', 0)
 
 
 def assert_same(a, b) -> None:
@@ -96,7 +111,7 @@ def test_rematerialisation_changes_nothing(one_shot, remat):
 
 def test_the_comparisons_include_noise(one_shot):
   """Otherwise they would pass with noise that depends on the micro-batch."""
-  other = outcome(1, 1, seed=1)
+  other = outcome(1, 1, 'none', 0, seed=1)
   assert abs(one_shot[0].figures.scalars['loss'] - other[0].figures.scalars['loss']) > 1e-3
 
 
@@ -112,8 +127,10 @@ def test_micro_batches_and_policies_keep_less():
   def kept(steps: int, remat: Remat) -> int:
     def features(params):
       def encode(rows):
-        out = small_model(remat).apply({'params': params}, **rows, method='encode_towers')
-        return (out.vision.pooled, out.text), ()
+        apply = functools.partial(small_model(remat).apply, {'params': params})
+        texts = one_a_row(rows['tokens'].reshape(-1, TEXT_SHAPE[1]), 2)
+        out = apply(rows['images'], method='vision_features').pooled
+        return (out, apply(texts, method='text_features').reshape(len(out), -1)), ()
 
       return map_micro_batches(encode, batch, steps)[0]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from groupvit_jax.interop.state_dicts import abstract_variables
-from groupvit_jax.models import assignment, layers, text, vision
+from groupvit_jax.models import assignment, layers, text_rows, vision
 from groupvit_jax.models.build import build_model
 from tests.tiny import tiny_model
 from tests.weights import random_variables
@@ -179,7 +179,7 @@ def test_stochastic_depth_and_noise_need_a_key():
 
 
 def test_text_is_pooled_at_the_first_eos_wherever_it_is():
-  assert text.eos_positions(jnp.array([[5, 2, 9], [2, 2, 2], [9, 8, 2]]), 2).tolist() == [1, 0, 2]
+  assert text_rows.eos_positions(jnp.array([[5, 2, 9], [2, 2, 2], [9, 8, 2]]), 2).tolist() == [1, 0, 2]
   encode = apply_tiny('encode_text')
   base = encode(jnp.array([[5, 7, 2, 0, 0, 0]]))
   for tail in ([9, 2, 19], [2, 2, 2]):
@@ -204,7 +204,7 @@ def test_batch_norm_learns_from_the_batch_in_training_alone():
   )[1]['batch_stats']['text_projector']['norm']['mean']
   old = variables['batch_stats']['text_projector']['norm']['mean']
   np.testing.assert_array_equal(mean_after(False), old)
-  features = model.apply(variables, tokens, method=lambda module, x: module.text(x))
+  features = model.apply(variables, text_rows.one_a_row(tokens, 2), method='text_features')
   fc1 = variables['params']['text_projector']['fc1']
   np.testing.assert_allclose(
       mean_after(True), 0.9 * old + 0.1 * (features @ fc1['kernel'] + fc1['bias'][None]).mean(axis=0), rtol=1e-4)

@@ -20,8 +20,10 @@ TEXT_SHAPE = (3, 6)
 
 def random_batch(size: int) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
+  length = rng.integers(1, TEXT_SHAPE[1] + 1, (size, TEXT_SHAPE[0], 1))
+  words = rng.integers(3, 20, (size, *TEXT_SHAPE), np.int32)
   return {'image': rng.integers(0, 256, (size, 16, 16, 3), np.uint8),
-          'tokens': rng.integers(1, 20, (size, *TEXT_SHAPE), np.int32)}
+          'tokens': np.where(np.arange(TEXT_SHAPE[1]) < length - 1, words, np.int32(2))}  # EOS, and CLIP's padding
 
 
 def loss_and_grads_on(mesh: jax.sharding.Mesh):
@@ -29,7 +31,7 @@ def loss_and_grads_on(mesh: jax.sharding.Mesh):
   state = train_state.init_state(model, tx, seed=0, text_shape=TEXT_SHAPE, mesh=mesh)
   batch = pipeline.to_devices(random_batch(32), mesh)
   step = jax.jit(functools.partial(
-      train_step.loss_and_grads, model=model, multi_label_weight=1.0, grad_accum_steps=1,
+      train_step.loss_and_grads, model=model, multi_label_weight=1.0, grad_accum_steps=1, text_budget=4,
       random_erasing=RandomErasing(0.5),
       place=sharding.batch_sharding(mesh)))
   out, grads = step(state, batch)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from groupvit_jax.models.layers import sample_keys
 from groupvit_jax.models.text import TextTower
+from groupvit_jax.models.text_rows import one_a_row, TextRows
 from groupvit_jax.models.vision import VisionOutput, VisionTower
 
 
@@ -26,13 +27,6 @@ class SegmentOutput(NamedTuple):
   image_embeds: jax.Array  # [B, E]
   segment_embeds: jax.Array  # [B, S, E]
   assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft
-
-
-class TowerOutput(NamedTuple):
-  """What the towers make of a batch, each sample on its own."""
-
-  vision: VisionOutput
-  text: jax.Array  # [B, T, D], features at the EOS tokens
 
 
 class Projected(NamedTuple):
@@ -106,21 +100,17 @@ class ImageTextModel(nn.Module):
       Embeddings, log temperatures and assignments.
     """
     keys = None if key is None else sample_keys(key, len(images))
-    towers = self.encode_towers(images, tokens, keys=keys)
-    return ImageTextOutput(*self.project(towers.vision.pooled, towers.text, train=train), towers.vision.assignments)
+    vision = self.vision(images, keys=keys)
+    return ImageTextOutput(
+        *self.project(vision.pooled, self._text_features(tokens), train=train), vision.assignments)
 
-  def encode_towers(self, images: jax.Array, tokens: jax.Array, *, keys: jax.Array | None = None) -> TowerOutput:
-    """The part of the model in which samples do not meet; `project` is the rest.
+  def vision_features(self, images: jax.Array, *, keys: jax.Array | None = None) -> VisionOutput:
+    """What the image tower makes of images [B, H, W, 3]; `keys` [B] as `sample_keys` makes them, None for no noise."""
+    return self.vision(images, keys=keys)
 
-    Args:
-      images: [B, H, W, 3], normalised.
-      tokens: ids [B, T, L].
-      keys: [B], source of stochastic depth and Gumbel noise (see `sample_keys`); None for neither.
-
-    Returns:
-      Features, not projected.
-    """
-    return TowerOutput(self.vision(images, keys=keys), self._text_features(tokens))
+  def text_features(self, rows: TextRows) -> jax.Array:
+    """What the text tower makes of P groups of n texts, [P * n, D], not projected."""
+    return self.text(rows)
 
   def project(self, image_features: jax.Array, text_features: jax.Array, *, train: bool = False) -> Projected:
     """Projects the towers' features of a whole batch.
@@ -154,5 +144,8 @@ class ImageTextModel(nn.Module):
 
   def _text_features(self, tokens: jax.Array) -> jax.Array:
     """Features [..., D] of tokens [..., L]."""
-    features = self.text(tokens.reshape(-1, tokens.shape[-1]))
+    length, most = tokens.shape[-1], self.text.context_length
+    if length > most:
+      raise ValueError(f'texts of {length} tokens exceed the context length {most}; cut them')
+    features = self.text(one_a_row(tokens.reshape(-1, length), self.text.eos_id))
     return features.reshape(*tokens.shape[:-1], features.shape[-1])

@@ -5,14 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from groupvit_jax.models.layers import Block, BlockInit, layer_norm, quick_gelu, Remat, rematerialized
-
-
-def eos_positions(tokens: jax.Array, eos_id: int) -> jax.Array:
-  """Index of the first end-of-text token of each text [B, L], -> [B].
-
-  The first, because CLIP pads with the same id; by equality, because only in CLIP's vocabulary is it the largest.
-  """
-  return jnp.argmax(tokens == eos_id, axis=-1)
+from groupvit_jax.models.text_rows import TextRows
 
 
 def clip_block_init(width: int, depth: int) -> BlockInit:
@@ -36,31 +29,26 @@ class TextTower(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens: jax.Array) -> jax.Array:
+  def __call__(self, rows: TextRows) -> jax.Array:
     """Encodes texts.
 
     Args:
-      tokens: ids [B, L], L at most `context_length`; what follows the first EOS has no influence.
+      rows: P groups of n texts, none longer than `context_length`.
 
     Returns:
-      Features at the EOS token [B, D], float32.
-
-    Raises:
-      ValueError: L exceeds the context length.
+      Features at the EOS tokens [P * n, D], float32.
     """
-    length = tokens.shape[1]
-    if length > self.context_length:
-      raise ValueError(f'texts of {length} tokens exceed the context length {self.context_length}; cut them')
     embedding = self.param(
         'token_embedding', nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
     positions = self.param(
         'positions', nn.initializers.normal(0.01), (self.context_length, self.width), jnp.float32)
-    x = (embedding[tokens] + positions[None, :length]).astype(self.dtype)
-    causal = jnp.tril(jnp.ones((length, length), bool))
+    groups, _, length = rows.tokens.shape
+    x = (embedding[rows.tokens] + positions[rows.positions]).astype(self.dtype).reshape(-1, length, self.width)
+    mask = rows.mask.reshape(-1, 1, length, length)
     block_class = rematerialized(Block, self.remat)
     for j in range(self.depth):
       x = block_class(
           self.num_heads, self.mlp_ratio, clip_block_init(self.width, self.depth), quick_gelu, dtype=self.dtype,
-          name=f'block{j}')(x, mask=causal)
-    at_eos = jnp.take_along_axis(x, eos_positions(tokens, self.eos_id)[:, None, None], axis=1)[:, 0]
-    return layer_norm('norm')(at_eos)
+          name=f'block{j}')(x, mask=mask)
+    at_eos = jnp.take_along_axis(x.reshape(groups, -1, self.width), rows.ends[..., None], axis=1)
+    return layer_norm('norm')(at_eos.reshape(-1, self.width))

@@ -1,0 +1,37 @@
+"""Texts as long as those of CC12M, for measurements that need no more than their lengths.
+
+Captions have 20.2 +- 16.3 words (Changpinyo et al. 2021, table 2), here log-normal; CLIP's BPE makes about 1.2 tokens
+of a word. Two words of five are nouns or verbs. Each of up to three of them stands in one of the 80 templates of
+ImageNet, whose words are a token each; the caption fills the places that are left, as in training.
+"""
+
+import numpy as np
+
+from groupvit_jax.data import text_ops
+
+WORDS_MEAN, WORDS_STD = 20.2, 16.3
+TOKENS_A_WORD, TAGGED_SHARE = 1.2, 0.4
+NOUN_TOKENS = (0.75, 0.2, 0.05)  # share of nouns of one, two and three tokens
+
+
+def draw_lengths(images: int, prompts: int, context_length: int, seed: int = 0) -> np.ndarray:
+  """Tokens of each text with its start and its end, int [images, 1 + prompts], at most `context_length`."""
+  rng = np.random.default_rng(seed)
+  spread = np.sqrt(np.log1p((WORDS_STD / WORDS_MEAN) ** 2))
+  words = np.maximum(rng.lognormal(np.log(WORDS_MEAN) - spread**2 / 2, spread, (images, 1)), 1)
+  captions = 2 + np.ceil(TOKENS_A_WORD * words)
+  templates = np.array([len(text.replace('{}', '').replace('.', ' .').split())
+                        for text in text_ops.template_set('full')])
+  nouns = 1 + rng.choice(len(NOUN_TOKENS), (images, prompts), p=NOUN_TOKENS)
+  prompted = 2 + templates[rng.integers(len(templates), size=(images, prompts))] + nouns
+  has_noun = np.arange(prompts)[None] < np.floor(TAGGED_SHARE * words)
+  lengths = np.concatenate([captions, np.where(has_noun, prompted, captions)], axis=1)
+  return np.minimum(lengths, context_length).astype(int)
+
+
+def draw_tokens(images: int, prompts: int, context_length: int, vocab_size: int, seed: int = 0) -> np.ndarray:
+  """Padded texts int32 [images, 1 + prompts, context_length] of random words; 0 starts, 1 ends and pads them."""
+  lengths = draw_lengths(images, prompts, context_length, seed)
+  words = np.random.default_rng(seed).integers(2, vocab_size, (*lengths.shape, context_length), np.int32)
+  words[..., 0] = 0
+  return np.where(np.arange(context_length) < lengths[..., None] - 1, words, 1).astype(np.int32)

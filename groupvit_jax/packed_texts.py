@@ -1,0 +1,106 @@
+"""Features of a batch's texts without computing what pads them: as many rows as texts usually need, then the rest."""
+
+from collections.abc import Callable
+import functools
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from groupvit_jax.models.text_rows import one_a_row, pack, Packing, take_rows, TextRows
+
+# A multiple of what matrix units and vector registers take at once. Longer rows hold more texts with less waste and
+# cost attention; 128 tokens of width 256 spend 8 % of their arithmetic on it.
+ROW_LENGTH = 128
+
+# Rows of the rest are computed so many at a time: an eighth of the others.
+_REST_SHARE = 8
+
+Encode = Callable[[object, TextRows], jax.Array]  # (parameters, rows) -> features [P * n, D]
+
+
+def check_budget(budget: int) -> None:
+  """Raises ValueError for a number of tokens that is none."""
+  if budget < 0:
+    raise ValueError(f'text_budget={budget} is negative; use 0 to pad texts, or about a fifth more than the tokens an '
+                     'image has')
+
+
+def text_features(encode: Encode, params: object, tokens: jax.Array, *, eos_id: int, budget: int,
+                  groups: int) -> jax.Array:
+  """Features of the texts of each image.
+
+  Texts are packed into rows in which none sees another. Each group of images (those of one device) has the rows that
+  `budget` pays for; where a group's texts need more, further rows are computed by a loop that otherwise runs not at
+  all, and the backward pass computes them again.
+
+  Args:
+    encode: the text tower.
+    params: its parameters; the features are differentiable in them.
+    tokens: ids [B, T, L].
+    eos_id: ends a text.
+    budget: tokens an image that are computed at once; 0 computes all B * T * L.
+    groups: how many groups of consecutive images; divides B.
+
+  Returns:
+    [B, T, D]; the same whatever budget and groups.
+  """
+  batch, texts, length = tokens.shape
+  if not budget:
+    features = encode(params, one_a_row(tokens.reshape(-1, length), eos_id))
+  else:
+    row_length = max(ROW_LENGTH, length)
+    packing = pack(tokens.reshape(groups, -1, length), eos_id, row_length)
+    num_rows = -(-budget * batch // (groups * row_length))
+    features = _encode_packed(encode, num_rows, params, packing)
+  return features.reshape(batch, texts, -1)
+
+
+def _encode_some(encode: Encode, params: object, packing: Packing, first_row: jax.Array | int,
+                 num_rows: int) -> jax.Array:
+  """Features [P * n, D] of the texts that begin in these rows, zeros for the others."""
+  rows, here = take_rows(packing, first_row, num_rows)
+  return jnp.where(here.reshape(-1, 1), encode(params, rows), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _encode_packed(encode: Encode, num_rows: int, params: object, packing: Packing) -> jax.Array:
+  """Features [P * n, D] of all texts, the first `num_rows` rows of each group at once."""
+  return _add_rest(encode, num_rows, params, packing, _encode_some(encode, params, packing, 0, num_rows))
+
+
+def _add_rest(encode: Encode, num_rows: int, params: object, packing: Packing, features: jax.Array) -> jax.Array:
+  count, first_row = _rest(num_rows)
+  body = lambda i, features: features + _encode_some(encode, params, packing, first_row(i), count)
+  return lax.fori_loop(0, _num_turns(num_rows, packing), body, features)
+
+
+def _rest(num_rows: int) -> tuple[int, Callable[[jax.Array], jax.Array]]:
+  """How many rows the loop computes at a time, and the first of its i-th turn."""
+  count = max(1, num_rows // _REST_SHARE)
+  return count, lambda i: num_rows + i * count
+
+
+def _num_turns(num_rows: int, packing: Packing) -> jax.Array:
+  """Turns of the loop: the same on all devices."""
+  count, _ = _rest(num_rows)
+  return jnp.maximum(0, -(-(packing.num_rows.max() - num_rows) // count))
+
+
+def _forward(encode: Encode, num_rows: int, params: object, packing: Packing) -> tuple[jax.Array, tuple]:
+  features, pull = jax.vjp(lambda params: _encode_some(encode, params, packing, 0, num_rows), params)
+  return _add_rest(encode, num_rows, params, packing, features), (pull, params, packing)
+
+
+def _backward(encode: Encode, num_rows: int, saved: tuple, grad: jax.Array) -> tuple[object, None]:
+  pull, params, packing = saved
+  count, first_row = _rest(num_rows)
+
+  def body(i, grads):
+    _, pull = jax.vjp(lambda params: _encode_some(encode, params, packing, first_row(i), count), params)
+    return jax.tree.map(jnp.add, grads, *pull(grad))
+
+  return lax.fori_loop(0, _num_turns(num_rows, packing), body, *pull(grad)), None
+
+
+_encode_packed.defvjp(_forward, _backward)
