@@ -8,11 +8,17 @@ Segmentation, from the official archives unpacked in --manual_dir:
   coco_stuff       val2017/*.jpg, stuffthingmaps/val2017/*.png or annotations/val2017/*.png  (coco_stuff, coco_object)
   ade20k           ADEChallengeData2016
   cityscapes_fine  leftImg8bit and gtFine
+
+Image-text pairs, from downloads in --manual_dir, by --workers processes; the same command goes on where one ended:
+  cc3m, cc12m      *.tar as img2dataset writes them, local or remote
+  yfcc14m          **/*.zip with HASH.jpg, yfcc100m_dataset[.bz2], yfcc100m_subset_data.tsv[.bz2]
+  redcaps12m       annotations/SUBREDDIT_YEAR.json, images/SUBREDDIT/IMAGE_ID.jpg
 """
 
 import argparse
 from collections.abc import Sequence
 import importlib
+import os
 import sys
 
 from etils import epath
@@ -27,6 +33,7 @@ BUILDERS = {
     'ade20k': ('segmentation_sets', 'Ade20k'),
     'cityscapes_fine': ('segmentation_sets', 'CityscapesFine'),
 }
+CAPTION_SETS = ('cc3m', 'cc12m', 'yfcc14m', 'redcaps12m')
 
 
 def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> epath.Path:
@@ -64,11 +71,17 @@ def main(arguments: Sequence[str]) -> int:
   """
   parser = argparse.ArgumentParser(
       prog='python -m groupvit_jax.datasets.build', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument('name', choices=BUILDERS)
+  parser.add_argument('name', choices=[*BUILDERS, *CAPTION_SETS])
   parser.add_argument('--manual_dir', required=True, help='the folder with the official archives, unpacked')
   parser.add_argument('--data_dir', required=True, help='where TFDS data sets are kept')
+  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes, for image-text pairs')
   args = parser.parse_args(arguments)
   try:
+    if args.name in CAPTION_SETS:
+      from groupvit_jax.datasets import caption_sets  # TFDS takes a second to import
+      folder = caption_sets.build(args.name, args.manual_dir, args.data_dir, args.workers)
+      print(f'{caption_sets.describe(args.name, folder)}; in {folder}')
+      return 0
     print(f'{args.name} is in {build(args.name, args.manual_dir, args.data_dir)}')
   except (ValueError, OSError) as error:
     return cli.fail(str(error))
