@@ -4,6 +4,7 @@ import bz2
 import json
 import pathlib
 import re
+import sqlite3
 import zipfile
 
 import pytest
@@ -88,6 +89,18 @@ def test_yfcc_is_the_subset_with_titles_and_descriptions(tmp_path):
   assert not (folder / 'captions').exists()
 
 
+def test_yfcc_from_the_metadata_that_are_offered(tmp_path):
+  """An SQLite file without hashes."""
+  write_yfcc(tmp_path / 'yfcc', range(2, 9))
+  (tmp_path / 'yfcc' / 'yfcc100m_dataset.bz2').unlink()
+  with sqlite3.connect(tmp_path / 'yfcc' / 'yfcc100m_dataset.sql') as database:
+    database.execute('CREATE TABLE yfcc100m_dataset (photoid integer, title text, description text)')
+    database.executemany('INSERT INTO yfcc100m_dataset VALUES (?, ?, ?)',
+                         [(1000 + n, f'Cat+{n}', None) for n in reversed(range(12))])
+  folder = caption_sets.build('yfcc14m', str(tmp_path / 'yfcc'), str(tmp_path / 'tfds'), workers=0)
+  assert records(folder) == {HASHES[n]: (encode(n), f'Cat {n}') for n in range(2, 9)}
+
+
 def test_yfcc_without_a_list_takes_the_whole_table(tmp_path):
   write_yfcc(tmp_path / 'yfcc', range(1))
   (tmp_path / 'yfcc' / 'yfcc100m_subset_data.tsv').unlink()
@@ -150,9 +163,12 @@ def test_goes_on_with_its_own_files_only(tmp_path, monkeypatch):
     ('cc12m', {'notes.txt': b''}, 'nothing matches'),
     ('cc12m', {'0000.tar': b'no tar'}, '0000.tar'),
     ('yfcc14m', {'x': b''}, 'no zips in .*fetch those of YFCC100M'),
-    ('yfcc14m', {'000.zip': b''}, 'no table .*yfcc100m_dataset'),
+    ('yfcc14m', {'000.zip': b''}, 'no .*yfcc100m_dataset.sql'),
     ('yfcc14m', {'000.zip': b'none', 'yfcc100m_dataset': b'\t'.join([b'0'] * 25)}, '000.zip is damaged'),
     ('yfcc14m', {'000.zip': b'', 'yfcc100m_dataset': b'1\t2\n'}, 'line 1 has 2 columns, not 10 or more'),
+    ('yfcc14m', {'000.zip': b'', 'yfcc100m_dataset.sql': b''}, 'no hashes: fetch yfcc100m_subset_data.tsv'),
+    ('yfcc14m', {'000.zip': b'', 'yfcc100m_dataset.sql': b'none' * 100, 'yfcc100m_subset_data.tsv': b'1\t2\t3'},
+     'yfcc100m_dataset.sql is not the metadata of YFCC100M'),
     ('redcaps12m', {'x': b''}, 'no annotations in'),
     ('redcaps12m', {'annotations/a.json': b'{}'}, 'no folder .*images'),
     ('redcaps12m', {'annotations/a.json': b'{}', 'images/x': b''}, 'a.json holds no annotations of RedCaps'),

@@ -11,7 +11,7 @@ Segmentation, from the official archives unpacked in --manual_dir:
 
 Image-text pairs, from downloads in --manual_dir, by --workers processes; the same command goes on where one ended:
   cc3m, cc12m      *.tar as img2dataset writes them, local or remote
-  yfcc14m          **/*.zip with HASH.jpg, yfcc100m_dataset[.bz2], yfcc100m_subset_data.tsv[.bz2]
+  yfcc14m          **/*.zip with HASH.jpg, yfcc100m_dataset.sql, yfcc100m_subset_data.tsv
   redcaps12m       annotations/SUBREDDIT_YEAR.json, images/SUBREDDIT/IMAGE_ID.jpg
 """
 

@@ -5,14 +5,19 @@ A part yields what to keep of each record, or the fault for which it is left out
 """
 
 import bz2
+import contextlib
 from collections.abc import Callable, Iterator
 import functools
 import json
 import pathlib
 import re
-from typing import BinaryIO, NamedTuple
+import sqlite3
+from typing import NamedTuple, TextIO
 import urllib.parse
 import zipfile
+
+import numpy as np
+import tqdm
 
 from groupvit_jax.data import shards
 from groupvit_jax.data.faults import Fault
@@ -21,11 +26,11 @@ from groupvit_jax.data.webdataset import open_webdataset, WebDataset
 Record = dict[str, object]  # 'image' and texts by the name of their feature
 Layout = Callable[[str, pathlib.Path], list['Part']]
 
-_HASH = re.compile(r'[0-9a-f]{32}')
+_HASH_NAME = re.compile(r'[0-9a-f]{32}')
 _TAG = re.compile(r'<[^<>]+>')
 SCRATCH = 'captions'  # folder for captions, sorted, while a set is built
 # Columns of YFCC100M's metadata, and of OpenAI's list of the subset: line, photo, hash, and so on.
-_PHOTO, _HASHES, _TITLE, _DESCRIPTION = 1, 2, 8, 9
+_PHOTO, _HASH, _TITLE, _DESCRIPTION = 1, 2, 8, 9
 
 
 class Part(NamedTuple):
@@ -57,10 +62,11 @@ def yfcc14m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
   """YFCC100M's zips and the captions of its 14 M subset.
 
   - `**/*.zip` with `.../HASH.jpg`
-  - `yfcc100m_dataset*`: the metadata, 25 columns separated by tabs; whole, or the rows of the subset
-  - `yfcc100m_subset_data.tsv*`: OpenAI's list of line, photo and hash; may be missing if the metadata are the subset's
+  - `yfcc100m_subset_data.tsv`: OpenAI's list of line, photo and hash
+  - `yfcc100m_dataset.sql`: the metadata, an SQLite file; or `yfcc100m_dataset*`, 25 columns separated by tabs, which
+    may be the rows of the subset alone: then the list may be missing
 
-  Tables may be compressed by bzip2. A caption is title and description, without their percent signs and tags.
+  Texts may be compressed by bzip2. A caption is title and description, without their percent signs and tags.
   """
   folder = _folder(manual_dir)
   zips = sorted(folder.glob('**/*.zip'))
@@ -68,7 +74,7 @@ def yfcc14m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
     raise ValueError(f'there are no zips in {folder}; fetch those of YFCC100M, 000.zip to fff.zip')
   table, subset = _find(folder, 'yfcc100m_dataset*'), _find(folder, 'yfcc100m_subset_data.tsv*')
   if table is None:
-    raise ValueError(f'there is no table {folder}/yfcc100m_dataset, which holds the captions')
+    raise ValueError(f'there is no {folder}/yfcc100m_dataset.sql, which holds the captions')
   captions = scratch / SCRATCH
   if not captions.exists():
     _sort_captions(table, subset, captions)
@@ -91,7 +97,7 @@ def redcaps12m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
 
 def clean(text: str) -> str:
   """A title or description of YFCC100M as people wrote it: unquoted, without tags, on one line."""
-  return ' '.join(_TAG.sub(' ', urllib.parse.unquote_plus(text)).split())
+  return ' '.join(_TAG.sub(' ', urllib.parse.unquote_plus(text, errors='replace')).split())
 
 
 def _read_tar(source: WebDataset, start: int, end: int) -> Iterator[Record | Fault]:
@@ -110,7 +116,7 @@ def _read_zip(path: pathlib.Path, captions: pathlib.Path) -> Iterator[Record | F
     with zipfile.ZipFile(path) as archive:
       for member in archive.infolist():
         key = pathlib.PurePosixPath(member.filename).stem
-        if not _HASH.fullmatch(key):
+        if not _HASH_NAME.fullmatch(key):
           continue
         if key[:2] not in known:
           known[key[:2]] = _read_captions(captions / key[:2])
@@ -138,41 +144,70 @@ def _read_redcaps(path: pathlib.Path, images: pathlib.Path) -> Iterator[Record |
 
 def _sort_captions(table: pathlib.Path, subset: pathlib.Path | None, folder: pathlib.Path) -> None:
   """Sorts the subset's captions by the first two digits of their pictures' hashes, in files a process can hold."""
-  wanted = None if subset is None else {line.split(b'\t')[_PHOTO] for line in _lines(subset, _HASHES)}
+  if subset is None and table.suffix == '.sql':
+    raise ValueError(f'{table} holds no hashes: fetch yfcc100m_subset_data.tsv into {table.parent}')
+  wanted = None if subset is None else _read_subset(subset)
   partial = folder.with_name(f'{folder.name}.partial')
   partial.mkdir(parents=True, exist_ok=True)
-  files: dict[bytes, BinaryIO] = {}
+  files: dict[str, TextIO] = {}
   try:
-    for line in _lines(table, _DESCRIPTION):
-      cells = line.rstrip(b'\r\n').split(b'\t')
-      if wanted is not None and cells[_PHOTO] not in wanted:
-        continue
-      prefix = cells[_HASHES][:2]
-      if prefix not in files:
-        files[prefix] = (partial / prefix.decode()).open('wb')
-      files[prefix].write(b'\t'.join((cells[_HASHES], cells[_TITLE], cells[_DESCRIPTION])) + b'\n')
+    rows = _read_sql(table) if table.suffix == '.sql' else _read_table(table)
+    for photo, key, *texts in tqdm.tqdm(rows, f'captions in {table.name}', unit=' rows', unit_scale=True):
+      if wanted is not None:
+        at = np.searchsorted(wanted['photo'], int(photo))
+        if at == len(wanted) or wanted['photo'][at] != int(photo):
+          continue
+        key = wanted['hash'][at].decode()
+      if key[:2] not in files:
+        files[key[:2]] = (partial / key[:2]).open('w', encoding='utf-8')
+      files[key[:2]].write('\t'.join((key, *map(clean, texts))) + '\n')
   finally:
     for file in files.values():
       file.close()
   partial.rename(folder)
 
 
-def _lines(path: pathlib.Path, column: int) -> Iterator[bytes]:
-  """Lines of a table that has a column of this number."""
-  with (bz2.open if path.suffix == '.bz2' else open)(path, 'rb') as file:
+def _read_subset(path: pathlib.Path) -> np.ndarray:
+  """Photos and their hashes, sorted by photo."""
+  rows = ((int(cells[_PHOTO]), cells[_HASH]) for cells in _lines(path, _HASH))
+  found = np.fromiter(rows, [('photo', 'i8'), ('hash', 'S32')])
+  found.sort(order='photo')
+  return found
+
+
+def _read_table(path: pathlib.Path) -> Iterator[tuple[str, ...]]:
+  """Photo, hash, title and description of each row."""
+  for cells in _lines(path, _DESCRIPTION):
+    yield tuple(cells[column] for column in (_PHOTO, _HASH, _TITLE, _DESCRIPTION))
+
+
+def _read_sql(path: pathlib.Path) -> Iterator[tuple[str, ...]]:
+  """Photo, nothing, title and description of each row."""
+  with contextlib.closing(sqlite3.connect(f'{path.absolute().as_uri()}?mode=ro', uri=True)) as database:
+    try:
+      for photo, title, description in database.execute('SELECT photoid, title, description FROM yfcc100m_dataset'):
+        yield photo, '', title or '', description or ''
+    except sqlite3.DatabaseError as error:
+      raise ValueError(f'{path} is not the metadata of YFCC100M ({error}); fetch it again') from error
+
+
+def _lines(path: pathlib.Path, column: int) -> Iterator[list[str]]:
+  """Cells of the rows of a table that has a column of this number."""
+  opened = bz2.open if path.suffix == '.bz2' else open
+  with opened(path, 'rt', encoding='utf-8', errors='replace', newline='\n') as file:
     for number, line in enumerate(file, 1):
-      found = line.count(b'\t') + 1
-      if found <= column:
-        raise ValueError(f'{path} line {number} has {found} columns, not {column + 1} or more; fetch it again')
-      yield line
+      cells = line.rstrip('\r\n').split('\t')
+      if len(cells) <= column:
+        raise ValueError(f'{path} line {number} has {len(cells)} columns, not {column + 1} or more; fetch it again')
+      yield cells
 
 
 def _read_captions(path: pathlib.Path) -> dict[str, tuple[str, str]]:
   """Hash -> title and description."""
   if not path.exists():
     return {}
-  rows = (line.split('\t') for line in path.read_text('utf-8', 'replace').split('\n') if line)
-  return {key: (clean(title), clean(description)) for key, title, description in rows}
+  rows = (line.split('\t') for line in path.read_text('utf-8').split('\n') if line)
+  return {key: (title, description) for key, title, description in rows}
 
 
 def _folder(manual_dir: str) -> pathlib.Path:
