@@ -7,15 +7,14 @@ convolutions, counted in the step as JAX traces it, because the compiler counts 
 """
 
 import functools
-import math
 
 from absl import app
 from absl import flags
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from ml_collections import config_flags
 
+from benchmarks.traced_flops import matmul_flops
 from groupvit_jax import optim, sharding, train_state, train_step
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.text_rows import one_a_row
@@ -25,35 +24,6 @@ CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 flags.mark_flag_as_required('config')
 
 VARIANTS = ((1, 'none'), (2, 'none'), (8, 'none'), (1, 'dots'), (1, 'blocks'), (8, 'blocks'))
-
-
-def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
-  """Floating-point operations of matrix products and convolutions, loops counted as often as they run."""
-  total = 0
-  for eqn in jaxpr.eqns:
-    shapes = [var.aval.shape for var in eqn.invars]
-    out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
-    if eqn.primitive.name == 'dot_general':
-      (contracted, _), _ = eqn.params['dimension_numbers']
-      total += 2 * out * math.prod(shapes[0][axis] for axis in contracted)
-    elif eqn.primitive.name == 'conv_general_dilated':
-      kernel_out = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
-      total += 2 * out * math.prod(shapes[1]) // kernel_out
-    inner = [
-      getattr(x, 'jaxpr', x)
-      for x in jax.tree.leaves(
-        tuple(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
-      )
-    ]
-    total += _times(eqn) * sum(matmul_flops(x) for x in inner if hasattr(x, 'eqns'))
-  return total
-
-
-def _times(eqn: jax.extend.core.JaxprEqn) -> int:
-  """How often an operation runs what it contains, all devices together."""
-  if eqn.primitive.name == 'shard_map':
-    return eqn.params['mesh'].size
-  return eqn.params['length'] if eqn.primitive.name == 'scan' else 1
 
 
 def main(_) -> None:

@@ -1,8 +1,9 @@
-"""Rounds of work in processes that take turns on one core, so that all meet the same machine."""
+"""Rounds of work in processes that take turns, so that all meet the same machine."""
 
 import json
 import os
 import pathlib
+import resource
 import statistics
 import subprocess
 import sys
@@ -24,20 +25,22 @@ class Side:
   """A process that works when asked to, and waits for the other side's turn otherwise."""
 
   def __init__(self, python: str, module: str, arguments: Sequence[str],
-               cores: set[int] | None):
-    environment = os.environ | {'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1'}
+               cores: set[int] | None, threads: int = 1):
+    environment = os.environ | {'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
     self._process = subprocess.Popen(
         [python, '-m', module, *arguments], cwd=ROOT, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     if cores and hasattr(os, 'sched_setaffinity'):
       os.sched_setaffinity(self._process.pid, cores)
     self.facts = self._answer()
+    self.peak_mb = 0.0  # memory of the process, the largest there was
 
   def run(self, work: str, pictures: int) -> Rate:
     """Does some work once, on at least so many pictures."""
     self._process.stdin.write(json.dumps([work, pictures]) + '\n')
     self._process.stdin.flush()
     answer = self._answer()
+    self.peak_mb = answer['peak_mb']
     return Rate(answer['pictures'] / answer['cpu_s'], answer['pictures'] / answer['wall_s'])
 
   def close(self) -> None:
@@ -61,7 +64,8 @@ def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]]) -
     wall, cpu = time.perf_counter(), time.process_time()
     done = works[work](pictures)
     spent = {'cpu_s': time.process_time() - cpu, 'wall_s': time.perf_counter() - wall}
-    print(json.dumps({'pictures': done} | spent), file=answers, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({'pictures': done, 'peak_mb': peak} | spent), file=answers, flush=True)
 
 
 def take_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int,

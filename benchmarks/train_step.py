@@ -1,61 +1,18 @@
-"""Times a config's training step and prints JSON: python -m benchmarks.train_step --config=configs/quickstart.py"""
+"""Times GroupViT-S/16's training step beside transformers' in PyTorch and prints JSON:
 
-import json
-import statistics
-import tempfile
-import time
+  python -m benchmarks.train_step --output=docs/speed_train.json
 
-from absl import app
-from absl import flags
-import jax
-from ml_collections import config_flags
+Ours is the paper's whole recipe; benchmarks/peer_model.py says what the peer's is. Each side is a process of its own
+on all cores, and they take turns. The table in the README is made of the JSON by benchmarks/speed_table.py.
+"""
 
-from groupvit_jax import train_loop, train_state
-from groupvit_jax.data import pipeline
-
-CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
-STEPS = flags.DEFINE_integer('steps', 50, 'Timed steps.')
-flags.mark_flag_as_required('config')
+from benchmarks import speed
 
 
-def main(_) -> None:
-  """Compiles the step, then times it on one batch, and again with the input pipeline feeding it."""
-  config = CONFIG.value
-  with tempfile.TemporaryDirectory() as workdir:
-    run = train_loop.set_up(config, workdir)
-  state = train_state.init_state(run.model, run.tx, config.seed, run.text_shape, run.mesh)
-  batches = (pipeline.to_devices(batch, run.mesh) for batch in train_loop.read_batches(run, 0))
-  batch = next(batches)
-
-  start = time.perf_counter()
-  step = train_loop.jit_step(run, state).lower(state, batch).compile()
-  compile_s = time.perf_counter() - start
-
-  def timed(next_batch) -> float:
-    nonlocal state
-    start = time.perf_counter()
-    state, figures = step(state, next_batch())
-    jax.block_until_ready(figures)
-    return time.perf_counter() - start
-
-  for _ in range(3):
-    timed(lambda: batch)
-  alone = statistics.median(timed(lambda: batch) for _ in range(STEPS.value))
-  fed = statistics.median(timed(lambda: next(batches)) for _ in range(STEPS.value))
-  cost, memory = step.cost_analysis(), step.memory_analysis()
-  print(json.dumps({
-      'jax': jax.__version__,
-      'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-      'batch_size': config.batch_size,
-      'compile_s': round(compile_s, 2),
-      'step_ms': round(1e3 * alone, 2),
-      'steps_per_s': round(1 / alone, 2),
-      'images_per_s': round(config.batch_size / alone, 1),
-      'images_per_s_with_input': round(config.batch_size / fed, 1),
-      'gflop_per_step': round(cost['flops'] / 1e9, 3),
-      'temporaries_mb': round(memory.temp_size_in_bytes / 2**20, 1),
-  }, indent=2))
+def main() -> None:
+  """Measures and writes."""
+  speed.measure('train', __doc__, batches=(4, 8, 16), sizes=(224,))
 
 
 if __name__ == '__main__':
-  app.run(main)
+  main()
