@@ -1,4 +1,4 @@
-"""The figures of the speed benchmarks: FLOPs by hand are those of the traced model, and the table says what was found."""
+"""The speed benchmarks: FLOPs by hand are those of the traced model, and the table says what was found."""
 
 import jax
 import jax.numpy as jnp
