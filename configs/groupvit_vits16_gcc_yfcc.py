@@ -63,6 +63,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
           yfcc14m=records('/data/tfds/yfcc14m/1.0.0', expected=14_615_499)),
       index_dir='',
       num_prompts=3,
+      noun_phrases=False,  # prompts of words, as in the paper; True: of whole noun phrases
       # The paper's: RandAugment m9 mstd0.5 inc1 after crop and flip, random erasing in the step.
       augment=dict(name='rand_augment', area=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, num_ops=2,
                    op_probability=0.5, magnitude=9.0, magnitude_std=0.5, erase=0.25, min_side=16,

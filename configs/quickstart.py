@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict(dict(
       source='scenes',
       num_prompts=0,  # with so few words every batch holds each prompt many times over: see the README
+      noun_phrases=False,  # prompts of words, as in the paper; True: of whole noun phrases
       num_threads=2,
       num_workers=0,
       prefetch_batches=4,

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import math
 import tempfile
 import time
@@ -54,7 +55,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   """
   config = config.copy_and_resolve_references()
   config.dry_run = False
-  say = print if jax.process_index() == 0 else lambda *_: None
+  say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
   changed = workdir_lib.compare(workdir, config)
   run = _set_up(config, workdir)
   manifest.compare(workdir, run.source.facts())

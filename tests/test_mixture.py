@@ -174,6 +174,17 @@ def test_crops_and_prompts_are_drawn_apart_and_anew_at_every_position(photograph
   np.testing.assert_array_equal(without_prompts.image, one_epoch[5].image)
 
 
+def test_prompts_of_words_or_of_phrases():
+  class Dogs(Numbers):
+    def __getitem__(self, index):
+      return super().__getitem__(index) | {'text': 'a small black dog'}
+
+  source = Mixture((DataSet('dogs', Dogs(8), 'digest', 1, 0.0),))
+  words, phrases = (examples(source, noun_phrases=which).look_up(0).texts for which in (False, True))
+  assert words[0] == phrases[0] == 'a small black dog'
+  assert 'small black dog' in phrases[1] and 'small black dog' not in words[1] and 'dog' in words[1]
+
+
 def test_data_that_no_batch_fits():
   with pytest.raises(ValueError, match='have 7 records, fewer than batch_size=8'):
     examples(numbers(7))

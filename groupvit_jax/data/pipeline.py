@@ -69,6 +69,7 @@ class Examples:
   num_batches: int  # where the run ends
   host: int
   num_hosts: int
+  noun_phrases: bool = False  # prompts hold phrases instead of words
 
   def __post_init__(self):
     check_batch_size(self.source, self.batch_size, self.num_hosts)
@@ -140,7 +141,9 @@ class Examples:
     return self.augment(record['image'], self._rng(position, _AUGMENT), record['key'])
 
   def _texts(self, caption: str, position: int) -> list[str]:
-    return [caption, *text_ops.noun_prompts(caption, self.num_prompts, self._rng(position, _WORDS))]
+    prompts = text_ops.noun_prompts(
+        caption, self.num_prompts, self._rng(position, _WORDS), phrases=self.noun_phrases)
+    return [caption, *prompts]
 
   def _rng(self, position: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(self.seed, position), counter=(0, 0, 0, stream)))
@@ -216,7 +219,7 @@ def build_examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer
   return Examples(
       source, augment, tokenizer, seed=config.seed, batch_size=config.batch_size, num_prompts=config.data.num_prompts,
       text_length=config.model.text.context_length, first_batch=first_batch, num_batches=config.total_steps,
-      host=host, num_hosts=num_hosts)
+      host=host, num_hosts=num_hosts, noun_phrases=config.data.noun_phrases)
 
 
 def iterate(examples: Examples, *, num_threads: int, num_workers: int, prefetch_batches: int,
