@@ -17,6 +17,8 @@ OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Also accept an --output that 
 IMAGES = flags.DEFINE_string('images', None, "Pictures to segment: a path or a pattern, as in '*.png'.")
 CLASSES = flags.DEFINE_string('classes', None, "Words to look for in --images: 'dog|puppy,banana,grass'.")
 PROTOCOL = flags.DEFINE_string('protocol', protocols.NATIVE, f'native or {", ".join(protocols.PROTOCOLS)}.')
+WEIGHTS = flags.DEFINE_enum('weights', 'best', ['best', 'ema', 'trained'],
+                            'best: the moving average, where the run keeps one.')
 CHANGES = {field.name: flags.DEFINE_string(f'protocol.{field.name}', None, 'Changes that part of the protocol.')
            for field in dataclasses.fields(protocols.Protocol) if field.name != 'name'}
 flags.mark_flag_as_required('workdir')
@@ -28,7 +30,7 @@ def main() -> int:
   if IMAGES.value is not None and OUTPUT.value is None:
     return cli.fail('--images needs --output: the folder that results go to')
   from groupvit_jax.evals import run_eval  # after the flags: a mistake there should not wait for JAX to load
-  options = dict(output=OUTPUT.value, overwrite=OVERWRITE.value, protocol=PROTOCOL.value,
+  options = dict(output=OUTPUT.value, overwrite=OVERWRITE.value, protocol=PROTOCOL.value, weights=WEIGHTS.value,
                  changes={key: flag.value for key, flag in CHANGES.items() if flag.value is not None})
   if IMAGES.value is None:
     return run_eval.evaluate_scenes(WORKDIR.value, **options)

@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.remat = 'none'  # 'dots' or 'blocks' forget more activations and compute them again: docs/large_batches.md
   config.text_budget = 0  # tokens an image that the text tower computes at once; 0 pads: docs/performance.md
   config.multi_label_weight = 1.0
+  config.ema_decay = 0.0  # above 0 a moving average of the weights is kept, and is what evaluation and exports use
 
   config.log_every = 50
   config.max_skipped_in_a_row = 10

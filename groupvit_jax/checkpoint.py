@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 import contextlib
+import dataclasses
 import gc
 import io
 import json
@@ -62,7 +63,7 @@ class Checkpoints:
     with _disk_errors(self.folder):
       self._manager.check_for_errors()
       self._manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(json.loads(config.to_json()))))
+          state=ocp.args.StandardSave(_entries(state)), config=ocp.args.JsonSave(json.loads(config.to_json()))))
 
   def wait(self) -> None:
     """Blocks until the last save is complete. Raises OSError if it failed."""
@@ -79,7 +80,8 @@ class Checkpoints:
     Raises:
       ValueError: there are checkpoints and none of them can be read.
     """
-    return self._newest(ocp.args.StandardRestore(abstract_state))
+    restored = self._newest(ocp.args.StandardRestore(_entries(abstract_state)))
+    return restored and restored._replace(state=TrainState(**restored.state))
 
   def restore_variables(self, abstract_variables: dict[str, object]) -> Restored | None:
     """Restores what `model.apply` takes and leaves the rest, above all the optimiser's moments, unread.
@@ -128,6 +130,12 @@ class Checkpoints:
     for step in steps:
       (self.folder / str(step)).rename(self.folder / f'damaged-{step}')
     self._manager.reload()
+
+
+def _entries(state: TrainState) -> dict[str, object]:
+  """The entries of a state that are there: Orbax would otherwise keep a place for an average that is not."""
+  return {field.name: value for field in dataclasses.fields(state)
+          if (value := getattr(state, field.name)) is not None}
 
 
 @contextlib.contextmanager

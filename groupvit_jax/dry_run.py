@@ -84,7 +84,7 @@ def measure_memory(run: Run, batch: dict[str, np.ndarray]) -> Memory:
   Raises:
     ValueError: the compiler finds no way to fit a step in.
   """
-  state = train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh)
+  state = train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh, run.averages)
   place = sharding.batch_sharding(run.mesh)
   rows = {name: jax.ShapeDtypeStruct((run.config.batch_size, *value.shape[1:]), value.dtype, sharding=place)
           for name, value in batch.items()}

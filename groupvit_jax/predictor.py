@@ -85,17 +85,24 @@ class Predictor:
     self._embeds: dict[str, np.ndarray] = {}
 
   @classmethod
-  def from_workdir(cls, workdir: epath.PathLike, *, protocol: Protocol | None = None) -> 'Predictor':
+  def from_workdir(
+    cls,
+    workdir: epath.PathLike,
+    *,
+    protocol: Protocol | None = None,
+    weights: trained_run.Weights = 'best',
+  ) -> 'Predictor':
     """Reads the newest whole checkpoint of a run; nothing is written.
 
     Args:
       workdir: what train.py was given.
       protocol: as for `Predictor`.
+      weights: as for `trained_run.open_run`.
 
     Raises:
       ValueError: there is no run, or no checkpoint of it can be read.
     """
-    return cls.from_run(trained_run.open_run(workdir), protocol=protocol)
+    return cls.from_run(trained_run.open_run(workdir, weights=weights), protocol=protocol)
 
   @classmethod
   def from_run(

@@ -46,6 +46,11 @@ class Run(NamedTuple):
     """(T, L) of the tokens of one image."""
     return 1 + self.config.data.num_prompts, self.config.model.text.context_length
 
+  @property
+  def averages(self) -> bool:
+    """Whether a moving average of the variables is kept."""
+    return self.config.ema_decay > 0
+
 
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   """Trains, or goes on training, the run in a workdir.
@@ -78,6 +83,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
   packed_texts.check_budget(config.text_budget)
+  if not 0 <= config.ema_decay < 1:
+    raise ValueError(f'ema_decay={config.ema_decay}: use 0 for no average, or a number below 1, as in 0.9998')
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   source = build_source(config.data, tuple(config.model.vision.image_size))
   pipeline.check_batch_size(source, config.batch_size, jax.process_count())
@@ -100,10 +107,10 @@ def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
   2. Otherwise the config's seed.
   """
   restored = checkpoints.restore(
-      train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh))
+      train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh, run.averages))
   if restored is not None:
     return restored.state
-  return train_state.init_state(run.model, run.tx, run.config.seed, run.text_shape, run.mesh)
+  return train_state.init_state(run.model, run.tx, run.config.seed, run.text_shape, run.mesh, run.averages)
 
 
 def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, train_step.Figures]]:
@@ -112,7 +119,7 @@ def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, tra
       train_step.train_step, model=run.model, tx=run.tx, multi_label_weight=run.config.multi_label_weight,
       grad_accum_steps=run.config.grad_accum_steps, text_budget=run.config.text_budget,
       random_erasing=build_random_erasing(run.config.data.augment),
-      place=sharding.batch_sharding(run.mesh))
+      place=sharding.batch_sharding(run.mesh), ema_decay=run.config.ema_decay)
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 
 
@@ -177,9 +184,9 @@ def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: i
   """Scores the held-out scenes; a signal leaves it at once, and the loop sees the flag."""
   try:
     with interrupts.immediately():
-      scores = evaluator.evaluate(state.variables).scalars()
+      scores = evaluator.evaluate(state.best_variables).scalars()
       log.figures(step, {f'eval/{evaluator.split}/{name}': value for name, value in scores.items()})
-      log.picture(step, f'eval/{evaluator.split}', evaluator.pictures(state.variables))
+      log.picture(step, f'eval/{evaluator.split}', evaluator.pictures(state.best_variables))
       log.say(f'step {step}  held-out mIoU {scores["miou"]:.3f}  oracle {scores["oracle_miou"]:.3f}')
   except Preempted:
     log.say(f'evaluation after step {step} left for a signal')

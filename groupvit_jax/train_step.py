@@ -93,10 +93,26 @@ def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, mu
   return out, grads
 
 
+def average_variables(state: TrainState, decay: float) -> dict[str, object]:
+  """The moving average after an update: `d * average + (1 - d) * variables`.
+
+  After n updates d is min(decay, (1 + n) / (10 + n)), so that the average soon forgets where the run started. A
+  skipped update leaves it as it was.
+
+  Args:
+    state: after the update, with the average from before it.
+    decay: the d of a long run.
+  """
+  updates = (state.step - state.skipped).astype(jnp.float32)
+  rate = jnp.minimum(decay, (1 + updates) / (10 + updates))
+  weight = jnp.where(state.skipped_in_a_row > 0, 0, 1 - rate)
+  return optax.incremental_update(state.variables, state.ema, weight)
+
+
 def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: optax.GradientTransformation,
                multi_label_weight: float, grad_accum_steps: int, text_budget: int,
-               random_erasing: RandomErasing | None,
-               place: NamedSharding | None) -> tuple[TrainState, Figures]:
+               random_erasing: RandomErasing | None, place: NamedSharding | None,
+               ema_decay: float = 0.0) -> tuple[TrainState, Figures]:
   """Applies one update.
 
   An update with a non-finite loss or gradient is skipped and counted: parameters, statistics and optimiser stay as
@@ -112,6 +128,7 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
     text_budget: tokens an image that the text tower computes at once (static); 0 for padded texts.
     random_erasing: what some images lose (static); None when no image loses anything.
     place: how B is divided over devices (static); None when there is but one.
+    ema_decay: of the moving average, in a state that has one (static).
 
   Returns:
     The next state and the step's figures.
@@ -131,6 +148,8 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
   state = state.replace(
       step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state,
       skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + 1) * bad)
+  if state.ema is not None:
+    state = state.replace(ema=average_variables(state, ema_decay))
   scalars = out.figures.scalars | {
       'grad_norm': grad_norm, 'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
   return state, Figures(scalars, out.figures.health)

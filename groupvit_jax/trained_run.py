@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 import contextlib
 import pathlib
 import subprocess
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from etils import epath
 import jax
@@ -18,6 +18,8 @@ from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
 
+Weights = Literal['best', 'ema', 'trained']
+
 
 class TrainedRun(NamedTuple):
   """What a workdir holds, ready for `model.apply`."""
@@ -28,22 +30,34 @@ class TrainedRun(NamedTuple):
   model: ImageTextModel
   mesh: jax.sharding.Mesh
   variables: dict[str, object]  # {'params': ..., 'batch_stats': ...}, whole on each device
+  weights: Weights  # which of them: 'ema' or 'trained'
   step: int
   skipped: tuple[int, ...]  # newer checkpoints, which are damaged
 
   @property
   def provenance(self) -> Mapping[str, str]:
     """What figures of this run depend on besides their protocol."""
-    return {'workdir': str(self.workdir), 'step': str(self.step), 'code': code_version()}
+    return {
+      'workdir': str(self.workdir),
+      'step': str(self.step),
+      'weights': self.weights,
+      'code': code_version(),
+    }
 
 
-def open_run(workdir: epath.PathLike) -> TrainedRun:
+def open_run(workdir: epath.PathLike, *, weights: Weights = 'best') -> TrainedRun:
   """Opens the newest whole checkpoint of a workdir, on all devices; nothing is written there.
 
+  Args:
+    workdir: of the run.
+    weights: 'ema' for the moving average, 'trained' for what training itself works on, 'best' for the average of a
+      run that keeps one and what was trained of another.
+
   Raises:
-    ValueError: there is no such workdir, no run in it, no checkpoint yet, or none that can be read.
+    ValueError: there is no such workdir, no run in it, no checkpoint yet, none that can be read, or no average.
   """
   config = workdir_lib.read_config(workdir)
+  weights = _choose_weights(workdir, config, weights)
   tokenizer = workdir_lib.load_tokenizer(workdir)
   with complete_config(workdir):
     model = build_model(
@@ -53,7 +67,8 @@ def open_run(workdir: epath.PathLike) -> TrainedRun:
       multi_label=config.data.num_prompts > 0,
     )
   mesh = sharding.make_mesh()
-  shapes = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh).variables
+  state = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh, average=weights == 'ema')
+  shapes = state.variables if state.ema is None else {'ema': state.ema}
   checkpoints = Checkpoints(workdir, keep=1, read_only=True)
   try:
     restored = checkpoints.restore_variables(shapes)
@@ -61,9 +76,20 @@ def open_run(workdir: epath.PathLike) -> TrainedRun:
     checkpoints.close()
   if restored is None:
     raise ValueError(f'the run in {workdir} has no checkpoint yet; let train.py reach its first')
+  variables = restored.state if state.ema is None else restored.state['ema']
   return TrainedRun(
-    epath.Path(workdir), config, tokenizer, model, mesh, restored.state, restored.step, restored.skipped
+    epath.Path(workdir), config, tokenizer, model, mesh, variables, weights, restored.step, restored.skipped
   )
+
+
+def _choose_weights(workdir: epath.PathLike, config: ml_collections.ConfigDict, weights: Weights) -> Weights:
+  """'ema' or 'trained'."""
+  if weights not in get_args(Weights):
+    raise ValueError(f'weights={weights!r}: use {", ".join(get_args(Weights))}')
+  kept = workdir_lib.keeps_average(config)
+  if weights == 'ema' and not kept:
+    raise ValueError(f"the run in {workdir} keeps no moving average; use weights=trained, or train with ema_decay")
+  return 'ema' if kept and weights != 'trained' else 'trained'
 
 
 @contextlib.contextmanager

@@ -66,10 +66,17 @@ def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[
     return []
   differences = _differences(read_config(workdir), config)
   unfit = [text for key, text in differences.items() if key.split('.')[0] in _FITTING]
+  if keeps_average(read_config(workdir)) != keeps_average(config):
+    unfit.append(differences['ema_decay'])
   if unfit:
     raise ValueError(f'the config does not fit the run in {workdir}: ' + '; '.join(unfit)
                      + '; use another --workdir, or the values of that run')
   return list(differences.values())
+
+
+def keeps_average(config: ml_collections.ConfigDict) -> bool:
+  """Whether the checkpoints of a run hold a moving average; runs from before there were any lack the entry."""
+  return 'ema_decay' in config and config.ema_decay > 0
 
 
 def load_tokenizer(workdir: epath.PathLike) -> Tokenizer:

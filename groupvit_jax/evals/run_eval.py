@@ -30,6 +30,7 @@ def evaluate_scenes(
   overwrite: bool,
   protocol: str,
   changes: Mapping[str, str],
+  weights: trained_run.Weights = 'best',
 ) -> int:
   """Scores a run on its held-out scenes, beside two baselines, and prints a table.
 
@@ -39,6 +40,7 @@ def evaluate_scenes(
     overwrite: see `OutputFolder`.
     protocol: name of the protocol.
     changes: protocol parameters as people write them.
+    weights: as for `trained_run.open_run`.
 
   Returns:
     The exit code.
@@ -48,7 +50,7 @@ def evaluate_scenes(
     OSError: the results cannot be written.
   """
   folder = None if output is None else OutputFolder(output, overwrite=overwrite)
-  run = trained_run.open_run(workdir)
+  run = trained_run.open_run(workdir, weights=weights)
   chosen = _choose_protocol(run, protocol, changes)
   with trained_run.complete_config(workdir):
     evaluator = SceneEvaluator(
@@ -89,6 +91,7 @@ def label_pictures(
   overwrite: bool,
   protocol: str,
   changes: Mapping[str, str],
+  weights: trained_run.Weights = 'best',
 ) -> int:
   """Segments pictures into words, and writes for each what was found.
 
@@ -104,6 +107,7 @@ def label_pictures(
     overwrite: see `OutputFolder`.
     protocol: name of the protocol.
     changes: protocol parameters as people write them.
+    weights: as for `trained_run.open_run`.
 
   Returns:
     The exit code: `cli.EXIT_PARTIAL` if a picture could not be read.
@@ -116,7 +120,7 @@ def label_pictures(
   parse_words(words)  # before anything that takes time
   paths = _find_pictures(images)
   folder = OutputFolder(output, overwrite=overwrite)
-  run = trained_run.open_run(workdir)
+  run = trained_run.open_run(workdir, weights=weights)
   chosen = _choose_protocol(run, protocol, changes)
   predictor = Predictor.from_run(run, protocol=chosen)
   folder.begin()

@@ -23,7 +23,8 @@ from groupvit_jax.trained_run import TrainedRun
 _WEIGHTS = ('.safetensors', '.stablehlo')
 
 
-def export(workdir: str, form: str, output: str, *, dtype: str = 'float32', scores: str | None = None) -> str:
+def export(workdir: str, form: str, output: str, *, dtype: str = 'float32', scores: str | None = None,
+           weights: trained_run.Weights = 'best') -> str:
   """Exports the newest whole checkpoint of a run.
 
   Args:
@@ -32,6 +33,7 @@ def export(workdir: str, form: str, output: str, *, dtype: str = 'float32', scor
     output: folder to make; must not exist, or be empty.
     dtype: 'float32' or 'bfloat16'.
     scores: a results.json of `eval.py`, which goes into the model card.
+    weights: as for `trained_run.open_run`.
 
   Returns:
     What was written, a line for each file of weights.
@@ -41,7 +43,7 @@ def export(workdir: str, form: str, output: str, *, dtype: str = 'float32', scor
   """
   check_free('--output', output)
   report = None if scores is None else _read_report(epath.Path(scores))
-  run = trained_run.open_run(workdir)
+  run = trained_run.open_run(workdir, weights=weights)
   spec = state_dicts.ModelSpec(run.config.model, run.tokenizer.vocab_size, run.tokenizer.eos_id, run.model.multi_label)
   number_format = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
   with new_folder('--output', output) as folder:
@@ -104,6 +106,8 @@ if __name__ == '__main__':
   DTYPE = flags.DEFINE_enum(
       'dtype', 'float32', ['float32', 'bfloat16'], 'Of the weights; of stablehlo also of the computation.')
   SCORES = flags.DEFINE_string('scores', None, "results.json of eval.py, for huggingface's model card.")
+  WEIGHTS = flags.DEFINE_enum(
+      'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.')
   flags.mark_flags_as_required(['workdir', 'format', 'output'])
   cli.run(lambda: print(export(
-      WORKDIR.value, FORMAT.value, OUTPUT.value, dtype=DTYPE.value, scores=SCORES.value)))
+      WORKDIR.value, FORMAT.value, OUTPUT.value, dtype=DTYPE.value, scores=SCORES.value, weights=WEIGHTS.value)))
