@@ -52,6 +52,11 @@ class RunLog:
     if not self._silent:
       tqdm.tqdm.write(line, file=sys.stderr)
 
+  def restart_clock(self, step: int) -> None:
+    """Counts images/s from `step` on, so that compilation is left out."""
+    if not self._silent:
+      self._last = (step, time.perf_counter())
+
   def train(self, step: int, figures: Mapping[str, float]) -> None:
     """Logs a training step's figures, adds images/s, and moves the bar."""
     if self._silent:

@@ -155,6 +155,8 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
     if step == first_step + 1:
       jax.block_until_ready(state)
       log.say(f'first step after {time.perf_counter() - started:.1f} s (compiled)')
+      if not logged:
+        log.restart_clock(step)
     if interrupts.requested:
       break
     evaluating = evaluator is not None and (step % config.eval.every_steps == 0 or step == config.total_steps)
@@ -199,7 +201,8 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
   log.say(f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
           f'{len(run.source):,} records; vocabulary {run.tokenizer.vocab_size:,}')
   for part in run.source.sets:
-    log.say(f'{part.name}: {len(part.source):,} records in {part.num_shards:,} shards, weight {part.weight:g}')
+    if part.num_shards:
+      log.say(f'{part.name}: {len(part.source):,} records in {part.num_shards:,} shards, weight {part.weight:g}')
   log.say(f'goes on after step {step}' if step else 'starts at step 0')
   for line in run.changed:
     log.say(f'changed since the first start: {line}')
