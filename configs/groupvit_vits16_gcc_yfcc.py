@@ -48,6 +48,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
       remat='dots',
       text_budget=64,  # tokens an image; packed captions and prompts of CC12M take 57: docs/performance.md
       multi_label_weight=1.0,
+      init_from='',
       ema_decay=0.0,
   ))
 

@@ -117,7 +117,7 @@ def _set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   tried.tokenizer.num_captions = min(_CAPTIONS, config.tokenizer.num_captions)
   with tempfile.TemporaryDirectory() as scratch:
     run = train_loop.set_up(tried, scratch)
-  if not tried.tokenizer.path:  # the run's own may find more pieces
+  if not tried.tokenizer.path and not tried.init_from:  # the run's own may find more pieces
     run = run._replace(model=run.model.clone(text=run.model.text.clone(vocab_size=config.tokenizer.vocab_size)))
   return run._replace(config=config)
 

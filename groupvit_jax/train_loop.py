@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from groupvit_jax import (
-    cli, optim, packed_texts, sharding, train_state, train_step, workdir as workdir_lib)
+    cli, initial_weights, optim, packed_texts, sharding, train_state, train_step, workdir as workdir_lib)
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data import image_ops, manifest, pipeline
 from groupvit_jax.data.fault_tally import FaultTally
@@ -93,9 +93,11 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   build = functools.partial(
       build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat)
   build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written
+  if config.init_from and not (epath.Path(workdir) / 'config.json').exists():
+    initial_weights.check(config, build)
   changed = workdir_lib.claim(workdir, config)
   manifest.claim(workdir, source.facts())
-  tokenizer = workdir_lib.prepare_tokenizer(workdir, config.tokenizer, source)
+  tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
   return Run(config, mesh, source, tokenizer, model, optim.build_optimizer(config.optim, schedule), schedule, changed)
 
@@ -104,13 +106,15 @@ def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
   """The state to start from.
 
   1. The newest whole checkpoint in the workdir: everything goes on, the position in the data included.
-  2. Otherwise the config's seed.
+  2. Otherwise the weights that `config.init_from` names, at step 0 and without the optimiser's moments.
+  3. Otherwise the config's seed.
   """
   restored = checkpoints.restore(
       train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh, run.averages))
   if restored is not None:
     return restored.state
-  return train_state.init_state(run.model, run.tx, run.config.seed, run.text_shape, run.mesh, run.averages)
+  return initial_weights.initial_state(run.model, run.tx, run.config.seed, run.text_shape, run.mesh,
+                                       init_from=run.config.init_from, average=run.averages)
 
 
 def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, train_step.Figures]]:

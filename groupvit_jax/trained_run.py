@@ -108,11 +108,17 @@ def complete_config(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def untrained_variables(run: TrainedRun) -> dict[str, object]:
-  """The variables that the run started from."""
-  state = train_state.init_state(
-    run.model, optax.identity(), run.config.seed, _text_shape(run.model), run.mesh
-  )
-  return state.variables
+  """The variables that the run started from.
+
+  Raises:
+    ValueError: it started from weights that are no longer where its config says.
+  """
+  from groupvit_jax import initial_weights  # which opens runs itself
+
+  init_from = run.config.init_from if 'init_from' in run.config else ''
+  return initial_weights.initial_state(
+    run.model, optax.identity(), run.config.seed, _text_shape(run.model), run.mesh, init_from=init_from
+  ).variables
 
 
 def code_version() -> str:

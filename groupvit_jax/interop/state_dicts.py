@@ -154,7 +154,7 @@ def from_state_dict(state: Mapping[str, np.ndarray], abstract: Mapping, rules: S
   for path, entry in entries.items():
     saved = jax.eval_shape(entry.layout.save, jax.ShapeDtypeStruct(shapes[path], jnp.float32))
     expected.update({name: leaf.shape for name, leaf in zip(entry.names, saved, strict=True)})
-  _check_names({name: x for name, x in state.items() if not re.fullmatch(ignore, name)}, expected)
+  check_names({name: x for name, x in state.items() if not re.fullmatch(ignore, name)}, expected)
   flat = {}
   for path, entry in entries.items():
     arrays = [np.asarray(state[name], np.float32) for name in entry.names]
@@ -181,8 +181,13 @@ def cast(state: Mapping[str, np.ndarray], dtype: np.dtype) -> StateDict:
   return {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in state.items()}
 
 
-def _check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
-  """Raises one error for all that does not fit."""
+def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
+  """Raises one ValueError for all that does not fit.
+
+  Args:
+    state: name -> array.
+    expected: name -> shape.
+  """
   common = [name for name in expected if name in state]
   problems = {
       'missing': [name for name in expected if name not in state],

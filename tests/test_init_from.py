@@ -1,0 +1,99 @@
+"""Runs that start from weights of elsewhere: which weights, in which shapes, and when not."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from groupvit_jax import train_loop, trained_run
+from groupvit_jax.checkpoint import Checkpoints
+from groupvit_jax.interop import weights_folder
+from groupvit_jax.interop.flat import to_flat
+from tests.huggingface_models import random_model, small_config, write_clip_folder
+from tests.tiny import tiny_config
+from tests.trained import trained_workdir
+
+
+def config(**changes):
+  """A run that starts from the tiny one."""
+  result = tiny_config()
+  result.init_from, result.seed = str(trained_workdir()), 5
+  result.update(changes)
+  return result
+
+
+def start(config, workdir):
+  """The state that a run starts from, and the run."""
+  run = train_loop.set_up(config, workdir)
+  checkpoints = Checkpoints(workdir, keep=1)
+  try:
+    return train_loop.restore_or_init(run, checkpoints), run
+  finally:
+    checkpoints.close()
+
+
+def assert_equal(found, expected, but=()) -> None:
+  found, expected = to_flat(found), to_flat(expected)
+  assert found.keys() == expected.keys()
+  for name in found.keys() - set(but):
+    np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_another_size_of_pictures_over_sharded_parameters(tmp_path):
+  changed = config(ema_decay=0.5)
+  changed.mesh.fsdp, changed.model.vision.image_size = 2, (48, 48)
+  source = trained_run.open_run(trained_workdir())
+  state, run = start(changed, tmp_path / 'run')
+  assert int(state.step) == 0 and run.tokenizer.vocab_size == source.tokenizer.vocab_size
+  assert 'fsdp' in state.params['vision']['stage0_block0']['attn']['qkv']['kernel'].sharding.spec
+  assert_equal(state.variables, source.variables, but=['params/vision/positions'])
+  assert_equal(state.ema, state.variables)
+  before = torch.tensor(np.asarray(source.variables['params']['vision']['positions']))
+  resized = torch.nn.functional.interpolate(before.permute(2, 0, 1)[None], size=(6, 6), mode='bicubic')[0]
+  np.testing.assert_allclose(state.params['vision']['positions'], resized.permute(1, 2, 0), atol=1e-6)
+  assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
+
+
+def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path):
+  source, changed = trained_run.open_run(trained_workdir()), config()
+  assert train_loop.train(changed, tmp_path / 'run') == 0
+  opened = trained_run.open_run(tmp_path / 'run')
+  assert_equal(trained_run.untrained_variables(opened), source.variables)
+  changed.init_from = str(tmp_path / 'gone')  # is not looked at any more
+  later, _ = start(changed, tmp_path / 'run')
+  assert int(later.step) == opened.step == 6
+  assert_equal(later.variables, opened.variables)
+  kernels = [tree['params']['vision']['patch_embed']['kernel'] for tree in (opened.variables, source.variables)]
+  assert not np.array_equal(*kernels)
+
+
+def test_from_a_hugging_face_folder(tmp_path):
+  folder = tmp_path / 'hub'
+  random_model(small_config()).save_pretrained(folder)
+  write_clip_folder(folder)
+  weights = weights_folder.read_weights(folder)
+  state, run = start(config(init_from=str(folder), model=weights.spec.config), tmp_path / 'run')
+  assert run.tokenizer.vocab_size == weights.spec.vocab_size
+  scale = state.params.pop('multi_label_logit_scale')  # which the folder has no place for
+  np.testing.assert_allclose(scale, np.log(1 / 0.07), rtol=1e-5)
+  assert_equal(state.variables, weights.variables)
+
+
+def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path):
+  deeper = config()
+  deeper.model.text.depth, deeper.model.projector_dim = 2, 24
+  with pytest.raises(ValueError) as error:
+    train_loop.set_up(deeper, tmp_path / 'run')
+  text = str(error.value)
+  assert 'missing: params/text/block1/' in text and 'misshapen: ' in text and deeper.init_from in text
+  assert text.count('projector/fc1/kernel (16, 16) instead of (16, 24)') == 2
+  shallow = config()
+  shallow.model.vision.depths = (0, 1)
+  with pytest.raises(ValueError, match='unexpected: params/vision/stage0_block0/'):
+    train_loop.set_up(shallow, tmp_path / 'run')
+  with pytest.raises(ValueError, match="init_from='/nowhere': there is no such file or folder"):
+    train_loop.set_up(config(init_from='/nowhere'), tmp_path / 'run')
+  (tmp_path / 'x.pth').write_bytes(b'weights')
+  with pytest.raises(ValueError, match="x.pth' comes without a tokenizer; name it in tokenizer.path"):
+    train_loop.set_up(config(init_from=str(tmp_path / 'x.pth')), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
