@@ -14,12 +14,13 @@ from PIL import Image
 
 from groupvit_jax import sharding, trained_run
 from groupvit_jax.data.pictures import read_picture
-from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.evals import groups, semantic_seg, visualize, windows
 from groupvit_jax.evals.benchmarks import Benchmark, make_benchmark
 from groupvit_jax.evals.protocols import native_protocol, Protocol
 from groupvit_jax.evals.segmenter import Segmenter
 from groupvit_jax.evals.window_encoder import EncodedPicture, WindowEncoder
+from groupvit_jax.interop import bundle, weights_folder
 from groupvit_jax.models.image_text import ImageTextModel
 from groupvit_jax.prediction import Prediction
 
@@ -103,6 +104,37 @@ class Predictor:
       ValueError: there is no run, or no checkpoint of it can be read.
     """
     return cls.from_run(trained_run.open_run(workdir, weights=weights), protocol=protocol)
+
+  @classmethod
+  def open(
+    cls,
+    path: epath.PathLike,
+    *,
+    protocol: Protocol | None = None,
+    weights: trained_run.Weights = 'best',
+  ) -> 'Predictor':
+    """Opens a model of any form.
+
+    Args:
+      path: a workdir, a Hugging Face folder, or a folder that `export` wrote in any of its formats. One of
+        `--format=stablehlo` labels windows of the size it was exported for, on one device.
+      protocol: as for `Predictor`.
+      weights: which of a workdir's, as for `trained_run.open_run`.
+
+    Raises:
+      ValueError: there is no model, or it cannot be read.
+    """
+    path = epath.Path(path)
+    if (path / 'bundle.json').exists():
+      model, variables, tokenizer = bundle.read_bundle(path)
+      return cls(
+        model, variables, tokenizer, sharding.make_mesh(devices=jax.devices()[:1]), protocol=protocol
+      )
+    if path.is_dir() and not (path / 'checkpoints').is_dir():
+      found, mesh = weights_folder.read_weights(path), sharding.make_mesh()
+      variables = jax.device_put(found.variables, sharding.replicated(mesh))
+      return cls(found.spec.build(), variables, build_tokenizer(path), mesh, protocol=protocol)
+    return cls.from_workdir(path, protocol=protocol, weights=weights)
 
   @classmethod
   def from_run(
