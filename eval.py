@@ -5,10 +5,12 @@
 """
 
 import dataclasses
+import json
 
 from absl import flags
 
 from groupvit_jax import cli
+from groupvit_jax import cluster
 from groupvit_jax.evals import protocols
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The folder train.py wrote; its newest whole checkpoint is used.')
@@ -21,6 +23,7 @@ WEIGHTS = flags.DEFINE_enum('weights', 'best', ['best', 'ema', 'trained'],
                             'best: the moving average, where the run keeps one.')
 CHANGES = {field.name: flags.DEFINE_string(f'protocol.{field.name}', None, 'Changes that part of the protocol.')
            for field in dataclasses.fields(protocols.Protocol) if field.name != 'name'}
+CLUSTER = cluster.define_flags()
 flags.mark_flag_as_required('workdir')
 
 
@@ -29,12 +32,16 @@ def main() -> int:
     return cli.fail('--classes are looked for in pictures; name them with --images')
   if IMAGES.value is not None and OUTPUT.value is None:
     return cli.fail('--images needs --output: the folder that results go to')
-  from groupvit_jax.evals import run_eval  # after the flags: a mistake there should not wait for JAX to load
+  from groupvit_jax import distributed  # after the flags: a mistake there should not wait for JAX to load
+  from groupvit_jax.evals import run_eval
   options = dict(output=OUTPUT.value, overwrite=OVERWRITE.value, protocol=PROTOCOL.value, weights=WEIGHTS.value,
                  changes={key: flag.value for key, flag in CHANGES.items() if flag.value is not None})
   if IMAGES.value is None:
-    return run_eval.evaluate_scenes(WORKDIR.value, **options)
-  return run_eval.label_pictures(WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options)
+    evaluate = lambda: run_eval.evaluate_scenes(WORKDIR.value, **options)
+  else:
+    evaluate = lambda: run_eval.label_pictures(
+      WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options)
+  return distributed.run(CLUSTER(), {'workdir': WORKDIR.value, 'request': json.dumps(options)}, evaluate)
 
 
 if __name__ == '__main__':

@@ -4,16 +4,19 @@ from absl import flags
 from ml_collections import config_flags
 
 from groupvit_jax import cli
+from groupvit_jax import cluster
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Checkpoints, logs and pictures go here; a run in it is resumed.')
+CLUSTER = cluster.define_flags()
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main() -> int:
-  from groupvit_jax import dry_run, train_loop  # after the flags: a mistake there should not wait for JAX to load
-  run = dry_run.check if CONFIG.value.dry_run else train_loop.train
-  return run(CONFIG.value, WORKDIR.value)
+  from groupvit_jax import distributed, dry_run, train_loop  # after the flags: a mistake should not wait for JAX
+  command = dry_run.check if CONFIG.value.dry_run else train_loop.train
+  facts = {'workdir': WORKDIR.value, 'config': CONFIG.value.to_json()}
+  return distributed.run(CLUSTER(), facts, lambda: command(CONFIG.value, WORKDIR.value))
 
 
 if __name__ == '__main__':

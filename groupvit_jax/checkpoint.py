@@ -17,6 +17,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
+from groupvit_jax import distributed
 from groupvit_jax.train_state import TrainState
 
 
@@ -102,14 +103,18 @@ class Checkpoints:
     """The newest checkpoint that can be read."""
     failures = {}
     for step in reversed(self.steps()):
+      error = None
       try:
         with _quiet():
           restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
           jax.block_until_ready(restored.state)
-      except Exception as error:  # pylint: disable=broad-except
+      except Exception as caught:  # pylint: disable=broad-except
         # Which exception a damaged file raises depends on the file; every one means "not this checkpoint".
-        failures[step] = error
-        logging.warning('checkpoint %d in %s is damaged and was passed over: %s', step, self.folder, _line(error))
+        error = caught
+      if not distributed.agreed(error is None):  # each process reads its own parts
+        failures[step] = error or OSError('another process cannot read it')
+        logging.warning('checkpoint %d in %s is damaged and was passed over: %s', step, self.folder,
+                        _line(failures[step]))
         continue
       self._set_aside(failures)
       return Restored(restored.state, step, tuple(failures))
@@ -127,8 +132,9 @@ class Checkpoints:
     """Renames damaged checkpoints, so that the run can write those steps again and nothing is lost."""
     if self._read_only or not steps:
       return
-    for step in steps:
-      (self.folder / str(step)).rename(self.folder / f'damaged-{step}')
+    with distributed.first_process_first():
+      for step in steps if jax.process_index() == 0 else ():
+        (self.folder / str(step)).rename(self.folder / f'damaged-{step}')
     self._manager.reload()
 
 

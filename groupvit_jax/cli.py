@@ -12,6 +12,7 @@ from absl import logging
 
 EXIT_PARTIAL = 1  # done, but for what was listed
 EXIT_USAGE = 2  # nothing was done: the request has a mistake
+EXIT_PEER_LOST = 69  # another process of the run is gone or never came (BSD's EX_UNAVAILABLE)
 EXIT_PREEMPTED = 75  # stopped by SIGTERM with everything saved; the same command goes on (BSD's EX_TEMPFAIL)
 
 # Several CPU devices in one process share a pool of as many threads as there are cores, and each collective that a
@@ -36,7 +37,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
       return main()
     except (ValueError, OSError) as error:
-      if not _raised_here(error):
+      if not raised_here(error):
         raise
       return fail(str(error))
   app.run(guarded, flags_parser=_parse_flags)
@@ -59,6 +60,7 @@ def _parse_flags(args: Sequence[str]) -> list[str]:
   return rest
 
 
-def _raised_here(error: BaseException) -> bool:
+def raised_here(error: BaseException) -> bool:
+  """Whether the error was raised by this package: those are messages to people."""
   frame = traceback.extract_tb(error.__traceback__)[-1]
   return pathlib.Path(frame.filename).is_relative_to(_PACKAGE)

@@ -2,8 +2,12 @@
 
 from collections.abc import Iterator
 import contextlib
+import os
 import signal
 import types
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Preempted(Exception):
@@ -15,21 +19,35 @@ class Interrupts:
 
   Between two steps the loop looks at the flag. Phases that hold nothing unsaved (set-up, evaluation) run inside
   `immediately()`, so that they do not keep the machine waiting.
+
+  Several processes must stop after the same step. There JAX receives SIGTERM and lets all of them know, and phases are
+  not left early, because others would wait in them.
   """
 
   def __init__(self):
     self.requested = False
     self._raise = False
+    self._several = jax.process_count() > 1
 
   @contextlib.contextmanager
   def installed(self) -> Iterator['Interrupts']:
     """Handles SIGTERM and SIGINT while the context lasts."""
-    previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    if self._several:
+      handlers = {signal.SIGINT: lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)}
+    else:
+      handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
       yield self
     finally:
       for number, handler in previous.items():
         signal.signal(number, handler)
+
+  def stop_after(self, step: int) -> bool:
+    """Whether the run stops after a step; the same in all processes, each of which asks after every step."""
+    if self._several:
+      self.requested = multihost_utils.reached_preemption_sync_point(step)
+    return self.requested
 
   @contextlib.contextmanager
   def immediately(self) -> Iterator[None]:

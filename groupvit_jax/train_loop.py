@@ -13,7 +13,8 @@ import numpy as np
 import optax
 
 from groupvit_jax import (
-    cli, initial_weights, optim, packed_texts, sharding, train_state, train_step, workdir as workdir_lib)
+    cli, distributed, initial_weights, optim, packed_texts, sharding, train_state, train_step,
+    workdir as workdir_lib)
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data import image_ops, manifest, pipeline
 from groupvit_jax.data.fault_tally import FaultTally
@@ -93,11 +94,12 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   build = functools.partial(
       build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat)
   build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written
-  if config.init_from and not (epath.Path(workdir) / 'config.json').exists():
-    initial_weights.check(config, build)
-  changed = workdir_lib.claim(workdir, config)
-  manifest.claim(workdir, source.facts())
-  tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
+  with distributed.first_process_first():
+    if config.init_from and not (epath.Path(workdir) / 'config.json').exists():
+      initial_weights.check(config, build)
+    changed = workdir_lib.claim(workdir, config)
+    manifest.claim(workdir, source.facts())
+    tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
   return Run(config, mesh, source, tokenizer, model, optim.build_optimizer(config.optim, schedule), schedule, changed)
 
@@ -150,7 +152,11 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   started = time.perf_counter()
   for step, batch in enumerate(read_batches(run, first_step), start=first_step + 1):
     tally.add(batch.pop('faults'))
-    state, figures = step_fn(state, pipeline.to_devices(batch, run.mesh))
+    batch = pipeline.to_devices(batch, run.mesh)
+    if step == first_step + 1:
+      step_fn = step_fn.lower(state, batch).compile()
+      distributed.meet('compiled')
+    state, figures = step_fn(state, batch)
     sharding.settle(state, run.mesh)
     if pending is not None:
       _log_step(log, run, tally, *pending)
@@ -161,7 +167,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
       log.say(f'first step after {time.perf_counter() - started:.1f} s (compiled)')
       if not logged:
         log.restart_clock(step)
-    if interrupts.requested:
+    if interrupts.stop_after(step):
       break
     evaluating = evaluator is not None and (step % config.eval.every_steps == 0 or step == config.total_steps)
     saving = step % config.checkpoint.every_steps == 0

@@ -4,6 +4,7 @@ import json
 import os
 
 from etils import epath
+import jax
 import ml_collections
 
 from groupvit_jax.data.mixture import Mixture
@@ -48,6 +49,9 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
   workdir = epath.Path(workdir)
   changed = compare(workdir, config)
   if not (workdir / 'config.json').exists():
+    if jax.process_index():
+      raise ValueError(f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
+                       'that all hosts share: a network disk, or gs://')
     workdir.mkdir(parents=True, exist_ok=True)
     _write_whole(workdir / 'config.json', config.to_json(indent=2) + '\n')
   return changed

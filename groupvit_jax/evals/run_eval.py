@@ -116,6 +116,8 @@ def label_pictures(
     ValueError: the request has a mistake; nothing was written.
     OSError: the results cannot be written.
   """
+  if jax.process_count() > 1:
+    raise ValueError('pictures are segmented by one process; start it alone, with --num_processes=1')
   words = classes.split(',') if classes.strip() else []
   parse_words(words)  # before anything that takes time
   paths = _find_pictures(images)

@@ -1,0 +1,66 @@
+"""Which processes make a run together, as people and launchers say it. Nothing here loads JAX."""
+
+from collections.abc import Callable, Mapping
+import re
+from typing import NamedTuple
+
+from absl import flags
+
+
+class Cluster(NamedTuple):
+  """What was said about the processes of a run; what is None, JAX finds out from the launcher."""
+
+  coordinator: str | None  # HOST:PORT, of process 0
+  num_processes: int | None
+  process_id: int | None
+  startup_timeout: int  # seconds
+  peer_timeout: int  # seconds
+
+  @property
+  def alone(self) -> bool:
+    """Whether this process was told that there are no others."""
+    return self.num_processes == 1
+
+  def check(self) -> None:
+    """Raises ValueError when the parts do not fit together."""
+    host, _, port = (self.coordinator or '').rpartition(':')
+    if self.coordinator is not None and not (host and port.isdigit()):
+      raise ValueError(f'--coordinator={self.coordinator} is not HOST:PORT, as in --coordinator=10.0.0.1:8476')
+    count, index = self.num_processes, self.process_id
+    if count is not None and count < 1:
+      raise ValueError(f'--num_processes={count} must be at least 1')
+    if index is not None and (index < 0 or (count is not None and index >= count)):
+      raise ValueError(f'--process_id={index} is not one of 0 to {"--num_processes" if count is None else count} - 1')
+    for name in ('startup_timeout', 'peer_timeout'):
+      if getattr(self, name) < 1:
+        raise ValueError(f'--{name}={getattr(self, name)} must be at least 1 (seconds)')
+
+
+def define_flags() -> Callable[[], Cluster]:
+  """Defines the flags that describe a cluster; what is returned reads them once they are parsed."""
+  holders = (
+    flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; launchers that JAX knows need none.'),
+    flags.DEFINE_integer('num_processes', None, 'How many processes run this command; 1 looks for no others.'),
+    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.'),
+    flags.DEFINE_integer('startup_timeout', 300, 'Seconds until all processes must have met and agreed.'),
+    flags.DEFINE_integer('peer_timeout', 100, 'Seconds of silence after which a process counts as gone.'),
+  )
+  return lambda: Cluster(*(holder.value for holder in holders))
+
+
+def sees_its_own_gpus(environment: Mapping[str, str]) -> bool:
+  """Whether all GPUs that a process sees are its own: it is alone on its node, or was given just one.
+
+  JAX takes the GPU with the process's number on its node, for it expects a process per GPU of which each sees all. With
+  a process per node that leaves GPUs idle; where the launcher has bound each process to its GPU, no such number exists.
+
+  Args:
+    environment: the variables of the process.
+  """
+  visible = environment.get('CUDA_VISIBLE_DEVICES', environment.get('ROCR_VISIBLE_DEVICES', ''))
+  if visible and ',' not in visible:
+    return True
+  if 'OMPI_COMM_WORLD_LOCAL_SIZE' in environment:
+    return environment['OMPI_COMM_WORLD_LOCAL_SIZE'] == '1'
+  # '1(x4)' is one on each of four nodes, '2,1' two and one.
+  return bool(re.fullmatch(r'1(\(x\d+\))?', environment.get('SLURM_STEP_TASKS_PER_NODE', '')))
