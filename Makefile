@@ -5,7 +5,7 @@ WORKDIR ?= runs/quickstart
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test test-long lint clean
+.PHONY: quickstart test test-long lint docs docs-check clean
 
 quickstart: $(VENV)/run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -30,5 +30,11 @@ $(VENV)/test: requirements-test.txt requirements-demo.txt $(VENV)/run
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 
+docs: $(VENV)/test  # the API reference, from docstrings
+	$(BIN)/python -m pdoc --docformat=google --output-directory=build/docs groupvit_jax
+
+docs-check: $(VENV)/test
+	$(BIN)/python docs/check.py README.md $(wildcard docs/*.md)
+
 clean:
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache
+	rm -rf build $(VENV) .cache .pytest_cache .ruff_cache

@@ -3,9 +3,8 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from groupvit_jax.predictor import Predictor
+  from groupvit_jax.predictor import Predictor as Predictor
 
-__all__ = ['Predictor']
 __version__ = '0.1.0'
 
 
