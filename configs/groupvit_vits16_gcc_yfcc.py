@@ -20,7 +20,7 @@ import ml_collections
 
 EPOCHS, WARMUP_EPOCHS = 30, 2
 
-# What a pair keeps for the backward pass, as JAX plans it: 89 MiB, with remat='dots' 19 MiB, with 'blocks' 4 MiB. Workers
+# What a pair keeps for the backward pass, as JAX plans it: 89 MiB, with remat='dots' 19, with 'blocks' 4. Workers
 # are those of each host.
 MACHINES = {
     '': dict(grad_accum_steps=1, num_workers=8),  # at most 256 pairs a device, 5 GiB
