@@ -26,32 +26,39 @@ def measure(work: str, description: str, batches: tuple[int, ...], sizes: tuple[
   parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--peer_modes', nargs='*', choices=sorted(PEER_MODES), default=sorted(PEER_MODES))
+  parser.add_argument('--one_core', action='store_true', help=(
+      'One core and thread for each side, timed by its own clock, which other programs hardly disturb.'))
+  parser.add_argument('--growth', action='store_true', help='Ours at other batches and sizes as well.')
   parser.add_argument('--output', type=pathlib.Path, required=True, help='JSON file.')
   args = parser.parse_args()
-  report = compare(work, args.rounds, args.peer_modes)
-  points = dict.fromkeys([(batch, SIZE) for batch in batches] + [(BATCH, size) for size in sizes])
-  report['growth'] = [grow(work, batch, size, args.rounds) for batch, size in points]
+  report = compare(work, args.rounds, args.peer_modes, args.one_core)
+  if args.growth:
+    points = dict.fromkeys([(batch, SIZE) for batch in batches] + [(BATCH, size) for size in sizes])
+    report['growth'] = [grow(work, *point, args.rounds, args.one_core) for point in points]
   text = json.dumps(report, indent=2) + '\n'
   args.output.write_text(text, encoding='utf-8')
   print(text, end='')
 
 
-def compare(work: str, number: int, peer_modes: list[str]) -> dict[str, object]:
+def compare(work: str, number: int, peer_modes: list[str], one_core: bool) -> dict[str, object]:
   """Ours beside the peer's modes: medians of interleaved rounds."""
   arguments = [work, f'--batch={BATCH}', f'--size={SIZE}']
-  sides = {'ours': start('our_model', arguments)}
-  sides |= {mode: start('peer_model', arguments + PEER_MODES[mode]) for mode in peer_modes}
+  load = os.getloadavg()[0]
+  sides = {'ours': start('our_model', arguments, one_core)}
+  sides |= {mode: start('peer_model', arguments + PEER_MODES[mode], one_core) for mode in peer_modes}
   order = [(side, work) for side in sides] + [('ours', 'multiply')]
   found = rounds.take_turns(sides, order, number, BATCH)
   for side in sides.values():
     side.close()
-  rates = {side: found[side, work].per_wall_s for side in sides}
-  peak = found['ours', 'multiply'].per_wall_s * 2 * our_model.PEAK_SIZE**3
+  clock = 'per_cpu_s' if one_core else 'per_wall_s'
+  rates = {side: getattr(found[side, work], clock) for side in sides}
+  peak = getattr(found['ours', 'multiply'], clock) * 2 * our_model.PEAK_SIZE**3
   flops = needed_flops(work, BATCH, SIZE)
   return {
       'work': work, 'batch': BATCH, 'size': SIZE, 'dtype': 'float32', 'rounds': number,
-      'command': ' '.join(sys.orig_argv[1:]), 'cores': os.cpu_count(), 'processor': processor(),
-      'python': platform.python_version(), 'load_average': os.getloadavg()[0],
+      'command': ' '.join(sys.orig_argv[1:]),
+      'cores': 1 if one_core else os.cpu_count(), 'clock': clock, 'processor': processor(),
+      'python': platform.python_version(), 'load_average': load,
       'images_per_s': rates, 'ratio_to': {mode: rates['ours'] / rates[mode] for mode in peer_modes},
       'peak_mb': {side: process.peak_mb for side, process in sides.items()},
       'model_gflop': flops / 1e9, 'machine_gflop_per_s': peak / 1e9,
@@ -59,19 +66,22 @@ def compare(work: str, number: int, peer_modes: list[str]) -> dict[str, object]:
       'facts': {side: process.facts for side, process in sides.items()}}
 
 
-def grow(work: str, batch: int, size: int, number: int) -> dict[str, float]:
+def grow(work: str, batch: int, size: int, number: int, one_core: bool) -> dict[str, float]:
   """Ours alone."""
-  side = start('our_model', [work, f'--batch={batch}', f'--size={size}'])
-  rate = statistics.median(side.run(work, batch).per_wall_s for _ in range(number))
+  side = start('our_model', [work, f'--batch={batch}', f'--size={size}'], one_core)
+  clock = 'per_cpu_s' if one_core else 'per_wall_s'
+  rate = statistics.median(getattr(side.run(work, batch), clock) for _ in range(number))
   side.close()
   return {'batch': batch, 'size': size, 'images_per_s': rate, 'peak_mb': side.peak_mb,
           'model_gflop': needed_flops(work, batch, size) / 1e9} | {
               key: value for key, value in side.facts.items() if key in ('compile_s', 'temporaries_mb')}
 
 
-def start(module: str, arguments: list[str]) -> rounds.Side:
-  """A process of one side, on all cores."""
-  return rounds.Side(sys.executable, f'benchmarks.{module}', arguments, None, threads=os.cpu_count())
+def start(module: str, arguments: list[str], one_core: bool) -> rounds.Side:
+  """A process of one side, on one core or on all."""
+  cores = {min(os.sched_getaffinity(0))} if one_core else None
+  return rounds.Side(sys.executable, f'benchmarks.{module}', arguments, cores,
+                     threads=1 if one_core else os.cpu_count())
 
 
 def needed_flops(work: str, batch: int, size: int) -> float:

@@ -10,6 +10,7 @@ import pathlib
 from benchmarks.rounds import ROOT
 
 BEGIN, END = '<!-- speed: benchmarks/speed_table.py -->', '<!-- end of speed -->'
+CLOCKS = {'per_wall_s': '', 'per_cpu_s': ', by its own clock'}
 WORKS = {'train': 'training', 'encode': 'encoding pictures'}
 
 
@@ -28,7 +29,8 @@ def table(reports: list[dict]) -> str:
   first = reports[0]
   peer = next(facts for side, facts in first['facts'].items() if side != 'ours')
   lines += ['', f'GroupViT-S/16, batch {first["batch"]}, {first["size"]} px, {first["dtype"]}, four texts an image; '
-            f'medians of {first["rounds"]} rounds in turns; {first["cores"]} cores of an {first["processor"]}; '
+            f'medians of {first["rounds"]} rounds in turns; {first["cores"]} core(s) of an '
+            f'{first["processor"]}{CLOCKS[first["clock"]]}; '
             f'Python {first["python"]}, JAX {first["facts"]["ours"]["jax"]}, PyTorch {peer["torch"]}, '
             f'transformers {peer["transformers"]}; load average before: '
             + ', '.join(f'{report["load_average"]:.1f}' for report in reports) + '.']

@@ -42,6 +42,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
     raise ValueError(f"no variant {machine!r}; end the config's path in '.py', '.py:8gpu' or '.py:1gpu'")
   config = ml_collections.ConfigDict(dict(
       seed=0,
+      profile=False,  # True writes a trace of three steps to the workdir: docs/performance.md
       dry_run=False,  # True checks data, tokenizer, shapes and memory instead of training
       batch_size=4096,
       grad_accum_steps=MACHINES[machine]['grad_accum_steps'],

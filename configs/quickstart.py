@@ -11,6 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.seed = 0
   config.init_from = ''  # a workdir, a Hugging Face folder or a .pth file whose weights to start from
+  config.profile = False  # True writes a trace of three steps to the workdir: docs/performance.md
   config.dry_run = False  # True checks data, tokenizer, shapes and memory instead of training
   config.total_steps = 5500
   config.batch_size = 64

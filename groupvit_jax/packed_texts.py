@@ -50,7 +50,8 @@ def text_features(encode: Encode, params: object, tokens: jax.Array, *, eos_id: 
     features = encode(params, one_a_row(tokens.reshape(-1, length), eos_id))
   else:
     row_length = max(ROW_LENGTH, length)
-    packing = pack(tokens.reshape(groups, -1, length), eos_id, row_length)
+    with jax.named_scope('pack_texts'):
+      packing = pack(tokens.reshape(groups, -1, length), eos_id, row_length)
     num_rows = -(-budget * batch // (groups * row_length))
     features = _encode_packed(encode, num_rows, params, packing)
   return features.reshape(batch, texts, -1)

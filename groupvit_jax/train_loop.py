@@ -27,6 +27,7 @@ from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
 from groupvit_jax.random_erasing import build_random_erasing
 from groupvit_jax.run_log import RunLog
+from groupvit_jax.step_trace import StepTrace
 from groupvit_jax.train_state import TrainState
 
 
@@ -148,6 +149,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   tally = FaultTally(workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share,
                      mesh=run.mesh)
   step_fn = jit_step(run, state)
+  trace = StepTrace(workdir, first_step, config.profile)
   pending: tuple[int, train_step.Figures, jax.Array] | None = None
   started = time.perf_counter()
   for step, batch in enumerate(read_batches(run, first_step), start=first_step + 1):
@@ -156,8 +158,11 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
     if step == first_step + 1:
       step_fn = step_fn.lower(state, batch).compile()
       distributed.meet('compiled')
-    state, figures = step_fn(state, batch)
+    with trace.step(step):
+      state, figures = step_fn(state, batch)
     sharding.settle(state, run.mesh)
+    if trace.stop_after(step, figures):
+      log.say(f'wrote a trace of the steps up to {step} to {workdir}/profile')
     if pending is not None:
       _log_step(log, run, tally, *pending)
     logged = step % config.log_every == 0 or step == config.total_steps
@@ -182,6 +187,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
           checkpoints.save(state, config)
   if pending is not None:
     _log_step(log, run, tally, *pending)
+  trace.close(state)
   tally.save(int(state.step))
   checkpoints.save(state, config)
   checkpoints.wait()

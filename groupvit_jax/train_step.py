@@ -46,15 +46,17 @@ def normalize_images(images: jax.Array) -> jax.Array:
 def total_loss(out: Projected, multi_label_weight: float,
                place: NamedSharding | None) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Caption loss plus weighted multi-label loss (paper section 3.3), and everything worth logging about them."""
-  caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, place=place)
+  with jax.named_scope('caption_loss'):
+    caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, place=place)
   loss = caption.loss
   logged = {
       'caption_loss': caption.loss, 'image_to_text_accuracy': caption.image_to_text_accuracy,
       'text_to_image_accuracy': caption.text_to_image_accuracy,
       'logit_scale': losses.clamped_scale(out.logit_scale)}
   if out.multi_label_logit_scale is not None:
-    prompts = losses.multi_label_loss(
-        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, place=place)
+    with jax.named_scope('multi_label_loss'):
+      prompts = losses.multi_label_loss(
+          out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, place=place)
     loss = loss + multi_label_weight * prompts.loss
     logged |= {'multi_label_loss': prompts.loss,
                'multi_label_logit_scale': losses.clamped_scale(out.multi_label_logit_scale)}
@@ -139,8 +141,9 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
   grad_norm = optax.tree.norm(grads)
   finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
 
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  updated = (optax.apply_updates(state.params, updates), out.batch_stats, opt_state)
+  with jax.named_scope('optimizer'):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updated = (optax.apply_updates(state.params, updates), out.batch_stats, opt_state)
   kept = (state.params, state.batch_stats, state.opt_state)
   params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
 
