@@ -1,6 +1,7 @@
-"""Scores a trained run on its held-out scenes, or segments anyone's pictures with it.
+"""Scores a trained run on its held-out scenes or on a benchmark, or segments anyone's pictures with it.
 
   python eval.py --workdir=runs/quickstart --output=runs/quickstart/eval
+  python eval.py --workdir=runs/groupvit --benchmark=voc21 --data_dir=data --output=out
   python eval.py --workdir=runs/quickstart --images='*.png' --classes='dog,banana,grass' --output=out
 """
 
@@ -18,30 +19,61 @@ OUTPUT = flags.DEFINE_string('output', None, 'Results go here: a new folder, or 
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Also accept an --output that holds other files.')
 IMAGES = flags.DEFINE_string('images', None, "Pictures to segment: a path or a pattern, as in '*.png'.")
 CLASSES = flags.DEFINE_string('classes', None, "Words to look for in --images: 'dog|puppy,banana,grass'.")
-PROTOCOL = flags.DEFINE_string('protocol', protocols.NATIVE, f'native or {", ".join(protocols.PROTOCOLS)}.')
+PROTOCOL = flags.DEFINE_string(
+    'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published figure, or native.')
 WEIGHTS = flags.DEFINE_enum('weights', 'best', ['best', 'ema', 'trained'],
                             'best: the moving average, where the run keeps one.')
 CHANGES = {field.name: flags.DEFINE_string(f'protocol.{field.name}', None, 'Changes that part of the protocol.')
            for field in dataclasses.fields(protocols.Protocol) if field.name != 'name'}
 CLUSTER = cluster.define_flags()
+BENCHMARK = flags.DEFINE_string(
+    'benchmark', None, 'voc21, voc20, context60, context59, coco_object, coco_stuff, ade20k, cityscapes, folder, '
+    'scenes or imagenet: see docs/evaluation.md.')
+DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the benchmark's data set is; of --benchmark=folder the folder.")
+NUM_PICTURES = flags.DEFINE_integer('num_pictures', 0, 'So many of the benchmark, spread evenly; 0 for all.')
+THRESHOLDS = flags.DEFINE_string('thresholds', '', 'Background thresholds to count along: 0.05:0.95:0.05 or 0.3,0.5.')
+CHECKPOINT = flags.DEFINE_enum(
+    'checkpoint', 'newest', ['newest', 'best'], 'Which one of --workdir the benchmark scores.')
+MASKS = flags.DEFINE_bool('masks', False, 'Write every label map of the benchmark as an indexed PNG.')
+REPORT = flags.DEFINE_string('report', None, 'A page for people about the benchmark: out/report.html.')
 flags.mark_flag_as_required('workdir')
 
 
 def main() -> int:
-  if IMAGES.value is None and CLASSES.value is not None:
-    return cli.fail('--classes are looked for in pictures; name them with --images')
-  if IMAGES.value is not None and OUTPUT.value is None:
-    return cli.fail('--images needs --output: the folder that results go to')
+  """Does what the flags ask for."""
+  if mistake := _find_mistake():
+    return cli.fail(mistake)
   from groupvit_jax import distributed  # after the flags: a mistake there should not wait for JAX to load
-  from groupvit_jax.evals import run_eval
+  from groupvit_jax.evals import run_benchmark, run_eval
   options = dict(output=OUTPUT.value, overwrite=OVERWRITE.value, protocol=PROTOCOL.value, weights=WEIGHTS.value,
                  changes={key: flag.value for key, flag in CHANGES.items() if flag.value is not None})
-  if IMAGES.value is None:
+  if BENCHMARK.value is not None:
+    options |= dict(benchmark=BENCHMARK.value, data_dir=DATA_DIR.value, num_pictures=NUM_PICTURES.value,
+                    thresholds=THRESHOLDS.value, masks=MASKS.value, report=REPORT.value, checkpoint=CHECKPOINT.value)
+    evaluate = lambda: run_benchmark.evaluate_benchmark(WORKDIR.value, run_benchmark.Request(**options))
+  elif IMAGES.value is None:
+    options['protocol'] = PROTOCOL.value or protocols.NATIVE
     evaluate = lambda: run_eval.evaluate_scenes(WORKDIR.value, **options)
   else:
+    options['protocol'] = PROTOCOL.value or protocols.NATIVE
     evaluate = lambda: run_eval.label_pictures(
-      WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options)
+        WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options)
   return distributed.run(CLUSTER(), {'workdir': WORKDIR.value, 'request': json.dumps(options)}, evaluate)
+
+
+def _find_mistake() -> str:
+  """What is wrong with the flags taken together; '' if nothing is."""
+  if IMAGES.value is None and CLASSES.value is not None:
+    return '--classes are looked for in pictures; name them with --images'
+  if IMAGES.value is not None and OUTPUT.value is None:
+    return '--images needs --output: the folder that results go to'
+  if IMAGES.value is not None and BENCHMARK.value is not None:
+    return '--images and --benchmark are two requests; leave one out'
+  of_benchmarks = (DATA_DIR, NUM_PICTURES, THRESHOLDS, MASKS, REPORT)
+  for flag in of_benchmarks:
+    if flag.value and BENCHMARK.value is None:
+      return f'--{flag.name} is about a benchmark; name one with --benchmark'
+  return ''
 
 
 if __name__ == '__main__':

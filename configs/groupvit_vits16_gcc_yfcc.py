@@ -56,7 +56,10 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
   config.log_every = 50
   config.max_skipped_in_a_row = 10
   config.eval = ml_collections.ConfigDict(dict(every_steps=5000))
-  config.checkpoint = ml_collections.ConfigDict(dict(every_steps=1000, keep=3))
+  config.checkpoint = ml_collections.ConfigDict(dict(every_steps=1000, keep=3, best=''))  # or best='eval/voc21/miou'
+  config.evals = ml_collections.ConfigDict(dict(
+      voc21=benchmark('voc21'), context60=benchmark('context60'), coco_object=benchmark('coco_object'),
+      imagenet=benchmark('imagenet')))
 
   config.data = ml_collections.ConfigDict(dict(
       source='sets',
@@ -105,6 +108,11 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
   set_epochs(config)
   config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, model=1))
   return config
+
+
+def benchmark(name: str) -> dict[str, object]:
+  """An evaluation along the way, by the published figure's protocol; off until every_steps is set."""
+  return dict(benchmark=name, data_dir='/data/tfds', every_steps=0, num_pictures=0, protocol='', changes={})
 
 
 def set_epochs(config: ml_collections.ConfigDict) -> None:

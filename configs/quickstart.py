@@ -24,7 +24,9 @@ def get_config() -> ml_collections.ConfigDict:
   config.log_every = 50
   config.max_skipped_in_a_row = 10
   config.eval = ml_collections.ConfigDict(dict(every_steps=500))
-  config.checkpoint = ml_collections.ConfigDict(dict(every_steps=500, keep=2))
+  config.checkpoint = ml_collections.ConfigDict(dict(every_steps=500, keep=2, best=''))
+  # checkpoint.best='eval/validation/miou' keeps the checkpoint with the highest such figure, too.
+  config.evals = ml_collections.ConfigDict()  # benchmarks to score along the way: docs/evaluation.md
 
   config.data = ml_collections.ConfigDict(dict(
       source='scenes',

@@ -30,18 +30,19 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-  """The checkpoints of a workdir, under `checkpoints/STEP/`."""
+  """The checkpoints of a workdir, under `checkpoints/STEP/` (or another folder's)."""
 
-  def __init__(self, workdir: epath.PathLike, *, keep: int, read_only: bool = False):
+  def __init__(self, workdir: epath.PathLike, *, keep: int, read_only: bool = False, folder: str = 'checkpoints'):
     """Opens (and unless `read_only` creates) the folder.
 
     Args:
       workdir: of the run.
       keep: how many of the newest checkpoints stay.
       read_only: for evaluation.
+      folder: in the workdir.
     """
     self._read_only = read_only
-    self.folder = epath.Path(workdir).resolve() / 'checkpoints'
+    self.folder = epath.Path(workdir).resolve() / folder
     with _quiet():
       options = ocp.CheckpointManagerOptions(
           max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,

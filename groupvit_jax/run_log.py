@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import html
 import json
 import math
 import sys
@@ -100,6 +101,19 @@ class RunLog:
     if not self._silent:
       self._bar.close()
       self._board.close()
+
+
+def write_board(folder: epath.PathLike, step: int, figures: Mapping[str, float], texts: Mapping[str, str],
+                pictures: Mapping[str, np.ndarray]) -> None:
+  """Writes a TensorBoard file at once: figures, texts as they are, and pictures, uint8 [H, W, 3]."""
+  board = tensorboardX.SummaryWriter(str(folder))
+  for name, value in figures.items():
+    board.add_scalar(name, value, step)
+  for name, text in texts.items():
+    board.add_text(name, f'<pre>{html.escape(text)}</pre>', step)
+  for name, picture in pictures.items():
+    board.add_image(name, picture, step, dataformats='HWC')
+  board.close()
 
 
 def _drop_after(path: epath.Path, step: int) -> None:

@@ -15,13 +15,17 @@ import optax
 from groupvit_jax import (
     cli, distributed, initial_weights, optim, packed_texts, sharding, train_state, train_step,
     workdir as workdir_lib)
+from groupvit_jax.best_checkpoint import BestCheckpoint
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data import image_ops, manifest, pipeline
 from groupvit_jax.data.fault_tally import FaultTally
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.evals import in_training
+from groupvit_jax.evals.evaluator import Evaluator
 from groupvit_jax.evals.scene_eval import SceneEvaluator
+from groupvit_jax.evals.zero_shot import ZeroShotEvaluator
 from groupvit_jax.interrupts import Interrupts, Preempted
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
@@ -42,6 +46,7 @@ class Run(NamedTuple):
   tx: optax.GradientTransformation
   schedule: optax.Schedule
   changed: list[str]  # config keys that differ from the first start
+  evals: tuple[in_training.OpenedEval, ...]
 
   @property
   def text_shape(self) -> tuple[int, int]:
@@ -94,6 +99,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   build_random_erasing(config.data.augment)
   build = functools.partial(
       build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat)
+  evals = in_training.open_evals(config.evals, tuple(config.model.vision.image_size))
+  in_training.check_best(config.checkpoint.best, evals, ('validation',) if config.data.source == 'scenes' else ())
   build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written
   with distributed.first_process_first():
     if config.init_from and not (epath.Path(workdir) / 'config.json').exists():
@@ -102,7 +109,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     manifest.claim(workdir, source.facts())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-  return Run(config, mesh, source, tokenizer, model, optim.build_optimizer(config.optim, schedule), schedule, changed)
+  tx = optim.build_optimizer(config.optim, schedule)
+  return Run(config, mesh, source, tokenizer, model, tx, schedule, changed, evals)
 
 
 def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -146,6 +154,8 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   log = RunLog(workdir, first_step=first_step, total_steps=config.total_steps, batch_size=config.batch_size)
   _announce(log, run, state)
   evaluator = SceneEvaluator(config, run.model, run.tokenizer, run.mesh) if config.data.source == 'scenes' else None
+  benchmarks = [(each, each.build(run.model, run.tokenizer, run.mesh)) for each in run.evals]
+  best = BestCheckpoint(workdir, config.checkpoint.best)
   tally = FaultTally(workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share,
                      mesh=run.mesh)
   step_fn = jit_step(run, state)
@@ -175,13 +185,18 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
     if interrupts.stop_after(step):
       break
     evaluating = evaluator is not None and (step % config.eval.every_steps == 0 or step == config.total_steps)
+    due = [(each.name, built) for each, built in benchmarks if each.due(step, config.total_steps)]
     saving = step % config.checkpoint.every_steps == 0
-    if evaluating or saving:
+    if evaluating or due or saving:
       _log_step(log, run, tally, *pending)
       pending = None
       with log.paused():
         if evaluating:
-          _evaluate(log, evaluator, state, step, interrupts)
+          scores = _evaluate(log, evaluator, state, step, interrupts)
+          _keep_best(log, best, scores, state, config)
+        for name, built in due:
+          scores = _evaluate_benchmark(log, name, built, state, step, interrupts)
+          _keep_best(log, best, scores, state, config)
         if saving:
           tally.save(step)
           checkpoints.save(state, config)
@@ -191,6 +206,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   tally.save(int(state.step))
   checkpoints.save(state, config)
   checkpoints.wait()
+  best.close()
   log.close()
   if int(state.step) < config.total_steps:
     log.say(f'stopped by a signal after step {int(state.step)}; the same command goes on from there')
@@ -198,16 +214,41 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   return 0
 
 
-def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: int, interrupts: Interrupts) -> None:
-  """Scores the held-out scenes; a signal leaves it at once, and the loop sees the flag."""
+def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: int,
+              interrupts: Interrupts) -> dict[str, float]:
+  """Scores the held-out scenes; a signal leaves it at once, without figures, and the loop sees the flag."""
   try:
     with interrupts.immediately():
       scores = evaluator.evaluate(state.best_variables).scalars()
-      log.figures(step, {f'eval/{evaluator.split}/{name}': value for name, value in scores.items()})
+      figures = in_training.figures(evaluator.split, scores)
+      log.figures(step, figures)
       log.picture(step, f'eval/{evaluator.split}', evaluator.pictures(state.best_variables))
       log.say(f'step {step}  held-out mIoU {scores["miou"]:.3f}  oracle {scores["oracle_miou"]:.3f}')
+      return figures
   except Preempted:
     log.say(f'evaluation after step {step} left for a signal')
+    return {}
+
+
+def _evaluate_benchmark(log: RunLog, name: str, evaluator: Evaluator | ZeroShotEvaluator, state: TrainState, step: int,
+                        interrupts: Interrupts) -> dict[str, float]:
+  """Scores a benchmark, likewise."""
+  try:
+    with interrupts.immediately():
+      figures = in_training.figures(name, evaluator.evaluate(state.best_variables).scalars())
+      log.figures(step, figures)
+      first, value = next(iter(figures.items()))
+      log.say(f'step {step}  {first} {value:.3f}')
+      return figures
+  except Preempted:
+    log.say(f'evaluation of {name} after step {step} left for a signal')
+    return {}
+
+
+def _keep_best(log: RunLog, best: BestCheckpoint, figures: dict[str, float], state: TrainState,
+               config: ml_collections.ConfigDict) -> None:
+  if best.offer(figures, state, config):
+    log.say(f'step {best.step}  {config.checkpoint.best} {best.value:.3f} is the best so far; kept')
 
 
 def _announce(log: RunLog, run: Run, state: TrainState) -> None:

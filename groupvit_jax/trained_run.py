@@ -12,13 +12,14 @@ import ml_collections
 import optax
 
 import groupvit_jax
-from groupvit_jax import sharding, train_state, workdir as workdir_lib
+from groupvit_jax import best_checkpoint, sharding, train_state, workdir as workdir_lib
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
 
 Weights = Literal['best', 'ema', 'trained']
+NEWEST, BEST = 'newest', 'best'  # checkpoints of a run
 
 
 class TrainedRun(NamedTuple):
@@ -45,17 +46,22 @@ class TrainedRun(NamedTuple):
     }
 
 
-def open_run(workdir: epath.PathLike, *, weights: Weights = 'best') -> TrainedRun:
-  """Opens the newest whole checkpoint of a workdir, on all devices; nothing is written there.
+def open_run(
+  workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best'
+) -> TrainedRun:
+  """Opens a checkpoint of a workdir, on all devices; nothing is written there.
 
   Args:
     workdir: of the run.
+    checkpoint: 'newest' for the newest whole one, 'best' for the one that scored best in training.
     weights: 'ema' for the moving average, 'trained' for what training itself works on, 'best' for the average of a
       run that keeps one and what was trained of another.
 
   Raises:
     ValueError: there is no such workdir, no run in it, no checkpoint yet, none that can be read, or no average.
   """
+  if checkpoint not in (NEWEST, BEST):
+    raise ValueError(f'--checkpoint={checkpoint}: use {NEWEST} or {BEST}')
   config = workdir_lib.read_config(workdir)
   weights = _choose_weights(workdir, config, weights)
   tokenizer = workdir_lib.load_tokenizer(workdir)
@@ -69,7 +75,10 @@ def open_run(workdir: epath.PathLike, *, weights: Weights = 'best') -> TrainedRu
   mesh = sharding.make_mesh()
   state = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh, average=weights == 'ema')
   shapes = state.variables if state.ema is None else {'ema': state.ema}
-  checkpoints = Checkpoints(workdir, keep=1, read_only=True)
+  if checkpoint == BEST and not (epath.Path(workdir) / best_checkpoint.FOLDER).exists():
+    raise ValueError(f'the run in {workdir} kept no best checkpoint; train with --config.checkpoint.best=eval/...')
+  folder = {} if checkpoint == NEWEST else {'folder': best_checkpoint.FOLDER}
+  checkpoints = Checkpoints(workdir, keep=1, read_only=True, **folder)
   try:
     restored = checkpoints.restore_variables(shapes)
   finally:

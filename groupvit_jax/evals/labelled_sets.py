@@ -15,7 +15,9 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
+from groupvit_jax.datasets import prepared
 from groupvit_jax.evals.benchmarks import Benchmark, find_benchmark, IGNORE_LABEL, make_benchmark
+from groupvit_jax.evals.protocols import NATIVE
 from groupvit_jax.evals.semantic_seg import LabelledSource
 
 # Benchmark -> the data set that its pictures and labels are kept in; see groupvit_jax/datasets.
@@ -82,22 +84,7 @@ class PreparedSet:
 
   @functools.cached_property
   def _records(self) -> Sequence[dict[str, bytes]]:
-    import tensorflow_datasets as tfds  # it takes a second to import
-    try:
-      builder = tfds.builder_from_directory(self.path)
-      missing = [file.name for file in builder.info.splits[_SPLIT].filepaths if not file.exists()]
-      decoders = {name: tfds.decode.SkipDecoding() for name in ('image', 'label')}
-      records = builder.as_data_source(split=_SPLIT, decoders=decoders)
-    except Exception as error:  # which one depends on what is wrong with the folder
-      raise ValueError(_not_whole(self.path, str(error))) from error
-    if missing:
-      raise ValueError(_not_whole(self.path, f'there is no {missing[0]}'))
-    return records
-
-
-def _not_whole(path: str, reason: str) -> str:
-  line = ' '.join(reason.split())[:200]
-  return f'{path} is no whole TFDS data set ({line}); delete it and build it again'
+    return prepared.open_records(self.path, _SPLIT, ('image', 'label'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,12 +154,25 @@ def open_benchmark(name: str, data_dir: epath.PathLike, num_pictures: int = 0) -
   if name != FOLDER and name not in STORED_IN:
     raise ValueError(f'there is no benchmark {name!r}; choose one of {", ".join([*STORED_IN, FOLDER])}')
   source = open_folder(data_dir) if name == FOLDER else open_prepared(find_benchmark(name), data_dir)
+  return source.benchmark, take(source, num_pictures)
+
+
+def default_protocol(benchmark: Benchmark) -> str:
+  """The protocol of the first published figure; the native one where there is none."""
+  return benchmark.published[0].protocol if benchmark.published else NATIVE
+
+
+def take(source: LabelledSource, num_pictures: int) -> LabelledSource:
+  """So many pictures of a source, spread evenly, the same ones every time; 0 for all.
+
+  Raises:
+    ValueError: the source is empty, or the number below 0.
+  """
   if num_pictures < 0 or not len(source):
-    raise ValueError(f'{data_dir} holds {len(source)} pictures, of which {num_pictures} cannot be taken; use 0 for all')
-  if 0 < num_pictures < len(source):
-    indices = np.linspace(0, len(source) - 1, num_pictures).round().astype(int)
-    return source.benchmark, Subset(source, tuple(indices.tolist()))
-  return source.benchmark, source
+    raise ValueError(f'of {len(source)} pictures {num_pictures} cannot be taken; use 0 for all')
+  if not 0 < num_pictures < len(source):
+    return source
+  return Subset(source, tuple(np.linspace(0, len(source) - 1, num_pictures).round().astype(int).tolist()))
 
 
 def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> PreparedSet:
@@ -182,15 +182,12 @@ def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> PreparedSet
     ValueError: it has not been built there, or is damaged.
   """
   name = STORED_IN[benchmark.name]
-  folder = epath.Path(data_dir) / name
-  versions = [path for path in (folder.iterdir() if folder.is_dir() else ())
-              if (path / 'dataset_info.json').exists()]
-  if not versions:
+  newest = prepared.newest_version(data_dir, name)
+  if newest is None:
     raise ValueError(
       f'--data_dir={data_dir} holds no {name}, which {benchmark.name} needs; make it with '
       f'python -m groupvit_jax.datasets.build {name} --manual_dir=... --data_dir={data_dir}'
     )
-  newest = max(versions, key=lambda path: [int(part) for part in path.name.split('.')])
   source = PreparedSet(str(newest), benchmark)
   len(source)  # what is damaged shows here, not in a thread
   return source

@@ -43,6 +43,11 @@ class OutputFolder:
     _writing(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True))
     self.write_report({}, complete=False)
 
+  def make(self, name: str) -> None:
+    """Makes a folder in it."""
+    path = self.path / name
+    _writing(path, lambda: path.mkdir(parents=True, exist_ok=True))
+
   def write_report(self, report: Mapping[str, Any], *, complete: bool = True) -> None:
     """Writes the report, last of all."""
     self.write_json(REPORT, {'made_by': _MADE_BY, 'complete': complete, **report})

@@ -1,9 +1,7 @@
 """What eval.py does: score a run on its held-out scenes, or segment anyone's pictures."""
 
-import ast
 from collections.abc import Iterator, Mapping, Sequence
 import glob
-import json
 import os
 from pathlib import Path
 import sys
@@ -13,12 +11,10 @@ import jax
 
 from groupvit_jax import cli, trained_run
 from groupvit_jax.data.pictures import read_picture
-from groupvit_jax.evals import protocols
 from groupvit_jax.evals.output_folder import OutputFolder
-from groupvit_jax.evals.protocols import Protocol
+from groupvit_jax.evals.run_facts import choose_protocol, describe_run, run_facts, say_replaced
 from groupvit_jax.evals.scene_eval import SceneEvaluator
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
-from groupvit_jax.trained_run import TrainedRun
 
 _SCENES_SHOWN = 6
 
@@ -51,7 +47,7 @@ def evaluate_scenes(
   """
   folder = None if output is None else OutputFolder(output, overwrite=overwrite)
   run = trained_run.open_run(workdir, weights=weights)
-  chosen = _choose_protocol(run, protocol, changes)
+  chosen = choose_protocol(run, protocol, changes)
   with trained_run.complete_config(workdir):
     evaluator = SceneEvaluator(
       run.config, run.model, run.tokenizer, run.mesh, split='test', protocol=chosen
@@ -68,16 +64,16 @@ def evaluate_scenes(
     result.table(),
     f'the untrained model: mIoU {untrained["miou"]:.1%}, '
     f'pixel accuracy {untrained["pixel_accuracy"]:.1%}',
-    _describe(run),
+    describe_run(run),
   ])
   print(table)
   if folder:
-    _say_replaced(folder)
+    say_replaced(folder)
     report = result.to_json()
     report['baselines'] = _baselines(report, untrained)
     folder.write_text('table.txt', table + '\n')
     folder.write_picture('scenes.png', pictures)
-    folder.write_report({'split': evaluator.split, **report, **_facts(run, chosen, protocol)})
+    folder.write_report({'split': evaluator.split, **report, **run_facts(run, chosen, protocol)})
     print(f'written to {folder.path}')
   return 0
 
@@ -123,10 +119,10 @@ def label_pictures(
   paths = _find_pictures(images)
   folder = OutputFolder(output, overwrite=overwrite)
   run = trained_run.open_run(workdir, weights=weights)
-  chosen = _choose_protocol(run, protocol, changes)
+  chosen = choose_protocol(run, protocol, changes)
   predictor = Predictor.from_run(run, protocol=chosen)
   folder.begin()
-  _say_replaced(folder)
+  say_replaced(folder)
   names, failures, done = _unique_names(paths), {}, {}
   found = predictor.stream(_read_all(paths, failures), words, threshold=chosen.threshold)
   for prediction in found:
@@ -143,43 +139,10 @@ def label_pictures(
     'words': words,
     'protocol': chosen.to_json(),
     'provenance': dict(run.provenance),
-    **_facts(run, chosen, protocol),
+    **run_facts(run, chosen, protocol),
   })
-  print(f'{len(done)} of {len(paths)} pictures, written to {folder.path}; {_describe(run)}')
+  print(f'{len(done)} of {len(paths)} pictures, written to {folder.path}; {describe_run(run)}')
   return cli.EXIT_PARTIAL if failures else 0
-
-
-def _choose_protocol(run: TrainedRun, name: str, changes: Mapping[str, str]) -> Protocol:
-  """The named protocol with parameters as they were written on the command line."""
-  protocol = protocols.find_protocol(name, tuple(run.config.model.vision.image_size))
-  return protocols.override(protocol, {key: _parse(text) for key, text in changes.items()})
-
-
-def _parse(text: str) -> object:
-  """A number, True, False or None (in any case); else the text."""
-  try:
-    return ast.literal_eval(text.title() if text.isalpha() else text)
-  except (ValueError, SyntaxError):
-    return text
-
-
-def _facts(run: TrainedRun, protocol: Protocol, name: str) -> dict[str, Any]:
-  """What a report says of the run, whatever was evaluated."""
-  size = tuple(run.config.model.vision.image_size)
-  before, after = protocols.find_protocol(name, size).to_json(), protocol.to_json()
-  return {
-    'protocol': after | {'changed': [key for key in after if after[key] != before[key]]},
-    'checkpoint': {'step': run.step, 'damaged_newer_steps': list(run.skipped)},
-    'config': json.loads(run.config.to_json()),
-  }
-
-
-def _describe(run: TrainedRun) -> str:
-  """The checkpoint and the code, in a line."""
-  facts = run.provenance
-  line = f'checkpoint {facts["workdir"]} step {facts["step"]}, code {facts["code"]}'
-  damaged = ', '.join(map(str, run.skipped))
-  return f'{line}; step {damaged} is newer but damaged' if damaged else line
 
 
 def _baselines(report: Mapping[str, Any], untrained: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,11 +151,6 @@ def _baselines(report: Mapping[str, Any], untrained: Mapping[str, Any]) -> dict[
   constant = {'class': report['constant_class']} | {n: report[f'constant_{n}'] for n in names}
   names += tuple(f'oracle_{name}' for name in names)
   return {'constant': constant, 'untrained': {name: untrained[name] for name in names}}
-
-
-def _say_replaced(folder: OutputFolder) -> None:
-  if folder.replaces:
-    print(f'{folder.path}: files of the same names are replaced', file=sys.stderr)
 
 
 def _find_pictures(pattern: str) -> list[str]:

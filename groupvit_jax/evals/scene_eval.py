@@ -2,28 +2,18 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import ml_collections
 import numpy as np
 
-from groupvit_jax import sharding
-from groupvit_jax.data.scenes import LabelledScenes
 from groupvit_jax.data.sources import build_scenes
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.evals import groups, semantic_seg, visualize
+from groupvit_jax.evals import semantic_seg, visualize
 from groupvit_jax.evals.benchmarks import Benchmark, make_benchmark
+from groupvit_jax.evals.evaluator import Evaluator
 from groupvit_jax.evals.protocols import native_protocol, Protocol
 from groupvit_jax.models.image_text import ImageTextModel
-
-_WINDOWS_PER_BATCH = 32
-
-
-def windows_per_batch(mesh: jax.sharding.Mesh) -> int:
-  """Windows that all devices of a mesh encode together."""
-  ways = sharding.batch_ways(mesh)
-  return -(-_WINDOWS_PER_BATCH // ways) * ways
 
 
 def scene_benchmark(classes: tuple[str, ...]) -> Benchmark:
@@ -64,7 +54,10 @@ class SceneEvaluator:
     self.source = scenes.labelled()
     self.benchmark = scene_benchmark(self.source.classes)
     self.protocol = protocol or native_protocol(size)
-    self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
+    # A scene is composed faster than a thread is woken.
+    self.evaluator = Evaluator(
+      model, tokenizer, mesh, self.source, self.benchmark, self.protocol, num_threads=0
+    )
 
   def evaluate(
     self, variables: dict, *, provenance: Mapping[str, str] | None = None
@@ -78,7 +71,7 @@ class SceneEvaluator:
     Returns:
       The result; `.scalars()` for logs, `.table()` and `.to_json()` for people.
     """
-    return self._evaluate(variables, self.source, oracle=True, provenance=provenance)
+    return self.evaluator.evaluate(variables, provenance=provenance)
 
   def pictures(self, variables: dict, count: int = 4) -> np.ndarray:
     """A panel of the first scenes: input, truth, prediction, final and first groups.
@@ -90,73 +83,5 @@ class SceneEvaluator:
     Returns:
       uint8 [H, W, 3], on every host.
     """
-    first = _First(self.source, min(count, len(self.source)))
-    labels: dict[str, np.ndarray] = {}
-    # Every host labels all of them: with several, each would otherwise hold some rows of the panel.
-    note = lambda encoded, found: labels.setdefault(encoded.picture.key, found.labels)
-    self._evaluate(variables, _ForEveryHost(first), oracle=False, on_picture=note)
-    records = [first[index] for index in range(len(first))]
-    images = [record['image'] for record in records]
-    grouped = groups.group_maps(
-      self._model, variables, images, self.protocol.window, self._mesh
-    )
-    rows = [
-      visualize.Row(record['image'], record['label'], labels[record['key']], maps)
-      for record, maps in zip(records, grouped)
-    ]
+    rows = self.evaluator.rows(variables, range(min(count, len(self.source))))
     return visualize.draw_panel(rows, self.benchmark.palette, self.benchmark.classes)
-
-  def _evaluate(
-    self, variables: dict, source: semantic_seg.LabelledSource, **options: Any
-  ) -> semantic_seg.Result:
-    names = self.benchmark.prompt_names(self.protocol.class_names)
-    embeds = semantic_seg.embed_classes(
-      self._model, variables, self._tokenizer, names, self.protocol.templates
-    )
-    return semantic_seg.evaluate(
-      self._model,
-      variables,
-      source,
-      embeds,
-      self.benchmark,
-      self.protocol,
-      batch_size=windows_per_batch(self._mesh),
-      mesh=self._mesh,
-      num_threads=0,  # a scene is composed faster than a thread is woken
-      **options,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _First:
-  """The first records of a source."""
-
-  source: LabelledScenes
-  count: int
-
-  @property
-  def classes(self) -> tuple[str, ...]:
-    return self.source.classes
-
-  def __len__(self) -> int:
-    return self.count
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.source[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class _ForEveryHost:
-  """A source of which every host's share is all of it."""
-
-  source: _First
-
-  @property
-  def classes(self) -> tuple[str, ...]:
-    return self.source.classes
-
-  def __len__(self) -> int:
-    return len(self.source) * jax.process_count()
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    return self.source[index // jax.process_count()]

@@ -1,0 +1,110 @@
+"""Benchmarks that a run is scored on while it trains, as `config.evals` lists them."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+
+import jax
+import ml_collections
+
+from groupvit_jax import sharding
+from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.evals import classified_sets, labelled_sets, protocols, zero_shot
+from groupvit_jax.evals.evaluator import Evaluator
+from groupvit_jax.evals.zero_shot import ZeroShotEvaluator
+from groupvit_jax.models.image_text import ImageTextModel
+
+_FIELDS = ('benchmark', 'data_dir', 'every_steps', 'num_pictures', 'protocol', 'changes')
+_THREADS = 2
+_PICTURES_PER_DEVICE = 64  # that are classified at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedEval:
+  """A benchmark whose pictures have been found; `build` makes it ready for a model.
+
+  Attributes:
+    name: in the config, and in the figures' names.
+    every_steps: how often.
+    benchmark: its classes; None for ImageNet.
+    source: its pictures.
+    protocol: how they are labelled; None for ImageNet.
+    templates: of ImageNet's names.
+  """
+
+  name: str
+  every_steps: int
+  benchmark: labelled_sets.Benchmark | None
+  source: object
+  protocol: protocols.Protocol | None
+  templates: str = zero_shot.TEMPLATES
+
+  def build(
+    self, model: ImageTextModel, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+  ) -> Evaluator | ZeroShotEvaluator:
+    """An evaluator, whose `evaluate(variables).scalars()` are the figures; it compiles at the first call only."""
+    if self.benchmark is None:
+      return ZeroShotEvaluator(
+        model, tokenizer, mesh, self.source, zero_shot.class_names(), self.templates,
+        _PICTURES_PER_DEVICE * sharding.batch_ways(mesh))
+    return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, _THREADS)
+
+  def due(self, step: int, total_steps: int) -> bool:
+    """Whether it is its turn after a step."""
+    return step % self.every_steps == 0 or step == total_steps
+
+
+def open_evals(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> tuple[OpenedEval, ...]:
+  """Finds the pictures of every benchmark that a config's `evals` part lists.
+
+  Args:
+    config: name -> `benchmark` and `data_dir` as eval.py takes them, `every_steps` (0 for never), `num_pictures` (so
+      many, spread evenly; 0 for all), `protocol` ('' for that of the published figure) and `changes` to it.
+    image_size: (H, W) of the training pictures.
+
+  Raises:
+    ValueError: an entry has a mistake, or its pictures are not there.
+  """
+  return tuple(_open(name, config[name], image_size) for name in sorted(config) if _check(name, config[name]))
+
+
+def check_best(metric: str, evals: Sequence[OpenedEval], others: Sequence[str]) -> None:
+  """Raises ValueError unless a metric is '' or belongs to one of some evaluations.
+
+  Args:
+    metric: 'eval/NAME/FIGURE'.
+    evals: that a run has.
+    others: names of further ones.
+  """
+  names = [*(each.name for each in evals), *others]
+  if metric and not any(metric.startswith(f'eval/{name}/') for name in names):
+    known = ', '.join(f'eval/{name}/...' for name in names) or 'none, for nothing is evaluated'
+    raise ValueError(f'checkpoint.best={metric!r} is a figure of no evaluation; there are {known}')
+
+
+def figures(name: str, scalars: Mapping[str, float]) -> dict[str, float]:
+  """An evaluation's figures as they are logged."""
+  return {f'eval/{name}/{key}': value for key, value in scalars.items()}
+
+
+def _check(name: str, entry: Mapping[str, object]) -> bool:
+  """Whether an entry is wanted at all."""
+  if odd := sorted(set(_FIELDS) ^ set(entry)):
+    verb = 'is missing' if odd[0] in _FIELDS else 'is unknown'
+    raise ValueError(f'evals.{name}.{odd[0]} {verb}; an evaluation has {", ".join(_FIELDS)}')
+  if entry['every_steps'] < 0:
+    raise ValueError(f'evals.{name}.every_steps={entry["every_steps"]}: use 0 for never, or more')
+  return entry['every_steps'] > 0
+
+
+def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -> OpenedEval:
+  try:
+    if entry['benchmark'] == zero_shot.IMAGENET:
+      source = labelled_sets.take(classified_sets.open_imagenet(entry['data_dir']), entry['num_pictures'])
+      templates = dict(entry['changes']).get('templates', zero_shot.TEMPLATES)
+      return OpenedEval(name, entry['every_steps'], None, source, None, templates)
+    benchmark, source = labelled_sets.open_benchmark(entry['benchmark'], entry['data_dir'], entry['num_pictures'])
+    protocol = protocols.find_protocol(entry['protocol'] or labelled_sets.default_protocol(benchmark), image_size)
+    protocol = benchmark.fix_threshold(protocols.override(protocol, dict(entry['changes'])))
+  except ValueError as error:
+    raise ValueError(f'evals.{name}: {error}') from error
+  return OpenedEval(name, entry['every_steps'], benchmark, source, protocol)

@@ -1,0 +1,55 @@
+"""What a report says of the run and the request it was made for, whatever was evaluated."""
+
+import ast
+from collections.abc import Mapping
+import json
+import sys
+from typing import Any
+
+from groupvit_jax.evals import protocols
+from groupvit_jax.evals.output_folder import OutputFolder
+from groupvit_jax.evals.protocols import Protocol
+from groupvit_jax.trained_run import TrainedRun
+
+
+def choose_protocol(run: TrainedRun, name: str, changes: Mapping[str, str]) -> Protocol:
+  """The named protocol with parameters as they were written on the command line.
+
+  Raises:
+    ValueError: there is no such protocol or parameter, or it cannot have that value.
+  """
+  protocol = protocols.find_protocol(name, tuple(run.config.model.vision.image_size))
+  return protocols.override(protocol, {key: _parse(text) for key, text in changes.items()})
+
+
+def run_facts(run: TrainedRun, protocol: Protocol, name: str) -> dict[str, Any]:
+  """The protocol with what was changed of the named one, the checkpoint and the config."""
+  size = tuple(run.config.model.vision.image_size)
+  before, after = protocols.find_protocol(name, size).to_json(), protocol.to_json()
+  return {
+    'protocol': after | {'changed': [key for key in after if after[key] != before[key]]},
+    'checkpoint': {'step': run.step, 'damaged_newer_steps': list(run.skipped)},
+    'config': json.loads(run.config.to_json()),
+  }
+
+
+def describe_run(run: TrainedRun) -> str:
+  """The checkpoint and the code, in a line."""
+  facts = run.provenance
+  line = f'checkpoint {facts["workdir"]} step {facts["step"]}, code {facts["code"]}'
+  damaged = ', '.join(map(str, run.skipped))
+  return f'{line}; step {damaged} is newer but damaged' if damaged else line
+
+
+def say_replaced(folder: OutputFolder) -> None:
+  """Warns of files that are about to be replaced."""
+  if folder.replaces:
+    print(f'{folder.path}: files of the same names are replaced', file=sys.stderr)
+
+
+def _parse(text: str) -> object:
+  """A number, True, False or None (in any case); else the text."""
+  try:
+    return ast.literal_eval(text.title() if text.isalpha() else text)
+  except (ValueError, SyntaxError):
+    return text

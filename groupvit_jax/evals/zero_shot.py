@@ -1,0 +1,231 @@
+"""Zero-shot classification: a model, pictures and class names in, top-1 and top-5 accuracy out.
+
+A class is the mean of its name's embeddings in every template of a set, normalised; a picture's class is the nearest.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol as Interface
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+from PIL import Image
+
+from groupvit_jax import sharding
+from groupvit_jax.data import text_ops
+from groupvit_jax.data.pictures import read_picture
+from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.evals import semantic_seg, windows
+from groupvit_jax.models.image_text import ImageTextModel
+from groupvit_jax.train_step import normalize_images
+
+IMAGENET = 'imagenet'
+# The published figures' (reference section 5): seven templates; `full` has all 80.
+TEMPLATES = 'subset'
+PUBLISHED = {'gcc_yfcc': 43.7, 'gcc_redcaps': 51.6}
+_FILE = Path(__file__).with_name('imagenet_zero_shot.json')
+_NONE = -1  # label of padding
+_TOP = 5
+
+
+class ClassifiedSource(Interface):
+  """Random access to pictures with a class."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': int, 'key': name}."""
+    ...
+
+
+class Hits(NamedTuple):
+  """Counts over pictures that are no padding."""
+
+  top1: jax.Array  # []
+  top5: jax.Array  # []
+  pictures: jax.Array  # []
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """What an evaluation found, and everything its figures depend on.
+
+  Attributes:
+    num_images: pictures counted.
+    num_classes: C.
+    top1: share whose class is the nearest.
+    top5: share whose class is among the five nearest.
+    settings: how pictures and names were prepared.
+    provenance: checkpoint, step, commit.
+  """
+
+  num_images: int
+  num_classes: int
+  top1: float
+  top5: float
+  settings: Mapping[str, Any]
+  provenance: Mapping[str, str]
+
+  def scalars(self) -> dict[str, float]:
+    """The figures by name, for logs."""
+    return {'top1': self.top1, 'top5': self.top5}
+
+  def to_json(self) -> dict[str, Any]:
+    """Figures and what they depend on."""
+    return {
+      'benchmark': IMAGENET,
+      'num_images': self.num_images,
+      'num_classes': self.num_classes,
+      **self.scalars(),
+      'protocol': dict(self.settings),
+      'templates': list(text_ops.template_set(self.settings['templates'])),
+      'published': [{'training_data': data, 'top1': value} for data, value in PUBLISHED.items()],
+      'provenance': dict(self.provenance),
+    }
+
+  def table(self) -> str:
+    """The figures, in percent, as text."""
+    pairs = ', '.join(f'{key}={value}' for key, value in self.settings.items())
+    same = '' if self.settings['templates'] == TEMPLATES else '; other templates'
+    return '\n'.join([
+      f'{IMAGENET}, {self.num_images} pictures, {self.num_classes} classes\n({pairs})',
+      '',
+      f'top-1  {self.top1:6.1%}',
+      f'top-5  {self.top5:6.1%}',
+      *(f'published (GroupViT-S/16 of {data}): top-1 {value:.1f}{same}' for data, value in PUBLISHED.items()),
+    ])
+
+
+def class_names() -> tuple[str, ...]:
+  """ImageNet's 1000 classes in the order of their WordNet ids, as CLIP calls them."""
+  return tuple(json.loads(_FILE.read_text())['classes'])
+
+
+def crop_picture(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """The middle of a picture resized so that its short side is 8/7 of the crop's: bicubic, as Pillow does it.
+
+  Args:
+    image: uint8 [rows, columns, 3].
+    size: (H, W) of the crop.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  short = _short_side(size)
+  rows, columns = (max(short * length // min(image.shape[:2]), short) for length in image.shape[:2])
+  resized = Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC)
+  top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
+  return np.asarray(resized)[top : top + size[0], left : left + size[1]]
+
+
+def _short_side(size: tuple[int, int]) -> int:
+  return round(8 / 7 * max(size))
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'mesh'))
+def count_hits(
+  variables: dict, images: jax.Array, labels: jax.Array, text_embeds: jax.Array, *, model: ImageTextModel, mesh: Mesh
+) -> Hits:
+  """Counts right answers in a batch.
+
+  Args:
+    variables: of the model.
+    images: uint8 [B, H, W, 3].
+    labels: int32 [B], -1 for padding.
+    text_embeds: [C, E], unit vectors, C at least 5.
+    model: the model.
+    mesh: over which the batch is divided.
+
+  Returns:
+    Counts, on every device.
+  """
+  embeds = model.apply(variables, normalize_images(images), method='encode_image').embeds
+  # Neither the picture's norm nor the temperature changes an order.
+  _, nearest = jax.lax.top_k(jnp.einsum('be,ce->bc', embeds, text_embeds, precision='highest'), _TOP)
+  right = (nearest == labels[:, None]).astype(jnp.int32)
+  hits = Hits(right[:, 0].sum(), right.sum(), (labels != _NONE).astype(jnp.int32).sum())
+  return jax.lax.with_sharding_constraint(hits, sharding.replicated(mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class ZeroShotEvaluator:
+  """Classifies pictures, as often as asked for. Compiles at the first call only.
+
+  Attributes:
+    model: the model.
+    tokenizer: of the model.
+    mesh: where the variables live.
+    source: the pictures.
+    names: C class names, at least 5.
+    templates: name of a template set.
+    batch_size: of all hosts.
+    num_threads: threads that decode and resize ahead of the devices.
+  """
+
+  model: ImageTextModel
+  tokenizer: Tokenizer
+  mesh: Mesh
+  source: ClassifiedSource
+  names: Sequence[str]
+  templates: str
+  batch_size: int
+  num_threads: int = 2
+
+  def __post_init__(self):
+    sharding.check_batch_size('eval batch_size', self.batch_size, self.mesh)
+    text_ops.template_set(self.templates)  # raises ValueError if there is none
+    if not len(self.source) or len(self.names) < _TOP:
+      raise ValueError(f'there are {len(self.source)} pictures of {len(self.names)} classes; it takes 1 of {_TOP}')
+
+  def evaluate(self, variables: dict, *, provenance: Mapping[str, str] | None = None) -> Result:
+    """Classifies all pictures; every host takes its share, and has the same result.
+
+    Args:
+      variables: {'params': ..., 'batch_stats': ...}, on the mesh.
+      provenance: what else to name in the result.
+
+    Raises:
+      ValueError: a picture cannot be decoded, or its class is none.
+    """
+    texts = semantic_seg.embed_classes(self.model, variables, self.tokenizer, self.names, self.templates)
+    texts = jax.device_put(texts, sharding.replicated(self.mesh))
+    hosts = jax.process_count()
+    mine = range(jax.process_index(), len(self.source), hosts)
+    pictures = windows.prefetch(self._prepare, mine, num_threads=self.num_threads)
+    total, waiting = np.zeros(3, np.int64), None
+    for _ in range(-(-len(self.source) // self.batch_size)):
+      images, labels = self._batch(pictures)
+      hits = count_hits(variables, images, labels, texts, model=self.model, mesh=self.mesh)
+      sharding.settle(hits, self.mesh)
+      if waiting is not None:  # while this batch runs
+        total += np.array(jax.device_get(waiting))
+      waiting = hits
+    total += np.array(jax.device_get(waiting))
+    size = tuple(self.model.vision.image_size)
+    settings = dict(name=IMAGENET, crop=size, short_side=_short_side(size), resize='bicubic', templates=self.templates,
+                    class_names='clip')
+    return Result(len(self.source), len(self.names), float(total[0] / total[2]), float(total[1] / total[2]), settings,
+                  provenance or {})
+
+  def _prepare(self, index: int) -> tuple[np.ndarray, int]:
+    record = self.source[index]
+    if not 0 <= record['label'] < len(self.names):
+      raise ValueError(f'{record["key"]} has the class {record["label"]}; there are 0 to {len(self.names) - 1}')
+    return crop_picture(read_picture(record['image'], record['key']), self.model.vision.image_size), record['label']
+
+  def _batch(self, pictures: Any) -> tuple[jax.Array, jax.Array]:
+    """The next pictures of this host, padded, as its part of a batch."""
+    rows = self.batch_size // jax.process_count()
+    images, labels = np.zeros((rows, *self.model.vision.image_size, 3), np.uint8), np.full(rows, _NONE, np.int32)
+    for row in range(rows):
+      found = next(pictures, None)
+      if found is None:
+        break
+      images[row], labels[row] = found
+    place = sharding.batch_sharding(self.mesh)
+    return tuple(jax.make_array_from_process_local_data(place, array) for array in (images, labels))

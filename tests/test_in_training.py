@@ -1,0 +1,124 @@
+"""Benchmarks along a training run, and the checkpoint that scored best."""
+
+import json
+import math
+import shutil
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from groupvit_jax import best_checkpoint, train_loop, trained_run
+from groupvit_jax.best_checkpoint import BestCheckpoint
+from groupvit_jax.evals import evaluator, in_training, run_benchmark, segmenter, window_encoder
+from groupvit_jax.evals.run_benchmark import Request
+from groupvit_jax.train_state import TrainState
+from tests import official_layouts as layouts
+from tests.tiny import tiny_config
+
+CHANGES = dict(short_side=32, max_long_side=128, window=32, stride=16, threshold=0.3)
+
+
+def entry(folder, **changes):
+  described = dict(benchmark='folder', data_dir=str(folder), every_steps=2, num_pictures=0, protocol='groupvit',
+                   changes=CHANGES)
+  return ml_collections.ConfigDict(described | changes)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run that is scored on a folder after steps 2, 4 and 6; compilations there were after each time."""
+  folder, workdir = tmp_path_factory.mktemp('mine'), tmp_path_factory.mktemp('run')
+  layouts.folder(folder)
+  config = tiny_config()
+  config.eval.every_steps = 100
+  config.evals.mine, config.evals.off = entry(folder), entry('/nowhere', every_steps=0)
+  config.checkpoint.best = 'eval/mine/pixel_accuracy'
+  compiled, evaluate = [], evaluator.Evaluator.evaluate
+
+  def count(self, variables, **options):
+    result = evaluate(self, variables, **options)
+    compiled.append((window_encoder.encode_windows._cache_size(), segmenter.label_pixels._cache_size()))
+    return result
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluator.Evaluator, 'evaluate', count)
+    assert train_loop.train(config, workdir) == 0
+  return workdir, folder, compiled
+
+
+def test_figures_after_the_steps_asked_for(run):
+  workdir, _, compiled = run
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  scored = {line['step']: line['eval/mine/pixel_accuracy'] for line in lines if 'eval/mine/miou' in line}
+  assert sorted(scored) == [2, 4, 6] and not any('off' in key for line in lines for key in line)
+  # Three folder evaluations, and that of the scenes at the end, which has other classes.
+  assert compiled[0] == compiled[1], 'a second evaluation compiled again'
+  best = json.loads((workdir / 'best.json').read_text())
+  assert best == {'metric': 'eval/mine/pixel_accuracy', 'value': max(scored.values()),
+                  'step': min(step for step, value in scored.items() if value == max(scored.values()))}
+  assert [path.name for path in (workdir / 'best').iterdir()] == [str(best['step'])]
+
+
+def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
+  workdir, folder, _ = run
+  best = json.loads((workdir / 'best.json').read_text())
+  request = Request('folder', str(folder), protocol='groupvit', output=str(tmp_path), checkpoint='best',
+                    changes={key: str(value) for key, value in CHANGES.items()})
+  assert run_benchmark.evaluate_benchmark(str(workdir), request) == 0
+  report = json.loads((tmp_path / 'results.json').read_text())
+  assert report['pixel_accuracy'] == pytest.approx(best['value'], abs=1e-6)
+  assert report['checkpoint']['step'] == best['step']
+
+
+def test_only_what_is_better_than_ever_is_kept(run, tmp_path):
+  state = train_state_of(run[0])
+  config = tiny_config()
+  best = BestCheckpoint(tmp_path, 'eval/a/miou')
+  at = lambda step: state.replace(step=np.int32(step))
+  assert best.offer({'eval/a/miou': 0.5}, at(1), config)
+  assert not best.offer({'eval/a/miou': 0.5}, at(2), config)
+  assert not best.offer({'eval/a/miou': math.nan}, at(3), config)
+  assert not best.offer({'eval/b/miou': 0.9}, at(4), config)
+  best.close()
+  again = BestCheckpoint(tmp_path, 'eval/a/miou')
+  assert (again.value, again.step) == (0.5, 1)
+  assert again.offer({'eval/a/miou': 0.6}, at(5), config)
+  assert [path.name for path in (tmp_path / best_checkpoint.FOLDER).iterdir()] == ['5']
+  with pytest.raises(ValueError, match='eval/a/miou. is not measured; there are eval/a/top1'):
+    again.offer({'eval/a/top1': 0.6}, at(6), config)
+  again.close()
+  assert BestCheckpoint(tmp_path, 'eval/a/top1').step == 0  # another figure starts anew
+  with pytest.raises(ValueError, match='kept no best checkpoint'):
+    trained_run.open_run(shutil.copytree(run[0], tmp_path / 'copy', ignore=lambda *_: ['best']), 'best')
+
+
+def train_state_of(workdir):
+  """A state with the run's variables and no optimiser, whole on one device."""
+  found = trained_run.open_run(workdir)
+  zero = np.int32(0)
+  return TrainState(step=zero, opt_state=(), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero,
+                    **jax.tree.map(np.asarray, found.variables))
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(benchmark='voc'), "evals.mine: there is no benchmark 'voc'"),
+    (dict(every_steps=-1), 'evals.mine.every_steps=-1'),
+    (dict(protocol='x'), "evals.mine: there is no protocol 'x'"),
+    (dict(benchmark='imagenet'), 'evals.mine: .*holds no .*imagenet2012'),
+    (dict(extra=1), 'evals.mine.extra is unknown'),
+])
+def test_a_mistake_shows_before_the_first_step(changes, message, tmp_path):
+  layouts.folder(tmp_path)
+  with pytest.raises(ValueError, match=message):
+    in_training.open_evals(ml_collections.ConfigDict(dict(mine=entry(tmp_path, **changes))), (32, 32))
+
+
+def test_the_best_of_what_is_not_measured(tmp_path):
+  layouts.folder(tmp_path)
+  evals = in_training.open_evals(ml_collections.ConfigDict(dict(mine=entry(tmp_path))), (32, 32))
+  in_training.check_best('eval/mine/miou', evals, ())
+  in_training.check_best('', (), ())
+  with pytest.raises(ValueError, match='is a figure of no evaluation; there are eval/mine/..., eval/validation/...'):
+    in_training.check_best('eval/voc21/miou', evals, ('validation',))
