@@ -49,9 +49,7 @@ def run(cluster: Cluster, facts: Mapping[str, str], main: Callable[[], int]) -> 
   cluster.check()
   with _deadline(cluster):
     _join(cluster)
-    if jax.process_count() == 1:
-      _print_table([_introduction({})])
-    else:
+    if jax.process_count() > 1:
       _ending(lambda: _agree(facts))
   return main() if jax.process_count() == 1 else _ending(main)
 
