@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_flags
 
-from benchmarks.traced_flops import matmul_flops
 from groupvit_jax import optim, sharding, train_state, train_step
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.text_rows import one_a_row
 from groupvit_jax.random_erasing import build_random_erasing
+from groupvit_jax.traced_flops import matmul_flops
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 flags.mark_flag_as_required('config')

@@ -47,6 +47,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
       batch_size=4096,
       grad_accum_steps=MACHINES[machine]['grad_accum_steps'],
       remat='dots',
+      scan_layers=False,  # True: blocks of one shape are a loop, of which the compiler sees one turn (docs/pods.md)
       text_budget=64,  # tokens an image; packed captions and prompts of CC12M take 57: docs/performance.md
       multi_label_weight=1.0,
       init_from='',

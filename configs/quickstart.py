@@ -17,6 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.batch_size = 64
   config.grad_accum_steps = 1  # the towers see the batch in so many parts; gradients stay those of the whole
   config.remat = 'none'  # 'dots' or 'blocks' forget more activations and compute them again: docs/large_batches.md
+  config.scan_layers = False  # True: blocks of one shape are a loop, of which the compiler sees one turn (docs/pods.md)
   config.text_budget = 0  # tokens an image that the text tower computes at once; 0 pads: docs/performance.md
   config.multi_label_weight = 1.0
   config.ema_decay = 0.0  # above 0 a moving average of the weights is kept, and is what evaluation and exports use

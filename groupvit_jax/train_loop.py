@@ -40,8 +40,8 @@ class Run(NamedTuple):
 
   config: ml_collections.ConfigDict
   mesh: jax.sharding.Mesh
-  source: Mixture
-  tokenizer: Tokenizer
+  source: Mixture | None  # like the tokenizer None where a step is compiled and no data are read
+  tokenizer: Tokenizer | None
   model: ImageTextModel
   tx: optax.GradientTransformation
   schedule: optax.Schedule
@@ -98,7 +98,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   image_ops.build_augment(config.data.augment, tuple(config.model.vision.image_size))
   build_random_erasing(config.data.augment)
   build = functools.partial(
-      build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat)
+      build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat,
+      scan_layers=config.scan_layers)
   evals = in_training.open_evals(config.evals, tuple(config.model.vision.image_size))
   in_training.check_best(config.checkpoint.best, evals, ('validation',) if config.data.source == 'scenes' else ())
   build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written

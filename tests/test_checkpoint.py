@@ -49,6 +49,16 @@ def test_round_trip_onto_another_mesh(state, tmp_path):
   assert restored.state.params['vision']['stage0_block0']['attn']['qkv']['kernel'].sharding.spec[2] == 'model'
 
 
+@pytest.mark.parametrize('axes', [{'data': 1}, {'fsdp': 2}, {'data': 2, 'model': 2}])
+def test_saved_on_eight_devices_restored_on_fewer(state, tmp_path, axes):
+  save_steps(tmp_path, state, 7)
+  mesh = sharding.make_mesh(**axes, devices=jax.devices()[:int(np.prod(list(axes.values())))])
+  restored = Checkpoints(tmp_path, keep=5).restore(train_state.abstract_state(MODEL, TX, TEXT_SHAPE, mesh))
+  assert {device for leaf in jax.tree.leaves(restored.state) for device in leaf.devices()} == set(mesh.devices.flat)
+  for saved, read in zip(raw(state.replace(step=state.step + 7)), raw(restored.state), strict=True):
+    np.testing.assert_array_equal(saved, read)
+
+
 def test_keeps_the_newest(state, tmp_path):
   checkpoints = Checkpoints(tmp_path, keep=2)
   for step in (1, 2, 3):

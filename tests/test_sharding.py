@@ -9,8 +9,10 @@ import numpy as np
 import optax
 import pytest
 
+from configs import groupvit_vitb16_gcc_yfcc, groupvit_vitl16_gcc_yfcc
 from groupvit_jax import sharding, train_state, train_step
 from groupvit_jax.data import pipeline
+from groupvit_jax.models.build import build_model
 from groupvit_jax.models.vision import StageSpec
 from groupvit_jax.random_erasing import RandomErasing
 from tests.tiny import tiny_model
@@ -101,3 +103,16 @@ def test_batch_that_the_devices_do_not_divide():
   with pytest.raises(ValueError, match='batch_size=12 .* 8 devices .* use 8 or 16'):
     sharding.check_batch_size('batch_size', 12, mesh)
   sharding.check_batch_size('batch_size', 16, mesh)
+
+
+@pytest.mark.parametrize('config, millions', [(groupvit_vitb16_gcc_yfcc, 165), (groupvit_vitl16_gcc_yfcc, 400)])
+def test_sizes_beyond_the_papers_are_divided(config, millions):
+  """Parameters and optimiser: a device of eight holds hardly more than an eighth."""
+  config = config.get_config()
+  mesh = sharding.make_mesh(**config.mesh)
+  model = build_model(config.model, vocab_size=config.tokenizer.vocab_size, eos_id=1, multi_label=True)
+  state = train_state.abstract_state(model, optax.adamw(1e-3), (4, 77), mesh)
+  total = sum(leaf.size for leaf in jax.tree.leaves(state))
+  local = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state))
+  assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > millions * 1e6
+  assert local < 1.05 * total / 8

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import caption_lengths, model_flops, our_model, speed_table, traced_flops
+from benchmarks import caption_lengths, model_flops, our_model, speed_table
+from groupvit_jax import traced_flops
 from groupvit_jax.models.build import build_model
 from tests.weights import random_variables
 

@@ -14,7 +14,7 @@ from groupvit_jax.models.vision import StageSpec, VisionInit, VisionTower
 
 def build_model(
     config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, multi_label: bool,
-    remat: Remat = 'none') -> ImageTextModel:
+    remat: Remat = 'none', scan_layers: bool = False) -> ImageTextModel:
   """Builds the model a config describes.
 
   Args:
@@ -23,6 +23,7 @@ def build_model(
     eos_id: the tokenizer's end-of-text id.
     multi_label: whether prompts are trained beside captions.
     remat: what blocks keep of their activations for the backward pass; matters in training alone.
+    scan_layers: whether blocks of one shape are a loop, of which the compiler sees one turn.
 
   Returns:
     An unbound module.
@@ -44,10 +45,12 @@ def build_model(
       vision=VisionTower(
           image_size=tuple(vision.image_size), patch_size=vision.patch_size, width=vision.width,
           num_heads=vision.num_heads, stages=stages, init=_vision_init(vision.init), mlp_ratio=vision.mlp_ratio,
-          drop_path=vision.drop_path, remat=remat, assignment=vision.assignment, dtype=dtype),
+          drop_path=vision.drop_path, remat=remat, scan_layers=scan_layers,
+          assignment=vision.assignment, dtype=dtype),
       text=TextTower(
           vocab_size=vocab_size, context_length=text.context_length, width=text.width, depth=text.depth,
-          num_heads=text.num_heads, eos_id=eos_id, mlp_ratio=text.mlp_ratio, remat=remat, dtype=dtype),
+          num_heads=text.num_heads, eos_id=eos_id, mlp_ratio=text.mlp_ratio, remat=remat,
+          scan_layers=scan_layers, dtype=dtype),
       embed_dim=config.embed_dim, projector_dim=config.projector_dim, multi_label=multi_label, dtype=dtype)
 
 

@@ -1,6 +1,6 @@
 """Transformer parts shared by both towers: attention, MLPs, the pre-norm block, stochastic depth."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Literal
@@ -67,7 +67,7 @@ def fold_keys(keys: jax.Array | None, data: int) -> jax.Array | None:
   return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
-def drop_path(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
+def drop_path(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> jax.Array:
   """Stochastic depth: zeroes whole samples of a residual branch [B, ...] and rescales the others.
 
   Args:
@@ -78,7 +78,7 @@ def drop_path(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
   Returns:
     An array like `x`, with the same expectation.
   """
-  if keys is None or rate == 0:
+  if keys is None or (isinstance(rate, float) and rate == 0):
     return x
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
   return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x / (1 - rate), 0).astype(x.dtype)
@@ -184,20 +184,49 @@ class Block(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, keys: jax.Array | None = None,
+               drop_rate: jax.Array | None = None) -> jax.Array:
     """Applies the block.
 
     Args:
       x: tokens [B, N, D].
       mask: what each token may attend to, broadcasting to [B, h, N, N].
       keys: [B], source of stochastic depth; None keeps every branch.
+      drop_rate: [], instead of the module's.
 
     Returns:
       Tokens [B, N, D].
     """
     width, init = x.shape[-1], self.init
+    rate = self.drop_rate if drop_rate is None else drop_rate
     attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, name='attn')
-    x = x + drop_path(attn(layer_norm('norm1')(x), mask), self.drop_rate, fold_keys(keys, 0))
+    x = x + drop_path(attn(layer_norm('norm1')(x), mask), rate, fold_keys(keys, 0))
     mlp = Mlp(
         int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
-    return x + drop_path(mlp(layer_norm('norm2')(x)), self.drop_rate, fold_keys(keys, 1))
+    return x + drop_path(mlp(layer_norm('norm2')(x)), rate, fold_keys(keys, 1))
+
+
+def scan_blocks(block: nn.Module, params: Sequence[dict], x: jax.Array, *, mask: jax.Array | None = None,
+                keys: jax.Array | None = None, drop_rates: Sequence[float] | None = None) -> jax.Array:
+  """Applies blocks of one shape one after the other, as a loop: the compiler sees one of them.
+
+  Args:
+    block: a `Block` that has no parent.
+    params: of each block.
+    x: tokens [B, N, D].
+    mask: as a block takes it.
+    keys: [B], of all the blocks; each folds in its number.
+    drop_rates: of each block; None for none.
+
+  Returns:
+    Tokens [B, N, D].
+  """
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+  rates = jnp.zeros(len(params)) if drop_rates is None else jnp.array(drop_rates, jnp.float32)
+
+  def step(x, inputs):
+    params, rate, i = inputs
+    rate = None if drop_rates is None else rate
+    return block.apply({'params': params}, x, mask=mask, keys=fold_keys(keys, i), drop_rate=rate), None
+
+  return jax.lax.scan(step, x, (stacked, rates, jnp.arange(len(params))))[0]

@@ -1,10 +1,12 @@
 """The text tower: a causal transformer pooled at the end-of-text token (CLIP's, narrower)."""
 
+import functools
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from groupvit_jax.models.layers import Block, BlockInit, layer_norm, quick_gelu, Remat, rematerialized
+from groupvit_jax.models.layers import Block, BlockInit, layer_norm, quick_gelu, Remat, rematerialized, scan_blocks
 from groupvit_jax.models.text_rows import TextRows
 
 
@@ -26,6 +28,7 @@ class TextTower(nn.Module):
   eos_id: int
   mlp_ratio: float = 4.0
   remat: Remat = 'none'
+  scan_layers: bool = False  # loop over the blocks: the compiler sees one turn; the same parameters
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
@@ -45,10 +48,14 @@ class TextTower(nn.Module):
     groups, _, length = rows.tokens.shape
     x = (embedding[rows.tokens] + positions[rows.positions]).astype(self.dtype).reshape(-1, length, self.width)
     mask = rows.mask.reshape(-1, 1, length, length)
-    block_class = rematerialized(Block, self.remat)
-    for j in range(self.depth):
-      x = block_class(
-          self.num_heads, self.mlp_ratio, clip_block_init(self.width, self.depth), quick_gelu, dtype=self.dtype,
-          name=f'block{j}')(x, mask=mask)
+    make_block = functools.partial(
+        rematerialized(Block, self.remat), self.num_heads, self.mlp_ratio, clip_block_init(self.width, self.depth),
+        quick_gelu, dtype=self.dtype)
+    names = [f'block{j}' for j in range(self.depth)]
+    if self.scan_layers and len(names) > 1 and not self.is_initializing():
+      x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, mask=mask)
+    else:
+      for name in names:
+        x = make_block(name=name)(x, mask=mask)
     at_eos = jnp.take_along_axis(x.reshape(groups, -1, self.width), rows.ends[..., None], axis=1)
     return layer_norm('norm')(at_eos.reshape(-1, self.width))

@@ -1,6 +1,7 @@
 """The image tower: patches, stages of transformer blocks and grouping blocks (paper section 3.1)."""
 
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from groupvit_jax.models.assignment import AssignmentMode
 from groupvit_jax.models.grouping import GroupingBlock
 from groupvit_jax.models.layers import (
-    Block, BlockInit, fold_keys, Initializer, layer_norm, Remat, rematerialized, TokenMixer)
+    Block, BlockInit, fold_keys, Initializer, layer_norm, Remat, rematerialized, scan_blocks, TokenMixer)
 
 
 class VisionOutput(NamedTuple):
@@ -101,6 +102,7 @@ class VisionTower(nn.Module):
   mlp_ratio: float = 4.0
   drop_path: float = 0.1  # of the last block; rises linearly from 0 at the first
   remat: Remat = 'none'
+  scan_layers: bool = False  # loop over the blocks of a stage: the compiler sees one turn; the same parameters
   assignment: AssignmentMode = 'gumbel'  # in training; evaluation pools with the hard assignment unless 'soft'
   dtype: jnp.dtype = jnp.float32
 
@@ -166,11 +168,16 @@ class VisionTower(nn.Module):
     num_tokens = x.shape[1]
     if groups is not None:
       x = jnp.concatenate([x, groups], axis=1)
-    for j, rate in enumerate(rates):
-      block = rematerialized(Block, self.remat)(
-          self.num_heads, self.mlp_ratio, BlockInit.uniform(self.init.kernel), drop_rate=float(rate),
-          dtype=self.dtype, name=f'stage{i}_block{j}')
-      x = block(x, keys=fold_keys(keys, j))
+    make_block = functools.partial(
+        rematerialized(Block, self.remat), self.num_heads, self.mlp_ratio, BlockInit.uniform(self.init.kernel),
+        dtype=self.dtype)
+    names = [f'stage{i}_block{j}' for j in range(len(rates))]
+    if self.scan_layers and len(names) > 1 and not self.is_initializing():
+      x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, keys=keys,
+                      drop_rates=rates)
+    else:
+      for j, (name, rate) in enumerate(zip(names, rates)):
+        x = make_block(drop_rate=float(rate), name=name)(x, keys=fold_keys(keys, j))
     return x[:, :num_tokens], None if groups is None else x[:, num_tokens:]
 
   def _grouping(self, i: int, num_segments: int) -> GroupingBlock:

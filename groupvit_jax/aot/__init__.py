@@ -1,0 +1,1 @@
+"""What a training step needs of a pod, found out without one: `python -m groupvit_jax.aot`."""

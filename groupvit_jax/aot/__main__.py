@@ -1,0 +1,36 @@
+"""Compiles a config's training step for TPUs that are not there, and says what it needs of each chip.
+
+  python -m groupvit_jax.aot --config=configs/groupvit_vits16_gcc_yfcc.py --topology=v5e:16x16
+
+Needs libtpu (`pip install libtpu`) and neither data nor TPU. Exits with 1 when a step does not fit.
+"""
+
+import json
+import os
+import pathlib
+
+from absl import flags
+from ml_collections import config_flags
+
+from groupvit_jax import cli
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
+TOPOLOGY = flags.DEFINE_list('topology', None, 'Chips and their shape, as in v5e:16x16; several after commas.')
+JSON = flags.DEFINE_string('json', None, 'Also write the figures to this file.')
+flags.mark_flags_as_required(['config', 'topology'])
+
+
+def main() -> int:
+  os.environ['JAX_PLATFORMS'] = 'cpu'  # whatever there is here: nothing is run on it
+  from groupvit_jax.aot import chips, report, step  # after the flags: a mistake there should not wait for JAX to load
+  found = []
+  for topology in [chips.find_topology(name) for name in TOPOLOGY.value]:
+    found.append(report.make_report(CONFIG.value, topology, step.compile_step(CONFIG.value, topology)))
+    print(report.describe(found[-1], CONFIG.value) + '\n', flush=True)
+  if JSON.value is not None:
+    pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
+  return 0 if all(entry['fits'] for entry in found) else cli.EXIT_PARTIAL
+
+
+if __name__ == '__main__':
+  cli.run(main)

@@ -1,0 +1,66 @@
+"""The chips that a step can be compiled for, as published, and how many of them a topology has."""
+
+from collections.abc import Mapping
+import math
+import os
+import re
+from typing import NamedTuple
+
+from jax.experimental import topologies
+
+
+class Chip(NamedTuple):
+  """A chip, by Google Cloud's pages on TPU versions (docs.cloud.google.com/tpu/docs)."""
+
+  peak_flops: float  # a second, bfloat16
+  hbm_bytes: float
+  hbm_bandwidth: float  # bytes a second
+  link_bandwidth: float  # bytes a second over all of a chip's links, in both directions together
+  chip_config: str | None = None  # how the compiler is told that both cores of a chip are one device
+
+
+CHIPS: Mapping[str, Chip] = {
+  'v4': Chip(275e12, 32 * 2**30, 1228e9, 600e9, 'megacore'),
+  'v5e': Chip(197e12, 16 * 2**30, 819e9, 400e9),
+  'v5p': Chip(459e12, 95 * 2**30, 2765e9, 1200e9),
+  'v6e': Chip(918e12, 32 * 2**30, 1638e9, 800e9),
+  'tpu7x': Chip(2307e12, 192 * 2**30, 7380e9, 1200e9),
+}
+
+
+class Topology(NamedTuple):
+  """A slice of a pod."""
+
+  name: str
+  chip: Chip
+  num_chips: int
+  devices: list  # of JAX, for compiling only; a chip has one or two
+
+  @property
+  def chips_per_device(self) -> float:
+    """A chip of two devices counts half for each."""
+    return self.num_chips / len(self.devices)
+
+
+def find_topology(name: str) -> Topology:
+  """The devices of a topology such as 'v5e:16x16'.
+
+  Raises:
+    ValueError: there is no such topology, or libtpu is missing.
+  """
+  version, _, shape = name.partition(':')
+  if version not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', shape):
+    raise ValueError(f'--topology={name} is none; write a chip ({", ".join(CHIPS)}) and a shape, as in v5e:16x16 or '
+                     'v5p:4x4x4')
+  # Nothing is run: no machine is asked for what it is, and several processes may compile at a time.
+  for variable, value in dict(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_HOSTNAMES='localhost',
+                              TPU_ACCELERATOR_TYPE='v5litepod-1').items():
+    os.environ.setdefault(variable, value)
+  chip = CHIPS[version]
+  options = {} if chip.chip_config is None else {'chip_config_name': chip.chip_config}
+  try:
+    devices = topologies.get_topology_desc(name, platform='tpu', **options).devices
+  except (RuntimeError, ImportError, OSError) as error:
+    raise ValueError(f'cannot compile for --topology={name}: {str(error).splitlines()[0]}; the compiler comes with '
+                     "pip install 'libtpu'") from error
+  return Topology(name, chip, math.prod(map(int, shape.split('x'))), list(devices))

@@ -1,0 +1,90 @@
+"""Compiles a config's training step, exactly as a run would, for chips that are not there."""
+
+import re
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from groupvit_jax import optim, sharding, train_loop, train_state
+from groupvit_jax.aot.chips import Topology
+from groupvit_jax.aot.program import read_traffic, Traffic
+from groupvit_jax.data.tokenizer import build_tokenizer
+from groupvit_jax.models.build import build_model
+from groupvit_jax.traced_flops import matmul_flops
+
+
+class Memory(NamedTuple):
+  """Bytes of a device's main memory during a step."""
+
+  arguments: int  # state and batch; the new state takes the place of the old one
+  results: int  # beside those that take the place of arguments
+  temporaries: int
+  code: int
+
+  @property
+  def together(self) -> int:
+    return sum(self)
+
+
+class CompiledStep(NamedTuple):
+  """What is known of a step before it is run."""
+
+  memory: Memory | None  # None: the compiler found no way to fit it in
+  wanted_bytes: float  # of a device's main memory
+  traffic: Traffic | None  # of a device
+  flops: float  # of all devices
+  compile_s: float
+
+
+def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> CompiledStep:
+  """Compiles a step for a topology.
+
+  Args:
+    config: the experiment.
+    topology: what to compile for.
+
+  Returns:
+    What the compiler says, and what its program shows.
+
+  Raises:
+    ValueError: the config has a mistake, or does not fit the number of devices.
+  """
+  mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
+  sharding.check_batch_size('batch_size', config.batch_size, mesh)
+  sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
+  schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
+  # A tokenizer that is yet to be trained has at most this many pieces.
+  path = config.tokenizer.path
+  vocab_size = build_tokenizer(path).vocab_size if path else config.tokenizer.vocab_size
+  model = build_model(config.model, vocab_size=vocab_size, eos_id=1, multi_label=config.data.num_prompts > 0,
+                      remat=config.remat, scan_layers=config.scan_layers)
+  tx = optim.build_optimizer(config.optim, schedule)
+  run = train_loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], evals=())
+  state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)
+  step = train_loop.jit_step(run, state)
+  batch = _abstract_batch(run)
+  flops = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
+  started = time.perf_counter()
+  try:
+    compiled = step.lower(state, batch).compile()
+  except jax.errors.JaxRuntimeError as error:
+    wanted = re.search(r'Used ([\d.]+)([KMGT]) of', str(error))
+    if 'RESOURCE_EXHAUSTED' not in str(error) or not wanted:
+      raise
+    size = float(wanted[1]) * 2 ** (10 * (1 + 'KMGT'.index(wanted[2])))
+    return CompiledStep(None, size, None, flops, time.perf_counter() - started)
+  seconds = time.perf_counter() - started
+  found = compiled.memory_analysis()
+  memory = Memory(found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes,
+                  found.temp_size_in_bytes, found.generated_code_size_in_bytes)
+  return CompiledStep(memory, memory.together, read_traffic(compiled.as_text()), flops, seconds)
+
+
+def _abstract_batch(run: train_loop.Run) -> dict[str, jax.ShapeDtypeStruct]:
+  place, size = sharding.batch_sharding(run.mesh), run.config.batch_size
+  image_shape = (size, *run.config.model.vision.image_size, 3)
+  return {'image': jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
+          'tokens': jax.ShapeDtypeStruct((size, *run.text_shape), jnp.int32, sharding=place)}
