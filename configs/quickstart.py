@@ -57,7 +57,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model = ml_collections.ConfigDict(dict(
       dtype='float32',
       embed_dim=64,
-      projector_dim=256,
+      projector_dim=64,  # a wider one names segments worse: see the README
       vision=dict(
           image_size=(64, 64),
           patch_size=8,
