@@ -18,12 +18,16 @@ from groupvit_jax.evals.window_encoder import EncodedPicture
 from groupvit_jax.models.image_text import ImageTextModel
 
 _WINDOWS_PER_BATCH = 32
+_PIXELS_ON_A_CPU = 448**2  # of a device's windows: what is made of more of them leaves its cache
 
 
-def windows_per_batch(mesh: jax.sharding.Mesh) -> int:
-  """Windows that all devices of a mesh encode together."""
+def windows_per_batch(mesh: jax.sharding.Mesh, window: int) -> int:
+  """Windows of a side that all devices of a mesh encode together."""
   ways = sharding.batch_ways(mesh)
-  return -(-_WINDOWS_PER_BATCH // ways) * ways
+  each = -(-_WINDOWS_PER_BATCH // ways)
+  if mesh.devices.flat[0].platform == 'cpu':
+    each = min(each, max(1, _PIXELS_ON_A_CPU // window**2))
+  return each * ways
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Evaluator:
       embeds,
       self.benchmark,
       self.protocol,
-      batch_size=windows_per_batch(self.mesh),
+      batch_size=windows_per_batch(self.mesh, self.protocol.window),
       mesh=self.mesh,
       num_threads=self.num_threads,
       **options,

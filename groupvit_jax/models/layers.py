@@ -16,6 +16,9 @@ Activation = Callable[[jax.Array], jax.Array]
 # none. The rest is computed again.
 Remat = Literal['none', 'dots', 'blocks']
 
+# Pairs of a query and a key from which on the weights of all heads are too large for a CPU's cache.
+_MANY_PAIRS = 2**18
+
 # torch's epsilon; Flax's default is 1e-6.
 LAYER_NORM_EPS = 1e-5
 
@@ -45,12 +48,26 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
   Returns:
     Attended values [B, N, h, k].
   """
+  if mask is None and query.shape[1] * key.shape[1] >= _MANY_PAIRS:
+    return jax.lax.platform_dependent(query, key, value, cpu=_attend_by_head, default=_attend)
+  return _attend(query, key, value, mask)
+
+
+def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  """`attend`, all heads at once."""
   logits = jnp.einsum('bnhk,bmhk->bhnm', query, key, preferred_element_type=jnp.float32)
   logits = logits * query.shape[-1] ** -0.5
   if mask is not None:
     logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
   weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
   return jnp.einsum('bhnm,bmhk->bnhk', weights, value)
+
+
+def _attend_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+  """`attend`, a head after the other: the weights of one stay in a CPU's cache, those of all do not."""
+  heads_first = lambda x: jnp.moveaxis(x, 2, 0)[..., None, :]  # [h, B, N, 1, k]
+  out = jax.lax.map(lambda head: _attend(*head), tuple(map(heads_first, (query, key, value))))
+  return jnp.moveaxis(out[..., 0, :], 0, 2)
 
 
 def sample_keys(key: jax.Array, batch: int) -> jax.Array:
