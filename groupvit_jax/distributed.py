@@ -75,6 +75,22 @@ def agreed(value: bool) -> bool:
   return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
+def gather(value: object) -> list:
+  """Every process's value, in the order of the processes; all of them must ask, and all get the same.
+
+  Args:
+    value: what JSON can hold, nan included.
+  """
+  if jax.process_count() == 1:
+    return [value]
+  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.array(len(data), np.int32))
+  padded = np.zeros(lengths.max(), np.uint8)
+  padded[:len(data)] = data
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
+
+
 def _join(cluster: Cluster) -> None:
   """Starts `jax.distributed`, unless this process is alone."""
   if cluster.alone:
@@ -141,7 +157,7 @@ def _agree(facts: Mapping[str, str]) -> None:
   if len(set(counts)) > 1:
     raise ValueError(f'processes have different numbers of devices: {counts}; give each the same')
   meet('devices')
-  everyone = _gather(_introduction(facts))
+  everyone = gather(_introduction(facts))
   for i, other in enumerate(everyone):
     differences = _differences(everyone[0]['facts'], other['facts'])
     if differences:
@@ -164,16 +180,6 @@ def _code_digest() -> str:
   for path in sorted(root.rglob('*.py')):
     digest.update(f'{path.relative_to(root)}\n'.encode() + path.read_bytes())
   return digest.hexdigest()[:12]
-
-
-def _gather(value: dict[str, object]) -> list[dict[str, object]]:
-  """Every process's value, in all of them."""
-  data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-  lengths = multihost_utils.process_allgather(np.array(len(data), np.int32))
-  padded = np.zeros(lengths.max(), np.uint8)
-  padded[:len(data)] = data
-  rows = multihost_utils.process_allgather(padded)
-  return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
 
 
 def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:

@@ -96,6 +96,11 @@ class RunLog:
     if not self._silent:
       self._board.add_image(name, picture, step, dataformats='HWC')
 
+  def text(self, step: int, name: str, text: str) -> None:
+    """Adds a text, as it is, to TensorBoard."""
+    if not self._silent:
+      _add_text(self._board, name, text, step)
+
   def close(self) -> None:
     """Flushes everything."""
     if not self._silent:
@@ -110,10 +115,14 @@ def write_board(folder: epath.PathLike, step: int, figures: Mapping[str, float],
   for name, value in figures.items():
     board.add_scalar(name, value, step)
   for name, text in texts.items():
-    board.add_text(name, f'<pre>{html.escape(text)}</pre>', step)
+    _add_text(board, name, text, step)
   for name, picture in pictures.items():
     board.add_image(name, picture, step, dataformats='HWC')
   board.close()
+
+
+def _add_text(board: tensorboardX.SummaryWriter, name: str, text: str, step: int) -> None:
+  board.add_text(name, f'<pre>{html.escape(text)}</pre>', step)
 
 
 def _drop_after(path: epath.Path, step: int) -> None:

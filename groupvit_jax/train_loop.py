@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import functools
+import json
 import time
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 import optax
 
 from groupvit_jax import (
-    cli, distributed, initial_weights, optim, packed_texts, sharding, train_state, train_step,
+    cli, distributed, initial_weights, optim, packed_texts, sharding, train_state, train_step, trained_run,
     workdir as workdir_lib)
 from groupvit_jax.best_checkpoint import BestCheckpoint
 from groupvit_jax.checkpoint import Checkpoints
@@ -22,8 +23,9 @@ from groupvit_jax.data.fault_tally import FaultTally
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.evals import in_training
+from groupvit_jax.evals import in_training, zero_shot
 from groupvit_jax.evals.evaluator import Evaluator
+from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.scene_eval import SceneEvaluator
 from groupvit_jax.evals.zero_shot import ZeroShotEvaluator
 from groupvit_jax.interrupts import Interrupts, Preempted
@@ -156,6 +158,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   _announce(log, run, state)
   evaluator = SceneEvaluator(config, run.model, run.tokenizer, run.mesh) if config.data.source == 'scenes' else None
   benchmarks = [(each, each.build(run.model, run.tokenizer, run.mesh)) for each in run.evals]
+  facts = {'workdir': str(workdir), 'code': trained_run.code_version()}
   best = BestCheckpoint(workdir, config.checkpoint.best)
   tally = FaultTally(workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share,
                      mesh=run.mesh)
@@ -193,10 +196,10 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
       pending = None
       with log.paused():
         if evaluating:
-          scores = _evaluate(log, evaluator, state, step, interrupts)
+          scores = _evaluate(log, evaluator, state, step, interrupts, facts)
           _keep_best(log, best, scores, state, config)
         for name, built in due:
-          scores = _evaluate_benchmark(log, name, built, state, step, interrupts)
+          scores = _evaluate_benchmark(log, name, built, state, step, interrupts, facts)
           _keep_best(log, best, scores, state, config)
         if saving:
           tally.save(step)
@@ -215,15 +218,15 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   return 0
 
 
-def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: int,
-              interrupts: Interrupts) -> dict[str, float]:
+def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: int, interrupts: Interrupts,
+              facts: dict[str, str]) -> dict[str, float]:
   """Scores the held-out scenes; a signal leaves it at once, without figures, and the loop sees the flag."""
   try:
     with interrupts.immediately():
-      scores = evaluator.evaluate(state.best_variables).scalars()
-      figures = in_training.figures(evaluator.split, scores)
-      log.figures(step, figures)
+      result = evaluator.evaluate(state.best_variables, provenance=facts | {'step': str(step)})
+      figures = _log_result(log, evaluator.split, result, step)
       log.picture(step, f'eval/{evaluator.split}', evaluator.pictures(state.best_variables))
+      scores = result.scalars()
       log.say(f'step {step}  held-out mIoU {scores["miou"]:.3f}  oracle {scores["oracle_miou"]:.3f}')
       return figures
   except Preempted:
@@ -232,18 +235,26 @@ def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: i
 
 
 def _evaluate_benchmark(log: RunLog, name: str, evaluator: Evaluator | ZeroShotEvaluator, state: TrainState, step: int,
-                        interrupts: Interrupts) -> dict[str, float]:
+                        interrupts: Interrupts, facts: dict[str, str]) -> dict[str, float]:
   """Scores a benchmark, likewise."""
   try:
     with interrupts.immediately():
-      figures = in_training.figures(name, evaluator.evaluate(state.best_variables).scalars())
-      log.figures(step, figures)
+      result = evaluator.evaluate(state.best_variables, provenance=facts | {'step': str(step)})
+      figures = _log_result(log, name, result, step)
       first, value = next(iter(figures.items()))
       log.say(f'step {step}  {first} {value:.3f}')
       return figures
   except Preempted:
     log.say(f'evaluation of {name} after step {step} left for a signal')
     return {}
+
+
+def _log_result(log: RunLog, name: str, result: Result | zero_shot.Result, step: int) -> dict[str, float]:
+  """Logs an evaluation's figures, and beside them what they depend on."""
+  figures = in_training.figures(name, result.scalars())
+  log.figures(step, figures)
+  log.text(step, f'eval/{name}/settings', json.dumps(result.to_json(), indent=2))
+  return figures
 
 
 def _keep_best(log: RunLog, best: BestCheckpoint, figures: dict[str, float], state: TrainState,

@@ -71,10 +71,11 @@ def test_a_benchmark_from_its_official_layout(name, raw, data_dir):
     np.testing.assert_array_equal(record['label'], expected(name, by_size[record['label'].shape]))
 
 
-def test_grey_and_cmyk_pictures_are_what_they_show(raw, data_dir):
-  _, source = labelled_sets.open_benchmark('voc21', data_dir)
+@pytest.mark.parametrize('name', ['voc21', 'context60', 'coco_object', 'ade20k'])  # Cityscapes has PNGs
+def test_grey_and_cmyk_pictures_are_what_they_show(name, data_dir):
+  _, source = labelled_sets.open_benchmark(name, data_dir)
   for record in map(source.__getitem__, range(3)):
-    number = layouts.KEYS.index(record['key'])
+    number = layouts.SIZES.index(record['label'].shape)
     pixels = read_picture(record['image'], record['key']).astype(int)
     original = layouts.photo(*layouts.SIZES[number], seed=number)
     if number == 1:
@@ -128,6 +129,11 @@ def wrong_size(path):
   layouts.save(path, np.zeros((5, 6), np.uint8))
 
 
+def empty(folder):
+  for path in folder.iterdir():
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+
+
 # What is done to which file of a good layout, and what is said then.
 FAULTS = [
     ('voc2012', V12, shutil.rmtree, r'there is no .*VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt nor '),
@@ -147,14 +153,24 @@ FAULTS = [
     ('pascal_context', f'{V10}/trainval_merged.json',
      lambda p: p.write_text(p.read_text().replace('"category_id": 284', '"category_id": 285')), 'has the category 285'),
     ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[1]}.jpg', pathlib.Path.unlink, 'there is no .*000042.jpg;'),
+    ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[0]}.jpg', wrong_size, 'is 5 x 6 px, its label map 20 x 30'),
+    ('pascal_context', f'{V10}/trainval_merged.json',
+     lambda p: p.write_text(p.read_text().replace('"phase": "val"', '"phase": "test"')), 'names no pictures'),
+    ('coco_stuff', 'val2017', empty, 'val2017 names no pictures'),
+    ('coco_stuff', f'stuffthingmaps/val2017/{0:012}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
     ('coco_stuff', 'stuffthingmaps', shutil.rmtree,
      'there is no .*stuffthingmaps/val2017 nor .*annotations/val2017 nor'),
     ('coco_stuff', f'stuffthingmaps/val2017/{1:012}.png', pathlib.Path.unlink, f'there is no .*{1:012}.png;'),
     ('ade20k', f'{ADE}/annotations', shutil.rmtree, 'there is no .*annotations/validation/ADE_val_00000000.png'),
-    ('ade20k', f'{ADE}/images/validation', lambda p: [f.unlink() for f in p.iterdir()], 'names no pictures'),
+    ('ade20k', f'{ADE}/annotations/validation/ADE_val_00000001.png', pathlib.Path.unlink,
+     'there is no .*annotations/validation/ADE_val_00000001.png;'),
+    ('ade20k', f'{ADE}/annotations/validation/ADE_val_00000000.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
+    ('ade20k', f'{ADE}/images/validation', empty, 'names no pictures'),
     ('cityscapes_fine', 'leftImg8bit', shutil.rmtree, 'there is no .*leftImg8bit/val; unpack'),
     ('cityscapes_fine', 'gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png', pathlib.Path.unlink,
      'there is no .*ulm_000001_000019_gtFine_labelIds.png'),
+    ('cityscapes_fine', 'gtFine/val/bonn/bonn_000000_000019_gtFine_labelIds.png', wrong_size, 'its label map 5 x 6'),
+    ('cityscapes_fine', 'leftImg8bit/val', empty, 'leftImg8bit/val names no pictures'),
 ]
 
 
@@ -178,7 +194,7 @@ def test_a_wrong_layout_is_one_line(name, path, damage, message, tmp_path, capsy
     (lambda p: (p / 'classes.txt').unlink(), 'there is no .*classes.txt nor .*classes.json'),
     (lambda p: (p / 'classes.txt').write_text(''), 'classes.txt is empty'),
     (lambda p: (p / 'classes.json').write_text('{}'), 'not a list of names'),
-    (lambda p: [f.unlink() for f in (p / 'images').iterdir()], 'holds no pictures'),
+    (lambda p: empty(p / 'images'), 'holds no pictures'),
     (lambda p: shutil.copy(p / 'images' / 'a.jpg', p / 'images' / 'a.png'), 'a.jpg and a.png, which share'),
 ])
 def test_a_folder_with_a_mistake(damage, message, tmp_path):

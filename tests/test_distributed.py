@@ -4,16 +4,20 @@ from collections.abc import Sequence
 import json
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from groupvit_jax import cli, cluster
 from groupvit_jax.cluster import Cluster
+from tests import official_layouts as layouts
+from tests.photos import photo
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 200
@@ -78,7 +82,7 @@ def scenario(tmp_path_factory) -> dict[str, object]:
   outcome['alone'] = finish([start(*flags, devices=8)])
   outcome['losses'] = logged(workdir)
   outcome['mious'] = logged(workdir, 'eval/validation/miou')
-  return outcome
+  return outcome | {'workdir': workdir}
 
 
 def test_a_table_of_processes(scenario):
@@ -111,6 +115,29 @@ def test_one_process_goes_on_with_what_two_began(scenario, tmp_path):
                                 devices=8)])
   assert code == 0, text
   assert scenario['losses'] == pytest.approx(logged(tmp_path), rel=0.01)
+
+
+def test_two_processes_evaluate_as_one(scenario, tmp_path):
+  """Figures, masks of every picture and the page, of pictures one of which has a window of its own size."""
+  layouts.folder(tmp_path / 'mine')
+  layouts.save(tmp_path / 'mine/images/d.png', photo(200, 20))
+  layouts.save_indices(tmp_path / 'mine/labels/d.png', np.arange(4000, dtype=np.uint8).reshape(200, 20) // 100 % 3)
+  flags = [f'--workdir={scenario["workdir"]}', '--benchmark=folder', f'--data_dir={tmp_path / "mine"}', '--masks',
+           '--thresholds=0.2,0.4', '--protocol=groupvit', '--protocol.short_side=32', '--protocol.max_long_side=128',
+           '--protocol.window=32', '--protocol.stride=16', '--protocol.threshold=0.3']
+  output = lambda name: [f'--output={tmp_path / name}', f'--report={tmp_path / name}.html']
+  two, one = tmp_path / 'two', tmp_path / 'one'
+  processes = [*start_two(*flags, *output('two'), program='eval.py'),
+               start(*flags, *output('one'), program='eval.py', devices=8)]
+  for code, text in finish(processes):
+    assert code == 0, text
+  for name in ('confusion.csv', 'pictures.json', *(f'masks/{key}.png' for key in ('a', 'b', 'c.d', 'd'))):
+    assert (two / name).read_bytes() == (one / name).read_bytes(), name
+  report, expected = (json.loads((folder / 'results.json').read_text()) for folder in (two, one))
+  assert report['stage1/entropy'] == pytest.approx(expected['stage1/entropy']) and report['num_images'] == 4
+  assert report['threshold_miou'] == expected['threshold_miou']
+  headings = [re.findall('<p>(.*?): mIoU', path.with_suffix('.html').read_text()) for path in (two, one)]
+  assert headings[0] == headings[1] and sorted(headings[0]) == ['a', 'b', 'c.d', 'd']
 
 
 @pytest.mark.parametrize('flags, message', [

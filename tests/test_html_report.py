@@ -49,8 +49,15 @@ def test_figures_stand_beside_the_published_ones(page):
   wrong = result.counts.sum() - np.trace(result.counts)
   assert rows[0] == ('cat', 'dog', f'{5000 / result.counts[8].sum():.1%}'[:-1], f'{5000 / wrong:.1%}'[:-1])
   values = re.findall(r'class="value">(.*?)</div>', page)
-  assert len(values) == 21 and values[-1] == '–'  # what does not occur comes last
-  assert [float(value) for value in values[:-1]] == sorted(map(float, values[:-1]), reverse=True)
+  assert len(values) == 20 and [float(value) for value in values] == sorted(map(float, values), reverse=True)
+  assert 'Neither in the truth nor predicted: tvmonitor</p>' in page
+
+
+def test_a_strip_says_what_its_colours_are(page):
+  """Of what is true or predicted there: a cat (64, 0, 0) that is called a dog (64, 0, 128), and background."""
+  legends = re.findall(r'<p class="legend">(.*?)</p>', page)
+  found = re.findall(r'background:(#\w+)"></i>(\w+)<', legends[0])
+  assert sorted(found) == [('#000000', 'background'), ('#400000', 'cat'), ('#400080', 'dog')] and len(legends) == 2
 
 
 def test_what_people_wrote_is_text(page):

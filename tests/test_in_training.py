@@ -15,6 +15,7 @@ from groupvit_jax.evals import evaluator, in_training, run_benchmark, segmenter,
 from groupvit_jax.evals.run_benchmark import Request
 from groupvit_jax.train_state import TrainState
 from tests import official_layouts as layouts
+from tests.board import read_board
 from tests.tiny import tiny_config
 
 CHANGES = dict(short_side=32, max_long_side=128, window=32, stride=16, threshold=0.3)
@@ -59,6 +60,17 @@ def test_figures_after_the_steps_asked_for(run):
   assert best == {'metric': 'eval/mine/pixel_accuracy', 'value': max(scored.values()),
                   'step': min(step for step, value in scored.items() if value == max(scored.values()))}
   assert [path.name for path in (workdir / 'best').iterdir()] == [str(best['step'])]
+
+
+def test_figures_on_the_board_name_what_they_depend_on(run):
+  workdir, folder, _ = run
+  board = read_board(workdir / 'tensorboard')
+  for name, value in {'mine': 'groupvit', 'validation': 'native'}.items():
+    step, text = board[f'eval/{name}/settings/text_summary']
+    settings = json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))
+    assert step == 6 and settings['protocol']['name'] == value and settings['protocol']['stride'] == 16
+    assert settings['provenance'] == {'workdir': str(workdir), 'step': '6', 'code': trained_run.code_version()}
+    assert settings['miou'] == pytest.approx(board[f'eval/{name}/miou'][1])
 
 
 def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):

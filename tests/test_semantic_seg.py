@@ -3,9 +3,6 @@
 import dataclasses
 import functools
 import json
-import socket
-import subprocess
-import sys
 
 import cv2
 from flax import linen as nn
@@ -16,7 +13,7 @@ import pytest
 
 from groupvit_jax import metrics, sharding
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.evals import protocols, semantic_seg
+from groupvit_jax.evals import protocols, segmenter, semantic_seg, window_encoder, windows
 from groupvit_jax.evals.benchmarks import make_benchmark
 from groupvit_jax.models.vision import StageSpec
 from tests import reference_protocol
@@ -62,7 +59,7 @@ WITH_BACKGROUND = make_benchmark('shapes', CLASSES, background=True)
 WITHOUT = make_benchmark('shapes', CLASSES[1:])
 
 
-def make_model():
+def make_model(window=WINDOW, patch=PATCH):
   """Two grouping stages, and an assignment decisive enough that segments differ."""
   decisive = nn.initializers.variance_scaling(8.0, 'fan_in', 'normal')
   spread = nn.initializers.normal(0.5)
@@ -71,12 +68,12 @@ def make_model():
   )
   stages = (StageSpec(1, 8, 8), StageSpec(1, 5, 5), StageSpec(1, 0, 0))
   return tiny_model(
-    image_size=(WINDOW, WINDOW), patch_size=PATCH, width=16, stages=stages, init=init
+    image_size=(window, window), patch_size=patch, width=16, stages=stages, init=init
   )
 
 
 def init_variables(model):
-  images, tokens = jnp.zeros((1, WINDOW, WINDOW, 3)), jnp.full((1, 1, 6), 2)
+  images, tokens = jnp.zeros((1, *model.vision.image_size, 3)), jnp.full((1, 1, 6), 2)
   return jax.jit(model.init)(jax.random.key(1), images, tokens)
 
 
@@ -99,8 +96,7 @@ def text_embeds():
   return make_text_embeds()
 
 
-@pytest.fixture(scope='module')
-def encode(model, variables):
+def encoder_of(model, variables):
   """Encodes one window, float [H, W, 3], normalised."""
   apply = jax.jit(lambda x: model.apply(variables, x, method='encode_segments'))
 
@@ -109,6 +105,11 @@ def encode(model, variables):
     return reference_protocol.Encoded(*(x[0] for x in out[:2]), [a[0] for a in out.assignments])
 
   return call
+
+
+@pytest.fixture(scope='module')
+def encode(model, variables):
+  return encoder_of(model, variables)
 
 
 def normalized(image):
@@ -168,6 +169,24 @@ def test_label_maps_are_those_of_the_slow_reference(
   assert len(labels_seen) >= 5 and (not background or 0 in labels_seen)
   assert clear > 200_000
   assert agree / clear >= 0.9999
+
+
+@pytest.mark.long
+def test_the_published_sizes_are_those_of_the_slow_reference(text_embeds):
+  """Protocol groupvit as it is: windows of 448 px, pictures up to 2048 wide. Patches are large, to be quick."""
+  model = make_model(448, 64)
+  variables = init_variables(model)
+  encode = encoder_of(model, variables)
+  protocol = protocols.override(protocols.GROUPVIT, {'threshold': 0.1})
+  source, maps = Pictures([(375, 500), (500, 333), (427, 2048), (120, 91)], CLASSES), {}
+  keep = lambda encoded, labelled: maps.update({encoded.picture.key: labelled.labels})
+  semantic_seg.evaluate(model, variables, source, text_embeds, WITH_BACKGROUND, protocol, batch_size=2, on_picture=keep)
+  for record in source:
+    want, margin = reference_protocol.label_picture(
+      record['image'], encode, text_embeds, float(variables['params']['logit_scale']), 0.1,
+      reference_protocol.Sizes(448, 2048, 448, 224, 64))
+    clear = margin > 1e-4
+    assert (maps[record['key']] == want)[clear].mean() >= 0.9999 and clear.mean() > 0.5, record['key']
 
 
 @pytest.fixture
@@ -260,6 +279,23 @@ def test_health_is_of_windows_not_of_padding(evaluate, encode):
   stages = zip(*(encode(window).assignments for window in windows))
   want = metrics.GroupingHealth.from_assignments([jnp.stack(stage) for stage in stages]).compute()
   assert result.health == pytest.approx(want, rel=1e-5)
+
+
+def test_each_window_is_encoded_once_in_full_batches(evaluate, monkeypatch):
+  """Those of several pictures together, with and without a sweep; label maps stay where they are made."""
+  batches, fetched = [], []
+  encode_windows = window_encoder.encode_windows
+
+  def encode(variables, windows, mask, **options):
+    batches.append(int(mask.sum()))
+    return encode_windows(variables, windows, mask, **options)
+
+  monkeypatch.setattr(window_encoder, 'encode_windows', encode)
+  monkeypatch.setattr(segmenter.Segmenter, 'fetch', lambda *_: fetched.append(1))
+  evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1), thresholds=(0.02, 0.3), on_picture=None)
+  sizes = [windows.resized_size(*size, PROTOCOL, PATCH) for size in ORDINARY]
+  whole, rest = divmod(sum(PROTOCOL.windows_along(h) * PROTOCOL.windows_along(w) for h, w in sizes), 8)
+  assert batches == [8] * whole + [rest] * bool(rest) and whole > 5 and not fetched
 
 
 def test_a_sweep_gives_what_each_threshold_gives(evaluate):
@@ -390,23 +426,3 @@ def test_a_label_that_is_no_class_is_named(evaluate):
     ValueError, match="label map of '0: 32 x 32' holds [3-9], but shapes has .* 2"
   ):
     semantic_seg.prepare_picture(source, 0, benchmark=fewer, protocol=PROTOCOL, patch_size=PATCH)
-
-
-@pytest.mark.long
-def test_two_hosts_find_what_one_finds():
-  """Two processes of two devices each share the pictures, odd sizes included."""
-  with socket.socket() as probe:
-    probe.bind(('localhost', 0))
-    port = str(probe.getsockname()[1])
-  start = lambda *args: subprocess.Popen(
-    [sys.executable, '-m', 'tests.evaluation_host', *args, port], stdout=subprocess.PIPE, text=True
-  )
-  both = [start('0', '2'), start('1', '2')]
-  found = [json.loads(host.communicate()[0].splitlines()[-1]) for host in both]
-  assert found[0] == found[1]
-  alone = json.loads(start('0', '1').communicate()[0].splitlines()[-1])
-  for several, one in zip(found[0][:2], alone[:2]):
-    assert np.sum(several) == np.sum(one)
-    assert np.abs(np.subtract(several, one)).sum() <= 2e-4 * np.sum(one)
-  np.testing.assert_allclose(found[0][2], alone[2], atol=1e-5)
-  assert found[0][3] == pytest.approx(alone[3], rel=1e-5)

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax.evals import visualize
+from groupvit_jax.evals.benchmarks import IGNORE_LABEL
 from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.visualize import Row
 
@@ -31,7 +32,10 @@ tr.ours td { font-weight: 600; } tr { border-bottom: 1px solid #e4e4e4; }
 .bar .fill { height: 100%; outline: 1px solid #0003; } .bar .value { text-align: right; font-size: .85rem; }
 .bar .mark { position: absolute; top: -2px; bottom: -2px; border-left: 2px solid #111; }
 .strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: .5rem;
-         margin: .3rem 0 1.3rem; }
+         margin: .3rem 0; }
+.legend { font-size: .85rem; margin: 0 0 1.6rem; } .legend span { margin-right: 1rem; white-space: nowrap; }
+.legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; vertical-align: -.1rem;
+            outline: 1px solid #0003; }
 .strip img, .curve { width: 100%; height: auto; display: block; } .curve { max-width: 760px; }
 figure { margin: 0; } figcaption, .note { color: #555; font-size: .85rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .8rem; font-size: .8rem; }
@@ -107,17 +111,20 @@ def _bars(result: Result) -> str:
   """A bar for each class, best first, with a mark where perfect naming would be."""
   iou = result.scores.iou
   oracle = np.full(len(iou), np.nan) if result.oracle is None else result.oracle.iou
-  bars = []
+  bars, absent = [], []
   for label in np.argsort(-np.nan_to_num(iou, nan=-1), kind='stable'):
+    if np.isnan(iou[label]):
+      absent.append(html.escape(result.benchmark.classes[label].strip()))
+      continue
     name, value = html.escape(result.benchmark.classes[label].strip()), iou[label]
     colour = '#{:02x}{:02x}{:02x}'.format(*result.benchmark.palette[label])
     mark = '' if np.isnan(oracle[label]) else f'<div class="mark" style="left:{100 * oracle[label]:.1f}%"></div>'
     bars.append(
       f'<div class="bar"><div class="name" title="{name}">{name}</div><div class="track">'
-      f'<div class="fill" style="width:{100 * np.nan_to_num(value):.1f}%;background:{colour}"></div>{mark}</div>'
+      f'<div class="fill" style="width:{100 * value:.1f}%;background:{colour}"></div>{mark}</div>'
       f'<div class="value">{_percent(value)}</div></div>')
   return (f'<div class="bars">{"".join(bars)}</div><p class="note">The mark is what perfect naming of the same '
-          'segments would give. “–”: neither in the truth nor predicted.</p>')
+          f'segments would give.{" Neither in the truth nor predicted: " * bool(absent)}{", ".join(absent)}</p>')
 
 
 def _confusions(result: Result) -> str:
@@ -150,7 +157,17 @@ def _strip(name: str, miou: float, row: Row, result: Result) -> str:
     tiles.append(('first groups', visualize.draw_groups(row.image, row.groups[0])))
   figures = ''.join(f'<figure><img alt="{title}" src="{_uri(tile)}"><figcaption>{title}</figcaption></figure>'
                     for title, tile in tiles)
-  return f'<p>{html.escape(name)}: mIoU {_percent(miou)}</p><div class="strip">{figures}</div>'
+  return (f'<p>{html.escape(name)}: mIoU {_percent(miou)}</p><div class="strip">{figures}</div>'
+          f'<p class="legend">{_legend(row, result)}</p>')
+
+
+def _legend(row: Row, result: Result) -> str:
+  """The colours of the classes in the truth or the prediction, largest first."""
+  pixels = np.bincount(np.concatenate([row.truth.ravel(), row.prediction.ravel()]), minlength=IGNORE_LABEL + 1)
+  swatch = lambda colour, name: (
+    '<span><i style="background:#{:02x}{:02x}{:02x}"></i>'.format(*colour) + html.escape(name.strip()) + '</span>')
+  return ' '.join(swatch(result.benchmark.palette[label], result.benchmark.classes[label])
+                  for label in np.argsort(-pixels, kind='stable') if pixels[label] and label != IGNORE_LABEL)
 
 
 def _shrink(row: Row) -> Row:

@@ -1,19 +1,25 @@
 """How well each picture was labelled, to find those worth a look."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import jax
-from jax.experimental import multihost_utils
 import numpy as np
 
-from groupvit_jax import metrics
+from groupvit_jax import distributed, metrics
 from groupvit_jax.evals.segmenter import LabelMap
 from groupvit_jax.evals.semantic_seg import LabelledSource
 from groupvit_jax.evals.window_encoder import EncodedPicture
 
 
+class PictureScore(NamedTuple):
+  """A picture's name, and its mIoU over the classes that it or its label map has: nan where nothing is labelled."""
+
+  key: str
+  miou: float
+
+
 class PictureScores:
-  """mIoU of each picture of a source, which is read through this, over the classes that it or its label map has."""
+  """Scores each picture of a source, which is read through this."""
 
   def __init__(self, source: LabelledSource):
     """Nothing is read yet.
@@ -22,8 +28,8 @@ class PictureScores:
       source: the pictures.
     """
     self._source = source
-    self.places: dict[str, int] = {}  # key -> index, of what this host has read
-    self._miou = np.full(len(source), np.nan)
+    self._places: dict[str, int] = {}  # key -> index, of what this host has read
+    self._found: dict[int, PictureScore] = {}
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -36,7 +42,7 @@ class PictureScores:
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns the source's record, and notes its place."""
     record = self._source[index]
-    self.places[record['key']] = index
+    self._places[record['key']] = index
     return record
 
   def note(self, encoded: EncodedPicture, found: LabelMap) -> None:
@@ -45,18 +51,17 @@ class PictureScores:
     counted = truth != metrics.IGNORE_LABEL
     cells = truth[counted] * num_classes + found.labels[counted]
     counts = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
-    self._miou[self.places[encoded.picture.key]] = metrics.scores_from_counts(counts).miou
+    key = encoded.picture.key
+    self._found[self._places[key]] = PictureScore(key, float(metrics.scores_from_counts(counts).miou))
 
-  def gather(self) -> np.ndarray:
-    """mIoU of every picture, on every host: [pictures], nan where nothing is labelled."""
-    if jax.process_count() == 1:
-      return self._miou
-    hosts = multihost_utils.process_allgather(np.nan_to_num(self._miou, nan=-1.0))
-    best = np.asarray(hosts).max(axis=0)
-    return np.where(best < 0, np.nan, best)
+  def gather(self) -> list[PictureScore]:
+    """The pictures of all hosts in the order of the source; the same on every host."""
+    found = [row for host in distributed.gather([[place, *score] for place, score in self._found.items()])
+             for row in host]
+    return [PictureScore(*score) for _, *score in sorted(found)]
 
 
-def pick(miou: np.ndarray, each: int) -> dict[str, list[int]]:
+def pick(miou: Sequence[float], each: int) -> dict[str, list[int]]:
   """The best, median and worst pictures, none of them twice.
 
   Args:
@@ -66,7 +71,7 @@ def pick(miou: np.ndarray, each: int) -> dict[str, list[int]]:
   Returns:
     'best', 'median' and 'worst' to places; the best ones first, the worst first.
   """
-  order = [int(i) for i in np.argsort(-miou, kind='stable') if not np.isnan(miou[i])]
+  order = [int(i) for i in np.argsort(np.negative(miou), kind='stable') if not np.isnan(miou[i])]
   each = min(each, -(-len(order) // 3))
   best = order[:each]
   worst = [i for i in reversed(order) if i not in best][:each]

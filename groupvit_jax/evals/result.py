@@ -1,7 +1,9 @@
 """What an evaluation found, as figures, JSON and a table that name the protocol."""
 
 from collections.abc import Mapping
+import csv
 import dataclasses
+import io
 from typing import Any
 
 import numpy as np
@@ -89,6 +91,15 @@ class Result:
       'published': [dataclasses.asdict(row) for row in self.benchmark.published],
       'provenance': dict(self.provenance),
     }
+
+  def confusion_csv(self) -> str:
+    """The confusion matrix: a line for each true class, pixels called each name, and pixels in all."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['is', *(f'called {name}' for name in self.benchmark.classes), 'pixels'])
+    for name, row in zip(self.benchmark.classes, self.counts.tolist()):
+      writer.writerow([name, *row, sum(row)])
+    return text.getvalue()
 
   def table(self) -> str:
     """Per-class IoU and the headline figures, in percent, as text."""

@@ -1,6 +1,6 @@
 """What eval.py --benchmark does: score a run on labelled pictures, by a named protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from typing import Any
@@ -9,12 +9,12 @@ from etils import epath
 import jax
 import numpy as np
 
-from groupvit_jax import run_log, sharding, trained_run
+from groupvit_jax import distributed, run_log, sharding, trained_run
 from groupvit_jax.evals import classified_sets, html_report, labelled_sets, picture_scores, plots, visualize, zero_shot
 from groupvit_jax.evals.benchmarks import Benchmark
 from groupvit_jax.evals.evaluator import Evaluator
 from groupvit_jax.evals.output_folder import OutputFolder
-from groupvit_jax.evals.picture_scores import PictureScores
+from groupvit_jax.evals.picture_scores import PictureScore, PictureScores
 from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.run_facts import choose_protocol, describe_run, run_facts, say_replaced
 from groupvit_jax.evals.scene_eval import SceneEvaluator
@@ -66,8 +66,9 @@ class Request:
 def evaluate_benchmark(workdir: str, request: Request) -> int:
   """Scores a run on a benchmark and prints a table.
 
-  With an output: results.json, table.txt, pictures.json (each picture's mIoU), TensorBoard files, thresholds.png
-  where thresholds were swept, and masks/KEY.png if asked for. All of them name everything the figures depend on.
+  With an output: results.json, table.txt, confusion.csv, pictures.json (each picture's mIoU), TensorBoard files,
+  thresholds.png where thresholds were swept, and masks/KEY.png if asked for, which every host writes of its pictures.
+  Figures stand beside everything that they depend on.
 
   Args:
     workdir: of the run.
@@ -90,8 +91,10 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
   opened = open_pictures(request) if request.benchmark != SCENES else None
   run = trained_run.open_run(workdir, request.checkpoint, weights=request.weights)
   evaluator, name = _build(run, request, opened, thresholds)
-  if folder and jax.process_index() == 0:
-    folder.begin()
+  if folder:
+    with distributed.first_process_first():  # whose check of the folder comes before another's masks
+      if jax.process_index() == 0:
+        folder.begin()
   scores = PictureScores(evaluator.source)
   painter = _Painter(folder, evaluator.benchmark) if request.masks else None
 
@@ -102,8 +105,8 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
 
   result = dataclasses.replace(evaluator, source=scores).evaluate(
       run.variables, on_picture=look if folder or page else None, provenance=run.provenance)
-  miou = scores.gather()
-  gallery = _gallery(evaluator, run.variables, miou) if page else {}
+  pictures = scores.gather()
+  gallery = _gallery(evaluator, run.variables, pictures) if page else {}
   if jax.process_index():
     return 0
   table = '\n'.join([result.table(), *_published(result), describe_run(run)])
@@ -114,7 +117,7 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
   if folder:
     say_replaced(folder)
     facts = result.to_json() | run_facts(run, result.protocol, name) | {'num_pictures_asked_for': request.num_pictures}
-    _write(folder, result, facts, table, curve, _by_key(scores, miou))
+    _write(folder, result, facts, table, curve, pictures)
     print(f'written to {folder.path}')
   return 0
 
@@ -190,7 +193,7 @@ def _build(
   if opened is None:
     with trained_run.complete_config(run.workdir):
       scenes = SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh, split='test').evaluator
-    opened, num_threads = (scenes.benchmark, scenes.source), 0
+    opened, num_threads = (scenes.benchmark, labelled_sets.take(scenes.source, request.num_pictures)), 0
   else:
     num_threads = _THREADS
   benchmark, source = opened
@@ -224,13 +227,14 @@ def _page_path(request: Request) -> epath.Path:
   return path
 
 
-def _gallery(evaluator: Evaluator, variables: dict, miou: np.ndarray) -> dict[str, list[tuple[str, float, Row]]]:
+def _gallery(
+    evaluator: Evaluator, variables: dict, pictures: Sequence[PictureScore]
+) -> dict[str, list[tuple[str, float, Row]]]:
   """The best, median and worst pictures, and what there is to see of each."""
-  chosen = picture_scores.pick(miou, _GALLERY)
+  chosen = picture_scores.pick([picture.miou for picture in pictures], _GALLERY)
   places = [place for kind in chosen.values() for place in kind]
   rows = dict(zip(places, evaluator.rows(variables, places))) if places else {}
-  key = lambda place: evaluator.source[place]['key']
-  return {kind: [(key(place), float(miou[place]), rows[place]) for place in found] for kind, found in chosen.items()}
+  return {kind: [(*pictures[place], rows[place]) for place in found] for kind, found in chosen.items()}
 
 
 def _write_page(path: epath.Path, page: str) -> None:
@@ -251,19 +255,14 @@ def _published(result: Result) -> list[str]:
       for row in result.benchmark.published]
 
 
-def _by_key(scores: PictureScores, miou: np.ndarray) -> dict[str, float | None]:
-  """mIoU by picture, in the order of the source. With several hosts, of the first one's share."""
-  places = sorted(scores.places.items(), key=lambda pair: pair[1])
-  return {key: None if np.isnan(miou[place]) else float(miou[place]) for key, place in places}
-
-
 def _write(
     folder: OutputFolder, result: Result, facts: Mapping[str, Any], table: str, curve: np.ndarray | None,
-    pictures: Mapping[str, float | None]
+    pictures: Sequence[PictureScore]
 ) -> None:
   """Everything but masks."""
   folder.write_text('table.txt', table + '\n')
-  folder.write_json('pictures.json', pictures)
+  folder.write_text('confusion.csv', result.confusion_csv())
+  folder.write_json('pictures.json', {key: None if np.isnan(miou) else miou for key, miou in pictures})
   if curve is not None:
     folder.write_picture('thresholds.png', curve)
   _write_board(folder, result.scalars(), facts, {} if curve is None else {'thresholds': curve})
