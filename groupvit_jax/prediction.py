@@ -1,5 +1,6 @@
 """What was found in one picture: label maps, groups, scores, heat maps, overlays."""
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any
 
@@ -24,7 +25,7 @@ class Prediction:
     labels: uint8 [H, W].
     pixel_scores: float32 [H, W], of those labels.
     scores: [C], of the segment that fits a class best, in any window; nan for the background.
-    groups: per grouping stage uint8 [H, W], of the picture seen whole; the final segments are last.
+    group_maps: makes `groups` when they are first asked for, which takes one more pass of the encoder.
     windows: the K windows that were looked at.
     class_scores: float32 [K, S, C], of their segments; without the background.
   """
@@ -37,7 +38,7 @@ class Prediction:
   labels: np.ndarray
   pixel_scores: np.ndarray
   scores: np.ndarray
-  groups: tuple[np.ndarray, ...]
+  group_maps: Callable[[], tuple[np.ndarray, ...]]
   windows: EncodedPicture
   class_scores: np.ndarray
 
@@ -45,6 +46,11 @@ class Prediction:
   def areas(self) -> np.ndarray:
     """Share of the picture that each class covers, [C]."""
     return np.bincount(self.labels.ravel(), minlength=len(self.classes)) / self.labels.size
+
+  @property
+  def groups(self) -> tuple[np.ndarray, ...]:
+    """Per grouping stage uint8 [H, W], of the picture seen whole; the final segments are last."""
+    return self.group_maps()
 
   @property
   def segments(self) -> np.ndarray:

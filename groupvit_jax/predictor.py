@@ -26,6 +26,7 @@ from groupvit_jax.prediction import Prediction
 
 BACKGROUND = 'background'
 _BATCH_SIZES = (1, 4, 16)  # windows on each device at a time: one compilation each, when first needed
+_FEWEST_WORDS = 16  # to compile for; then twice as many, and so on
 
 Picture = np.ndarray | Image.Image | os.PathLike | str
 
@@ -42,7 +43,7 @@ class EncodedImage(NamedTuple):
 
   image: np.ndarray  # uint8 [H, W, 3]
   windows: EncodedPicture
-  groups: tuple[np.ndarray, ...]  # per grouping stage uint8 [H, W]
+  group_maps: Callable[[], tuple[np.ndarray, ...]]  # per grouping stage uint8 [H, W]; computed once
 
 
 class Predictor:
@@ -51,8 +52,9 @@ class Predictor:
       predictor = Predictor.from_workdir('runs/quickstart')
       prediction = predictor('dog.jpg', ['dog|puppy', 'grass'])
 
-  `encode` and `find` are its two halves: other words and thresholds need only the second one. Compiled
-  at the first call and for new numbers of words; embeddings of words are kept.
+  `encode` and `find` are its two halves: other words and thresholds need only the second one. Each is
+  compiled once for all pictures and numbers of words of about one size: batches of 1, 4 and 16 windows,
+  up to 16, 32, 64, 128 and 256 words. Embeddings of words are kept.
   """
 
   def __init__(
@@ -231,6 +233,7 @@ class Predictor:
       background=benchmark.background,
       thresholds=(0.0 if threshold is None else threshold,),
       mesh=self._mesh,
+      capacity=max(_FEWEST_WORDS, 1 << (len(found_words) - 1).bit_length()),
     )
     return functools.partial(_label, segmenter, benchmark)
 
@@ -241,7 +244,7 @@ class Predictor:
     for item in encoder.encode(self._variables, pictures):
       if isinstance(item, EncodedPicture):
         image = waiting.pop(item.picture.key)
-        yield EncodedImage(image, item, self._groups(image))
+        yield EncodedImage(image, item, functools.cache(functools.partial(self._groups, image)))
 
   def _groups(self, image: np.ndarray) -> tuple[np.ndarray, ...]:
     side = self.protocol.window
@@ -295,7 +298,7 @@ def _label(segmenter: Segmenter, benchmark: Benchmark, encoded: EncodedImage) ->
     labels=labelled.labels,
     pixel_scores=labelled.scores,
     scores=np.concatenate([unscored, labelled.class_scores.max(axis=(0, 1))]),
-    groups=encoded.groups,
+    group_maps=encoded.group_maps,
     windows=encoded.windows,
     class_scores=labelled.class_scores,
   )

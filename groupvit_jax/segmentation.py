@@ -102,6 +102,7 @@ def class_scores(
   *,
   class_filter: int | None,
   double_softmax: bool,
+  exists: jax.Array | None = None,
 ) -> jax.Array:
   """Probabilities of the classes for each segment of each window.
 
@@ -115,6 +116,7 @@ def class_scores(
     logit_scale: log temperature []; its exponential is clamped at 100.
     class_filter: classes kept per window, None for all.
     double_softmax: whether the filtered softmax is multiplied by the unfiltered one.
+    exists: [C], False for padding, which scores 0 as if it were not there; None when all do.
 
   Returns:
     [B, S, C], float32.
@@ -122,10 +124,14 @@ def class_scores(
   text = normalize(text_embeds)
   scale = jnp.minimum(jnp.exp(logit_scale.astype(jnp.float32)), MAX_LOGIT_SCALE)
   logits = scale * jnp.einsum('bse,ce->bsc', normalize(segment_embeds), text, precision=_HIGHEST)
+  if exists is not None:
+    logits = jnp.where(exists[None, None], logits, -jnp.inf)
   kept = logits
   if class_filter is not None:
     num_classes = text.shape[0]
     pooled = jnp.einsum('be,ce->bc', normalize(image_embeds), text, precision=_HIGHEST)
+    if exists is not None:
+      pooled = jnp.where(exists[None], pooled, -jnp.inf)
     _, best = jax.lax.top_k(pooled, min(class_filter, num_classes))
     keep = jax.nn.one_hot(best, num_classes).sum(axis=1) > 0
     kept = jnp.where(keep[:, None, :], logits, -jnp.inf)

@@ -1,7 +1,7 @@
 """The page: what it does with pictures and words, and all of it in a real browser."""
 
+import base64
 import contextlib
-import io
 import json
 import os
 import pathlib
@@ -15,10 +15,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from groupvit_jax import trained_run
 from groupvit_jax.demo import viewer as viewer_lib
+from groupvit_jax.demo.examples import make_examples
 from groupvit_jax.demo.viewer import Viewer
-from groupvit_jax.evals import window_encoder
+from groupvit_jax.evals import groups, window_encoder
 from groupvit_jax.predictor import Predictor
+from tests import photos
 from tests.photos import photo
 from tests.trained import trained_workdir
 
@@ -27,6 +30,11 @@ CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 # As root in a container, and without a word to anyone.
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync']
+# What copying a picture in another program does.
+COPY = """async data => {
+  const blob = await (await fetch('data:image/png;base64,' + data)).blob();
+  await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
+}"""
 WORDS = 'dog|puppy, banana, grass'
 
 
@@ -41,12 +49,22 @@ def picture(tmp_path) -> str:
   return str(tmp_path / 'a.png')
 
 
-def test_other_words_and_thresholds_do_not_encode_again(viewer, picture, monkeypatch):
+def test_other_words_and_sliders_do_not_encode_again(viewer, picture, monkeypatch):
+  passes = []
+  for module, name in ((window_encoder, 'encode_windows'), (groups, '_affinities')):
+    run = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, run=run, name=name, **kw: passes.append(name) or run(*args, **kw))
   first = viewer.look(picture, WORDS, 0, None)
   assert first.prediction.classes == ('dog', 'banana', 'grass')
-  monkeypatch.setattr(window_encoder, 'encode_windows', None)
-  assert viewer.look(picture, WORDS, 0.9, first).prediction.classes[0] == 'background'
-  assert viewer.look(picture, 'cat,', 0, first).prediction.areas.tolist() == [1]
+  drawn = [viewer_lib.overlay(first.prediction, opacity) for opacity in (0.1, 0.9)]
+  assert not np.array_equal(*drawn) and passes == ['encode_windows']
+  before = viewer_lib.group_overlays(first.prediction)
+  assert passes == ['encode_windows', '_affinities']
+  cut = viewer.look(picture, WORDS, 0.9, first)
+  assert cut.prediction.classes[0] == 'background'
+  np.testing.assert_array_equal(viewer_lib.group_overlays(cut.prediction), before)
+  assert viewer.look(picture, 'cat,', 0, cut).prediction.areas.tolist() == [1]
+  assert len(passes) == 2
 
 
 def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_path):
@@ -78,6 +96,16 @@ def test_what_is_shown_fits_a_screen(viewer, tmp_path):
   assert [x.shape for x in viewer_lib.group_overlays(found)] == [(7, 1280, 3)] * 2
 
 
+def test_examples_are_scenes_of_the_run_and_photographs(tmp_path):
+  pytest.importorskip('skimage')
+  config = trained_run.open_run(trained_workdir()).config
+  *scenes, cat, cup, rocket = make_examples(config, tmp_path)
+  assert len(scenes) == 4 and len({pathlib.Path(path).read_bytes() for path, _ in scenes}) == 4
+  assert {words for _, words in scenes} == {', '.join([*config.data.scenes.things, *config.data.scenes.stuff])}
+  for (path, words), name in zip((cat, cup, rocket), ('cat', 'coffee|cup', 'rocket')):
+    assert min(Image.open(path).size) >= 300 and words.split(', ')[0] == name
+
+
 @contextlib.contextmanager
 def served(*options: str):
   """The address of the page, served by the command that people give."""
@@ -96,19 +124,18 @@ def served(*options: str):
 
 def picture_bytes(image: np.ndarray) -> dict[str, object]:
   """A file as a browser uploads it."""
-  buffer = io.BytesIO()
-  Image.fromarray(image).save(buffer, 'PNG')
-  return dict(name='mine.png', mimeType='image/png', buffer=buffer.getvalue())
+  return dict(name='mine.png', mimeType='image/png', buffer=photos.encode(image, 'PNG'))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium, as in apt install chromium')
 def test_in_a_browser(tmp_path):
-  """Upload, type, look; move the sliders; make mistakes; take the results home."""
+  """Upload, paste, type, look; move the sliders; make mistakes; take the results home."""
   sync_api = pytest.importorskip('playwright.sync_api')
   with served('--max_upload_mb=1', '--max_megapixels=0.25') as address, sync_api.sync_playwright() as play:
     browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
     page = browser.new_page(viewport=dict(width=1100, height=1000))
     page.set_default_timeout(90_000)
+    page.context.grant_permissions(['clipboard-read', 'clipboard-write'], origin=address.rstrip('/'))
     sync_api.expect.set_options(timeout=90_000)
     elsewhere = []
     page.on('request', lambda request: elsewhere.append(request.url)
@@ -164,7 +191,16 @@ def test_in_a_browser(tmp_path):
     upload.set_input_files(picture_bytes(noise))
     sync_api.expect(page.get_by_text(re.compile('maximum allowed size'))).to_be_visible()
     page.locator('.gallery-item, .tr-body').first.click()  # an example
-    changed('')
+    before = changed('')
+    page.evaluate(COPY, base64.b64encode(photos.encode(photo(50, 80, seed=1), 'PNG')).decode())
+    page.get_by_label('Paste from clipboard').click()
+    changed(before)
+    with page.expect_download() as download:
+      page.locator('#mask').click()
+    assert Image.open(download.value.path()).size == (80, 50)
+    words.fill(' , ')
+    page.locator('#segment').click()
+    sync_api.expect(message).to_contain_text('There are no words to look for')
     assert not elsewhere
     browser.close()
     host, port = re.fullmatch(r'http://(.+):(\d+)/', address).groups()

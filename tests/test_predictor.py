@@ -1,15 +1,18 @@
 """The one-call API: pictures and words in; label maps, groups and scores out."""
 
+from collections.abc import Iterator
+import contextlib
 import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
 
 from groupvit_jax import trained_run
-from groupvit_jax.evals import scene_eval, semantic_seg, window_encoder
+from groupvit_jax.evals import protocols, scene_eval, semantic_seg, window_encoder
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
 from tests.trained import trained_workdir
 
@@ -98,10 +101,13 @@ def test_lists_and_kinds_of_pictures_give_the_same(predictor, prediction, image,
   assert [p.labels.shape for p in found[3:]] == [(20, 70), (4, 64)]
 
 
-def test_same_answer_as_the_evaluation(run, predictor):
-  """On held-out scenes: the same pixels are right and wrong."""
+def test_same_answer_as_the_evaluation(run):
+  """By a protocol of one's own, on held-out scenes: the same pixels are right and wrong."""
+  changes = dict(class_filter=3, double_softmax=False, templates='subset')
+  protocol = protocols.override(protocols.native_protocol(run.model.vision.image_size), changes)
+  predictor = Predictor.from_run(run, protocol=protocol)
   scenes = scene_eval.SceneEvaluator(
-    run.config, run.model, run.tokenizer, run.mesh, split='test'
+    run.config, run.model, run.tokenizer, run.mesh, split='test', protocol=protocol
   )
   want = scenes.evaluate(run.variables).counts
   records = [scenes.source[i] for i in range(len(scenes.source))]
@@ -145,12 +151,39 @@ def test_threshold_makes_background(predictor, prediction, image):
     predictor(image, WORDS, threshold=1.5)
 
 
-def test_sizes_do_not_recompile(predictor, image):
-  predictor(image, WORDS)
-  before = window_encoder.encode_windows._cache_size()
-  for height, width in ((48, 71), (60, 90), (32, 40)):
-    predictor(image.repeat(2, axis=0).repeat(2, axis=1)[:height, :width], WORDS)
-  assert window_encoder.encode_windows._cache_size() == before
+@contextlib.contextmanager
+def traces() -> Iterator[list[str]]:
+  """The names of the functions that are traced meanwhile, which each compilation starts with."""
+  names = []
+
+  def note(event: str, _: float, fun_name: str = '', **kwargs: object) -> None:
+    if event == '/jax/core/compile/jaxpr_trace_duration':
+      names.append(fun_name)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_compiled_once_per_bucket_of_sizes_and_of_numbers_of_words(predictor, image):
+  large, many = image.repeat(2, axis=0).repeat(2, axis=1), [f'a{i}' for i in range(33)]
+  for threshold in (None, 0.5):
+    predictor(image, WORDS, threshold=threshold)
+  with traces() as names:
+    for (height, width), words in (((48, 71), many[:1]), ((60, 90), many[:16]), ((32, 40), many[:9])):
+      for threshold in (None, 0.1):
+        predictor(large[:height, :width], words, threshold=threshold)
+    predictor([image, image], WORDS)
+  assert not names
+  with traces() as names:
+    predictor(image, many)
+    predictor(image[:40], [*many, 'dog'])
+  assert names.count('label_pixels') == 1 and 'encode_windows' not in names
+  with traces() as names:
+    predictor.encode([image] * 17)  # 34 windows: more than four on each of 8 devices
+  assert names == ['encode_windows']
 
 
 @pytest.mark.parametrize(

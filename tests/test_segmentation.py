@@ -111,6 +111,18 @@ def test_class_scores_filter_and_double_softmax(rng):
   assert ((np.asarray(got) > 0).sum(-1) == 5).all()
 
 
+@pytest.mark.parametrize('num_classes', [3, 9])
+def test_padding_scores_nothing_and_changes_nothing(num_classes, rng):
+  """Also where the filter keeps more classes than there are, and where padding fits best."""
+  image, segments, text = (jnp.asarray(rng.normal(size=s)) for s in ((2, 6), (2, 3, 6), (num_classes, 6)))
+  options = dict(class_filter=5, double_softmax=True)
+  want = segmentation.class_scores(image, segments, text, jnp.asarray(1.5), **options)
+  padded, exists = jnp.concatenate([text, image, segments[0]]), jnp.arange(num_classes + 5) < num_classes
+  got = segmentation.class_scores(image, segments, padded, jnp.asarray(1.5), **options, exists=exists)
+  np.testing.assert_allclose(got[:, :, :num_classes], want, atol=1e-6)
+  assert not got[:, :, num_classes:].any()
+
+
 def test_class_scores_clamp_the_scale_and_take_fewer_classes_than_the_filter():
   image, segments = jnp.array([[1.0, 0.0]]), jnp.array([[[1.0, 0.0]]])
   text = jnp.array([[3.0, 4.0], [4.0, 3.0]])  # cosines 0.6 and 0.8

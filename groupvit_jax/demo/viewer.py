@@ -103,7 +103,7 @@ def _for_screen(prediction: Prediction) -> Prediction:
   pick = lambda labels: cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
   return dataclasses.replace(
       prediction, image=cv2.resize(prediction.image, size, interpolation=cv2.INTER_AREA),
-      labels=pick(prediction.labels), groups=tuple(map(pick, prediction.groups)))
+      labels=pick(prediction.labels), group_maps=lambda: tuple(map(pick, prediction.groups)))
 
 
 def _stated_size(path: str) -> tuple[int, int]:

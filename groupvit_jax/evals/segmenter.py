@@ -47,6 +47,7 @@ class Classes(NamedTuple):
   """What pictures are labelled with."""
 
   text_embeds: jax.Array  # [C, E], without the background
+  exists: jax.Array  # [C], False for padding
   logit_scale: jax.Array  # [], log temperature
   thresholds: jax.Array  # [T], of the background; the first one labels
 
@@ -67,7 +68,7 @@ class Labelled(NamedTuple):
   picture: Picture
   labels: list[jax.Array]  # of [P], row-major
   scores: list[jax.Array]  # likewise
-  class_scores: jax.Array  # [K, S, C], without the background
+  class_scores: jax.Array  # [K, S, C], without the background, with padding
 
 
 class LabelMap(NamedTuple):
@@ -132,6 +133,7 @@ def label_pixels(
       classes.logit_scale,
       class_filter=protocol.class_filter,
       double_softmax=protocol.double_softmax,
+      exists=classes.exists,
     )
     labels, best = segmentation.best_classes(shares, scores, num_windows)
     labels, best = labels[None], best[None]
@@ -176,6 +178,7 @@ class Segmenter:
     background: bool,
     thresholds: tuple[float, ...],
     mesh: Mesh,
+    capacity: int | None = None,
   ):
     """Places what every picture needs.
 
@@ -186,17 +189,23 @@ class Segmenter:
       background: whether class 0 is the background, and the others shift up by one.
       thresholds: of the background; the first one labels, the others are only counted.
       mesh: of all hosts.
+      capacity: classes to compile for, at least C; others of equal capacity need no compilation.
+        None for C.
     """
     local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     mesh = Mesh(np.array(local), ('pixels',))
     self._by_pixel = NamedSharding(mesh, PartitionSpec('pixels'))
     self._whole = NamedSharding(mesh, PartitionSpec())
-    self._protocol, self._num_classes = protocol, len(text_embeds) + background
+    padding = 0 if capacity is None else capacity - len(text_embeds)
+    self._protocol, self._num_words = protocol, len(text_embeds)
+    self._num_labels = len(text_embeds) + padding + background
     enough = 1 << (protocol.window**2 - 1).bit_length()
     self._num_pixels = -(-min(enough, _MOST_PIXELS) // len(local)) * len(local)
     self._pixels = jax.device_put(np.arange(self._num_pixels, dtype=np.int32), self._by_pixel)
-    classes = Classes(*(np.asarray(x, np.float32) for x in (text_embeds, logit_scale, thresholds)))
-    self._classes = self._put(classes)
+    padded = np.pad(text_embeds, ((0, padding), (0, 0)))
+    exists = np.arange(len(padded)) < len(text_embeds)
+    embeds, scale, cuts = (np.asarray(x, np.float32) for x in (padded, logit_scale, thresholds))
+    self._classes = self._put(Classes(embeds, exists, scale, cuts))
     self._pending: collections.deque[jax.Array] = collections.deque()
     self._flags = [self._put(np.bool_(flag)) for flag in (False, True)]
     self._label = functools.partial(
@@ -206,7 +215,7 @@ class Segmenter:
       background=background,
       place=self._by_pixel,
     )
-    zeros = np.zeros((len(thresholds), self._num_classes, self._num_classes), np.int32)
+    zeros = np.zeros((len(thresholds), self._num_labels, self._num_labels), np.int32)
     self._tally = self._put(Tally(*(ConfusionMatrix(z, z) for z in (zeros, zeros[0]))))
 
   def _put(self, tree):
@@ -231,7 +240,7 @@ class Segmenter:
       truth[:size] = picture.label.ravel()
     tables = self._put(self._tables(encoded))
     slots = tables.segment_embeds.shape[:2]
-    overlap = self._put(np.zeros((*slots, self._num_classes), np.float32))
+    overlap = self._put(np.zeros((*slots, self._num_labels), np.float32))
     parts: list[PixelLabels] = []
     for second_pass in self._flags[: 1 + oracle]:
       for start in starts:
@@ -264,11 +273,11 @@ class Segmenter:
     return LabelMap(
       whole(labelled.labels).astype(np.uint8).reshape(height, width),
       whole(labelled.scores).reshape(height, width),
-      np.asarray(labelled.class_scores)[: len(labelled.picture.windows)],
+      np.asarray(labelled.class_scores)[: len(labelled.picture.windows), :, : self._num_words],
     )
 
   def counts(self) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted [T, C, C] and oracle [C, C] confusion matrices of all hosts, int64."""
+    """Predicted [T, C, C] and oracle [C, C] confusion matrices of all hosts, int64; padding included."""
     tally = jax.tree.map(np.asarray, self._tally)
     if jax.process_count() > 1:
       hosts = multihost_utils.process_allgather(tally)

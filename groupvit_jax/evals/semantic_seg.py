@@ -22,7 +22,7 @@ from groupvit_jax.evals.window_encoder import EncodedPicture, WindowEncoder
 from groupvit_jax.metrics import GroupingHealth
 from groupvit_jax.models.image_text import ImageTextModel
 
-_TEXT_ROWS = 256  # texts per batch
+_TEXT_ROWS = 16, 256  # texts per batch, at least and at most: a power of two
 _TEXT_STEP = 8  # lengths of texts are multiples of this
 
 
@@ -83,7 +83,7 @@ def embed_prompts(
   ends = (tokens == tokenizer.eos_id).argmax(axis=1)
   # Rounded up, so that few shapes are ever compiled.
   tokens = tokens[:, : -(-(ends.max() + 1) // _TEXT_STEP) * _TEXT_STEP]
-  rows = min(1 << (len(tokens) - 1).bit_length(), _TEXT_ROWS)
+  rows = int(np.clip(1 << (len(tokens) - 1).bit_length(), *_TEXT_ROWS))
   batches = np.pad(tokens, ((0, -len(tokens) % rows), (0, 0)), mode='edge')
   batches = batches.reshape(-1, rows, tokens.shape[1])
   embeds = [_to_host(_embed_texts(variables, batch, model=model)) for batch in batches]
