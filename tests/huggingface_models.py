@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import numpy as np
 import torch
@@ -24,6 +25,15 @@ def small_config(**vision) -> transformers.GroupViTConfig:
           max_position_embeddings=9, bos_token_id=VOCAB_SIZE - 2, eos_token_id=VOCAB_SIZE - 1))
 
 
+def authors_config() -> transformers.GroupViTConfig:
+  """Another narrow one, with heads of 64 as the authors' checkpoints have them."""
+  config = small_config(hidden_size=64, num_attention_heads=1, intermediate_size=160)
+  config.text_config = transformers.GroupViTTextConfig(
+      hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=2, max_position_embeddings=9,
+      vocab_size=VOCAB_SIZE, eos_token_id=VOCAB_SIZE - 1)
+  return config
+
+
 def random_model(config: transformers.GroupViTConfig, seed: int = 0) -> transformers.GroupViTModel:
   """A model in evaluation mode with every parameter and statistic filled.
 
@@ -36,6 +46,53 @@ def random_model(config: transformers.GroupViTConfig, seed: int = 0) -> transfor
       if not name.endswith('num_batches_tracked'):
         value.copy_(torch.as_tensor(_draw(rng, name, value.shape), dtype=torch.float32))
   return model
+
+
+def authors_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+  """The same weights under the authors' names; written by hand, not with the tables under test."""
+  renamed = {}
+  for name, value in state.items():
+    if match := re.match(r'(.*\.(?:layers|self_attn).*)\.k_proj\.(weight|bias)$', name):
+      if '.self_attn.' not in name:
+        renamed[name] = value
+        continue
+      stem, kind = match.groups()
+      fused = torch.cat([state[f'{stem}.{letter}_proj.{kind}'] for letter in 'qkv'])
+      is_text = name.startswith('text')
+      renamed[f'{stem}.in_proj_{kind}' if is_text else f'{stem}.qkv.{kind}'] = fused
+    elif not re.search(r'\.self_attn\.[qv]_proj\.', name):
+      renamed[name] = value
+  substitutions = (
+      (r'^vision_model\.encoder\.stages\.(\d+)\.layers', r'img_encoder.layers.\1.blocks'),
+      (r'^vision_model\.encoder\.stages', 'img_encoder.layers'),
+      (r'^vision_model\.embeddings\.position_embeddings', 'img_encoder.pos_embed'),
+      (r'^vision_model\.embeddings\.patch_embeddings\.projection', 'img_encoder.patch_embed.proj'),
+      (r'^vision_model\.embeddings\.layernorm', 'img_encoder.patch_embed.norm'),
+      (r'^vision_model\.layernorm', 'img_encoder.norm'),
+      (r'^(img.*blocks.*)\.self_attn\.out_proj', r'\1.attn.proj'),
+      (r'^(img.*blocks.*)\.self_attn', r'\1.attn'),
+      (r'^(img.*blocks.*)\.layer_norm', r'\1.norm'),
+      (r'pre_assign_attn\.attn\.out_proj', 'pre_assign_attn.attn.proj'),
+      (r'^text_model\.embeddings\.token_embedding', 'text_encoder.token_embedding'),
+      (r'^text_model\.embeddings\.position_embedding\.weight', 'text_encoder.positional_embedding'),
+      (r'^text_model\.final_layer_norm', 'text_encoder.ln_final'),
+      (r'^text_model\.encoder\.layers', 'text_encoder.transformer.resblocks'),
+      (r'^(text_encoder.*)\.self_attn', r'\1.attn'),
+      (r'^(text_encoder.*)\.layer_norm(\d)', r'\1.ln_\2'),
+      (r'^(text_encoder.*mlp)\.fc1', r'\1.c_fc'),
+      (r'^(text_encoder.*mlp)\.fc2', r'\1.c_proj'),
+      (r'^visual_projection\.3', 'img_projector.linear_out'),
+      (r'^visual_projection', 'img_projector.linear_hidden'),
+      (r'^text_projection\.3', 'text_projector.linear_out'),
+      (r'^text_projection', 'text_projector.linear_hidden'),
+  )
+  result = {'multi_label_logit_scale': torch.tensor(1.25)}
+  for name, value in renamed.items():
+    for pattern, replacement in substitutions:
+      name = re.sub(pattern, replacement, name)
+    is_conv = re.search(r'linear_(hidden\.0|out)\.weight', name)
+    result[name] = value[..., None] if is_conv else value
+  return result
 
 
 def write_clip_folder(folder: pathlib.Path) -> None:

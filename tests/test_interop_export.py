@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -149,7 +150,9 @@ def test_bfloat16_halves_the_weights(form, clip_run, tmp_path):
 @pytest.fixture(scope='module')
 def bundle(clip_run, tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp('bundle')
-  export(clip_run, 'stablehlo', folder)
+  report = export(clip_run, 'stablehlo', folder)
+  line = r'.*/{side}\.stablehlo: \d+\.\d MB, \d+\.\d ms for one on this machine'
+  assert re.fullmatch('\n'.join(line.format(side=side) for side in ('image', 'text')), report), report
   return folder
 
 

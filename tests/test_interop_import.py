@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from groupvit_jax import trained_run
 from groupvit_jax.interop import huggingface, weights_folder
 from groupvit_jax.interop.import_weights import import_weights
 from tests import huggingface_models
-from tests.huggingface_models import small_config, write_clip_folder
+from tests.huggingface_models import authors_config, authors_state, small_config, write_clip_folder
 
 # With the sizes of images to compare at.
 VARIANTS = {
@@ -120,60 +119,9 @@ def test_every_form_of_folder_gives_the_same(form, released, tmp_path):
       weights_folder.read_weights(other).variables, weights_folder.read_weights(folder).variables)
 
 
-def authors_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-  """The same weights under the authors' names; written by hand, not with the tables under test."""
-  renamed = {}
-  for name, value in state.items():
-    if match := re.match(r'(.*\.(?:layers|self_attn).*)\.k_proj\.(weight|bias)$', name):
-      if '.self_attn.' not in name:
-        renamed[name] = value
-        continue
-      stem, kind = match.groups()
-      fused = torch.cat([state[f'{stem}.{letter}_proj.{kind}'] for letter in 'qkv'])
-      is_text = name.startswith('text')
-      renamed[f'{stem}.in_proj_{kind}' if is_text else f'{stem}.qkv.{kind}'] = fused
-    elif not re.search(r'\.self_attn\.[qv]_proj\.', name):
-      renamed[name] = value
-  substitutions = (
-      (r'^vision_model\.encoder\.stages\.(\d+)\.layers', r'img_encoder.layers.\1.blocks'),
-      (r'^vision_model\.encoder\.stages', 'img_encoder.layers'),
-      (r'^vision_model\.embeddings\.position_embeddings', 'img_encoder.pos_embed'),
-      (r'^vision_model\.embeddings\.patch_embeddings\.projection', 'img_encoder.patch_embed.proj'),
-      (r'^vision_model\.embeddings\.layernorm', 'img_encoder.patch_embed.norm'),
-      (r'^vision_model\.layernorm', 'img_encoder.norm'),
-      (r'^(img.*blocks.*)\.self_attn\.out_proj', r'\1.attn.proj'),
-      (r'^(img.*blocks.*)\.self_attn', r'\1.attn'),
-      (r'^(img.*blocks.*)\.layer_norm', r'\1.norm'),
-      (r'pre_assign_attn\.attn\.out_proj', 'pre_assign_attn.attn.proj'),
-      (r'^text_model\.embeddings\.token_embedding', 'text_encoder.token_embedding'),
-      (r'^text_model\.embeddings\.position_embedding\.weight', 'text_encoder.positional_embedding'),
-      (r'^text_model\.final_layer_norm', 'text_encoder.ln_final'),
-      (r'^text_model\.encoder\.layers', 'text_encoder.transformer.resblocks'),
-      (r'^(text_encoder.*)\.self_attn', r'\1.attn'),
-      (r'^(text_encoder.*)\.layer_norm(\d)', r'\1.ln_\2'),
-      (r'^(text_encoder.*mlp)\.fc1', r'\1.c_fc'),
-      (r'^(text_encoder.*mlp)\.fc2', r'\1.c_proj'),
-      (r'^visual_projection\.3', 'img_projector.linear_out'),
-      (r'^visual_projection', 'img_projector.linear_hidden'),
-      (r'^text_projection\.3', 'text_projector.linear_out'),
-      (r'^text_projection', 'text_projector.linear_hidden'),
-  )
-  result = {'multi_label_logit_scale': torch.tensor(1.25)}
-  for name, value in renamed.items():
-    for pattern, replacement in substitutions:
-      name = re.sub(pattern, replacement, name)
-    is_conv = re.search(r'linear_(hidden\.0|out)\.weight', name)
-    result[name] = value[..., None] if is_conv else value
-  return result
-
-
 @pytest.mark.parametrize('as_zip', [True, False], ids=['zip', 'legacy'])
 def test_authors_checkpoint_equals_the_same_weights_from_transformers(as_zip, tmp_path):
-  config = small_config(hidden_size=64, num_attention_heads=1, intermediate_size=160)
-  config.text_config = transformers.GroupViTTextConfig(
-      hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=2, max_position_embeddings=9,
-      vocab_size=huggingface_models.VOCAB_SIZE, eos_token_id=huggingface_models.VOCAB_SIZE - 1)
-  model = huggingface_models.random_model(config)
+  model = huggingface_models.random_model(authors_config())
   hub = write_folder(tmp_path / 'hub', model)
   checkpoint = tmp_path / 'weights.pth'
   payload = {'model': authors_state(model.state_dict()), 'epoch': 30}
@@ -205,6 +153,30 @@ def test_all_that_does_not_fit_is_listed_together(released, tmp_path):
       f'{folder}: the weights do not fit the model; 2 missing: text_model.final_layer_norm.bias, '
       'vision_model.encoder.stages.1.group_token; 1 unexpected: extra.weight; 1 misshapen: '
       'vision_model.layernorm.weight (3,) instead of (24,); 1 not floating point: vision_model.layernorm.bias (int32)')
+
+
+def test_all_that_does_not_fit_is_listed_by_the_authors_names(tmp_path):
+  state = authors_state(huggingface_models.random_model(authors_config()).state_dict())
+
+  def message() -> str:
+    torch.save({'model': state}, tmp_path / 'weights.pth')
+    with pytest.raises(ValueError) as caught:
+      weights_folder.read_weights(tmp_path / 'weights.pth')
+    return str(caught.value).removeprefix(f'{tmp_path}/weights.pth: ')
+
+  del state['text_encoder.ln_final.bias'], state['img_projector.linear_hidden.1.running_mean']
+  state['extra'] = torch.zeros(3)
+  state['img_encoder.norm.weight'] = torch.zeros(3)
+  state['img_encoder.norm.bias'] = torch.zeros(64, dtype=torch.int32)
+  assert message() == (
+      'the weights do not fit the model; 2 missing: img_projector.linear_hidden.1.running_mean, '
+      'text_encoder.ln_final.bias; 1 unexpected: extra; 1 misshapen: img_encoder.norm.weight (3,) instead of (64,); '
+      '1 not floating point: img_encoder.norm.bias (int32)')
+  state['img_encoder.layers.0.group_token'] = torch.zeros(3)
+  assert message() == ("these are no weights of the authors' GroupViT: misshapen are img_encoder.layers.0.group_token "
+                       '(3,)')
+  del state['img_encoder.pos_embed']
+  assert message() == "these are no weights of the authors' GroupViT: they lack img_encoder.pos_embed"
 
 
 def cut(path: pathlib.Path) -> None:

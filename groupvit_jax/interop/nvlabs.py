@@ -53,11 +53,13 @@ RULES = (
 
 _IGNORE = r'.*\.num_batches_tracked'
 
-# Arrays that tell sizes, whatever the number of stages and blocks.
-_TELLING = (
-    'img_encoder.pos_embed', 'img_encoder.patch_embed.proj.weight', 'img_encoder.layers.0.blocks.0.mlp.fc1.weight',
-    'img_projector.linear_hidden.0.weight', 'img_projector.linear_out.weight', 'text_encoder.token_embedding.weight',
-    'text_encoder.positional_embedding', 'text_encoder.transformer.resblocks.0.mlp.c_fc.weight')
+# Arrays that tell sizes, with their number of axes, whatever the number of stages and blocks.
+_TELLING = {
+    'img_encoder.pos_embed': 3, 'img_encoder.patch_embed.proj.weight': 4,
+    'img_encoder.layers.0.blocks.0.mlp.fc1.weight': 2, 'img_projector.linear_hidden.0.weight': 2,
+    'img_projector.linear_out.weight': 2, 'text_encoder.token_embedding.weight': 2,
+    'text_encoder.positional_embedding': 2, 'text_encoder.transformer.resblocks.0.mlp.c_fc.weight': 2}
+_TELLING_OF_A_STAGE = {'group_token': 3, 'downsample.mlp_inter.fc2.weight': 2}
 
 
 def from_nvlabs(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
@@ -80,11 +82,17 @@ def spec_from_shapes(state: Mapping[str, np.ndarray]) -> state_dicts.ModelSpec:
   """The model that a state dict belongs to, by the shapes of its arrays.
 
   Raises:
-    ValueError: arrays that tell a size are missing, or the sizes are not those of a square image and heads of 64.
+    ValueError: arrays that tell a size are missing or have other axes, or the sizes are not those of a square image
+      and heads of 64.
   """
+  state = _without_kernel_axes(state)
   if missing := [name for name in _TELLING if name not in state]:
     raise ValueError(f"these are no weights of the authors' GroupViT: they lack {', '.join(missing)}")
   shapes = {name: x.shape for name, x in state.items()}
+  axes = {name: _TELLING.get(name) or _TELLING_OF_A_STAGE.get(re.sub(r'^img_encoder\.layers\.\d+\.', '', name))
+          for name in shapes}
+  if misshapen := [f'{name} {shapes[name]}' for name, count in axes.items() if count and len(shapes[name]) != count]:
+    raise ValueError(f"these are no weights of the authors' GroupViT: misshapen are {', '.join(misshapen)}")
   config = ml_collections.ConfigDict(dict(
       dtype='float32', embed_dim=shapes['img_projector.linear_out.weight'][0],
       projector_dim=shapes['img_projector.linear_hidden.0.weight'][0],
