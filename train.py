@@ -13,10 +13,16 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main() -> int:
-  from groupvit_jax import distributed, dry_run, train_loop  # after the flags: a mistake should not wait for JAX
-  command = dry_run.check if CONFIG.value.dry_run else train_loop.train
+  # After the flags: a mistake should not wait for JAX.
+  from groupvit_jax import distributed, dry_run, train_loop, workdir
+
+  def start() -> int:
+    with workdir.complete_config('the config', 'give it one; configs/quickstart.py shows what every config has'):
+      command = dry_run.check if CONFIG.value.dry_run else train_loop.train
+      return command(CONFIG.value, WORKDIR.value)
+
   facts = {'workdir': WORKDIR.value, 'config': CONFIG.value.to_json()}
-  return distributed.run(CLUSTER(), facts, lambda: command(CONFIG.value, WORKDIR.value))
+  return distributed.run(CLUSTER(), facts, start)
 
 
 if __name__ == '__main__':

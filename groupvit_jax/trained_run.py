@@ -1,6 +1,6 @@
 """A run that has been trained: its model and newest checkpoint, for reading only."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import contextlib
 import pathlib
 import subprocess
@@ -101,19 +101,12 @@ def _choose_weights(workdir: epath.PathLike, config: ml_collections.ConfigDict, 
   return 'ema' if kept and weights != 'trained' else 'trained'
 
 
-@contextlib.contextmanager
-def complete_config(workdir: epath.PathLike) -> Iterator[None]:
+def complete_config(workdir: epath.PathLike) -> contextlib.AbstractContextManager[None]:
   """Raises ValueError, with its name, for an entry that is asked for and that a run's config lacks."""
-  try:
-    yield
-  except AttributeError as error:
-    if not isinstance(error.args[0], KeyError):  # what ConfigDict makes it from; others are defects
-      raise
-    key = str(error.args[0].args[0]).splitlines()[0]  # and then, what else might have been meant
-    raise ValueError(
-      f'{epath.Path(workdir) / "config.json"} has no entry {key}: the run was made by another version '
-      'of this code; use that one, or train again'
-    ) from error
+  return workdir_lib.complete_config(
+    str(epath.Path(workdir) / 'config.json'),
+    'the run was made by another version of this code; use that one, or train again',
+  )
 
 
 def untrained_variables(run: TrainedRun) -> dict[str, object]:

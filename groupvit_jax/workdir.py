@@ -1,5 +1,7 @@
 """The folder of a run: its config, tokenizer and checkpoints, written once and read by every command."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 import os
 
@@ -31,6 +33,23 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(json.loads(path.read_text()))
   except json.JSONDecodeError as error:
     raise ValueError(f'{path} is not a config: {error}') from error
+
+
+@contextlib.contextmanager
+def complete_config(source: str, remedy: str) -> Iterator[None]:
+  """Raises ValueError for an entry that is asked for and that a config lacks, with its name.
+
+  Args:
+    source: what to call the config.
+    remedy: what to do about it.
+  """
+  try:
+    yield
+  except AttributeError as error:
+    if not error.args or not isinstance(error.args[0], KeyError):  # what ConfigDict makes it from; others are defects
+      raise
+    key = str(error.args[0].args[0]).splitlines()[0]  # and then, what else might have been meant
+    raise ValueError(f'{source} has no entry {key}: {remedy}') from error
 
 
 def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:

@@ -133,9 +133,13 @@ def test_a_config_that_does_not_fit_the_run(uninterrupted):
     (['--config.no_such_key=1'], 'no_such_key'),
     (['--config.model.dtype=float16'], "use 'float32' or 'bfloat16'"),
     (['--config.data.scenes.things=("dragonfly",)'], "unknown things 'dragonfly'"),
+    (['--config={incomplete}'], "the config has no entry 'num_prompts': give it one; configs/quickstart.py shows"),
 ])
 def test_a_mistake_ends_in_one_line_and_writes_nothing(flags, message, tmp_path):
-  workdir = tmp_path / 'run'
+  workdir, incomplete = tmp_path / 'run', tmp_path / 'incomplete.py'
+  incomplete.write_text('from configs import quickstart\n\n\ndef get_config():\n  config = quickstart.get_config()\n'
+                        '  del config.data.num_prompts\n  return config\n')
+  flags = [flag.format(incomplete=incomplete) for flag in flags]
   done = subprocess.run(command(workdir, *flags), cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == cli.EXIT_USAGE, done.stderr
   assert message in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
