@@ -5,7 +5,7 @@
 
 Each document gets a folder of its own with links to everything here, so that its blocks run in order and may use what
 earlier ones wrote, and with what the commands speak of: a short run in `runs/quickstart`, pictures, and random weights
-in the layout of the released ones in `groupvit-gcc-yfcc`.
+in the layout of the released ones in `groupvit-gcc-yfcc` and `group_vit_gcc_yfcc.pth`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,6 +39,13 @@ def write_stand_in(folder: pathlib.Path) -> None:
   write_clip_folder(folder)
 
 
+def write_authors_stand_in(path: pathlib.Path) -> None:
+  """A file with the authors' names, likewise."""
+  import torch
+  from tests.huggingface_models import authors_config, authors_state, random_model
+  torch.save({'model': authors_state(random_model(authors_config()).state_dict())}, path)
+
+
 def prepare(folder: pathlib.Path) -> None:
   """Links to the project, and pictures."""
   for path in ROOT.iterdir():
@@ -65,12 +72,16 @@ def check(documents: Sequence[pathlib.Path]) -> Iterator[str]:
       yield f'the short run failed:\n{done.stderr}'
       return
     for document in documents:
+      scripts = marked_blocks(document.read_text())
+      if not scripts:
+        continue
       folder = pathlib.Path(scratch) / document.stem
       (folder / 'runs').mkdir(parents=True)
       prepare(folder)
       write_stand_in(folder / 'groupvit-gcc-yfcc')
+      write_authors_stand_in(folder / 'group_vit_gcc_yfcc.pth')
       (folder / 'runs' / 'quickstart').symlink_to(trained)
-      for script in marked_blocks(document.read_text()):
+      for script in scripts:
         print(f'{document.name}:\n{script}', flush=True)
         done = run(script, folder)
         if done.returncode:

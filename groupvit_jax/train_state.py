@@ -15,7 +15,7 @@ class TrainState(flax.struct.PyTreeNode):
   step: jax.Array  # [], batches consumed so far: also the position in the data
   params: object
   batch_stats: object
-  opt_state: optax.OptState
+  opt_state: object
   rng: jax.Array  # root key; a step uses fold_in(rng, step)
   skipped: jax.Array  # [], updates skipped because something was not finite
   skipped_in_a_row: jax.Array  # [], the same since the last good update

@@ -1,12 +1,17 @@
 """The commands of the documentation; `make docs-check` runs the others."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 import re
 import sys
 
+from flax import traverse_util
 import pytest
+
+from configs import groupvit_vits16_gcc_yfcc, quickstart
+from groupvit_jax.evals.protocols import Protocol
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')])
@@ -47,6 +52,40 @@ def test_what_a_document_points_at_is_there(document):
     assert importlib.util.find_spec(module), module
   for config in re.findall(r'--config=(configs/\w+\.py)', text):
     assert (ROOT / config).exists() or 'EXPERIMENT' in config, config
+
+
+def test_everything_is_found_from_the_start():
+  start = (ROOT / 'docs' / 'getting_started.md').read_text()
+  assert '(docs/getting_started.md)' in (ROOT / 'README.md').read_text()
+  for document in (ROOT / 'docs').glob('*.md'):
+    assert document.name == 'getting_started.md' or f']({document.name})' in start, document
+
+
+def source_of(command: str) -> str:
+  """The code of a command, and of what defines flags for it."""
+  if not command.startswith('-m '):
+    return (ROOT / command).read_text() + (ROOT / 'groupvit_jax' / 'cluster.py').read_text()
+  spec = importlib.util.find_spec(command.removeprefix('-m '))
+  path = pathlib.Path(spec.origin)
+  path = path.with_name('__main__.py') if spec.submodule_search_locations else path
+  shared = ROOT / 'benchmarks' / 'speed.py' if 'benchmarks' in command else ROOT / 'groupvit_jax' / 'cli.py'
+  return path.read_text() + shared.read_text()
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+def test_every_flag_and_config_key_of_a_document_exists(document):
+  """Also of commands that nobody runs here, because they want a pod or a data set."""
+  text = document.read_text().replace('\\\n', ' ')
+  for command, rest in re.findall(r'python (-m [\w.]+|\w+\.py)((?: [^\n`]*)?)', text):
+    source = source_of(command)
+    for flag in re.findall(r' --(\w+)', rest):
+      assert re.search(rf"\'(--)?{flag}\'", source) or flag == 'protocol' and 'protocol.' in source, (command, flag)
+  configs = [traverse_util.flatten_dict(experiment.get_config().to_dict(), sep='.')
+             for experiment in (quickstart, groupvit_vits16_gcc_yfcc)]
+  fields = {field.name for field in dataclasses.fields(Protocol)}
+  for key in re.findall(r'--config\.([a-z_.\d]*[a-z_\d])', text):
+    assert any(key in config for config in configs), key
+  assert set(re.findall(r'--protocol\.(\w+)', text)) <= fields
 
 
 def test_marked_blocks_are_found():

@@ -24,7 +24,6 @@ from groupvit_jax.data.faults import Fault
 from groupvit_jax.data.webdataset import open_webdataset, WebDataset
 
 Record = dict[str, object]  # 'image' and texts by the name of their feature
-Layout = Callable[[str, pathlib.Path], list['Part']]
 
 _HASH_NAME = re.compile(r'[0-9a-f]{32}')
 _TAG = re.compile(r'<[^<>]+>')
@@ -45,6 +44,9 @@ class Part(NamedTuple):
   name: str
   size: int
   read: Callable[[], Iterator[Record | Fault]]
+
+
+Layout = Callable[[str, pathlib.Path], list[Part]]
 
 
 def tars(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
