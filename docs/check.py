@@ -1,4 +1,4 @@
-"""Runs the commands of the documentation: every fenced block that is marked `sh run`.
+"""Runs the commands of the documentation, every fenced block that is marked `sh run`, and builds the API reference.
 
   make docs-check
   python docs/check.py README.md docs/import_export.md
@@ -64,8 +64,11 @@ def run(script: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
 
 
 def check(documents: Sequence[pathlib.Path]) -> Iterator[str]:
-  """Runs all marked blocks, and yields what went wrong with each that failed."""
+  """Builds the reference, runs all marked blocks, and yields what went wrong with each that failed."""
   with tempfile.TemporaryDirectory() as scratch:
+    done = run(f'python -m pdoc --docformat=google --output-directory={scratch}/reference groupvit_jax', ROOT)
+    if done.returncode or 'Warn:' in done.stderr:
+      yield f'the API reference does not build without warnings:\n{done.stderr}'
     trained = pathlib.Path(scratch) / 'quickstart'
     done = run(' '.join(['python train.py --config=configs/quickstart.py', f'--workdir={trained}', *_SHORT_RUN]), ROOT)
     if done.returncode:
