@@ -90,7 +90,7 @@ def test_in_a_browser(page, tmp_path):
     browser.close()
   assert [url for url in asked if not url.startswith(('file:', 'data:'))] == [] and faults == []
   assert len(sizes) == 1 + 2 * 5 and all(done and width > 100 and shown > 100 for done, width, _, shown in sizes)
-  assert sizes[6][1:3] == [512, 354]  # a large picture is no larger than the page shows it
+  assert sizes[6][1:3] == [384, 266]  # a large picture is no larger than the page shows it
   values = [float(value) for value in re.findall(r'class="value">([\d.]+)', page)]
   np.testing.assert_allclose(widths[: len(values)], np.array(values) / values[0] * widths[0], atol=1.5)
   assert overflow[0] <= 0 and overflow[1] <= 0, overflow

@@ -2,10 +2,15 @@
 
 import dataclasses
 import json
+import pathlib
+import subprocess
+import sys
+import types
 
 import pytest
 
-from groupvit_jax.evals import protocols
+from groupvit_jax.evals import protocols, run_facts
+from tests.tiny import tiny_config
 
 
 def test_groupvit_is_the_published_procedure():
@@ -45,6 +50,20 @@ def test_overrides_are_named_in_the_result():
   found = json.loads(json.dumps(protocol.to_json()))
   assert found['name'] == 'groupvit' and found['stride'] == 448
   assert found['changed'] == ['stride', 'class_filter']
+
+
+def test_every_part_can_be_changed_on_the_command_line():
+  texts = dict(
+    short_side='224', max_long_side='1024', antialias='true', window='224', stride='112', class_filter='none',
+    double_softmax='False', threshold='0.9', threshold_mode='global', templates='full', class_names='benchmark')
+  run = types.SimpleNamespace(config=tiny_config())
+  found = run_facts.choose_protocol(run, 'groupvit', texts).to_json()
+  assert found['changed'] == list(texts) == [f.name for f in dataclasses.fields(protocols.Protocol)][1:]
+  assert [found[key] for key in texts] == [
+    224, 1024, True, 224, 112, None, False, 0.9, 'global', 'full', 'benchmark']
+  command = [sys.executable, 'eval.py', '--help']
+  said = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True).stdout
+  assert all(f'--protocol.{key}:' in said for key in texts) and '--protocol:' in said
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,7 @@ def test_table_and_baseline():
   assert 'cow                  -       -' in lines
   assert 'mIoU              45.8   100.0' in lines
   assert "everything called 'cat': mIoU 40.0%, pixel accuracy 80.0%" in lines
+  assert result.confusion_csv().splitlines()[:2] == ['is,called cat,called dog,called cow,pixels', 'cat,6,2,0,8']
   assert result.scalars()['constant_miou'] == pytest.approx(0.4)
   assert result.to_json()['iou'] == {'cat': 6 / 9, 'dog': 0.25, 'cow': None}
 

@@ -15,17 +15,17 @@ from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.visualize import Row
 
 MARK = '<!-- made by groupvit_jax/eval.py -->'  # how a page of ours is known
-_LONG_SIDE = 512  # pixels of a picture in the gallery, at most
+_LONG_SIDE = 384  # pixels of a picture in the gallery, at most: about what a page shows, so that names stay legible
 _CONFUSIONS = 12
 _TITLES = {'best': 'Best pictures', 'median': 'Median pictures', 'worst': 'Worst pictures'}
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto; max-width: 1180px;
+body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto; max-width: 1500px;
        padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.ours td { font-weight: 600; } tr { border-bottom: 1px solid #e4e4e4; }
-.bars { columns: 2; column-gap: 2.5rem; } .bar { break-inside: avoid; display: grid; align-items: center;
+.bars { columns: 3 22rem; column-gap: 2.5rem; } .bar { break-inside: avoid; display: grid; align-items: center;
        grid-template-columns: 9.5rem 1fr 3.4rem; gap: .5rem; height: 1.45rem; }
 .bar .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .bar .track { background: #efefef; height: .8rem; position: relative; }
@@ -39,7 +39,6 @@ tr.ours td { font-weight: 600; } tr { border-bottom: 1px solid #e4e4e4; }
 .strip img, .curve { width: 100%; height: auto; display: block; } .curve { max-width: 760px; }
 figure { margin: 0; } figcaption, .note { color: #555; font-size: .85rem; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .8rem; font-size: .8rem; }
-@media (max-width: 700px) { .bars { columns: 1; } }
 """
 
 
