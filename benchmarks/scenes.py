@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 
+from configs import quickstart
 from groupvit_jax.data import scenes
 
 SIZES = (64, 128, 224)
@@ -22,8 +23,7 @@ def time_scenes(size: int) -> dict[str, float]:
     Seconds to the first scene, scenes/s of the first thousand, and the median, slowest and fastest
     scenes/s of the repeats that follow.
   """
-  source = scenes.Scenes(size, scenes.QUICKSTART_THINGS, scenes.QUICKSTART_STUFF, seed=0,
-                         length=10**9)
+  source = scenes.Scenes(size, quickstart.THINGS[''], quickstart.STUFF, seed=0, length=10**9)
   start = time.perf_counter()
   source[0]
   first = time.perf_counter() - start
@@ -43,7 +43,7 @@ def main() -> None:
   """Runs every size in turn, in this one process, on one core where the system lets it."""
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-  print(json.dumps({'things': len(scenes.QUICKSTART_THINGS), 'stuff': len(scenes.QUICKSTART_STUFF),
+  print(json.dumps({'things': len(quickstart.THINGS['']), 'stuff': len(quickstart.STUFF),
                     'scenes_per_repeat': COUNT, 'repeats': REPEATS,
                     'sizes': {str(size): time_scenes(size) for size in SIZES}}, indent=2))
 

