@@ -1,6 +1,7 @@
 """eval.py: scores of held-out scenes, anyone's pictures, and one line for every mistake."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -302,6 +303,7 @@ found = [name for name in ('tensorflow', 'torch') if name in sys.modules]
 assert not found, found
 """
   done = subprocess.run(
-    [sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=False
+    [sys.executable, '-c', code], cwd=ROOT, env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'},
+    capture_output=True, text=True, check=False
   )
   assert done.returncode == 0, done.stderr
