@@ -160,9 +160,11 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(flags, message, tmp_path)
 
 
 def test_loss_falls(tmp_path):
+  """Well below log 16 = 2.77, which telling nothing apart costs."""
   config = tiny_config()
-  config.total_steps, config.batch_size, config.checkpoint.every_steps, config.log_every = 120, 16, 1000, 10
-  config.data.num_prompts, config.optim.peak_lr = 0, 5e-3 * 4096 / 16
+  config.total_steps, config.batch_size, config.log_every = 120, 16, 10
+  config.checkpoint.every_steps = config.eval.every_steps = 1000
+  config.data.num_prompts, config.model.vision.drop_path, config.optim.peak_lr = 0, 0.0, 2e-3 * 4096 / 16
   train_loop.train(config, tmp_path)
   values = list(losses(tmp_path).values())
-  assert np.mean(values[-3:]) < 0.8 * np.mean(values[:3]), values
+  assert np.mean(values[-6:]) < 2.5, values
