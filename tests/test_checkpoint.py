@@ -1,6 +1,7 @@
 """Saving and restoring: bit for bit, whole or not at all."""
 
 import contextlib
+import functools
 import pathlib
 import resource
 import signal
@@ -23,6 +24,7 @@ def state() -> train_state.TrainState:
   return train_state.init_state(MODEL, TX, seed=3, text_shape=TEXT_SHAPE, mesh=sharding.make_mesh(fsdp=2))
 
 
+@functools.cache
 def abstract(**mesh) -> train_state.TrainState:
   return train_state.abstract_state(MODEL, TX, TEXT_SHAPE, sharding.make_mesh(**mesh))
 
