@@ -192,6 +192,10 @@ def test_in_a_browser(tmp_path):
     sync_api.expect(page.get_by_text(re.compile('maximum allowed size'))).to_be_visible()
     page.locator('.gallery-item, .tr-body').first.click()  # an example
     before = changed('')
+    page.evaluate(COPY, base64.b64encode(photos.encode(photo(70, 40, seed=2), 'PNG')).decode())
+    page.locator('#opacity').click(position=dict(x=5, y=5))  # from here, too, keys paste
+    page.keyboard.press('Control+V')
+    before = changed(before)
     page.evaluate(COPY, base64.b64encode(photos.encode(photo(50, 80, seed=1), 'PNG')).decode())
     page.get_by_label('Paste from clipboard').click()
     changed(before)

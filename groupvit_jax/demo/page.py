@@ -15,6 +15,18 @@ from groupvit_jax.evals import visualize
 
 _HOUR = 3600
 
+# Gradio pastes by a button alone.
+_PASTE = """() => document.addEventListener('paste', event => {
+  const file = [...event.clipboardData.files].find(file => file.type.startsWith('image/'));
+  const input = document.querySelector('#picture input[type=file]');
+  if (!file || !input) return;
+  event.preventDefault();
+  const files = new DataTransfer();
+  files.items.add(file);
+  input.files = files.files;
+  input.dispatchEvent(new Event('change', {bubbles: true}));
+})"""
+
 
 def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: pathlib.Path) -> gr.Blocks:
   """The page, which `launch` serves.
@@ -77,6 +89,7 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
     for happens in (picture.change, words.submit, button.click, threshold.change):
       happens(segment, inputs, results, **options)
     opacity.change(draw, [opacity, looked], overlay, trigger_mode='always_last', api_visibility='private')
+    page.load(js=_PASTE)
     page.unload(leave)
   return page
 
