@@ -72,6 +72,10 @@ def source_of(command: str) -> str:
   return path.read_text() + shared.read_text()
 
 
+def defines(source: str, flag: str) -> bool:
+  return bool(re.search(rf"(DEFINE_\w+|add_argument)\(\s*'(--)?{flag}'", source))
+
+
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
 def test_every_flag_and_config_key_of_a_document_exists(document):
   """Also of commands that nobody runs here, because they want a pod or a data set."""
@@ -79,7 +83,10 @@ def test_every_flag_and_config_key_of_a_document_exists(document):
   for command, rest in re.findall(r'python (-m [\w.]+|\w+\.py)((?: [^\n`]*)?)', text):
     source = source_of(command)
     for flag in re.findall(r' --(\w+)', rest):
-      assert re.search(rf"\'(--)?{flag}\'", source) or flag == 'protocol' and 'protocol.' in source, (command, flag)
+      assert defines(source, flag), (command, flag)
+  everything = ''.join(path.read_text() for path in ROOT.glob('[!.]*/**/*.py')) + source_of('eval.py')
+  for flag in re.findall(r'`--(\w+)', text):
+    assert flag == 'config' or defines(everything, flag), flag
   configs = [traverse_util.flatten_dict(experiment.get_config().to_dict(), sep='.')
              for experiment in (quickstart, groupvit_vits16_gcc_yfcc)]
   fields = {field.name for field in dataclasses.fields(Protocol)}
