@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from groupvit_jax.interop.state_dicts import abstract_variables
-from groupvit_jax.models import assignment, layers, text_rows, vision
+from groupvit_jax.models import assignment, attention, layers, text_rows, vision
 from groupvit_jax.models.build import build_model
 from tests.tiny import tiny_model
 from tests.weights import random_variables
@@ -152,17 +152,18 @@ def test_attention_masks_and_scales():
   query[0, :, 0, 0], key[0, 0, 0, 0] = 2 * np.log(3), 1  # logits log 3 and 0
   value = np.array([8.0, 4.0], np.float32).reshape(1, 2, 1, 1)
   causal = np.tril(np.ones((2, 2), bool))[None, None]
-  np.testing.assert_allclose(layers.attend(query, key, value).ravel(), [7.0, 7.0], rtol=1e-6)
-  np.testing.assert_allclose(layers.attend(query, key, value, causal).ravel(), [8.0, 7.0], rtol=1e-6)
+  np.testing.assert_allclose(attention.attend(query, key, value).ravel(), [7.0, 7.0], rtol=1e-6)
+  np.testing.assert_allclose(attention.attend(query, key, value, causal).ravel(), [8.0, 7.0], rtol=1e-6)
 
 
 def test_attention_to_many_tokens_is_the_same_head_by_head():
   """What a CPU does with the tokens of a large picture, and its gradient."""
   inputs = [jax.random.normal(jax.random.key(i), (2, 512, 3, 4)) for i in range(3)]
-  by_head = str(jax.make_jaxpr(layers.attend)(*inputs))
-  assert 'scan' in by_head and 'scan' not in str(jax.make_jaxpr(layers.attend)(*(x[:, :500] for x in inputs)))
+  by_head = str(jax.make_jaxpr(attention.attend)(*inputs))
+  assert 'scan' in by_head and 'scan' not in str(jax.make_jaxpr(attention.attend)(*(x[:, :500] for x in inputs)))
   weighted = lambda attend: jax.jit(jax.value_and_grad(lambda *x: (attend(*x) * inputs[0]).sum(), (0, 1, 2)))(*inputs)
-  for found, want in zip(*map(jax.tree.leaves, (weighted(layers.attend), weighted(layers._attend)))):
+  plain = functools.partial(jax.nn.dot_product_attention, implementation='xla')
+  for found, want in zip(*map(jax.tree.leaves, (weighted(attention.attend), weighted(plain)))):
     np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from groupvit_jax.models import assignment as assignment_lib
-from groupvit_jax.models.layers import CrossAttention, Initializer, layer_norm, Mlp, TokenMixer
+from groupvit_jax.models.layers import CrossAttention, Initializer, Mlp, TokenMixer
+from groupvit_jax.models.norm import LayerNorm
 
 
 class GroupingOutput(NamedTuple):
@@ -30,8 +31,8 @@ class PostNormCrossAttention(nn.Module):
     width = groups.shape[-1]
     groups = groups + CrossAttention(self.num_heads, self.kernel, self.dtype, name='attn')(groups, tokens)
     mlp = Mlp(int(width * self.mlp_ratio), width, self.kernel, self.kernel, dtype=self.dtype, name='mlp')
-    groups = groups + mlp(layer_norm('norm2')(groups))
-    return layer_norm('norm_post')(groups).astype(groups.dtype)
+    groups = groups + mlp(LayerNorm(name='norm2')(groups))
+    return LayerNorm(name='norm_post')(groups).astype(groups.dtype)
 
 
 class GroupingBlock(nn.Module):
@@ -60,11 +61,11 @@ class GroupingBlock(nn.Module):
     """
     width = tokens.shape[-1]
     dense = lambda name, kernel: nn.Dense(width, kernel_init=kernel, dtype=self.dtype, name=name)
-    groups = layer_norm('norm_groups')(groups).astype(self.dtype)
-    tokens = layer_norm('norm_tokens')(tokens).astype(self.dtype)
+    groups = LayerNorm(name='norm_groups')(groups).astype(self.dtype)
+    tokens = LayerNorm(name='norm_tokens')(tokens).astype(self.dtype)
 
     groups = TokenMixer(width // 2, self.num_segments, self.kernel, self.dtype, name='mixer')(groups)
-    groups = layer_norm('norm_mixed')(groups).astype(self.dtype)
+    groups = LayerNorm(name='norm_mixed')(groups).astype(self.dtype)
     groups = PostNormCrossAttention(
         self.num_heads, self.mlp_ratio, self.kernel, self.dtype, name='cross_attn')(groups, tokens)
 
@@ -76,5 +77,5 @@ class GroupingBlock(nn.Module):
       segments = dense('assign_out', self.value_kernel)(pooled) + groups
 
     mlp = Mlp(int(width * self.mlp_ratio), width, self.kernel, self.kernel, dtype=self.dtype, name='mlp')
-    segments = segments + mlp(layer_norm('norm_segments')(segments))
+    segments = segments + mlp(LayerNorm(name='norm_segments')(segments))
     return GroupingOutput(segments, assignment_lib.soft_assignment(logits))

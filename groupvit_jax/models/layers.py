@@ -9,6 +9,10 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from groupvit_jax.models.attention import attend, Implementation
+from groupvit_jax.models.norm import LayerNorm
+from groupvit_jax.models.projection import project
+
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -16,58 +20,15 @@ Activation = Callable[[jax.Array], jax.Array]
 # none. The rest is computed again.
 Remat = Literal['none', 'dots', 'blocks']
 
-# Pairs of a query and a key from which on the weights of all heads are too large for a CPU's cache.
-_MANY_PAIRS = 2**18
 
-# torch's epsilon; Flax's default is 1e-6.
-LAYER_NORM_EPS = 1e-5
-
-# The erf form; Flax's default is the tanh approximation.
-exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
+def exact_gelu(x: jax.Array) -> jax.Array:
+  """The erf form; Flax's default is the tanh approximation, and its erf form is computed by the slower erfc."""
+  return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:
   """CLIP's activation, x * sigmoid(1.702 x), for an array of any shape."""
   return x * jax.nn.sigmoid(1.702 * x)
-
-
-def layer_norm(name: str) -> nn.LayerNorm:
-  """A float32 LayerNorm over the last axis, as torch computes it."""
-  return nn.LayerNorm(epsilon=LAYER_NORM_EPS, use_fast_variance=False, dtype=jnp.float32, name=name)
-
-
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """Multi-head attention with a float32 softmax.
-
-  Args:
-    query: [B, N, h, k].
-    key: [B, M, h, k].
-    value: [B, M, h, k].
-    mask: booleans that broadcast to [B, h, N, M]; False hides a key from a query.
-
-  Returns:
-    Attended values [B, N, h, k].
-  """
-  if mask is None and query.shape[1] * key.shape[1] >= _MANY_PAIRS:
-    return jax.lax.platform_dependent(query, key, value, cpu=_attend_by_head, default=_attend)
-  return _attend(query, key, value, mask)
-
-
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-  """`attend`, all heads at once."""
-  logits = jnp.einsum('bnhk,bmhk->bhnm', query, key, preferred_element_type=jnp.float32)
-  logits = logits * query.shape[-1] ** -0.5
-  if mask is not None:
-    logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
-  weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-  return jnp.einsum('bhnm,bmhk->bnhk', weights, value)
-
-
-def _attend_by_head(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """`attend`, a head after the other: the weights of one stay in a CPU's cache, those of all do not."""
-  heads_first = lambda x: jnp.moveaxis(x, 2, 0)[..., None, :]  # [h, B, N, 1, k]
-  out = jax.lax.map(lambda head: _attend(*head), tuple(map(heads_first, (query, key, value))))
-  return jnp.moveaxis(out[..., 0, :], 0, 2)
 
 
 def sample_keys(key: jax.Array, batch: int) -> jax.Array:
@@ -136,9 +97,10 @@ class Mlp(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    x = nn.Dense(self.hidden, kernel_init=self.kernel_in, dtype=self.dtype, name='fc1')(x)
+    dense = functools.partial(nn.Dense, dot_general=project, dtype=self.dtype)
+    x = dense(self.hidden, kernel_init=self.kernel_in, name='fc1')(x)
     x = self.activation(x)
-    return nn.Dense(self.out, kernel_init=self.kernel_out, dtype=self.dtype, name='fc2')(x)
+    return dense(self.out, kernel_init=self.kernel_out, name='fc2')(x)
 
 
 class TokenMixer(nn.Module):
@@ -162,15 +124,18 @@ class SelfAttention(nn.Module):
   kernel_in: Initializer
   kernel_out: Initializer
   dtype: jnp.dtype = jnp.float32
+  attention: Implementation = 'xla'
 
   @nn.compact
   def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     width = x.shape[-1]
     qkv = nn.DenseGeneral(
-        (3, self.num_heads, width // self.num_heads), kernel_init=self.kernel_in, dtype=self.dtype, name='qkv')(x)
+        (3, self.num_heads, width // self.num_heads), kernel_init=self.kernel_in, dtype=self.dtype,
+        dot_general=project, name='qkv')(x)
     query, key, value = jnp.moveaxis(qkv, -3, 0)  # each [B, N, h, k]
-    out = attend(query, key, value, mask)
-    return nn.DenseGeneral(width, axis=(-2, -1), kernel_init=self.kernel_out, dtype=self.dtype, name='out')(out)
+    out = attend(query, key, value, mask, self.attention)
+    return nn.DenseGeneral(
+        width, axis=(-2, -1), kernel_init=self.kernel_out, dtype=self.dtype, dot_general=project, name='out')(out)
 
 
 class CrossAttention(nn.Module):
@@ -183,7 +148,7 @@ class CrossAttention(nn.Module):
   @nn.compact
   def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
     width = queries.shape[-1]
-    dense = functools.partial(nn.DenseGeneral, kernel_init=self.kernel, dtype=self.dtype)
+    dense = functools.partial(nn.DenseGeneral, kernel_init=self.kernel, dtype=self.dtype, dot_general=project)
     heads = (self.num_heads, width // self.num_heads)
     out = attend(
         dense(heads, name='query')(queries), dense(heads, name='key')(tokens), dense(heads, name='value')(tokens))
@@ -199,6 +164,7 @@ class Block(nn.Module):
   activation: Activation = exact_gelu
   drop_rate: float = 0.0
   dtype: jnp.dtype = jnp.float32
+  attention: Implementation = 'xla'
 
   @nn.compact
   def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, keys: jax.Array | None = None,
@@ -216,11 +182,11 @@ class Block(nn.Module):
     """
     width, init = x.shape[-1], self.init
     rate = self.drop_rate if drop_rate is None else drop_rate
-    attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, name='attn')
-    x = x + drop_path(attn(layer_norm('norm1')(x), mask), rate, fold_keys(keys, 0))
+    attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, self.attention, name='attn')
+    x = x + drop_path(attn(LayerNorm(name='norm1')(x), mask), rate, fold_keys(keys, 0))
     mlp = Mlp(
         int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
-    return x + drop_path(mlp(layer_norm('norm2')(x)), rate, fold_keys(keys, 1))
+    return x + drop_path(mlp(LayerNorm(name='norm2')(x)), rate, fold_keys(keys, 1))
 
 
 def scan_blocks(block: nn.Module, params: Sequence[dict], x: jax.Array, *, mask: jax.Array | None = None,

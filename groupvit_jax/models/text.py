@@ -6,7 +6,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from groupvit_jax.models.layers import Block, BlockInit, layer_norm, quick_gelu, Remat, rematerialized, scan_blocks
+from groupvit_jax.models.layers import Block, BlockInit, quick_gelu, Remat, rematerialized, scan_blocks
+from groupvit_jax.models.norm import LayerNorm
 from groupvit_jax.models.text_rows import TextRows
 
 
@@ -58,4 +59,4 @@ class TextTower(nn.Module):
       for name in names:
         x = make_block(name=name)(x, mask=mask)
     at_eos = jnp.take_along_axis(x.reshape(groups, -1, self.width), rows.ends[..., None], axis=1)
-    return layer_norm('norm')(at_eos.reshape(-1, self.width))
+    return LayerNorm(name='norm')(at_eos.reshape(-1, self.width))

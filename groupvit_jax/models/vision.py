@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from groupvit_jax.models.assignment import AssignmentMode
+from groupvit_jax.models.attention import Implementation
 from groupvit_jax.models.grouping import GroupingBlock
 from groupvit_jax.models.layers import (
-    Block, BlockInit, fold_keys, Initializer, layer_norm, Remat, rematerialized, scan_blocks, TokenMixer)
+    Block, BlockInit, fold_keys, Initializer, Remat, rematerialized, scan_blocks, TokenMixer)
+from groupvit_jax.models.norm import LayerNorm
 
 
 class VisionOutput(NamedTuple):
@@ -87,7 +89,7 @@ class GroupProjector(nn.Module):
   def __call__(self, groups: jax.Array) -> jax.Array:
     width = groups.shape[-1]
     mixer = TokenMixer(width // 2, self.num_group_tokens, self.kernel, self.dtype, name='mixer')
-    return mixer(layer_norm('norm')(groups))
+    return mixer(LayerNorm(name='norm')(groups))
 
 
 class VisionTower(nn.Module):
@@ -105,6 +107,7 @@ class VisionTower(nn.Module):
   scan_layers: bool = False  # loop over the blocks of a stage: the compiler sees one turn; the same parameters
   assignment: AssignmentMode = 'gumbel'  # in training; evaluation pools with the hard assignment unless 'soft'
   dtype: jnp.dtype = jnp.float32
+  attention: Implementation = 'xla'  # of the blocks
 
   @nn.compact
   def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> VisionOutput:
@@ -134,7 +137,7 @@ class VisionTower(nn.Module):
         if stage.num_group_tokens:
           x, soft = self._grouping(i, stage.num_segments)(x, groups, keys=fold_keys(stage_keys, stage.depth))
           assignments.append(soft)
-    segments = layer_norm('norm')(x)
+    segments = LayerNorm(name='norm')(x)
     return VisionOutput(segments.mean(axis=1), segments, tuple(assignments))
 
   def _embed(self, images: jax.Array) -> jax.Array:
@@ -147,7 +150,7 @@ class VisionTower(nn.Module):
     x = nn.Conv(
         self.width, patch, patch, padding='VALID', kernel_init=nn.initializers.lecun_normal(), dtype=self.dtype,
         name='patch_embed')(images)
-    x = layer_norm('patch_norm')(x)
+    x = LayerNorm(name='patch_norm')(x)
     positions = self.param('positions', self.init.positions, (*grid, self.width), jnp.float32)
     x = x + resize_positions(positions, *x.shape[1:3])[None]
     return x.reshape(x.shape[0], -1, self.width).astype(self.dtype)
@@ -170,7 +173,7 @@ class VisionTower(nn.Module):
       x = jnp.concatenate([x, groups], axis=1)
     make_block = functools.partial(
         rematerialized(Block, self.remat), self.num_heads, self.mlp_ratio, BlockInit.uniform(self.init.kernel),
-        dtype=self.dtype)
+        dtype=self.dtype, attention=self.attention)
     names = [f'stage{i}_block{j}' for j in range(len(rates))]
     if self.scan_layers and len(names) > 1 and not self.is_initializing():
       x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, keys=keys,
