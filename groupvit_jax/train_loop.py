@@ -16,6 +16,7 @@ import optax
 from groupvit_jax import (
     cli, distributed, initial_weights, optim, packed_texts, sharding, train_state, train_step, trained_run,
     workdir as workdir_lib)
+from groupvit_jax.attention_choice import choose_attention, Choice
 from groupvit_jax.best_checkpoint import BestCheckpoint
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data import image_ops, manifest, pipeline
@@ -49,6 +50,7 @@ class Run(NamedTuple):
   schedule: optax.Schedule
   changed: list[str]  # config keys that differ from the first start
   evals: tuple[in_training.OpenedEval, ...]
+  attention: Choice | None  # of the image tower; None where a step is compiled for hardware that is not there
 
   @property
   def text_shape(self) -> tuple[int, int]:
@@ -112,8 +114,11 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     manifest.claim(workdir, source.facts())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+  attention = choose_attention(
+      model.vision, config.batch_size // (sharding.batch_ways(mesh) * config.grad_accum_steps))
+  model = model.clone(vision=model.vision.clone(attention=attention.implementation))
   tx = optim.build_optimizer(config.optim, schedule)
-  return Run(config, mesh, source, tokenizer, model, tx, schedule, changed, evals)
+  return Run(config, mesh, source, tokenizer, model, tx, schedule, changed, evals, attention)
 
 
 def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -272,6 +277,7 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
   for part in run.source.sets:
     if part.num_shards:
       log.say(f'{part.name}: {len(part.source):,} records in {part.num_shards:,} shards, weight {part.weight:g}')
+  log.say(f'attention by {run.attention.implementation}: {run.attention.reason}')
   log.say(f'goes on after step {step}' if step else 'starts at step 0')
   for line in run.changed:
     log.say(f'changed since the first start: {line}')

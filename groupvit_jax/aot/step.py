@@ -62,7 +62,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   model = build_model(config.model, vocab_size=vocab_size, eos_id=1, multi_label=config.data.num_prompts > 0,
                       remat=config.remat, scan_layers=config.scan_layers)
   tx = optim.build_optimizer(config.optim, schedule)
-  run = train_loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], evals=())
+  run = train_loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], evals=(), attention=None)
   state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)
   step = train_loop.jit_step(run, state)
   batch = _abstract_batch(run)
