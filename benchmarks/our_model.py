@@ -14,6 +14,7 @@ import numpy as np
 from benchmarks import caption_lengths, rounds
 from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax import optim, sharding, train_state, train_step
+from groupvit_jax.freed_memory import keep_freed_memory
 from groupvit_jax.models.build import build_model
 from groupvit_jax.random_erasing import build_random_erasing
 
@@ -91,6 +92,8 @@ def main() -> None:
   parser.add_argument('--text_budget', type=int, default=80)
   args = parser.parse_args()
   jax.config.update('jax_enable_compilation_cache', False)
+  if jax.default_backend() == 'cpu':
+    keep_freed_memory()  # as train.py and eval.py do
   facts, run = {'train': train, 'encode': encode}[args.work](args)
   product = multiply()
 

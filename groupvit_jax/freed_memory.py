@@ -1,0 +1,20 @@
+"""What a program frees and soon asks for again, kept instead of given back to the system."""
+
+import ctypes
+import sys
+
+# Of <malloc.h>; since glibc 2.0.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> bool:
+  """Makes glibc's `free` keep memory for the next `malloc`; call it before large arrays are made.
+
+  On CPUs a step's temporaries are one array, of GiB, which XLA allocates and frees anew each step. glibc would map and
+  unmap it: the system clears each of its pages again, and again is interrupted at the first touch of each.
+
+  Returns:
+    Whether there is a glibc to tell.
+  """
+  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+  return mallopt is not None and bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
