@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import logging as python_logging
+import os
 import time
 import traceback
 from typing import NamedTuple
@@ -40,14 +41,23 @@ class Checkpoints:
       keep: how many of the newest checkpoints stay.
       read_only: for evaluation.
       folder: in the workdir.
+
+    Raises:
+      OSError: nothing can be saved there.
     """
+    logging.get_absl_logger().addFilter(_is_not_orbaxs)  # what it raises is reported by who catches it
     self._read_only = read_only
-    self.folder = epath.Path(workdir).resolve() / folder
+    self.folder = epath.Path(workdir) / folder
+    if '://' not in str(workdir):
+      self.folder = self.folder.resolve()  # which takes a bucket's name for that of a folder here
     with _quiet():
       options = ocp.CheckpointManagerOptions(
           max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,
           cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
       self._manager = ocp.CheckpointManager(self.folder, options=options)
+    if not read_only:
+      with _disk_errors(self.folder):
+        self._check_writable()
 
   def steps(self) -> list[int]:
     """Steps there are checkpoints of, oldest first."""
@@ -64,8 +74,15 @@ class Checkpoints:
       return
     with _disk_errors(self.folder):
       self._manager.check_for_errors()
+      self._check_writable()
       self._manager.save(step, args=ocp.args.Composite(
           state=ocp.args.StandardSave(_entries(state)), config=ocp.args.JsonSave(json.loads(config.to_json()))))
+
+  def check(self) -> None:
+    """Waits for nothing, but raises OSError when a save in the background has failed."""
+    with _disk_errors(self.folder):
+      if not self._manager.is_saving_in_progress():
+        self._manager.wait_until_finished()  # it is over; only here does its error come out
 
   def wait(self) -> None:
     """Blocks until the last save is complete. Raises OSError if it failed."""
@@ -99,6 +116,13 @@ class Checkpoints:
     """
     return self._newest(ocp.args.PyTreeRestore(
         abstract_variables, ocp.checkpoint_utils.construct_restore_args(abstract_variables), partial_restore=True))
+
+  def _check_writable(self) -> None:
+    """Makes a folder here, as a save will: where Orbax may not, it waits for ever instead of saying so."""
+    if jax.process_index() == 0 and '://' not in str(self.folder):
+      probe = self.folder / f'.writable-{os.getpid()}'
+      probe.mkdir()
+      probe.rmdir()
 
   def _newest(self, restore_args: ocp.args.CheckpointArgs) -> Restored | None:
     """The newest checkpoint that can be read."""
@@ -180,5 +204,11 @@ def _disk_errors(folder: epath.Path) -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-  """The first line of an error."""
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+  """The first line of an error; of a long one both ends, for the reason may come last."""
+  line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return line if len(line) < 300 else f'{line[:100]} ... {line[-200:]}'
+
+
+def _is_not_orbaxs(record: python_logging.LogRecord) -> bool:
+  """Whether a line of the log is not Orbax's: of a save that fails it prints a traceback per thread."""
+  return '/orbax/' not in record.pathname

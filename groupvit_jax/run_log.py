@@ -1,11 +1,13 @@
 """What a run tells people: metrics.jsonl, TensorBoard files, and a progress bar or plain lines."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import html
 import json
 import math
+import pathlib
 import sys
+import tempfile
 import time
 
 from etils import epath
@@ -29,6 +31,34 @@ with _without_torch():
   import tensorboardX
 
 
+# How much of a log a run that is killed may lose in a bucket; its checkpoint is older.
+_SECONDS_BETWEEN_UPLOADS = 60
+
+
+class _AppendedFolder:
+  """A folder whose files grow. A bucket's cannot: theirs grow on a local disk, and are written whole now and then."""
+
+  def __init__(self, folder: epath.Path, growing: Sequence[str]):
+    """Opens a folder; `growing` are the files in it that go on from what they hold."""
+    self._remote = folder if '://' in str(folder) else None
+    self.local = epath.Path(tempfile.mkdtemp(prefix='groupvit-log-')) if self._remote else folder
+    self._uploaded, self._sizes = time.monotonic(), {}
+    for name in growing if self._remote else ():
+      if (folder / name).exists():
+        (self.local / name).write_bytes((folder / name).read_bytes())
+
+  def upload(self, seconds: float = 0) -> None:
+    """Writes to the bucket what has grown, unless that was done less than some seconds ago."""
+    if self._remote is None or time.monotonic() - self._uploaded < seconds:
+      return
+    self._uploaded = time.monotonic()
+    for path in pathlib.Path(self.local).rglob('*'):
+      if path.is_file() and self._sizes.get(path) != path.stat().st_size:
+        data = path.read_bytes()
+        (self._remote / path.relative_to(self.local)).write_bytes(data)  # others see it once it is whole
+        self._sizes[path] = len(data)
+
+
 class RunLog:
   """Writes a run's figures and pictures; silent on all hosts but the first."""
 
@@ -40,10 +70,10 @@ class RunLog:
     self._silent = jax.process_index() != 0
     if self._silent:
       return
-    workdir = epath.Path(workdir)
-    self._path = workdir / 'metrics.jsonl'
+    self._folder = _AppendedFolder(epath.Path(workdir), ('metrics.jsonl',))
+    self._path = self._folder.local / 'metrics.jsonl'
     _drop_after(self._path, first_step)
-    self._board = tensorboardX.SummaryWriter(str(workdir / 'tensorboard'), purge_step=first_step + 1 or None)
+    self._board = tensorboardX.SummaryWriter(str(self._folder.local / 'tensorboard'), purge_step=first_step + 1 or None)
     self._batch_size, self._total = batch_size, total_steps
     self._last = (first_step, time.perf_counter())
     self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit='step', disable=not sys.stderr.isatty())
@@ -82,6 +112,7 @@ class RunLog:
       file.write(json.dumps({'step': step, **values}) + '\n')
     for name, value in figures.items():
       self._board.add_scalar(name, value, step)
+    self._folder.upload(_SECONDS_BETWEEN_UPLOADS)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -90,6 +121,7 @@ class RunLog:
     yield
     if not self._silent:
       self._last = (self._last[0], self._last[1] + time.perf_counter() - start)
+      self._folder.upload()  # before what is being saved counts
 
   def picture(self, step: int, name: str, picture: np.ndarray) -> None:
     """Adds a picture, uint8 [H, W, 3], to TensorBoard."""
@@ -106,6 +138,7 @@ class RunLog:
     if not self._silent:
       self._bar.close()
       self._board.close()
+      self._folder.upload()
 
 
 def write_board(folder: epath.PathLike, step: int, figures: Mapping[str, float], texts: Mapping[str, str],

@@ -180,6 +180,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
     with trace.step(step):
       state, figures = step_fn(state, batch)
     sharding.settle(state, run.mesh)
+    checkpoints.check()
     if trace.stop_after(step, figures):
       log.say(f'wrote a trace of the steps up to {step} to {workdir}/profile')
     if pending is not None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import importlib.util
 import json
 import os
 
@@ -76,6 +77,18 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
   return changed
 
 
+def check_place(workdir: epath.PathLike) -> None:
+  """Raises ValueError for a place where a run cannot be kept."""
+  scheme, bucket, _ = str(workdir).partition('://')
+  if not bucket:
+    return
+  if scheme != 'gs':
+    raise ValueError(f'--workdir={workdir}: Orbax writes checkpoints to disks and to gs://, not to {scheme}://; use '
+                     'one of these')
+  if importlib.util.find_spec('gcsfs') is None:
+    raise ValueError(f'--workdir={workdir} needs gcsfs: pip install gcsfs')
+
+
 def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
   """Checks that a config fits the run in a workdir, if there is one.
 
@@ -83,8 +96,9 @@ def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[
     Keys that differ from the first start without making the checkpoints unusable, with both values.
 
   Raises:
-    ValueError: `workdir` holds a run with another model or tokenizer.
+    ValueError: `workdir` holds a run with another model or tokenizer, or can hold none.
   """
+  check_place(workdir)
   if not (epath.Path(workdir) / 'config.json').exists():
     return []
   differences = _differences(read_config(workdir), config)

@@ -27,7 +27,7 @@ while true; do
   # The same command on every host: JAX finds the others from the TPU's own metadata.
   code=0
   tpu tpu-vm ssh "$name" --worker=all --command="
-    cd groupvit && JAX_COMPILATION_CACHE_DIR=$workdir/programs .venv/bin/python train.py --config=$config --workdir=$workdir $*" || code=$?
+    cd groupvit && .venv/bin/python train.py --config=$config --workdir=$workdir $*" || code=$?
   state=$(tpu queued-resources describe "$name" --format='value(state.state)' || echo GONE)
   case $code/$state in
     0/*) echo 'done'; tpu queued-resources delete "$name" --force; exit 0 ;;

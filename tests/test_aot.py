@@ -93,6 +93,8 @@ def test_figures():
   text = report.describe(found, config)
   assert '8.00 of 16.0 GiB' in text and 'does not fit' not in text
   json.dumps(found)
+  row = report.tabulate([found]).splitlines()[-1]
+  assert row == '| v5e:8x8 | 64 | 64 | 8.0 of 16 | 2000.0 | 500.0 | 500.0 | arithmetic | 2,048 | 2.00 | 3,072 | 1 |'
 
 
 def test_advice_takes_what_costs_least_first():

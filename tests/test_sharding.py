@@ -1,6 +1,7 @@
 """The mesh, the rules, and that devices change nothing."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,12 @@ from groupvit_jax.models.build import build_model
 from groupvit_jax.models.vision import StageSpec
 from groupvit_jax.random_erasing import RandomErasing
 from tests.tiny import tiny_model
+from tests.weights import random_variables
 
 TEXT_SHAPE = (3, 6)
+
+# For programs that run once.
+EFFORTLESS = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
 def random_batch(size: int) -> dict[str, np.ndarray]:
@@ -29,26 +34,36 @@ def random_batch(size: int) -> dict[str, np.ndarray]:
 
 
 def loss_and_grads_on(mesh: jax.sharding.Mesh):
-  model, tx = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))), optax.sgd(1.0)
-  state = train_state.init_state(model, tx, seed=0, text_shape=TEXT_SHAPE, mesh=mesh)
+  model = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0)))
+  zero = jnp.int32(0)
+  state = train_state.TrainState(zero, **random_variables(model), opt_state=(), rng=jax.random.key(0), skipped=zero,
+                                 skipped_in_a_row=zero)
+  state = jax.device_put(state, sharding.state_shardings(state, mesh))
   batch = pipeline.to_devices(random_batch(32), mesh)
   step = jax.jit(functools.partial(
       train_step.loss_and_grads, model=model, multi_label_weight=1.0, grad_accum_steps=1, text_budget=4,
       random_erasing=RandomErasing(0.5),
-      place=sharding.batch_sharding(mesh)))
+      place=sharding.batch_sharding(mesh))).lower(state, batch).compile(EFFORTLESS)
   out, grads = step(state, batch)
   return jax.device_get((out.figures.scalars['loss'], out.batch_stats, grads))
 
 
-def test_one_and_eight_devices_agree():
+@functools.cache
+def one_device():
+  return loss_and_grads_on(sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize('shape', [
+    pytest.param(shape, marks=() if shape in ((8, 1, 1), (2, 2, 2)) else pytest.mark.long)
+    for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8], ids=str)
+def test_one_and_eight_devices_agree(shape):
   """Loss, gradients and BatchNorm statistics, noise included, are those of one device."""
+  axes = dict(zip(sharding.AXES, shape))
   with jax.default_matmul_precision('highest'):
-    one = loss_and_grads_on(sharding.make_mesh(devices=jax.devices()[:1]))
-    for axes in ({'data': 8}, {'data': 2, 'fsdp': 2, 'model': 2}):
-      many = loss_and_grads_on(sharding.make_mesh(**axes))
-      assert_close(one[:2], many[:2], 1e-5, axes)
-      # Rounding is of the size of what is summed: a gradient's error is measured by the norm of them all.
-      assert_close(one[2], many[2], 1e-5 * max(1, float(optax.tree.norm(one[2]))), axes)
+    one, many = one_device(), loss_and_grads_on(sharding.make_mesh(**axes))
+  assert_close(one[:2], many[:2], 1e-5, axes)
+  # Rounding is of the size of what is summed: a gradient's error is measured by the norm of them all.
+  assert_close(one[2], many[2], 1e-5 * max(1, float(optax.tree.norm(one[2]))), axes)
 
 
 def assert_close(one, many, atol: float, axes: dict[str, int]) -> None:

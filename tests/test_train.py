@@ -3,10 +3,12 @@
 One device: the steps compile in a third of the time. Several go on exactly in test_ema.py and test_distributed.py.
 """
 
+import contextlib
 import functools
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import pytest
 from groupvit_jax import cli, sharding, train_loop
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.evals.scene_eval import SceneEvaluator
+from tests.test_checkpoint import no_room_for, raw
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -120,6 +123,66 @@ def test_killed_at_any_moment_goes_on_exactly(uninterrupted, tmp_path):
     process.wait()
   subprocess.run(command(tmp_path), cwd=ROOT, env=one_device, check=True, stderr=subprocess.DEVNULL)
   assert losses(tmp_path) == losses(uninterrupted)
+
+
+def final_state(workdir: pathlib.Path) -> list[np.ndarray]:
+  """All numbers of the newest checkpoint."""
+  state = train_loop.restore_or_init(train_loop.set_up(tiny_config(), workdir), Checkpoints(workdir, keep=3))
+  return raw(state)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+def test_killed_twenty_times_at_random_moments(tmp_path):
+  """Ten times while it starts, ten times between or within steps, evaluations and saves; then to the end."""
+  flags = ['--config.total_steps=400', '--config.checkpoint.every_steps=3', '--config.eval.every_steps=37']
+  one_device = os.environ | {'JAX_NUM_CPU_DEVICES': '1'}
+  for _ in range(2):  # the second time it starts and finds nothing to do
+    began = time.monotonic()
+    subprocess.run(command(tmp_path / 'whole', *flags), cwd=ROOT, env=one_device, check=True, stderr=subprocess.DEVNULL)
+  start_up = time.monotonic() - began
+  rng, log = random.Random(0), tmp_path / 'killed' / 'metrics.jsonl'
+  for kill in range(20):
+    process = subprocess.Popen(
+        command(tmp_path / 'killed', *flags), cwd=ROOT, env=one_device, stderr=subprocess.DEVNULL)
+    if kill % 2 == 0:
+      lines = log.read_text().count('\n') + rng.randrange(1, 15) if log.exists() else 1
+      while process.poll() is None and not (log.exists() and log.read_text().count('\n') >= lines):
+        time.sleep(0.005)
+      time.sleep(rng.uniform(0, 0.2))
+    else:
+      time.sleep(rng.uniform(0, start_up))
+    assert process.poll() is None, 'it ended before it was killed'
+    process.kill()
+    process.wait()
+  subprocess.run(command(tmp_path / 'killed', *flags), cwd=ROOT, env=one_device, check=True, stderr=subprocess.DEVNULL)
+  assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
+  for one, other in zip(final_state(tmp_path / 'killed'), final_state(tmp_path / 'whole'), strict=True):
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatch, caplog):
+  save = Checkpoints.save
+  with contextlib.ExitStack() as stack, pytest.raises(OSError, match='cannot save a checkpoint in .*File too large'):
+    def save_on_a_full_disk(*args):
+      stack.enter_context(no_room_for(64 * 1024))
+      save(*args)
+      time.sleep(1)  # longer than it takes to fail in the background
+    monkeypatch.setattr(Checkpoints, 'save', save_on_a_full_disk)
+    train_loop.train(tiny_config(), tmp_path)
+  assert max(losses(tmp_path)) < 4  # when the next one is due
+  assert not caplog.records  # the reason is said once
+
+
+def test_a_folder_that_may_not_be_written_ends_the_run_before_its_first_step(tmp_path):
+  (tmp_path / 'checkpoints').mkdir()
+  (tmp_path / 'checkpoints').chmod(0o500)
+  as_anyone = ['setpriv', '--bounding-set=-dac_override'] if os.geteuid() == 0 else []
+  done = subprocess.run([*as_anyone, *command(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == cli.EXIT_USAGE, done.stderr
+  last = done.stderr.splitlines()[-1]
+  assert 'cannot save a checkpoint in' in last and 'Permission denied' in last
+  assert not (tmp_path / 'metrics.jsonl').exists()
 
 
 def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path):

@@ -17,6 +17,7 @@ from groupvit_jax import cli
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
 TOPOLOGY = flags.DEFINE_list('topology', None, 'Chips and their shape, as in v5e:16x16; several after commas.')
 JSON = flags.DEFINE_string('json', None, 'Also write the figures to this file.')
+TABLE = flags.DEFINE_bool('table', False, 'Also print one Markdown table of all topologies.')
 flags.mark_flags_as_required(['config', 'topology'])
 
 
@@ -27,6 +28,8 @@ def main() -> int:
   for topology in [chips.find_topology(name) for name in TOPOLOGY.value]:
     found.append(report.make_report(CONFIG.value, topology, step.compile_step(CONFIG.value, topology)))
     print(report.describe(found[-1], CONFIG.value) + '\n', flush=True)
+  if TABLE.value:
+    print(report.tabulate(found))
   if JSON.value is not None:
     pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
   return 0 if all(entry['fits'] for entry in found) else cli.EXIT_PARTIAL

@@ -1,5 +1,7 @@
 """From a compiled step to what a person wants to know: does it fit, what limits it, how long will it take."""
 
+from collections.abc import Mapping, Sequence
+
 import ml_collections
 
 from groupvit_jax.aot.chips import Topology
@@ -70,6 +72,23 @@ def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> st
     add('so at most', f'{report["images_per_s"]:,} images/s; {config.total_steps:,} steps in {report["days"]:.2f} days')
   if not report['fits']:
     add('does not fit', advise(config, report))
+  return '\n'.join(lines)
+
+
+def tabulate(reports: Sequence[Mapping[str, object]]) -> str:
+  """Several reports as a Markdown table; chip-hours are those of the config's steps."""
+  lines = ['| topology | chips | pairs a chip | GiB a chip | arithmetic, ms | memory, ms | collectives, ms '
+           '| limited by | images/s | days | chip-hours | compiled in, s |', '|:--|' + '--:|' * 6 + ':--|' + '--:|' * 4]
+  for report in reports:
+    hbm, rows = report['hbm_gib'], report['batch_size'] // report['chips']
+    start = f'| {report["topology"]} | {report["chips"]} | {rows:,} | {hbm["together"]:.1f} of {hbm["chip"]:.0f} | '
+    if 'roofline_s' in report:
+      times = ' | '.join(f'{1e3 * report["roofline_s"][name]:.1f}' for name in ('arithmetic', 'memory', 'collectives'))
+      hours = 24 * report['days'] * report['chips']
+      start += f'{times} | {report["limited_by"]} | {report["images_per_s"]:,} | {report["days"]:.2f} | {hours:,.0f} | '
+    else:
+      start += ' | | | does not fit | | | | '
+    lines.append(f'{start}{report["compile_s"]:.0f} |')
   return '\n'.join(lines)
 
 
