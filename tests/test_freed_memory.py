@@ -5,22 +5,32 @@ import sys
 
 import pytest
 
-# In a process of its own, which keeps what it is told.
+# In a process of its own, which keeps what it is told. The temporaries of this program have 128 MiB.
 PROGRAM = '''
 import resource
-import numpy as np
+import jax
+import jax.numpy as jnp
 from groupvit_jax.freed_memory import keep_freed_memory
 if {keep}:
   assert keep_freed_memory()
-np.ones(2**24)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-np.ones(2**24)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+@jax.jit
+def program(x):
+  table = jnp.sort(jnp.sin(x)[:, None] * jnp.cos(x), axis=0)
+  return (table @ table[:, :1]).sum()
+
+x = jnp.arange(4096.)
+faults = []
+for _ in range(8):
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  program(x).block_until_ready()
+  faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(sorted(faults)[3])
 '''
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
-def test_the_second_array_touches_no_new_pages():
+def test_temporaries_of_most_calls_touch_no_new_pages():
   faults = [int(subprocess.run([sys.executable, '-c', PROGRAM.format(keep=keep)], check=True, capture_output=True,
                                text=True).stdout) for keep in (False, True)]
-  assert faults[1] < 100 and faults[1] < 0.5 * faults[0]
+  assert faults[1] < 100 and faults[1] < 0.1 * faults[0]

@@ -46,7 +46,9 @@ def test_the_noise_is_standard_normal_and_its_own_everywhere(erased):
 def test_an_images_noise_is_a_function_of_its_key(erased):
   keys = jax.random.split(jax.random.key(0), BATCH)[5:9]
   some = RandomErasing(probability=0.25)(jnp.full((4, HEIGHT, WIDTH, 3), MARK), keys)
-  np.testing.assert_array_equal(some, erased[5:9])
+  np.testing.assert_array_equal(some == MARK, erased[5:9] == MARK)
+  # Batches of other sizes are divided otherwise among a processor's vector lanes, some of which round differently.
+  np.testing.assert_allclose(some, erased[5:9], rtol=1e-6)
 
 
 def test_nothing_fits_into_a_single_row():
