@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from groupvit_jax.models.attention import attend
+from groupvit_jax.models.layers import unfuse
 from groupvit_jax.models.norm import LayerNorm
 from groupvit_jax.models.projection import project
 
@@ -59,3 +60,9 @@ def test_projections_are_flaxs(axis, features):
   params = module().init(jax.random.key(1), x)
   apply = lambda module: lambda x, params: module.apply(params, x)
   assert_same(apply(module(dot_general=project)), apply(module()), x, params)
+
+
+def test_a_fused_projection_is_taken_apart():
+  qkv, mix = normal(0, 2, 5, 3, 4, 6), normal(1, 3)
+  weighted = lambda take: lambda qkv: sum(w * part for w, part in zip(mix, take(qkv)))  # three cotangents that differ
+  assert_same(weighted(unfuse), weighted(lambda qkv: jnp.moveaxis(qkv, -3, 0)), qkv)

@@ -117,6 +117,18 @@ class TokenMixer(nn.Module):
     return mlp(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
+@jax.custom_vjp
+def unfuse(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Query, key and value [B, N, h, k] of a fused projection [B, N, 3, h, k].
+
+  Their gradients are stacked; indexing would pad each with zeros and add them up.
+  """
+  return tuple(qkv[..., i, :, :] for i in range(3))
+
+
+unfuse.defvjp(lambda qkv: (unfuse(qkv), None), lambda _, grads: (jnp.stack(grads, axis=-3),))
+
+
 class SelfAttention(nn.Module):
   """Multi-head self-attention with one fused query/key/value projection, [B, N, D] -> [B, N, D]."""
 
@@ -132,8 +144,7 @@ class SelfAttention(nn.Module):
     qkv = nn.DenseGeneral(
         (3, self.num_heads, width // self.num_heads), kernel_init=self.kernel_in, dtype=self.dtype,
         dot_general=project, name='qkv')(x)
-    query, key, value = jnp.moveaxis(qkv, -3, 0)  # each [B, N, h, k]
-    out = attend(query, key, value, mask, self.attention)
+    out = attend(*unfuse(qkv), mask, self.attention)
     return nn.DenseGeneral(
         width, axis=(-2, -1), kernel_init=self.kernel_out, dtype=self.dtype, dot_general=project, name='out')(out)
 
