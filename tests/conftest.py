@@ -6,7 +6,8 @@ import pathlib
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 
 # Also for the commands that tests start; it must be set before JAX is imported.
-os.environ['JAX_PLATFORMS'] = 'cpu'
+if not os.environ.get('JAX_PLATFORMS', '').startswith('cuda'):  # for tests/test_gpu.py
+  os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 # Threads for eight devices that wait in several collectives each: see groupvit_jax/cli.py.
 os.environ['NPROC'] = '64'
