@@ -114,8 +114,10 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     manifest.claim(workdir, source.facts())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-  attention = choose_attention(
-      model.vision, config.batch_size // (sharding.batch_ways(mesh) * config.grad_accum_steps))
+  samples = config.batch_size // config.grad_accum_steps
+  attention = workdir_lib.prepare_attention(
+      workdir, f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {samples} samples, {config.model.dtype}',
+      lambda: choose_attention(model.vision, samples, mesh, train=True))
   model = model.clone(vision=model.vision.clone(attention=attention.implementation))
   tx = optim.build_optimizer(config.optim, schedule)
   return Run(config, mesh, source, tokenizer, model, tx, schedule, changed, evals, attention)

@@ -1,6 +1,6 @@
 """The folder of a run: its config, tokenizer and checkpoints, written once and read by every command."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import importlib.util
 import json
@@ -10,6 +10,7 @@ from etils import epath
 import jax
 import ml_collections
 
+from groupvit_jax.attention_choice import Choice
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
@@ -140,6 +141,25 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
     train_sentencepiece(sample_captions(source, config.num_captions), partial / 'tokenizer.model', config.vocab_size)
   partial.rename(folder)
   return load_tokenizer(workdir)
+
+
+def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], Choice]) -> Choice:
+  """How the run's attention is computed in some place: as when it first trained there, so that a run that goes on does
+  not change its arithmetic.
+
+  Args:
+    workdir: of the run.
+    place: hardware and what else decides which is fastest.
+    choose: measures; by all processes together where it measures at all, so none writes before all have read.
+  """
+  path = epath.Path(workdir) / 'attention.json'
+  kept = json.loads(path.read_text()) if path.exists() else {}
+  if place in kept:
+    return Choice(**kept[place])._replace(reason=f'{kept[place]["reason"]} (when the run first trained here)')
+  choice = choose()
+  if choice.measured and jax.process_index() == 0:
+    _write_whole(path, json.dumps(kept | {place: choice._asdict()}, indent=2) + '\n')
+  return choice
 
 
 def _differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> dict[str, str]:
