@@ -17,7 +17,7 @@ import tempfile
 import numpy as np
 import transformers
 
-from benchmarks import our_model, rounds, speed, voc_pictures
+from benchmarks import rounds, speed, voc_pictures
 
 _VAL_PICTURES, _VAL_WINDOWS = 1449, 4500
 
@@ -64,8 +64,8 @@ def _report(
   mine, other = rates['ours', 'evaluate'], rates['peer', 'evaluate']
   windows = np.mean([_windows(size) for size in voc_pictures.SIZES])
   minutes = lambda rate: round(_VAL_WINDOWS / (rate * windows) / 60, 1)
-  flops = speed.needed_flops('encode', 1, voc_pictures.WINDOW) * windows
-  peak = rates['ours', 'multiply'].per_wall_s * 2 * our_model.PEAK_SIZE**3
+  flops = speed.needed_flops('windows', 1, voc_pictures.WINDOW) * windows
+  peak = rates['ours', 'multiply'].per_wall_s * ours.facts['product_flop']
   return {
       'command': ' '.join(sys.orig_argv[1:]),
       'machine': {'processor': speed.processor(), 'cores': len(os.sched_getaffinity(0)),

@@ -63,6 +63,13 @@ def train_step(model: ml_collections.ConfigDict, lengths: Sequence[Sequence[int]
   return 3 * forward
 
 
+def encode_windows(model: ml_collections.ConfigDict, batch: int, size: int) -> float:
+  """Embeddings of square windows and of their segments; finding each pixel's segment is left out."""
+  segments = [count for groups, count in zip(model.vision.num_group_tokens, model.vision.num_segments) if groups][-1]
+  return encode_images(model, batch, size) + batch * segments * projector(
+      model.vision.width, model.projector_dim, model.embed_dim)
+
+
 def encode_images(model: ml_collections.ConfigDict, batch: int, size: int) -> float:
   """Embeddings of square pictures."""
   return batch * (image_tower(model.vision, size, size)

@@ -63,7 +63,8 @@ def main() -> None:
     return number
 
   facts = {'jax': jax.__version__, 'devices': jax.device_count(), 'kind': jax.devices()[0].device_kind,
-           'windows_a_batch': batch_size}
+           'windows_a_batch': batch_size,
+           'product_flop': our_model.SQUARES[jax.default_backend()].flops}
   rounds.serve(facts, {'evaluate': evaluate, 'multiply': multiply})
 
 

@@ -33,7 +33,7 @@ class Side:
     if cores and hasattr(os, 'sched_setaffinity'):
       os.sched_setaffinity(self._process.pid, cores)
     self.facts = self._answer()
-    self.peak_mb = 0.0  # memory of the process, the largest there was
+    self.peak_mb = 0.0  # the most memory there was: the process's, or what it serves as that
 
   def run(self, work: str, pictures: int) -> Rate:
     """Does some work once, on at least so many pictures."""
@@ -55,7 +55,13 @@ class Side:
     return json.loads(line)
 
 
-def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]]) -> None:
+def process_peak_mb() -> float:
+  """Memory of this process, the largest there was."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]],
+          peak_mb: Callable[[], float] = process_peak_mb) -> None:
   """The other end of a `Side`: each work takes a number of pictures and returns how many it did."""
   answers, sys.stdout = sys.stdout, sys.stderr
   print(json.dumps(facts), file=answers, flush=True)
@@ -64,17 +70,23 @@ def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]]) -
     wall, cpu = time.perf_counter(), time.process_time()
     done = works[work](pictures)
     spent = {'cpu_s': time.process_time() - cpu, 'wall_s': time.perf_counter() - wall}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({'pictures': done, 'peak_mb': peak} | spent), file=answers, flush=True)
+    print(json.dumps({'pictures': done, 'peak_mb': peak_mb()} | spent), file=answers, flush=True)
 
 
-def take_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int,
-               pictures: int) -> dict[tuple[str, str], Rate]:
-  """Runs each (side, work) once a round, and once before; returns the medians of their rates."""
+def record_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int,
+                 pictures: int) -> dict[tuple[str, str], list[Rate]]:
+  """Runs each (side, work) once a round, and once before; returns the rates of each round."""
   found = {pair: [] for pair in works}
   for number in range(rounds + 1):
     for side, work in works:
       rate = sides[side].run(work, pictures)
       if number:
         found[side, work].append(rate)
+  return found
+
+
+def take_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int,
+               pictures: int) -> dict[tuple[str, str], Rate]:
+  """The medians of `record_turns`."""
+  found = record_turns(sides, works, rounds, pictures)
   return {pair: Rate(*map(statistics.median, zip(*rates))) for pair, rates in found.items()}

@@ -138,14 +138,13 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
   out, grads = loss_and_grads(
       state, batch, model=model, multi_label_weight=multi_label_weight, grad_accum_steps=grad_accum_steps,
       text_budget=text_budget, random_erasing=random_erasing, place=place)
-  grad_norm = optax.tree.norm(grads)
-  finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
-
   with jax.named_scope('optimizer'):
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     updated = (optax.apply_updates(state.params, updates), out.batch_stats, opt_state)
-  kept = (state.params, state.batch_stats, state.opt_state)
-  params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
+    kept = (state.params, state.batch_stats, state.opt_state)
+    params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
 
   bad = 1 - finite.astype(jnp.int32)
   state = state.replace(

@@ -1,11 +1,15 @@
 """The speed benchmarks: FLOPs by hand are those of the traced model, and the table says what was found."""
 
+import json
+import os
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import caption_lengths, model_flops, our_model, speed_table
+from benchmarks import caption_lengths, model_flops, our_model, rounds, speed, speed_table, train_step
 from groupvit_jax import traced_flops
 from groupvit_jax.models.build import build_model
 from tests.weights import random_variables
@@ -22,6 +26,7 @@ def test_flops_by_hand_are_those_of_the_traced_model():
   # At another size, positions are resized: those products are no part of the model.
   assert traced('encode_image', jnp.zeros((1, 448, 448, 3))) == pytest.approx(
       model_flops.encode_images(config, 1, 448), rel=1e-2)
+  assert traced('encode_segments', jnp.zeros((1, 224, 224, 3))) == model_flops.encode_windows(config, 1, 224)
   text = model_flops.text_tower(config.text, [77] * 4) + 4 * model_flops.projector(256, 4096, 256)
   assert traced('encode_text', jnp.zeros((4, 77), int)) == text
   step = model_flops.train_step(config, [[77] * 4] * 2)
@@ -37,15 +42,63 @@ def test_texts_are_as_long_as_those_of_cc12m():
   np.testing.assert_array_equal((tokens == 1).argmax(axis=-1) + 1, caption_lengths.draw_lengths(50, 3, 77))
 
 
-def test_the_table_holds_what_was_measured():
-  report = {
-      'work': 'train', 'batch': 8, 'size': 224, 'dtype': 'float32', 'rounds': 7,
-      'cores': 2, 'clock': 'per_wall_s', 'processor': 'CPU', 'python': '3', 'load_average': 0.5,
-      'images_per_s': {'ours': 4.0, 'eager': 2.0}, 'ratio_to': {'eager': 2.0},
-      'peak_mb': {'ours': 2048, 'eager': 1024}, 'utilisation': {'ours': 0.5, 'eager': 0.25},
-      'facts': {'ours': {'compile_s': 9.0, 'jax': 'J'}, 'eager': {'first_s': 3.0, 'torch': 'T', 'transformers': 'F'}}}
-  page = speed_table.insert(f'a\n{speed_table.BEGIN}\nold\n{speed_table.END}\nb', speed_table.table([report]))
-  assert '| training | transformers, eager | 2.00 | **2.00x** | 1.0 GiB | 25% | 3 s |' in page
-  assert 'old' not in page and page.startswith('a\n') and page.endswith('\nb')
+class FakeSide:
+  """Works at a rate of its own, or ends when it is told to."""
+
+  def __init__(self, name: str):
+    self.facts = {'first_s': 3.0, 'device': 'cpu', 'product_flop': 1e9, 'jax': 'J', 'torch': 'T', 'transformers': 'F'}
+    self.name, self.peak_mb, self.running = name, 2048, True
+    self.facts |= {'compile_s': 2.0, 'temporaries_mb': 512} if name == 'ours' else {}
+
+  def run(self, work: str, pictures: int) -> rounds.Rate:
+    assert self.running
+    if self.name == 'eager, padded to the longest':
+      raise SystemExit('out of memory')
+    return rounds.Rate(0.0, 100.0 if work == 'multiply' else {'ours': 4.0, 'eager': 2.0}[self.name])
+
+  def close(self) -> None:
+    self.running = False
+
+
+@pytest.fixture
+def report(monkeypatch, tmp_path):
+  """What train_step.py writes, of fake sides."""
+  def make(*options: str, **facts) -> dict:
+    def start(work, args, name, mode):
+      side = FakeSide(name)
+      side.facts |= facts
+      return side
+    monkeypatch.setattr(speed, 'start', start)
+    monkeypatch.setattr(sys, 'argv', ['train_step', f'--output={tmp_path}/report.json', *options])
+    train_step.main()
+    return json.loads((tmp_path / 'report.json').read_text())
+  return make
+
+
+def test_reports_hold_every_round_and_what_did_not_run(report):
+  found = report('--peer_modes', 'eager', '--rounds=3')
+  assert found['of_each_round'] == {'ours': [4.0] * 3, 'eager': [2.0] * 3} and found['ratio_to'] == {'eager': 2.0}
+  assert found['cores'] == len(os.sched_getaffinity(0)) and found['machine_gflop_per_s'] == 100
+  alone = report('--peer_modes')
+  assert alone['ratio_to'] == {} and '| training' in speed_table.table([alone])
+  gpu = report('--device=gpu', '--dtype=bfloat16', '--peer_modes', 'eager', 'eager, padded to the longest',
+               device='NVIDIA H200')
+  assert gpu['failed'] == {'eager, padded to the longest': 'out of memory'} and gpu['ratio_to'] == {'eager': 2.0}
+  assert gpu['utilisation_of_published']['ours'] == pytest.approx(4 * gpu['model_gflop'] / 8 / 989.4e3)
+
+
+def test_the_tables_hold_what_was_measured(report):
+  of_cpu = report('--peer_modes', 'eager', '--growth')
+  of_gpu = report('--device=gpu', '--dtype=bfloat16', '--peer_modes', 'eager',
+                  device='NVIDIA H200', torch='T2')
+  table = speed_table.table([of_cpu, of_gpu])
+  row = '| training, 224 px, batch 8 | transformers, eager | 2.00 | **2.00x** | 2.0 GiB |'
+  assert table.count(row) == 2 and '| NVIDIA H200, bfloat16 | |' in table
+  assert table.count('PyTorch T,') == 1 and table.count('PyTorch T2,') == 1
+  growth = speed_table.growth_table([of_cpu, of_gpu]).splitlines()
+  assert [line.split(' | ')[1:4] for line in growth[2:]] == [
+      [str(batch), str(size), '4.00'] for batch, size in ((4, 224), (8, 224), (16, 224), (8, 160), (8, 320))]
+  page = speed_table.insert('a\n<!-- x: benchmarks/speed_table.py -->\nold\n<!-- end of x -->\nb', 'x', table)
+  assert row in page and 'old' not in page and page.startswith('a\n') and page.endswith('\nb')
   with pytest.raises(ValueError, match='lacks the marks'):
-    speed_table.insert('a', 'b')
+    speed_table.insert('a', 'x', 'b')
