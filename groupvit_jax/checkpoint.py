@@ -22,6 +22,9 @@ from groupvit_jax import distributed
 from groupvit_jax.train_state import TrainState
 
 
+_ATTEMPTS = 2  # at a checkpoint: what fails once may be a disk or a network that was busy
+
+
 class Restored(NamedTuple):
   """A checkpoint that was read."""
 
@@ -121,33 +124,36 @@ class Checkpoints:
     """Makes a folder here, as a save will: where Orbax may not, it waits for ever instead of saying so."""
     if jax.process_index() == 0 and '://' not in str(self.folder):
       probe = self.folder / f'.writable-{os.getpid()}'
-      probe.mkdir()
+      probe.mkdir(exist_ok=True)  # a killed process of this number may have left it
       probe.rmdir()
 
   def _newest(self, restore_args: ocp.args.CheckpointArgs) -> Restored | None:
     """The newest checkpoint that can be read."""
     failures = {}
     for step in reversed(self.steps()):
-      error = None
-      try:
-        with _quiet():
-          restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
-          jax.block_until_ready(restored.state)
-      except Exception as caught:  # pylint: disable=broad-except
-        # Which exception a damaged file raises depends on the file; every one means "not this checkpoint".
-        error = caught
-      if not distributed.agreed(error is None):  # each process reads its own parts
-        failures[step] = error or OSError('another process cannot read it')
-        logging.warning('checkpoint %d in %s is damaged and was passed over: %s', step, self.folder,
-                        _line(failures[step]))
-        continue
-      self._set_aside(failures)
-      return Restored(restored.state, step, tuple(failures))
+      for _ in range(_ATTEMPTS):
+        state, error = self._read(step, restore_args)
+        if distributed.agreed(error is None):  # each process reads its own parts
+          self._set_aside(failures)
+          return Restored(state, step, tuple(failures))
+      failures[step] = error or OSError('another process cannot read it')
+      logging.warning('checkpoint %d in %s is damaged and was passed over: %s', step, self.folder,
+                      _line(failures[step]))
     if failures:
       step, error = next(iter(failures.items()))
       raise ValueError(f'none of the checkpoints {sorted(failures)} in {self.folder} can be read; '
                        f'{step} says: {_line(error)}')
     return None
+
+  def _read(self, step: int, restore_args: ocp.args.CheckpointArgs) -> tuple[object, Exception | None]:
+    """The state of a step, or why this process cannot read it."""
+    try:
+      with _quiet():
+        restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
+        return jax.block_until_ready(restored.state), None
+    except Exception as error:  # pylint: disable=broad-except
+      # Which exception a damaged file raises depends on the file; every one means "not this checkpoint".
+      return None, error
 
   def close(self) -> None:
     """Ends the background threads."""

@@ -10,8 +10,12 @@ import jax
 from jax.experimental import multihost_utils
 
 
-class Preempted(Exception):
-  """The process was asked to stop."""
+class Preempted(BaseException):
+  """The process was asked to stop.
+
+  No Exception: it comes up wherever the signal finds the main thread, and code there that handles "whatever a library
+  raises" must not take it for that.
+  """
 
 
 class Interrupts:

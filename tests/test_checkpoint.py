@@ -9,6 +9,7 @@ import signal
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from groupvit_jax import sharding, train_state
@@ -90,6 +91,22 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(how, state, tmp_path):
   checkpoints.save(state.replace(step=state.step + 2), tiny_config())  # the step can be written again
   checkpoints.wait()
   assert checkpoints.steps() == [1, 2]
+
+
+def test_what_fails_once_is_tried_again(state, tmp_path, monkeypatch):
+  save_steps(tmp_path, state, 1, 2)
+  restore, calls = ocp.CheckpointManager.restore, []
+
+  def fail_once(self, step, **kwargs):
+    calls.append(step)
+    if len(calls) == 1:
+      raise OSError('a disk that was busy')
+    return restore(self, step, **kwargs)
+
+  monkeypatch.setattr(ocp.CheckpointManager, 'restore', fail_once)
+  restored = Checkpoints(tmp_path, keep=5).restore(abstract())
+  assert (restored.step, restored.skipped, calls) == (2, (), [2, 2])
+  assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['1', '2']
 
 
 def test_no_cut_file_ever_gives_wrong_numbers(state, tmp_path):
