@@ -22,6 +22,8 @@ lint: $(VENV)/test
 	$(BIN)/ruff check .
 
 $(VENV)/run: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("error: $(PYTHON) is Python %d.%d; \
+	it takes 3.11 or newer: name one, as in  make PYTHON=python3.13 $(MAKECMDGOALS)" % v[:2])'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
