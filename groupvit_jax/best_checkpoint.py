@@ -9,6 +9,7 @@ import jax
 import ml_collections
 
 from groupvit_jax.checkpoint import Checkpoints
+from groupvit_jax.data import shards
 from groupvit_jax.train_state import TrainState
 
 FOLDER = 'best'  # of the checkpoint, in the workdir; best.json beside it says which and why
@@ -59,9 +60,8 @@ class BestCheckpoint:
     self._checkpoints.save(state, config)
     self._checkpoints.wait()  # the line below must not speak of what is not there
     if jax.process_index() == 0:
-      partial = self._path.with_name('best.json.partial')
-      partial.write_text(json.dumps({'metric': self._metric, 'value': value, 'step': self.step}) + '\n')
-      partial.replace(self._path)
+      kept = {'metric': self._metric, 'value': value, 'step': self.step}
+      shards.write_whole(str(self._path), (json.dumps(kept) + '\n').encode())
     return True
 
   def close(self) -> None:

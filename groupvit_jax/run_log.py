@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
-import html
 import json
 import math
 import pathlib
@@ -15,24 +14,13 @@ import jax
 import numpy as np
 import tqdm
 
-
-@contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-  """Hides torch from an import that takes it along wherever it is installed, for seconds and hundreds of MB."""
-  hidden = sys.modules.setdefault('torch', None) is None  # what is None cannot be imported
-  try:
-    yield
-  finally:
-    if hidden:
-      del sys.modules['torch']
-
-
-with _without_torch():
-  import tensorboardX
+from groupvit_jax.board import Board
+from groupvit_jax.data import shards
 
 
 # How much of a log a run that is killed may lose in a bucket; its checkpoint is older.
 _SECONDS_BETWEEN_UPLOADS = 60
+_SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's file
 
 
 class _AppendedFolder:
@@ -60,20 +48,29 @@ class _AppendedFolder:
 
 
 class RunLog:
-  """Writes a run's figures and pictures; silent on all hosts but the first."""
+  """Writes a run's figures and pictures; silent on all hosts but the first.
+
+  Attributes:
+    first_figures: names of the figures that an earlier start logged of the step that the run goes on from.
+  """
 
   def __init__(self, workdir: epath.PathLike, *, first_step: int, total_steps: int, batch_size: int):
     """Opens the logs of a run that starts, or goes on, after `first_step`.
 
     What an interrupted run logged beyond that step is dropped: it will be logged again.
+
+    Raises:
+      OSError: nothing can be written there (so do all other methods).
     """
-    self._silent = jax.process_index() != 0
+    self._silent, self.first_figures = jax.process_index() != 0, frozenset()
     if self._silent:
       return
     self._folder = _AppendedFolder(epath.Path(workdir), ('metrics.jsonl',))
     self._path = self._folder.local / 'metrics.jsonl'
-    _drop_after(self._path, first_step)
-    self._board = tensorboardX.SummaryWriter(str(self._folder.local / 'tensorboard'), purge_step=first_step + 1 or None)
+    self.first_figures = _drop_after(self._path, first_step)
+    with shards.writing(self._path.parent):
+      self._board = Board(self._folder.local / 'tensorboard', purge_step=first_step + 1)
+    self._flushed = time.monotonic()
     self._batch_size, self._total = batch_size, total_steps
     self._last = (first_step, time.perf_counter())
     self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit='step', disable=not sys.stderr.isatty())
@@ -108,10 +105,14 @@ class RunLog:
     if self._silent:
       return
     values = {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
-    with self._path.open('a') as file:
-      file.write(json.dumps({'step': step, **values}) + '\n')
-    for name, value in figures.items():
-      self._board.add_scalar(name, value, step)
+    with shards.writing(self._path.parent):
+      with self._path.open('a') as file:
+        file.write(json.dumps({'step': step, **values}) + '\n')
+      for name, value in figures.items():
+        self._board.figure(step, name, value)
+      if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_FLUSHES:
+        self._board.flush()
+        self._flushed = time.monotonic()
     self._folder.upload(_SECONDS_BETWEEN_UPLOADS)
 
   @contextlib.contextmanager
@@ -126,50 +127,41 @@ class RunLog:
   def picture(self, step: int, name: str, picture: np.ndarray) -> None:
     """Adds a picture, uint8 [H, W, 3], to TensorBoard."""
     if not self._silent:
-      self._board.add_image(name, picture, step, dataformats='HWC')
+      with shards.writing(self._path.parent):
+        self._board.picture(step, name, picture)
 
   def text(self, step: int, name: str, text: str) -> None:
     """Adds a text, as it is, to TensorBoard."""
     if not self._silent:
-      _add_text(self._board, name, text, step)
+      with shards.writing(self._path.parent):
+        self._board.text(step, name, text)
 
   def close(self) -> None:
     """Flushes everything."""
     if not self._silent:
       self._bar.close()
-      self._board.close()
+      with shards.writing(self._path.parent):
+        self._board.close()
       self._folder.upload()
 
 
-def write_board(folder: epath.PathLike, step: int, figures: Mapping[str, float], texts: Mapping[str, str],
-                pictures: Mapping[str, np.ndarray]) -> None:
-  """Writes a TensorBoard file at once: figures, texts as they are, and pictures, uint8 [H, W, 3]."""
-  board = tensorboardX.SummaryWriter(str(folder))
-  for name, value in figures.items():
-    board.add_scalar(name, value, step)
-  for name, text in texts.items():
-    _add_text(board, name, text, step)
-  for name, picture in pictures.items():
-    board.add_image(name, picture, step, dataformats='HWC')
-  board.close()
-
-
-def _add_text(board: tensorboardX.SummaryWriter, name: str, text: str, step: int) -> None:
-  board.add_text(name, f'<pre>{html.escape(text)}</pre>', step)
-
-
-def _drop_after(path: epath.Path, step: int) -> None:
-  """Drops the lines of steps after `step`, and a last line cut short by a kill."""
+def _drop_after(path: epath.Path, step: int) -> frozenset[str]:
+  """Drops the lines of steps after `step`, and a last line cut short by a kill; names the figures of `step`."""
   if not path.exists():
-    return
-  kept = []
-  for line in path.read_text().splitlines():
+    return frozenset()
+  before, kept, names = path.read_text(), [], set()
+  for line in before.splitlines():
     try:
-      if json.loads(line)['step'] <= step:
-        kept.append(line + '\n')
+      figures = json.loads(line)
+      if figures['step'] > step:
+        continue
     except (json.JSONDecodeError, KeyError):
       continue
-  path.write_text(''.join(kept))
+    kept.append(line + '\n')
+    names.update(figures if figures['step'] == step else ())
+  if ''.join(kept) != before:
+    shards.write_whole(str(path), ''.join(kept).encode())
+  return frozenset(names)
 
 
 def _clock(seconds: float) -> str:

@@ -4,16 +4,16 @@ from collections.abc import Callable, Iterator
 import contextlib
 import importlib.util
 import json
-import os
 
 from etils import epath
 import jax
 import ml_collections
 
 from groupvit_jax.attention_choice import Choice
+from groupvit_jax.data import shards
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import sample_captions
-from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
+from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tokenizer, train_sentencepiece
 
 # What decides whether a checkpoint fits: everything else may change from one start to the next.
 _FITTING = ('model', 'tokenizer')
@@ -73,8 +73,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
     if jax.process_index():
       raise ValueError(f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
                        'that all hosts share: a network disk, or gs://')
-    workdir.mkdir(parents=True, exist_ok=True)
-    _write_whole(workdir / 'config.json', config.to_json(indent=2) + '\n')
+    shards.write_whole(str(workdir / 'config.json'), (config.to_json(indent=2) + '\n').encode())
   return changed
 
 
@@ -97,15 +96,18 @@ def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[
     Keys that differ from the first start without making the checkpoints unusable, with both values.
 
   Raises:
-    ValueError: `workdir` holds a run with another model or tokenizer, or can hold none.
+    ValueError: `workdir` holds a run whose checkpoints this config cannot go on from, or can hold none.
   """
   check_place(workdir)
   if not (epath.Path(workdir) / 'config.json').exists():
     return []
-  differences = _differences(read_config(workdir), config)
+  before = read_config(workdir)
+  differences = _differences(before, config)
   unfit = [text for key, text in differences.items() if key.split('.')[0] in _FITTING]
-  if keeps_average(read_config(workdir)) != keeps_average(config):
+  if keeps_average(before) != keeps_average(config):
     unfit.append(differences['ema_decay'])
+  if (before.data.num_prompts > 0) != (config.data.num_prompts > 0):  # prompts have a temperature of their own
+    unfit.append(differences['data.num_prompts'])
   if unfit:
     raise ValueError(f'the config does not fit the run in {workdir}: ' + '; '.join(unfit)
                      + '; use another --workdir, or the values of that run')
@@ -133,12 +135,13 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
   folder = epath.Path(workdir) / 'tokenizer'
   if folder.exists():
     return load_tokenizer(workdir)
-  partial = epath.Path(workdir) / f'tokenizer.partial-{os.getpid()}'
+  partial = epath.Path(workdir) / 'tokenizer.partial'
+  if partial.exists():  # of a start that was killed
+    partial.rmtree()
   if config.path:
     build_tokenizer(config.path).save(partial)
   else:
-    partial.mkdir(parents=True)
-    train_sentencepiece(sample_captions(source, config.num_captions), partial / 'tokenizer.model', config.vocab_size)
+    train_sentencepiece(sample_captions(source, config.num_captions), partial / SENTENCEPIECE_FILE, config.vocab_size)
   partial.rename(folder)
   return load_tokenizer(workdir)
 
@@ -158,7 +161,7 @@ def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], 
     return Choice(**kept[place])._replace(reason=f'{kept[place]["reason"]} (when the run first trained here)')
   choice = choose()
   if choice.measured and jax.process_index() == 0:
-    _write_whole(path, json.dumps(kept | {place: choice._asdict()}, indent=2) + '\n')
+    shards.write_whole(str(path), (json.dumps(kept | {place: choice._asdict()}, indent=2) + '\n').encode())
   return choice
 
 
@@ -175,10 +178,3 @@ def _flatten(tree: object, prefix: str = '') -> dict[str, object]:
     return {prefix: tree}
   return {path: value for key, child in tree.items()
           for path, value in _flatten(child, f'{prefix}.{key}' if prefix else key).items()}
-
-
-def _write_whole(path: epath.Path, text: str) -> None:
-  """Writes a file so that no reader, and no kill, ever sees half of it."""
-  partial = path.with_name(f'{path.name}.partial-{os.getpid()}')
-  partial.write_text(text)
-  partial.replace(path)

@@ -7,13 +7,14 @@ fsspec's configuration (`FSSPEC_S3_ENDPOINT_URL`, `FSSPEC_GS_TOKEN`, ...).
 """
 
 import concurrent.futures
+import contextlib
 import glob
 import os
 import pathlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import fsspec
@@ -140,14 +141,29 @@ def read_whole(path: str) -> bytes | None:
 
 
 def write_whole(path: str, data: bytes) -> None:
-  """Writes a file so that no reader, and no kill, ever sees half of it."""
+  """Writes a file so that no reader, and no kill, ever sees half of it. Raises OSError: see `writing`."""
   if not is_local(path):
     return _system(path).pipe_file(path, data)  # object stores show only whole objects
   file = pathlib.Path(path)
-  file.parent.mkdir(parents=True, exist_ok=True)
   part = file.with_name(f'.{file.name}.{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}')
-  part.write_bytes(data)
-  part.replace(file)
+  with writing(path):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      part.write_bytes(data)
+      part.replace(file)
+    except OSError:
+      part.unlink(missing_ok=True)
+      raise
+
+
+@contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+  """Raises OSError, with the path and what to do about it, where something cannot be written inside."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(f'cannot write {path}: {error.strerror or error}; make room there, or permit it, and give the same '
+                  'command again') from error
 
 
 def is_local(path: str) -> bool:

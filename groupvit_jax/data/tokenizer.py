@@ -23,7 +23,7 @@ import sentencepiece
 import tokenizers
 from etils import epath
 
-from groupvit_jax.data import clip_bpe
+from groupvit_jax.data import clip_bpe, shards
 
 SENTENCEPIECE_FILE = 'tokenizer.model'
 
@@ -83,7 +83,7 @@ class Tokenizer(abc.ABC):
       folder: made if it is not there.
     """
     for name, data in self._files.items():
-      _write(epath.Path(folder) / name, data)
+      shards.write_whole(str(epath.Path(folder) / name), data)
 
   @abc.abstractmethod
   def _text_ids(self, text: str) -> list[int]:
@@ -242,7 +242,7 @@ def train_sentencepiece(
     )
   except RuntimeError as error:
     raise _training_error(str(error), vocab_size) from error
-  _write(epath.Path(path), model.getvalue())
+  shards.write_whole(str(path), model.getvalue())
   return SentencePieceTokenizer(path)
 
 
@@ -341,14 +341,6 @@ def _open(path: epath.Path) -> BinaryIO:
 def _read(path: epath.Path) -> bytes:
   with _open(path) as file:
     return file.read()
-
-
-def _write(path: epath.Path, data: bytes) -> None:
-  """Writes a file whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.parent / f'.{path.name}.{os.getpid()}.part'
-  part.write_bytes(data)
-  part.replace(path)
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from etils import epath
 import jax
 import numpy as np
 
-from groupvit_jax import distributed, run_log, sharding, trained_run
+from groupvit_jax import board, distributed, sharding, trained_run
 from groupvit_jax.evals import classified_sets, html_report, labelled_sets, picture_scores, plots, visualize, zero_shot
 from groupvit_jax.evals.benchmarks import Benchmark
 from groupvit_jax.evals.evaluator import Evaluator
@@ -276,5 +276,5 @@ def _write_board(
   prefix = f'eval/{facts["benchmark"]}'
   named = lambda values: {f'{prefix}/{key}': value for key, value in values.items()}
   settings = json.dumps({key: value for key, value in facts.items() if key != 'config'}, indent=2)
-  run_log.write_board(epath.Path(folder.path) / 'tensorboard', int(facts['checkpoint']['step']),
+  board.write_board(epath.Path(folder.path) / 'tensorboard', int(facts['checkpoint']['step']),
                       figures=named(scalars), texts={f'{prefix}/settings': settings}, pictures=named(pictures))
