@@ -116,6 +116,25 @@ def test_things_stay_visible_and_in_number():
   assert max(numbers) == 3 and np.mean(np.array(numbers) >= 2) > 0.98
 
 
+def test_things_are_mirrored_turned_scaled_and_lit():
+  source = make_scenes(things=('banana',), poses=1, min_things=1, max_things=1)
+  whole, mirrored, gains = source._bank.sprite(0, 0, 0).rgb, 0, []
+  for index in range(200):
+    thing, = source._lay_out(index).placed
+    gains.append(thing.gain.ravel())
+    mirrored += thing.rgb.shape == whole.shape and np.array_equal(thing.rgb, whole[:, :, ::-1])
+  straight = sum(np.array_equal(source._lay_out(index).placed[0].rgb, whole) for index in range(200))
+  assert mirrored > 30 and straight > 30
+  assert np.std(gains, axis=0).min() > 0.05 and np.std(gains, axis=1).mean() > 0.02  # brightness, and hue
+  masks = lambda **changes: [make_scenes(**changes)._bank.sprite(0, 0, pose).mask for pose in range(64)]
+  shapes = lambda **changes: {mask.shape for mask in masks(things=('banana',), **changes)}
+  fixed = dict(min_scale=0.5, max_scale=0.5)
+  assert len(shapes(**fixed, max_degrees=0)) == 1
+  assert len(shapes(**fixed)) > 20
+  sides = [max(shape) for shape in shapes(max_degrees=0)]
+  assert min(sides) <= 0.38 * 64 and max(sides) >= 0.62 * 64
+
+
 def test_same_class_twice_is_named_once():
   source = make_scenes(partial_captions=0, things=('dog',), min_things=3, max_things=3)
   assert all(source[index]['text'].split().count('dog') == 1 for index in range(30))

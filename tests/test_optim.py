@@ -1,0 +1,56 @@
+"""AdamW as the paper has it: what decays, how much is clipped, and when the rate is what."""
+
+import flax.traverse_util
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from groupvit_jax import optim
+from tests.tiny import tiny_model
+from tests.weights import random_variables
+
+CONFIG = ml_collections.ConfigDict(dict(
+    warmup_lr=0.1, peak_lr=0.5, end_lr=0.2, warmup_steps=2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05,
+    clip_norm=5.0))
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+  return flax.traverse_util.flatten_dict(jax.device_get(tree), sep='/')
+
+
+def test_what_decays():
+  """Without gradients AdamW does nothing but decay: by rate times weight decay, or not at all."""
+  params = random_variables(tiny_model())['params']
+  tx = optim.build_optimizer(CONFIG, optax.constant_schedule(0.5))
+  updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+  decayed = set()
+  for name, update in flat(updates).items():
+    if update.any():
+      decayed.add(name)
+      np.testing.assert_allclose(update, -0.5 * 0.05 * flat(params)[name], rtol=1e-5)
+  kept = set(flat(params)) - decayed
+  assert kept == {name for name in flat(params) if name.endswith(('/bias', '/scale'))}
+  assert {'logit_scale', 'multi_label_logit_scale', 'vision/positions', 'text/positions'} <= decayed
+  assert len([name for name in decayed if 'group_tokens' in name]) == 2
+  assert all(value.ndim < 2 or name.endswith('/bias') for name, value in flat(params).items() if name in kept)
+
+
+@pytest.mark.parametrize('norm, share', [(4.0, 1.0), (50.0, 0.1)])
+def test_gradients_are_clipped_at_a_norm_of_five(norm, share):
+  """Of all gradients together; the first moment shows what came through."""
+  params = {'a': np.ones(16, np.float32), 'b': {'kernel': np.ones((3, 3), np.float32)}}
+  grads = jax.tree.map(lambda p: np.full_like(p, norm / 5), params)  # 25 equal elements
+  tx = optim.build_optimizer(CONFIG, optax.constant_schedule(0.5))
+  _, state = tx.update(grads, tx.init(params), params)
+  moments = optax.tree.get(state, 'mu')
+  for moment, grad in zip(jax.tree.leaves(moments), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(moment, 0.1 * share * grad, rtol=1e-5)
+
+
+def test_rates_scale_with_the_batch_and_can_be_had_all_at_once():
+  schedule = optim.build_schedule(CONFIG, total_steps=6, batch_size=2048)
+  rates = np.asarray(schedule(np.arange(6)))
+  np.testing.assert_allclose(rates, [float(schedule(step)) for step in range(6)], rtol=1e-6)
+  np.testing.assert_allclose(rates[[0, 1, 2, 4]], [0.05, 0.15, 0.25, (0.25 + 0.1) / 2], rtol=1e-5)
