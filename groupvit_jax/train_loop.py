@@ -1,20 +1,21 @@
 """A run: restore, step, log, evaluate, save, until the last step or a signal."""
 
 from collections.abc import Callable, Iterator
+import contextlib
 import functools
-import json
 import time
 from typing import NamedTuple
 
 from clu import parameter_overview
 from etils import epath
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
 
 from groupvit_jax import (
-    cli, distributed, initial_weights, optim, packed_texts, sharding, train_state, train_step, trained_run,
+    cli, distributed, initial_weights, optim, packed_texts, run_evals, sharding, train_state, train_step, trained_run,
     workdir as workdir_lib)
 from groupvit_jax.attention_choice import choose_attention, Choice
 from groupvit_jax.best_checkpoint import BestCheckpoint
@@ -24,15 +25,12 @@ from groupvit_jax.data.fault_tally import FaultTally
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.evals import in_training, zero_shot
-from groupvit_jax.evals.evaluator import Evaluator
-from groupvit_jax.evals.result import Result
-from groupvit_jax.evals.scene_eval import SceneEvaluator
-from groupvit_jax.evals.zero_shot import ZeroShotEvaluator
+from groupvit_jax.evals import in_training
 from groupvit_jax.interrupts import Interrupts, Preempted
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
 from groupvit_jax.random_erasing import build_random_erasing
+from groupvit_jax.run_evals import RunEvals
 from groupvit_jax.run_log import RunLog
 from groupvit_jax.step_trace import StepTrace
 from groupvit_jax.train_state import TrainState
@@ -90,6 +88,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
 
 def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   """Checks the config from cheap to dear, claims the workdir, and builds everything but the state."""
+  _check_rhythm(config)
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
@@ -105,7 +104,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
       build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat,
       scan_layers=config.scan_layers)
   evals = in_training.open_evals(config.evals, tuple(config.model.vision.image_size))
-  in_training.check_best(config.checkpoint.best, evals, ('validation',) if config.data.source == 'scenes' else ())
+  scenes = config.data.source == 'scenes' and config.eval.every_steps > 0
+  in_training.check_best(config.checkpoint.best, evals, (run_evals.SCENES,) if scenes else ())
   build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written
   with distributed.first_process_first():
     if config.init_from and not (epath.Path(workdir) / 'config.json').exists():
@@ -121,6 +121,17 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   model = model.clone(vision=model.vision.clone(attention=attention.implementation))
   tx = optim.build_optimizer(config.optim, schedule)
   return Run(config, mesh, source, tokenizer, model, tx, schedule, changed, evals, attention)
+
+
+def _check_rhythm(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a number of steps that nothing can happen after."""
+  counts = {'log_every': config.log_every, 'checkpoint.every_steps': config.checkpoint.every_steps,
+            'checkpoint.keep': config.checkpoint.keep, 'max_skipped_in_a_row': config.max_skipped_in_a_row}
+  for key, value in counts.items():
+    if value < 1:
+      raise ValueError(f'{key}={value}: use 1 or more')
+  if config.eval.every_steps < 0:
+    raise ValueError(f'eval.every_steps={config.eval.every_steps}: use 0 for never, or more')
 
 
 def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -159,116 +170,86 @@ def read_batches(run: Run, first_batch: int) -> Iterator[dict[str, np.ndarray]]:
 
 def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.PathLike,
           interrupts: Interrupts) -> int:
-  """Steps until the end or a signal. Figures are fetched while the next step runs, so no step waits for them."""
+  """Evaluates what an earlier start left, then steps until the end or a signal.
+
+  Figures are fetched while the next step runs, so no step waits for them.
+  """
   config, first_step = run.config, int(state.step)
   log = RunLog(workdir, first_step=first_step, total_steps=config.total_steps, batch_size=config.batch_size)
-  _announce(log, run, state)
-  evaluator = SceneEvaluator(config, run.model, run.tokenizer, run.mesh) if config.data.source == 'scenes' else None
-  benchmarks = [(each, each.build(run.model, run.tokenizer, run.mesh)) for each in run.evals]
-  facts = {'workdir': str(workdir), 'code': trained_run.code_version()}
-  best = BestCheckpoint(workdir, config.checkpoint.best)
-  tally = FaultTally(workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share,
-                     mesh=run.mesh)
-  step_fn = jit_step(run, state)
-  trace = StepTrace(workdir, first_step, config.profile)
-  pending: tuple[int, train_step.Figures, jax.Array] | None = None
-  started = time.perf_counter()
-  for step, batch in enumerate(read_batches(run, first_step), start=first_step + 1):
-    tally.add(batch.pop('faults'))
-    batch = pipeline.to_devices(batch, run.mesh)
-    if step == first_step + 1:
-      step_fn = step_fn.lower(state, batch).compile()
-      distributed.meet('compiled')
-    with trace.step(step):
-      state, figures = step_fn(state, batch)
-    sharding.settle(state, run.mesh)
-    checkpoints.check()
-    if trace.stop_after(step, figures):
-      log.say(f'wrote a trace of the steps up to {step} to {workdir}/profile')
+  with contextlib.closing(log):  # whatever ends the run: what was logged can be read
+    _announce(log, run, state)
+    scheduled = run_evals.schedule(config, run.source, run.evals, run.model, run.tokenizer, run.mesh)
+    facts = {'workdir': str(workdir), 'code': trained_run.code_version()}
+    best = BestCheckpoint(workdir, config.checkpoint.best)
+    evals = RunEvals(scheduled, config, log, best, interrupts, facts)
+    tally = FaultTally(workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share,
+                       mesh=run.mesh)
+    log_step = functools.partial(_log_step, log, tally, _learning_rates(run), config.max_skipped_in_a_row)
+    whole = evals.run(evals.left(first_step), state)  # whether all that was due is evaluated
+    step_fn = jit_step(run, state)
+    trace = StepTrace(workdir, first_step, config.profile, log.say)
+    pending: tuple[int, train_step.Figures, jax.Array | None] | None = None
+    started = time.perf_counter()
+    for step, batch in enumerate(read_batches(run, first_step) if whole else (), start=first_step + 1):
+      tally.add(batch.pop('faults'))
+      batch = pipeline.to_devices(batch, run.mesh)
+      if step == first_step + 1:
+        step_fn = step_fn.lower(state, batch).compile()
+        distributed.meet('compiled')
+      with trace.step(step):
+        state, figures = step_fn(state, batch)
+      sharding.settle(state, run.mesh)
+      checkpoints.check()
+      trace.stop_after(step, figures)
+      if pending is not None:
+        log_step(*pending)
+      logged = step % config.log_every == 0 or step == config.total_steps
+      pending = (step, figures, tally.total() if logged else None)
+      if step == first_step + 1:
+        jax.block_until_ready(state)
+        log.say(f'first step after {time.perf_counter() - started:.1f} s (compiled)')
+        if not logged:
+          log.restart_clock(step)
+      due = evals.due(step)
+      if interrupts.stop_after(step):
+        whole = not any(each.evaluate for each in due)
+        break
+      # Saved before it is evaluated: with several processes a signal has to wait for the evaluation.
+      saving = step % config.checkpoint.every_steps == 0 or any(each.evaluate for each in due)
+      if due or saving:
+        log_step(*pending)
+        pending = None
+      if saving:
+        _save(log, tally, checkpoints, state, config)
+      if due:
+        with log.paused():
+          whole = evals.run(due, state)
+      if not whole:
+        break
     if pending is not None:
-      _log_step(log, run, tally, *pending)
-    logged = step % config.log_every == 0 or step == config.total_steps
-    pending = (step, figures, tally.total() if logged else None)
-    if step == first_step + 1:
-      jax.block_until_ready(state)
-      log.say(f'first step after {time.perf_counter() - started:.1f} s (compiled)')
-      if not logged:
-        log.restart_clock(step)
-    if interrupts.stop_after(step):
-      break
-    evaluating = evaluator is not None and (step % config.eval.every_steps == 0 or step == config.total_steps)
-    due = [(each.name, built) for each, built in benchmarks if each.due(step, config.total_steps)]
-    saving = step % config.checkpoint.every_steps == 0
-    if evaluating or due or saving:
-      _log_step(log, run, tally, *pending)
-      pending = None
-      with log.paused():
-        if evaluating:
-          scores = _evaluate(log, evaluator, state, step, interrupts, facts)
-          _keep_best(log, best, scores, state, config)
-        for name, built in due:
-          scores = _evaluate_benchmark(log, name, built, state, step, interrupts, facts)
-          _keep_best(log, best, scores, state, config)
-        if saving:
-          tally.save(step)
-          checkpoints.save(state, config)
-  if pending is not None:
-    _log_step(log, run, tally, *pending)
-  trace.close(state)
-  tally.save(int(state.step))
-  checkpoints.save(state, config)
-  checkpoints.wait()
-  best.close()
-  log.close()
-  if int(state.step) < config.total_steps:
+      log_step(*pending)
+    trace.close(state)
+    _save(log, tally, checkpoints, state, config)
+    checkpoints.wait()
+    best.close()
+    if whole and int(state.step) >= config.total_steps:
+      return 0
     log.say(f'stopped by a signal after step {int(state.step)}; the same command goes on from there')
     return cli.EXIT_PREEMPTED
-  return 0
 
 
-def _evaluate(log: RunLog, evaluator: SceneEvaluator, state: TrainState, step: int, interrupts: Interrupts,
-              facts: dict[str, str]) -> dict[str, float]:
-  """Scores the held-out scenes; a signal leaves it at once, without figures, and the loop sees the flag."""
-  try:
-    with interrupts.immediately():
-      result = evaluator.evaluate(state.best_variables, provenance=facts | {'step': str(step)})
-      figures = _log_result(log, evaluator.split, result, step)
-      log.picture(step, f'eval/{evaluator.split}', evaluator.pictures(state.best_variables))
-      scores = result.scalars()
-      log.say(f'step {step}  held-out mIoU {scores["miou"]:.3f}  oracle {scores["oracle_miou"]:.3f}')
-      return figures
-  except Preempted:
-    log.say(f'evaluation after step {step} left for a signal')
-    return {}
+def _save(log: RunLog, tally: FaultTally, checkpoints: Checkpoints, state: TrainState,
+          config: ml_collections.ConfigDict) -> None:
+  """Starts to save a state, after what was logged up to it."""
+  with log.paused():
+    tally.save(int(state.step))
+    checkpoints.save(state, config)
 
 
-def _evaluate_benchmark(log: RunLog, name: str, evaluator: Evaluator | ZeroShotEvaluator, state: TrainState, step: int,
-                        interrupts: Interrupts, facts: dict[str, str]) -> dict[str, float]:
-  """Scores a benchmark, likewise."""
-  try:
-    with interrupts.immediately():
-      result = evaluator.evaluate(state.best_variables, provenance=facts | {'step': str(step)})
-      figures = _log_result(log, name, result, step)
-      first, value = next(iter(figures.items()))
-      log.say(f'step {step}  {first} {value:.3f}')
-      return figures
-  except Preempted:
-    log.say(f'evaluation of {name} after step {step} left for a signal')
-    return {}
-
-
-def _log_result(log: RunLog, name: str, result: Result | zero_shot.Result, step: int) -> dict[str, float]:
-  """Logs an evaluation's figures, and beside them what they depend on."""
-  figures = in_training.figures(name, result.scalars())
-  log.figures(step, figures)
-  log.text(step, f'eval/{name}/settings', json.dumps(result.to_json(), indent=2))
-  return figures
-
-
-def _keep_best(log: RunLog, best: BestCheckpoint, figures: dict[str, float], state: TrainState,
-               config: ml_collections.ConfigDict) -> None:
-  if best.offer(figures, state, config):
-    log.say(f'step {best.step}  {config.checkpoint.best} {best.value:.3f} is the best so far; kept')
+def _learning_rates(run: Run) -> np.ndarray:
+  """The learning rate of each update, float32 [total_steps], computed once: asked for step by step, a device would
+  answer only after the step that it is at."""
+  return np.asarray(run.schedule(jnp.arange(run.config.total_steps)))
 
 
 def _announce(log: RunLog, run: Run, state: TrainState) -> None:
@@ -286,23 +267,26 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
     log.say(f'changed since the first start: {line}')
 
 
-def _log_step(log: RunLog, run: Run, tally: FaultTally, step: int, figures: train_step.Figures,
-              faults: jax.Array | None) -> None:
+def _log_step(log: RunLog, tally: FaultTally, rates: np.ndarray, max_skipped_in_a_row: int, step: int,
+              figures: train_step.Figures, faults: jax.Array | None) -> None:
   """Waits for a step, logs its figures when it is their turn (then there are `faults`).
 
-  Ends the run when updates keep being skipped, or too many records were replaced.
+  Nothing is computed on devices, which are at the next step already. Ends the run when updates keep being skipped, or
+  too many records were replaced.
   """
-  jax.block_until_ready(figures)
-  if faults is None:
-    return
-  scalars = {name: float(value) for name, value in jax.device_get(figures.scalars).items()}
-  log.train(step, scalars | figures.health.compute() | {'learning_rate': float(run.schedule(step - 1))})
-  counts = tally.counts(faults)
-  if counts:
-    log.figures(step, {f'data/faults/{cause}': count for cause, count in counts.items()})
-  tally.check(step, counts)
-  if scalars['skipped_in_a_row'] >= run.config.max_skipped_in_a_row:
+  in_a_row = int(jax.device_get(figures.scalars['skipped_in_a_row']))
+  hopeless = in_a_row >= max_skipped_in_a_row
+  if faults is not None or hopeless:
+    found = jax.device_get(figures)
+    scalars = {name: float(value) for name, value in found.scalars.items()}
+    updates = step - int(scalars['skipped'])
+    log.train(step, scalars | found.health.compute() | {'learning_rate': float(rates[max(updates - 1, 0)])})
+  if faults is not None:
+    counts = tally.counts(faults)
+    if counts:
+      log.figures(step, {f'data/faults/{cause}': count for cause, count in counts.items()})
+    tally.check(step, counts)
+  if hopeless:
     raise ValueError(
-        f'the loss or its gradient was not finite in {scalars["skipped_in_a_row"]:.0f} steps in a row up to step '
-        f'{step}; lower optim.peak_lr, or raise max_skipped_in_a_row={run.config.max_skipped_in_a_row}; the last '
-        'checkpoint is from before')
+        f'the loss or its gradient was not finite in {in_a_row} steps in a row up to step {step}; lower optim.peak_lr, '
+        f'or raise max_skipped_in_a_row={max_skipped_in_a_row}; the last checkpoint is from before')

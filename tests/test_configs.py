@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from groupvit_jax import cli, optim, sharding, train_loop, train_state, train_st
 from groupvit_jax.data import image_ops, rand_augment
 from groupvit_jax.models.build import build_model
 from groupvit_jax.random_erasing import build_random_erasing, RandomErasing
+from tests.board import read_board
 from tests.tars import set_config, samples, write_set, write_tar
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -120,17 +122,28 @@ def test_unknown_keys_and_other_mistakes_take_one_line(flags, message, tmp_path)
 
 
 def test_the_whole_recipe_trains(tmp_path, monkeypatch):
-  """Tars, faults, RandAugment, prompts and random erasing in one run."""
+  """Tars, faults, RandAugment, prompts, random erasing and pictures in one run, which goes on exactly."""
   erasing = RandomErasing.__call__
   erased = []
   monkeypatch.setattr(RandomErasing, '__call__', lambda *args: erased.append(args[1].shape) or erasing(*args))
-  config = shrink(groupvit_vits16_gcc_yfcc.get_config('8gpu'), tmp_path)
-  assert train_loop.train(config, tmp_path / 'run') == 0
+  config, run = shrink(groupvit_vits16_gcc_yfcc.get_config('8gpu'), tmp_path), tmp_path / 'run'
+  config.checkpoint.every_steps, config.eval.every_steps = 1, 2
+  assert train_loop.train(config, run) == 0
   assert set(erased) == {(16, 32, 32, 3)}
-  first, *_, last = map(json.loads, (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines())
+  lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  first, *_, last = lines
   assert np.isfinite(first['train/loss']) and first['train/multi_label_loss'] > 0
   assert first['train/learning_rate'] == pytest.approx(4e-6 * 16 / 4096)
   assert last['step'] == 3 and last['data/faults/image_corrupt'] >= 1 and last['data/faults/caption_empty'] >= 1
+  step, panel = read_board(run / 'tensorboard')['train/pictures']
+  assert step == 3 and panel.shape[0] > 4 * 256 and panel.shape[1] == 6 + 2 * (256 + 6)  # four pictures, their groups
+  for step in (2, 3):  # as if it had been killed after the first
+    shutil.rmtree(run / 'checkpoints' / str(step))
+  shutil.rmtree(run / 'tensorboard')
+  assert train_loop.train(config, run) == 0
+  again = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  without_clock = lambda found: [{key: line[key] for key in line if key != 'train/images_per_s'} for line in found]
+  assert without_clock(again) == without_clock(lines) and 3 <= len(lines)
 
 
 def test_a_mistake_in_the_augmentation_writes_nothing(tmp_path):

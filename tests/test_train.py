@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,21 +18,28 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from groupvit_jax import cli, sharding, train_loop
+from groupvit_jax import cli, optim, sharding, train_loop, workdir as workdir_lib
 from groupvit_jax.checkpoint import Checkpoints
+from groupvit_jax.data.sources import build_source
 from groupvit_jax.evals.scene_eval import SceneEvaluator
+from tests.board import read_board
 from tests.test_checkpoint import no_room_for, raw
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def losses(workdir: pathlib.Path) -> dict[int, float]:
-  """Training losses by step, read as a person would."""
+def figures(workdir: pathlib.Path, name: str) -> dict[int, float]:
+  """A figure by step, read as a person would."""
   lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-  return {line['step']: line['train/loss'] for line in lines if 'train/loss' in line}
+  return {line['step']: line[name] for line in lines if name in line}
+
+
+losses = functools.partial(figures, name='train/loss')
+scores = functools.partial(figures, name='eval/validation/oracle_miou')
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -54,7 +62,8 @@ def test_logs_every_step(uninterrupted):
   lines = [json.loads(line) for line in (uninterrupted / 'metrics.jsonl').read_text().splitlines()]
   first = next(line for line in lines if 'train/loss' in line)
   for name in ('caption_loss', 'multi_label_loss', 'grad_norm', 'learning_rate', 'images_per_s', 'logit_scale',
-               'stage1/entropy', 'stage1/segments_in_use', 'stage1/largest_segment', 'skipped'):
+               'multi_label_logit_scale', 'stage1/entropy', 'stage1/segments_in_use', 'stage1/largest_segment',
+               'skipped'):
     assert np.isfinite(first[f'train/{name}']), name
   assert first['train/loss'] == pytest.approx(first['train/caption_loss'] + first['train/multi_label_loss'], rel=1e-5)
   assert sorted(losses(uninterrupted)) == [1, 2, 3, 4, 5, 6]
@@ -86,24 +95,39 @@ def terminate_after(log: pathlib.Path, lines: int) -> None:
   os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize('owner, phase', [
-    (train_loop, 'set_up'), (train_loop, 'restore_or_init'), (SceneEvaluator, 'evaluate'), (Checkpoints, 'save'),
-    (Checkpoints, 'wait')])
-def test_sigterm_in_every_phase_loses_nothing(owner, phase, uninterrupted, tmp_path, monkeypatch):
-  """The signal comes when the phase begins; the phase itself is the real one."""
-  real = getattr(owner, phase)
+@pytest.mark.parametrize('owner, phase, call', [
+    (train_loop, 'set_up', 1), (train_loop, 'restore_or_init', 1), (SceneEvaluator, 'evaluate', 1),
+    (SceneEvaluator, 'evaluate', 2), (Checkpoints, 'save', 1), (Checkpoints, 'wait', 1)])
+def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted, tmp_path, monkeypatch):
+  """The signal comes when the phase begins, at its first call or at the last; the phase itself is the real one."""
+  real, calls = getattr(owner, phase), []
 
   def signalled(*args, **kwargs):
-    monkeypatch.setattr(owner, phase, real)
-    os.kill(os.getpid(), signal.SIGTERM)
+    calls.append(phase)
+    if len(calls) == call:
+      os.kill(os.getpid(), signal.SIGTERM)
     return real(*args, **kwargs)
 
   monkeypatch.setattr(owner, phase, signalled)
   code = train_loop.train(tiny_config(), tmp_path)
   assert code == (0 if phase == 'wait' else cli.EXIT_PREEMPTED)  # nothing is left to do after the last save
   assert not list((tmp_path / 'checkpoints').glob('*tmp*'))
+  if phase == 'evaluate':
+    assert sorted(scores(tmp_path)) == [3][:call - 1]
   assert train_loop.train(tiny_config(), tmp_path) == 0
   assert losses(tmp_path) == losses(uninterrupted)
+  assert scores(tmp_path) == scores(uninterrupted) and sorted(scores(tmp_path)) == [3, 6]
+
+
+def test_sigterm_while_restoring_damages_nothing(uninterrupted, tmp_path, monkeypatch):
+  """It finds the main thread among code that takes any exception for a damaged file."""
+  workdir = shutil.copytree(uninterrupted, tmp_path / 'run')
+  kept = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
+  assert len(kept) == 2
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, 'restore', lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    assert train_loop.train(tiny_config(), workdir) == cli.EXIT_PREEMPTED
+  assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == kept
 
 
 def command(workdir: pathlib.Path, *flags: str) -> list[str]:
@@ -188,20 +212,49 @@ def test_a_folder_that_may_not_be_written_ends_the_run_before_its_first_step(tmp
 def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path):
   config = tiny_config()
   config.optim.peak_lr = 1e38
-  config.total_steps, config.max_skipped_in_a_row = 40, 3
+  config.total_steps, config.max_skipped_in_a_row, config.log_every, config.eval.every_steps = 40, 3, 30, 0
   with pytest.raises(ValueError, match='not finite in 3 steps in a row .* lower optim.peak_lr'):
     train_loop.train(config, tmp_path)
   last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
-  assert last['train/skipped'] >= 3 and last['train/loss'] is None
+  assert last['step'] < 30 and last['train/skipped'] == 3 and last['train/loss'] is None
+  rate = optim.build_schedule(config.optim, 40, 8)(last['step'] - 3 - 1)  # of the last update that was made
+  assert last['train/learning_rate'] == pytest.approx(float(rate))
+  assert read_board(tmp_path / 'tensorboard')['train/skipped'] == (last['step'], 3)
 
 
-def test_a_config_that_does_not_fit_the_run(uninterrupted):
+@pytest.mark.parametrize('change, message', [
+    ({'model.vision.width': 32}, r'model\.vision\.width is 32 here and 16 there'),
+    ({'data.num_prompts': 0}, r'data\.num_prompts is 0 here and 1 there'),
+])
+def test_a_config_that_does_not_fit_the_run(change, message, uninterrupted):
   before = (uninterrupted / 'config.json').read_text()
   config = tiny_config()
-  config.model.vision.width = 32
-  with pytest.raises(ValueError, match=r'model\.vision\.width is 32 here and 16 there'):
+  config.update_from_flattened_dict(change)
+  with pytest.raises(ValueError, match=message):
     train_loop.train(config, uninterrupted)
   assert (uninterrupted / 'config.json').read_text() == before
+
+
+@pytest.mark.parametrize('key, value', [
+    ('log_every', 0), ('checkpoint.every_steps', 0), ('checkpoint.keep', 0), ('max_skipped_in_a_row', 0),
+    ('eval.every_steps', -1)])
+def test_numbers_of_steps_that_nothing_can_happen_after(key, value, tmp_path):
+  config = tiny_config()
+  config.update_from_flattened_dict({key: value})
+  with pytest.raises(ValueError, match=f'{key}={value}: use'):
+    train_loop.set_up(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_what_a_killed_start_left_is_not_in_the_way(tmp_path):
+  (tmp_path / 'tokenizer.partial').mkdir()
+  (tmp_path / 'tokenizer.partial' / 'merges.txt').write_text('half a vocabulary')
+  (tmp_path / 'checkpoints' / f'.writable-{os.getpid()}').mkdir(parents=True)  # in a container the number repeats
+  config = tiny_config()
+  source = build_source(config.data, (32, 32))
+  tokenizer = workdir_lib.prepare_tokenizer(tmp_path, config.tokenizer, source)
+  assert tokenizer.vocab_size > 100 and [path.name for path in tmp_path.glob('tokenizer*')] == ['tokenizer']
+  Checkpoints(tmp_path, keep=1).close()
 
 
 @pytest.mark.parametrize('flags, message', [

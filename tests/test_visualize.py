@@ -140,12 +140,24 @@ def test_panel_has_a_tile_for_everything_there_is(rng):
   assert sizes[True, 2][1] == 6 + 5 * tile  # input, truth, prediction, final and first groups
   assert sizes[True, 1][1] == sizes[False, 2][1] == 6 + 4 * tile
   assert sizes[False, 1][1] == 6 + 3 * tile
+  unnamed = row(rng, stages=2, truth=False)._replace(prediction=None)
+  assert visualize.draw_panel([unnamed], (), ()).shape[1] == 6 + 3 * tile  # input, final and first groups
   height = sizes[True, 2][0]
   assert 2 * tile < height < 2 * tile + 90  # two rows, titles and a legend
   panel = visualize.draw_panel([row(rng, stages=1)], (RED, GREEN), ('dog', 'grass'))
   legend = panel[-30:].reshape(-1, 3)
   assert (legend == RED).all(axis=1).any() and (legend == GREEN).all(axis=1).any()
   assert (panel[:24] < 60).any()  # titles
+
+
+def test_panel_of_pictures_of_several_sizes(rng):
+  """Small ones are enlarged, large ones shrunk, each keeps its shape."""
+  def of_size(height, width):
+    labels = halves(height, width)
+    return visualize.Row(rng.integers(0, 256, (height, width, 3), np.uint8), labels, labels, (labels,))
+  panel = visualize.draw_panel([of_size(32, 64), of_size(1500, 1000)], (RED, GREEN), ('dog', 'grass'))
+  assert panel.shape[1] == 6 + 4 * (256 + 6)
+  assert 128 + 384 + 3 * 6 < panel.shape[0] < 128 + 384 + 3 * 6 + 90
 
 
 def test_group_maps_are_those_of_the_windows(rng):

@@ -95,6 +95,19 @@ class Evaluator:
       for record, image, maps in zip(records, images, grouped)
     ]
 
+  def panel(self, variables: dict, count: int = 4) -> np.ndarray:
+    """A panel of pictures, spread evenly: input, truth, prediction, final and first groups.
+
+    Args:
+      variables: {'params': ..., 'batch_stats': ...}, on the mesh.
+      count: of pictures, the same ones at every call.
+
+    Returns:
+      uint8 [H, W, 3], on every host.
+    """
+    chosen = np.linspace(0, len(self.source) - 1, min(count, len(self.source))).round().astype(int).tolist()
+    return visualize.draw_panel(self.rows(variables, chosen), self.benchmark.palette, self.benchmark.classes)
+
   def _evaluate(
     self, variables: dict, source: semantic_seg.LabelledSource, **options: object
   ) -> semantic_seg.Result:

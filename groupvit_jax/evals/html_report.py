@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 import html
 import io
 
-import cv2
 import numpy as np
 from PIL import Image
 
@@ -147,7 +146,7 @@ def _confusions(result: Result) -> str:
 
 def _strip(name: str, miou: float, row: Row, result: Result) -> str:
   """A picture as it came, as it is labelled, and its groups."""
-  row = _shrink(row)
+  row = visualize.shrink(row, _LONG_SIDE)
   palette, names = result.benchmark.palette, result.benchmark.classes
   overlay = lambda labels: visualize.draw_overlay(row.image, labels, palette, names)
   tiles = [('input', row.image), ('truth', overlay(row.truth)), ('prediction', overlay(row.prediction)),
@@ -167,18 +166,6 @@ def _legend(row: Row, result: Result) -> str:
     '<span><i style="background:#{:02x}{:02x}{:02x}"></i>'.format(*colour) + html.escape(name.strip()) + '</span>')
   return ' '.join(swatch(result.benchmark.palette[label], result.benchmark.classes[label])
                   for label in np.argsort(-pixels, kind='stable') if pixels[label] and label != IGNORE_LABEL)
-
-
-def _shrink(row: Row) -> Row:
-  """The row no larger than a page shows it."""
-  height, width = row.prediction.shape
-  scale = min(1, _LONG_SIDE / max(height, width))
-  if scale == 1:
-    return row
-  size = max(1, round(width * scale)), max(1, round(height * scale))
-  labels = lambda array: cv2.resize(array, size, interpolation=cv2.INTER_NEAREST)
-  return Row(cv2.resize(row.image, size, interpolation=cv2.INTER_AREA), labels(row.truth), labels(row.prediction),
-             tuple(map(labels, row.groups)))
 
 
 def _uri(picture: np.ndarray) -> str:

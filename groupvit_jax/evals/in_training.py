@@ -48,10 +48,6 @@ class OpenedEval:
         _PICTURES_PER_DEVICE * sharding.batch_ways(mesh))
     return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, _THREADS)
 
-  def due(self, step: int, total_steps: int) -> bool:
-    """Whether it is its turn after a step."""
-    return step % self.every_steps == 0 or step == total_steps
-
 
 def open_evals(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> tuple[OpenedEval, ...]:
   """Finds the pictures of every benchmark that a config's `evals` part lists.
@@ -76,14 +72,19 @@ def check_best(metric: str, evals: Sequence[OpenedEval], others: Sequence[str]) 
     others: names of further ones.
   """
   names = [*(each.name for each in evals), *others]
-  if metric and not any(metric.startswith(f'eval/{name}/') for name in names):
-    known = ', '.join(f'eval/{name}/...' for name in names) or 'none, for nothing is evaluated'
+  if metric and not any(metric.startswith(prefix(name)) for name in names):
+    known = ', '.join(f'{prefix(name)}...' for name in names) or 'none, for nothing is evaluated'
     raise ValueError(f'checkpoint.best={metric!r} is a figure of no evaluation; there are {known}')
 
 
 def figures(name: str, scalars: Mapping[str, float]) -> dict[str, float]:
   """An evaluation's figures as they are logged."""
-  return {f'eval/{name}/{key}': value for key, value in scalars.items()}
+  return {prefix(name) + key: value for key, value in scalars.items()}
+
+
+def prefix(name: str) -> str:
+  """What the names of an evaluation's figures begin with."""
+  return f'eval/{name}/'
 
 
 def _check(name: str, entry: Mapping[str, object]) -> bool:

@@ -18,6 +18,7 @@ from groupvit_jax.metrics import IGNORE_LABEL
 _IGNORE_COLOUR = (224, 224, 224)
 LONG_SIDE = 384  # overlays are at least this long: far below it no name is legible
 _TILE = 256  # the same for the tiles of a panel, of which there are many
+_LARGEST_TILE = 384  # and at most so long
 OPACITY = 0.55  # of classes over the picture
 GROUP_OPACITY = 0.35  # of groups, whose borders say more than their colours
 _TEXT_SHARE = 26  # a letter's height in pictures' short sides, inverted
@@ -32,7 +33,7 @@ class Row(NamedTuple):
 
   image: np.ndarray  # uint8 [H, W, 3]
   truth: np.ndarray | None  # labels [H, W]
-  prediction: np.ndarray  # labels [H, W]
+  prediction: np.ndarray | None  # labels [H, W]
   groups: tuple[np.ndarray, ...]  # per grouping stage [H, W]; the final segments come last
 
 
@@ -91,6 +92,18 @@ def enlarge(array: np.ndarray, factor: int) -> np.ndarray:
 def enlargement(size: tuple[int, int], long_side: int) -> int:
   """The smallest whole factor that makes the long side of a picture (H, W) at least `long_side`."""
   return -(-long_side // max(size)) or 1
+
+
+def shrink(row: Row, long_side: int) -> Row:
+  """The row with a long side of at most so many pixels."""
+  height, width = row.image.shape[:2]
+  scale = min(1, long_side / max(height, width))
+  if scale == 1:
+    return row
+  size = max(1, round(width * scale)), max(1, round(height * scale))
+  labels = lambda array: None if array is None else cv2.resize(array, size, interpolation=cv2.INTER_NEAREST)
+  image = cv2.resize(row.image, size, interpolation=cv2.INTER_AREA)
+  return Row(image, labels(row.truth), labels(row.prediction), tuple(map(labels, row.groups)))
 
 
 def draw_overlay(
@@ -154,35 +167,37 @@ def draw_panel(
 ) -> np.ndarray:
   """One line of tiles per picture: input, truth, prediction, final groups, first groups.
 
-  The truth is left out where no row has one, and the first groups where there is one grouping stage.
+  Truth and prediction are left out where no row has one, and the first groups where there is one grouping stage.
 
   Args:
-    rows: the pictures, of one size.
+    rows: the pictures; large ones are shown smaller.
     palette: C colours.
     names: C names.
 
   Returns:
     uint8 [H', W', 3], with titles above and the colours' names below.
   """
-  labelled = any(row.truth is not None for row in rows)
+  rows = [shrink(row, _LARGEST_TILE) for row in rows]
+  labelled, named = (any(getattr(row, kind) is not None for row in rows) for kind in ('truth', 'prediction'))
   several = len(rows[0].groups) > 1
-  titles = ['input', *['truth'] * labelled, 'prediction', 'final groups' if several else 'groups']
+  titles = ['input', *['truth'] * labelled, *['prediction'] * named, 'final groups' if several else 'groups']
   titles += ['first groups'] * several
-  tiles = [_tiles(row, palette, names, labelled, several) for row in rows]
-  height, width = tiles[0][0].shape[:2]
+  tiles = [_tiles(row, palette, names, labelled, named) for row in rows]
+  width = max(row[0].shape[1] for row in tiles)
   font = _font(_PANEL_TEXT)
   head = _PANEL_TEXT + 2 * _GAP
   used = _used_labels(rows)
   columns, line = _legend_layout(names, used, len(titles) * (width + _GAP) - _GAP, font)
   legend = line * -(-len(used) // columns) + _GAP
-  size = (_GAP + len(titles) * (width + _GAP), head + len(rows) * (height + _GAP) + legend)
+  tops = np.cumsum([head, *(row[0].shape[0] + _GAP for row in tiles)]).tolist()
+  size = (_GAP + len(titles) * (width + _GAP), tops[-1] + legend)
   canvas = Image.new('RGB', size, _WHITE)
   draw = ImageDraw.Draw(canvas)
   for column, title in enumerate(titles):
     left = _GAP + column * (width + _GAP)
     draw.text((left + width / 2, head / 2), title, _INK, font, anchor='mm')
-    for index, row in enumerate(tiles):
-      canvas.paste(Image.fromarray(row[column]), (left, head + index * (height + _GAP)))
+    for top, row in zip(tops, tiles):
+      canvas.paste(Image.fromarray(row[column]), (left, top))
   _draw_legend(draw, size[1] - legend, palette, names, used, columns, line, size[0], font)
   return np.asarray(canvas)
 
@@ -192,23 +207,23 @@ def _tiles(
   palette: Sequence[Sequence[int]],
   names: Sequence[str],
   labelled: bool,
-  several: bool,
+  named: bool,
 ) -> list[np.ndarray]:
   """The tiles of one line of a panel, all of one size."""
-  overlay = lambda labels: draw_overlay(row.image, labels, palette, names, long_side=_TILE)
   grouped = lambda groups: draw_groups(row.image, groups, long_side=_TILE)
   tiles = [enlarge(row.image, enlargement(row.image.shape[:2], _TILE))]
-  if labelled:
-    unknown = np.full(row.image.shape[:2], IGNORE_LABEL, np.uint8)
-    tiles.append(overlay(unknown if row.truth is None else row.truth))
-  tiles += [overlay(row.prediction), grouped(row.groups[-1])]
-  return tiles + [grouped(row.groups[0])] * several
+  for shown, labels in ((labelled, row.truth), (named, row.prediction)):
+    if shown:
+      labels = np.full(row.image.shape[:2], IGNORE_LABEL, np.uint8) if labels is None else labels
+      tiles.append(draw_overlay(row.image, labels, palette, names, long_side=_TILE))
+  tiles.append(grouped(row.groups[-1]))
+  return tiles + [grouped(row.groups[0])] * (len(row.groups) > 1)
 
 
 def _used_labels(rows: Sequence[Row]) -> list[int]:
   """Labels that occur in any truth or prediction."""
   maps = [array for row in rows for array in (row.truth, row.prediction) if array is not None]
-  return sorted(set(np.concatenate([np.unique(array) for array in maps]).tolist()) - {IGNORE_LABEL})
+  return sorted({label for array in maps for label in np.unique(array).tolist()} - {IGNORE_LABEL})
 
 
 def _legend_layout(
