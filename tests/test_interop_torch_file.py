@@ -7,6 +7,7 @@ import os
 import pathlib
 import pickle
 import re
+import resource
 import subprocess
 import zipfile
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from groupvit_jax.interop import torch_file
 from groupvit_jax.interop.torch_file import read_state_dict
 
 FORMATS = pytest.mark.parametrize('as_zip', [True, False], ids=['zip', 'legacy'])
@@ -143,7 +145,7 @@ def test_opcodes_by_hand(tmp_path):
     (state_dict(tensor(storage=STORAGE.replace(b'K\x04', b'K\x05'))), 'cut short or damaged'),
     (state_dict(tensor(storage=STORAGE.replace(b'0X', b'1X'))), "no item named 'archive/data/1'"),
     (state_dict(tensor(storage=b'X\x01\x00\x00\x00xQ')), 'not a storage of numbers'),
-    (state_dict(tensor() + b'}b'), 'attribute'),  # attributes for a tensor
+    (state_dict(tensor() + b'}X\x01\x00\x00\x00xK\x01sb'), 'attribute'),  # attributes for a tensor
     (state_dict(REBUILD + b'}X\x01\x00\x00\x00xK\x01sb'), 'tries to change a function'),
     (state_dict(REBUILD + b'N}X\x05\x00\x00\x00_callK\x01s\x86b'), 'tries to change a function'),
     (state_dict(b'ctorch\nFloatStorage\nN}X\x05\x00\x00\x00dtypeK\x01s\x86b'), 'attribute'),
@@ -158,6 +160,29 @@ def test_pickles_by_hand_are_refused(tmp_path, pickled, reason):
   write_zip(tmp_path / 'weights', pickled)
   with pytest.raises(ValueError, match=reason):
     read_state_dict(tmp_path / 'weights')
+
+
+def test_what_a_pickle_notes_under_large_numbers_takes_no_memory(tmp_path):
+  """The memo of the unpickler in C is a list, which it makes as long as the largest number."""
+  noted = b'r' + (2**26).to_bytes(4, 'little')
+  write_zip(tmp_path / 'weights', state_dict(tensor() + noted))
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  assert read_state_dict(tmp_path / 'weights').keys() == {'w'}
+  assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB; a list would take 1 GB
+
+
+@FORMATS
+def test_an_optimisers_numbers_are_not_read(tmp_path, as_zip, monkeypatch):
+  model = torch.nn.Linear(3, 2)
+  payload = {'optimizer': {'state': {0: {'exp_avg': torch.ones(500)}}}, 'model': model.state_dict(),
+             'scaler': torch.ones(300)}
+  path, numbers, read = save(payload, tmp_path / 'weights', as_zip), torch_file._numbers, []
+  monkeypatch.setattr(torch_file, '_numbers', lambda data, storage: read.append(len(data)) or numbers(data, storage))
+  assert read_state_dict(path).keys() == {'weight', 'bias'}
+  assert sorted(read) == [8, 24]
+  path.write_bytes(path.read_bytes()[:-3])
+  with pytest.raises(ValueError, match='cut short'):
+    read_state_dict(path)
 
 
 @pytest.mark.parametrize('write, reason', [

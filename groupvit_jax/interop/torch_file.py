@@ -5,7 +5,8 @@ up in a table of our own, whose entries only note down what a tensor is made of;
 library that does this is both well kept and free of torch; `torch.load(weights_only=True)` works the same way.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+import os
 import pickle
 import struct
 from typing import Any, BinaryIO, NamedTuple
@@ -50,6 +51,10 @@ class _Tensor(NamedTuple):
   offset: int
   size: tuple[int, ...]
   stride: tuple[int, ...]
+
+
+# Reads the numbers of some storages, by their keys.
+_Reader = Callable[[Collection[_Storage]], dict[str, np.ndarray]]
 
 
 class _Dict(dict):
@@ -112,7 +117,8 @@ _TABLE = {
     (module, name): _Skipped for module in ('builtins', '__builtin__') for name in _SKIPPED_BUILTINS}
 
 
-class _Unpickler(pickle.Unpickler):
+# The one in Python: the one in C makes room for every entry of the memo below the number that a pickle names.
+class _Unpickler(pickle._Unpickler):
   """An unpickler that knows the names of the table alone."""
 
   def find_class(self, module: str, name: str) -> object:
@@ -147,21 +153,28 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     raise ValueError(f'there is no file {path}')
   try:
     with path.open('rb') as file:
-      payload, storages = _read(file)
-    payload = payload.get('model', payload) if isinstance(payload, dict) else payload
-    if not isinstance(payload, dict) or not payload:
-      raise ValueError('it holds no state dict')
-    wrong = [str(name) for name, value in payload.items() if not (isinstance(value, _Tensor) and isinstance(name, str))]
-    if wrong:
-      raise ValueError(f'of what it holds this is no tensor: {", ".join(wrong[:10])}')
-    return {name: _view(tensor, storages) for name, tensor in payload.items()}
+      payload, read_numbers = _read(file)
+      tensors = _state_dict(payload)
+      storages = read_numbers({tensor.storage for tensor in tensors.values()})
+    return {name: _view(tensor, storages) for name, tensor in tensors.items()}
   except Exception as error:  # a damaged pickle or zip raises nearly anything
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise ValueError(f'{path} cannot be read: {reason}; nothing in it was run') from error
 
 
-def _read(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
-  """Returns the pickled object, its tensors still descriptions, and the storages by key."""
+def _state_dict(payload: object) -> dict[str, _Tensor]:
+  """The tensors by name in what was pickled."""
+  payload = payload.get('model', payload) if isinstance(payload, dict) else payload
+  if not isinstance(payload, dict) or not payload:
+    raise ValueError('it holds no state dict')
+  wrong = [str(name) for name, value in payload.items() if not (isinstance(value, _Tensor) and isinstance(name, str))]
+  if wrong:
+    raise ValueError(f'of what it holds this is no tensor: {", ".join(wrong[:10])}')
+  return payload
+
+
+def _read(file: BinaryIO) -> tuple[Any, _Reader]:
+  """Returns the pickled object, its tensors still descriptions, and what reads the numbers of some storages."""
   start = file.read(len(_LFS_POINTER))
   file.seek(0)
   if start == _LFS_POINTER:
@@ -173,7 +186,7 @@ def _read(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
   raise ValueError('it is not a torch checkpoint')
 
 
-def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_zip(file: BinaryIO) -> tuple[Any, _Reader]:
   try:
     archive = zipfile.ZipFile(file)
   except zipfile.BadZipFile:
@@ -186,44 +199,56 @@ def _read_zip(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
   root = pickles[0].removesuffix('data.pkl')
   if root + 'byteorder' in archive.namelist() and archive.read(root + 'byteorder') != b'little':
     raise ValueError('it was written by a big-endian machine')
-  used: dict[str, _Storage] = {}
   with archive.open(pickles[0]) as stream:
-    payload = _RecordingUnpickler(stream, used).load()
-  return payload, {key: _numbers(archive.read(f'{root}data/{key}'), storage) for key, storage in used.items()}
+    payload = _RecordingUnpickler(stream, {}).load()
+  return payload, lambda wanted: {
+      storage.key: _numbers(archive.read(f'{root}data/{storage.key}'), storage) for storage in wanted}
 
 
-def _read_legacy(file: BinaryIO) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_legacy(file: BinaryIO) -> tuple[Any, _Reader]:
   """Of torch before 1.6: three pickles of preamble, the object, the order of storages, then their numbers."""
-  used: dict[str, _Storage] = {}
+  described: dict[str, _Storage] = {}
   try:
     if _Unpickler(file).load() != _LEGACY_MAGIC:
       raise ValueError('it is not a torch checkpoint')
     _Unpickler(file).load()
     if _Unpickler(file).load().get('little_endian') is not True:
       raise ValueError('it was written by a big-endian machine')
-    payload = _RecordingUnpickler(file, used).load()
+    payload = _RecordingUnpickler(file, described).load()
     keys = _Unpickler(file).load()
   except EOFError:
     raise ValueError('it is cut short; download it again') from None
-  storages = {}
-  for key in keys:
-    header = file.read(8)
-    if key not in used or len(header) < 8 or struct.unpack('<q', header)[0] != used[key].numel:
-      raise ValueError('it is cut short or damaged; download it again')
-    storages[key] = _numbers(file.read(used[key].numel * used[key].dtype.itemsize), used[key])
-  return payload, storages
+
+  def read(wanted: Collection[_Storage]) -> dict[str, np.ndarray]:
+    start = file.tell()
+    end = file.seek(0, os.SEEK_END)
+    storages, place = {}, start
+    for key in keys:
+      file.seek(place)
+      header = file.read(8)
+      if key not in described or len(header) < 8 or struct.unpack('<q', header)[0] != described[key].numel:
+        raise ValueError('it is cut short or damaged; download it again')
+      size = described[key].numel * described[key].dtype.itemsize
+      if described[key] in wanted:
+        storages[key] = _numbers(file.read(size), described[key])
+      place += 8 + size
+    if place > end:
+      raise ValueError('it is cut short; download it again')
+    return storages
+
+  return payload, read
 
 
 class _RecordingUnpickler(_Unpickler):
-  """Notes down which storages are used."""
+  """Notes down the storages that a pickle describes."""
 
-  def __init__(self, file: BinaryIO, used: dict[str, _Storage]):
+  def __init__(self, file: BinaryIO, described: dict[str, _Storage]):
     super().__init__(file)
-    self._used = used
+    self._described = described
 
   def persistent_load(self, pid: object) -> _Storage:
     storage = super().persistent_load(pid)
-    if self._used.setdefault(storage.key, storage) != storage:
+    if self._described.setdefault(storage.key, storage) != storage:
       raise pickle.UnpicklingError(f'it describes storage {storage.key} in two ways')
     return storage
 
