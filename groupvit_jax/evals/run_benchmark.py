@@ -17,7 +17,7 @@ from groupvit_jax.evals.output_folder import OutputFolder
 from groupvit_jax.evals.picture_scores import PictureScore, PictureScores
 from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.run_facts import choose_protocol, describe_run, run_facts, say_replaced
-from groupvit_jax.evals.scene_eval import SceneEvaluator
+from groupvit_jax.evals.scene_eval import check_has_scenes, SceneEvaluator
 from groupvit_jax.evals.segmenter import LabelMap
 from groupvit_jax.evals.visualize import Row
 from groupvit_jax.evals.window_encoder import EncodedPicture
@@ -191,6 +191,7 @@ def _build(
 ) -> tuple[Evaluator, str]:
   """The evaluator of a request, and the name of its protocol."""
   if opened is None:
+    check_has_scenes(run.config, run.workdir)
     with trained_run.complete_config(run.workdir):
       scenes = SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh, split='test').evaluator
     opened, num_threads = (scenes.benchmark, labelled_sets.take(scenes.source, request.num_pictures)), 0

@@ -13,7 +13,7 @@ from groupvit_jax import cli, trained_run
 from groupvit_jax.data.pictures import read_picture
 from groupvit_jax.evals.output_folder import OutputFolder
 from groupvit_jax.evals.run_facts import choose_protocol, describe_run, run_facts, say_replaced
-from groupvit_jax.evals.scene_eval import SceneEvaluator
+from groupvit_jax.evals.scene_eval import check_has_scenes, SceneEvaluator
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
 
 _SCENES_SHOWN = 6
@@ -47,6 +47,7 @@ def evaluate_scenes(
   """
   folder = None if output is None else OutputFolder(output, overwrite=overwrite)
   run = trained_run.open_run(workdir, weights=weights)
+  check_has_scenes(run.config, workdir)
   chosen = choose_protocol(run, protocol, changes)
   with trained_run.complete_config(workdir):
     evaluator = SceneEvaluator(
@@ -56,14 +57,13 @@ def evaluate_scenes(
   if folder and first:
     folder.begin()
   result = evaluator.evaluate(run.variables, provenance=run.provenance)
-  untrained = evaluator.evaluate(trained_run.untrained_variables(run)).to_json()
+  untrained, beside = _score_untrained(evaluator, run)
   pictures = evaluator.pictures(run.variables, _SCENES_SHOWN)
   if not first:
     return 0
   table = '\n'.join([
     result.table(),
-    f'the untrained model: mIoU {untrained["miou"]:.1%}, '
-    f'pixel accuracy {untrained["pixel_accuracy"]:.1%}',
+    beside,
     describe_run(run),
   ])
   print(table)
@@ -145,10 +145,22 @@ def label_pictures(
   return cli.EXIT_PARTIAL if failures else 0
 
 
-def _baselines(report: Mapping[str, Any], untrained: Mapping[str, Any]) -> dict[str, Any]:
-  """What the run has to beat: one class for everything, and the model before training."""
+def _score_untrained(evaluator: SceneEvaluator, run: trained_run.TrainedRun) -> tuple[dict[str, Any] | None, str]:
+  """The model before training: its results, None where its weights are gone, and a line about them."""
+  try:
+    variables = trained_run.untrained_variables(run)
+  except ValueError as error:
+    return None, f'the untrained model is left out: {error}'
+  found = evaluator.evaluate(variables).to_json()
+  return found, f'the untrained model: mIoU {found["miou"]:.1%}, pixel accuracy {found["pixel_accuracy"]:.1%}'
+
+
+def _baselines(report: Mapping[str, Any], untrained: Mapping[str, Any] | None) -> dict[str, Any]:
+  """What the run has to beat: one class for everything, and the model before training, unless its weights are gone."""
   names = ('miou', 'pixel_accuracy', 'mean_accuracy')
   constant = {'class': report['constant_class']} | {n: report[f'constant_{n}'] for n in names}
+  if untrained is None:
+    return {'constant': constant}
   names += tuple(f'oracle_{name}' for name in names)
   return {'constant': constant, 'untrained': {name: untrained[name] for name in names}}
 

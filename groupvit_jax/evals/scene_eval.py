@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+from etils import epath
 import jax
 import ml_collections
 import numpy as np
@@ -20,6 +21,13 @@ def scene_benchmark(classes: tuple[str, ...]) -> Benchmark:
   """Scenes as a benchmark: every pixel is one of the classes, there is no background."""
   benchmark = make_benchmark('scenes', classes)
   return dataclasses.replace(benchmark, palette=visualize.spread_palette(len(classes)))
+
+
+def check_has_scenes(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
+  """Raises ValueError for a run that was not trained on scenes, such as one of imported weights."""
+  if 'source' not in config.data or config.data.source != 'scenes':
+    raise ValueError(f'the run in {workdir} has no held-out scenes; name pictures with --images, or labelled ones with '
+                     '--benchmark and --data_dir')
 
 
 class SceneEvaluator:
