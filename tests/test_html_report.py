@@ -1,7 +1,6 @@
 """The page for people, in a browser where there is one."""
 
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ from groupvit_jax.evals import html_report, plots, protocols
 from groupvit_jax.evals.benchmarks import find_benchmark
 from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.visualize import Row
+from tests import browser
 from tests.photos import photo
 
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
 BENCHMARK = find_benchmark('voc21')
 
 
@@ -69,14 +68,11 @@ def test_no_curve_and_no_gallery_where_there_are_none():
   assert 'threshold</h2>' not in page and 'pictures</h2>' not in page and '<img' not in page
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium, as in apt install chromium')
 def test_in_a_browser(page, tmp_path):
-  sync_api = pytest.importorskip('playwright.sync_api')
   (tmp_path / 'report.html').write_text(page)
   asked, faults = [], []
-  with sync_api.sync_playwright() as play:
-    browser = play.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu'])
-    tab = browser.new_page(viewport={'width': 1200, 'height': 900})
+  with browser.launched() as chromium:
+    tab = chromium.new_page(viewport={'width': 1200, 'height': 900})
     tab.on('request', lambda request: asked.append(request.url))
     tab.on('console', lambda message: faults.append(message.text))
     tab.on('pageerror', lambda error: faults.append(str(error)))
@@ -87,7 +83,6 @@ def test_in_a_browser(page, tmp_path):
     for width in (1200, 420):
       tab.set_viewport_size({'width': width, 'height': 900})
       overflow.append(tab.evaluate('document.documentElement.scrollWidth - window.innerWidth'))
-    browser.close()
   assert [url for url in asked if not url.startswith(('file:', 'data:'))] == [] and faults == []
   assert len(sizes) == 1 + 2 * 5 and all(done and width > 100 and shown > 100 for done, width, _, shown in sizes)
   assert sizes[6][1:3] == [384, 266]  # a large picture is no larger than the page shows it
