@@ -1,9 +1,10 @@
-"""Groups the patches of a picture with an exported image tower; needs jax and Pillow, and none of this project's code.
+"""Groups the patches of a picture and names each segment, with jax and Pillow and none of this project's code.
 
   python -m groupvit_jax.interop.export --workdir=runs/quickstart --format=stablehlo --output=exported
   python examples/run_exported.py exported picture.jpg
 """
 
+import json
 import pathlib
 import sys
 
@@ -12,15 +13,20 @@ import numpy as np
 from PIL import Image
 
 folder, picture = map(pathlib.Path, sys.argv[1:])
-tower = export.deserialize((folder / 'image.stablehlo').read_bytes())
-_, height, width, _ = tower.in_avals[0].shape
-pixels = np.asarray(Image.open(picture).convert('RGB').resize((width, height)))
-out = tower.call(pixels[None])  # any batch size
+image_tower, text_tower = (
+    export.deserialize((folder / f'{side}.stablehlo').read_bytes()) for side in ('image', 'text'))
+facts = json.loads((folder / 'bundle.json').read_text())
+height, width = facts['image_size']  # or any other multiples of facts['patch_size']
+out = image_tower.call(np.asarray(Image.open(picture).convert('RGB').resize((width, height)))[None])
 
 first, *later = (np.asarray(soft[0]) for soft in out['assignments'])  # each [S, N]
 for soft in later:
   first = soft @ first
-rows = round((first.shape[1] * height / width) ** 0.5)
-for row in first.argmax(axis=0).reshape(rows, -1):  # the final segment of each patch
+for row in first.argmax(axis=0).reshape(height // facts['patch_size'], -1):  # the final segment of each patch
   print(' '.join(f'{segment:2d}' for segment in row))
-print('pooled embedding', out['image_embeds'].shape, 'and one of each segment', out['segment_embeds'].shape)
+
+names, ids = zip(*facts['trial_texts'].items())  # ids of other texts: with the tokenizer in the folder
+segments, texts = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (
+    np.asarray(out['segment_embeds'][0]), np.asarray(text_tower.call(np.array(ids, np.int32)))))
+for segment, best in enumerate((segments @ texts.T).argmax(axis=1)):
+  print(f'segment {segment}: {names[best]}')

@@ -1,7 +1,7 @@
 """Where the weights of a run start: at random, or at weights from elsewhere (`config.init_from`)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 from flax import traverse_util
@@ -12,13 +12,22 @@ import optax
 
 from groupvit_jax import train_state, trained_run
 from groupvit_jax.data.tokenizer import build_tokenizer
-from groupvit_jax.interop import state_dicts, weights_folder
+from groupvit_jax.interop import licence as licence_lib, state_dicts, weights_folder
+from groupvit_jax.interop.licence import Licence
 from groupvit_jax.models.image_text import ImageTextModel
 from groupvit_jax.models.vision import resize_positions
 from groupvit_jax.train_state import TrainState
 
 _POSITIONS = 'params/vision/positions'
 _PROMPTS_SCALE = 'params/multi_label_logit_scale'
+
+
+class Source(NamedTuple):
+  """Weights from elsewhere."""
+
+  variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, as they are there
+  eos_id: int
+  licence: Licence
 
 
 def initial_state(model: ImageTextModel, tx: optax.GradientTransformation, seed: int, text_shape: tuple[int, int],
@@ -39,33 +48,45 @@ def initial_state(model: ImageTextModel, tx: optax.GradientTransformation, seed:
   """
   state = train_state.init_state(model, tx, seed, text_shape, mesh)
   if init_from:
-    found = read_variables(init_from, state.variables)
+    found = fit_variables(read_source(init_from).variables, state.variables)
     state = state.replace(**jax.tree.map(_place, found, state.variables))
   return state.start_average() if average else state
 
 
-def read_variables(source: epath.PathLike, like: Mapping[str, Any]) -> dict[str, Any]:
+def read_source(path: epath.PathLike) -> Source:
+  """Reads weights from elsewhere.
+
+  Args:
+    path: a workdir (of which the moving average is taken, if there is one), a Hugging Face folder, a folder of
+      `export`, or a `.pth` file.
+
+  Raises:
+    ValueError: nothing is there, or it is damaged.
+  """
+  path = epath.Path(path)
+  if _is_workdir(path):
+    run = trained_run.open_run(path)
+    return Source(jax.tree.map(np.asarray, run.variables), run.tokenizer.eos_id, licence_lib.read_kept(path))
+  found = weights_folder.read_weights(path)
+  return Source(found.variables, found.spec.eos_id, found.licence)
+
+
+def fit_variables(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
   """Weights from elsewhere in the shapes of a model.
 
   Position embeddings are resized to the model's pictures. A temperature of the prompts that the source lacks starts
   anew; one that the model lacks is left out.
 
   Args:
-    source: a workdir (of which the moving average is taken, if there is one), a Hugging Face folder, a folder of
-      `export`, or a `.pth` file.
+    found: what was read.
     like: the model's variables, or their shapes.
 
   Returns:
     {'params': ..., 'batch_stats': ...}.
 
   Raises:
-    ValueError: nothing is there, it is damaged, or lists all names that are missing, unexpected or misshapen.
+    ValueError: lists all names that are missing, unexpected or misshapen.
   """
-  path = epath.Path(source)
-  if _is_workdir(path):
-    found = jax.tree.map(np.asarray, trained_run.open_run(path).variables)
-  else:
-    found = weights_folder.read_weights(path).variables
   theirs, ours = (traverse_util.flatten_dict(tree, sep='/') for tree in (found, like))
   if _POSITIONS in theirs and theirs[_POSITIONS].shape[2:] == ours[_POSITIONS].shape[2:]:
     theirs[_POSITIONS] = np.asarray(resize_positions(theirs[_POSITIONS], *ours[_POSITIONS].shape[:2]))
@@ -73,10 +94,7 @@ def read_variables(source: epath.PathLike, like: Mapping[str, Any]) -> dict[str,
     theirs.setdefault(_PROMPTS_SCALE, ours[_PROMPTS_SCALE])
   else:
     theirs.pop(_PROMPTS_SCALE, None)
-  try:
-    state_dicts.check_names(theirs, {name: leaf.shape for name, leaf in ours.items()})
-  except ValueError as error:
-    raise ValueError(f'init_from={str(source)!r}: {error}') from error
+  state_dicts.check_names(theirs, {name: leaf.shape for name, leaf in ours.items()})
   return traverse_util.unflatten_dict(theirs, sep='/')
 
 
@@ -95,21 +113,32 @@ def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   return tokenizer
 
 
-def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel]) -> None:
+def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel]) -> Licence:
   """Reads the weights that a config names, so that what does not fit shows before anything is written.
 
   Args:
     config: of the run.
     build: makes the model, given vocab_size and eos_id.
 
+  Returns:
+    The licence of the weights.
+
   Raises:
-    ValueError: see `read_variables`, or the tokenizer cannot be read.
+    ValueError: they cannot be read, they or the tokenizer do not fit, or the tokenizer cannot be read.
   """
+  name = f'init_from={config.init_from!r}'
   if not epath.Path(config.init_from).exists():
-    raise ValueError(f'init_from={config.init_from!r}: there is no such file or folder')
-  tokenizer = build_tokenizer(with_tokenizer(config).path)
+    raise ValueError(f'{name}: there is no such file or folder')
+  tokenizer, source = build_tokenizer(with_tokenizer(config).path), read_source(config.init_from)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
-  read_variables(config.init_from, state_dicts.abstract_variables(model))
+  try:
+    fit_variables(source.variables, state_dicts.abstract_variables(model))
+    weights_folder.check_tokenizer(
+        tokenizer, vocab_size=tokenizer.vocab_size, eos_id=source.eos_id,
+        remedy='name the one they were trained with in tokenizer.path')
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  return source.licence
 
 
 def _is_workdir(path: epath.Path) -> bool:

@@ -17,7 +17,8 @@ from groupvit_jax.data.pictures import read_picture
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.evals import groups, semantic_seg, visualize, windows
 from groupvit_jax.evals.benchmarks import Benchmark, make_benchmark
-from groupvit_jax.evals.protocols import native_protocol, Protocol
+from groupvit_jax.evals.evaluator import windows_per_batch
+from groupvit_jax.evals.protocols import find_protocol, NATIVE, Protocol
 from groupvit_jax.evals.segmenter import Segmenter
 from groupvit_jax.evals.window_encoder import EncodedPicture, WindowEncoder
 from groupvit_jax.interop import bundle, weights_folder
@@ -27,6 +28,7 @@ from groupvit_jax.prediction import Prediction
 BACKGROUND = 'background'
 _BATCH_SIZES = (1, 4, 16)  # windows on each device at a time: one compilation each, when first needed
 _FEWEST_WORDS = 16  # to compile for; then twice as many, and so on
+_MOST_EMBEDDINGS = 4096  # of words that are kept
 
 Picture = np.ndarray | Image.Image | os.PathLike | str
 
@@ -53,8 +55,9 @@ class Predictor:
       prediction = predictor('dog.jpg', ['dog|puppy', 'grass'])
 
   `encode` and `find` are its two halves: other words and thresholds need only the second one. Each is
-  compiled once for all pictures and numbers of words of about one size: batches of 1, 4 and 16 windows,
-  up to 16, 32, 64, 128 and 256 words. Embeddings of words are kept.
+  compiled once for all pictures and numbers of words of about one size: batches of 1, 4 and 16 windows
+  (on a CPU only as many as its cache holds), up to 16, 32, 64, 128 and 256 words. Embeddings of the last
+  words are kept.
   """
 
   def __init__(
@@ -64,26 +67,29 @@ class Predictor:
     tokenizer: Tokenizer,
     mesh: jax.sharding.Mesh,
     *,
-    protocol: Protocol | None = None,
+    protocol: Protocol | str | None = None,
   ):
-    """Takes a model as it is; `from_workdir` reads one.
+    """Takes a model as it is; `open` reads one.
 
     Args:
       model: the model.
       variables: {'params': ..., 'batch_stats': ...}, on the mesh.
       tokenizer: of the model.
       mesh: all devices, of one process.
-      protocol: how pictures are labelled; None for windows of the size the model was trained on.
-        Its threshold is not used: calls have their own.
+      protocol: how pictures are labelled, or its name: 'groupvit' for the paper's windows of 448 px;
+        None for windows of the size the model was trained on. Its threshold is not used: calls have
+        their own.
 
     Raises:
-      ValueError: there is more than one process.
+      ValueError: there is more than one process, or no protocol of that name.
     """
     if jax.process_count() > 1:
       raise ValueError(
         f'pictures are labelled by one process and there are {jax.process_count()}; start only one'
       )
-    self.protocol = native_protocol(model.vision.image_size) if protocol is None else protocol
+    if not isinstance(protocol, Protocol):
+      protocol = find_protocol(NATIVE if protocol is None else protocol, model.vision.image_size)
+    self.protocol = protocol
     self._model, self._variables, self._tokenizer, self._mesh = model, variables, tokenizer, mesh
     self._embeds: dict[str, np.ndarray] = {}
 
@@ -92,55 +98,63 @@ class Predictor:
     cls,
     workdir: epath.PathLike,
     *,
-    protocol: Protocol | None = None,
+    protocol: Protocol | str | None = None,
     weights: trained_run.Weights = 'best',
+    checkpoint: str = trained_run.NEWEST,
   ) -> 'Predictor':
-    """Reads the newest whole checkpoint of a run; nothing is written.
+    """Reads a checkpoint of a run; nothing is written.
 
     Args:
       workdir: what train.py was given.
       protocol: as for `Predictor`.
       weights: as for `trained_run.open_run`.
+      checkpoint: likewise.
 
     Raises:
       ValueError: there is no run, or no checkpoint of it can be read.
     """
-    return cls.from_run(trained_run.open_run(workdir, weights=weights), protocol=protocol)
+    return cls.from_run(trained_run.open_run(workdir, checkpoint, weights=weights), protocol=protocol)
 
   @classmethod
   def open(
     cls,
     path: epath.PathLike,
     *,
-    protocol: Protocol | None = None,
+    protocol: Protocol | str | None = None,
     weights: trained_run.Weights = 'best',
+    checkpoint: str = trained_run.NEWEST,
   ) -> 'Predictor':
     """Opens a model of any form.
 
     Args:
       path: a workdir, a Hugging Face folder, or a folder that `export` wrote in any of its formats. One of
-        `--format=stablehlo` labels windows of the size it was exported for, on one device.
+        `--format=stablehlo` runs on one device.
       protocol: as for `Predictor`.
       weights: which of a workdir's, as for `trained_run.open_run`.
+      checkpoint: likewise.
 
     Raises:
-      ValueError: there is no model, or it cannot be read.
+      ValueError: there is no model, it cannot be read, or it is no workdir that had a choice of weights.
     """
     path = epath.Path(path)
-    if (path / 'bundle.json').exists():
+    is_bundle = (path / 'bundle.json').exists()
+    if not is_bundle and (not path.is_dir() or (path / 'checkpoints').is_dir()):
+      return cls.from_workdir(path, protocol=protocol, weights=weights, checkpoint=checkpoint)
+    if weights != 'best' or checkpoint != trained_run.NEWEST:
+      raise ValueError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
+    if is_bundle:
       model, variables, tokenizer = bundle.read_bundle(path)
-      return cls(
-        model, variables, tokenizer, sharding.make_mesh(devices=jax.devices()[:1]), protocol=protocol
-      )
-    if path.is_dir() and not (path / 'checkpoints').is_dir():
-      found, mesh = weights_folder.read_weights(path), sharding.make_mesh()
-      variables = jax.device_put(found.variables, sharding.replicated(mesh))
-      return cls(found.spec.build(), variables, build_tokenizer(path), mesh, protocol=protocol)
-    return cls.from_workdir(path, protocol=protocol, weights=weights)
+      return cls(model, variables, tokenizer, sharding.make_mesh(devices=jax.devices()[:1]), protocol=protocol)
+    found, mesh, tokenizer = weights_folder.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
+    weights_folder.check_tokenizer(
+      tokenizer, vocab_size=found.spec.vocab_size, eos_id=found.spec.eos_id, remedy=f'put that into {path}'
+    )
+    variables = jax.device_put(found.variables, sharding.replicated(mesh))
+    return cls(found.spec.build(), variables, tokenizer, mesh, protocol=protocol)
 
   @classmethod
   def from_run(
-    cls, run: trained_run.TrainedRun, *, protocol: Protocol | None = None
+    cls, run: trained_run.TrainedRun, *, protocol: Protocol | str | None = None
   ) -> 'Predictor':
     """The predictor of a run that has been opened."""
     return cls(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol)
@@ -253,13 +267,17 @@ class Predictor:
   def embed_words(self, words: Sequence[Word]) -> np.ndarray:
     """Unit embeddings [C, E] of classes: the mean of their synonyms', each the mean over templates."""
     wanted = dict.fromkeys(name for word in words for name in word.synonyms)
-    new = [name for name in wanted if name not in self._embeds]
+    found = {name: self._embeds.pop(name) for name in wanted if name in self._embeds}
+    new = [name for name in wanted if name not in found]
     if new:
       embeds = semantic_seg.embed_classes(
         self._model, self._variables, self._tokenizer, new, self.protocol.templates
       )
-      self._embeds.update(zip(new, embeds))
-    means = [np.mean([self._embeds[name] for name in word.synonyms], axis=0) for word in words]
+      found.update(zip(new, embeds))
+    self._embeds.update(found)  # at the end: the first ones have not been asked for the longest
+    for name in list(self._embeds)[:-_MOST_EMBEDDINGS]:
+      del self._embeds[name]
+    means = [np.mean([found[name] for name in word.synonyms], axis=0) for word in words]
     return np.stack([mean / np.linalg.norm(mean) for mean in means])
 
   def _cut(
@@ -275,12 +293,14 @@ class Predictor:
   ) -> tuple[WindowEncoder, Iterator[windows.Picture]]:
     """An encoder with batches no larger than the work, and the pictures, of which some were looked at."""
     ways, ahead, total = sharding.batch_ways(self._mesh), [], 0
+    most = windows_per_batch(self._mesh, self.protocol.window)
+    sizes = [size for size in _BATCH_SIZES if size * ways <= most]
     for picture in pictures:
       ahead.append(picture)
       total += len(picture.windows)
-      if total > _BATCH_SIZES[-1] * ways:
+      if total > sizes[-1] * ways:
         break
-    rows = next((size for size in _BATCH_SIZES if size * ways >= total), _BATCH_SIZES[-1])
+    rows = next((size for size in sizes if size * ways >= total), sizes[-1])
     encoder = WindowEncoder(self._model, self.protocol, self._mesh, rows * ways)
     return encoder, itertools.chain(ahead, pictures)
 

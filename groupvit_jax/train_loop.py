@@ -26,6 +26,8 @@ from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals import in_training
+from groupvit_jax.interop import licence as licence_lib
+from groupvit_jax.interop.licence import Licence
 from groupvit_jax.interrupts import Interrupts, Preempted
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
@@ -108,9 +110,10 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   in_training.check_best(config.checkpoint.best, evals, (run_evals.SCENES,) if scenes else ())
   build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written
   with distributed.first_process_first():
-    if config.init_from and not (epath.Path(workdir) / 'config.json').exists():
-      initial_weights.check(config, build)
+    starts_from_weights = config.init_from and not (epath.Path(workdir) / 'config.json').exists()
+    licence = initial_weights.check(config, build) if starts_from_weights else Licence()
     changed = workdir_lib.claim(workdir, config)
+    licence_lib.keep(workdir, licence)
     manifest.claim(workdir, source.facts())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)

@@ -23,18 +23,27 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   """Reads the config a workdir's run was started with.
 
   Raises:
-    ValueError: there is no such folder, or no run in it.
+    ValueError: there is no such folder, no run in it, or weights of another form.
   """
   workdir = epath.Path(workdir)
+  importing = f'make a workdir of it: python -m groupvit_jax.interop.import_weights --from={workdir} --workdir=...'
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f'{workdir} is a file and no workdir; if it holds weights, {importing}')
   if not workdir.is_dir():
     raise ValueError(f'there is no workdir {workdir}; train one with train.py --config=... --workdir={workdir}')
   path = workdir / 'config.json'
+  if (workdir / 'bundle.json').exists():
+    raise ValueError(f'{workdir} is a bundle of export --format=stablehlo and no workdir; groupvit_jax.Predictor.open '
+                     'takes it; name the workdir that it was exported from')
   if not path.exists():
     raise ValueError(f'{workdir} holds no run (it has no config.json); name the folder train.py wrote')
   try:
-    return ml_collections.ConfigDict(json.loads(path.read_text()))
+    config = json.loads(path.read_text())
   except json.JSONDecodeError as error:
     raise ValueError(f'{path} is not a config: {error}') from error
+  if 'model_type' in config:  # as in config.json of Hugging Face folders, and of ours in that manner
+    raise ValueError(f'{workdir} holds weights and no run; {importing}')
+  return ml_collections.ConfigDict(config)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,32 @@ def write_clip_folder(folder: pathlib.Path) -> None:
   (folder / 'merges.txt').write_text('#version: 0.2\n')
 
 
+def write_released_folder(folder: pathlib.Path) -> None:
+  """A narrow stand-in for the released models in the layout that they were uploaded in: torch's file, an old config."""
+  model = random_model(small_config())
+  folder.mkdir()
+  state = model.state_dict() | {'text_model.embeddings.position_ids': torch.arange(9)[None]}
+  torch.save(state, folder / 'pytorch_model.bin')
+  config = model.config.to_dict()
+  config['text_config'] |= dict(bos_token_id=0, pad_token_id=1, eos_token_id=2)
+  config |= dict(text_config_dict=None, vision_config_dict=None, torch_dtype='float32', transformers_version=None)
+  special = dict(bos_token='<|startoftext|>', eos_token='<|endoftext|>', unk_token='<|endoftext|>',
+                 pad_token='<|endoftext|>')
+  files = {
+      'config.json': config, 'special_tokens_map.json': special,
+      'tokenizer_config.json': special | dict(add_prefix_space=False, do_lower_case=True, errors='replace',
+                                              model_max_length=9, tokenizer_class='CLIPTokenizer'),
+      'preprocessor_config.json': dict(
+          crop_size=224, do_center_crop=False, do_normalize=True, do_resize=True, resample=2, size=224,
+          feature_extractor_type='CLIPFeatureExtractor', image_mean=[0.485, 0.456, 0.406],
+          image_std=[0.229, 0.224, 0.225])}
+  for name, values in files.items():
+    (folder / name).write_text(json.dumps(values, indent=2))
+  card = '---\nlicense: other\nlicense_name: stand-in-licence\ntags:\n- vision\n---\n# GroupViT\n'
+  (folder / 'README.md').write_text(card)
+  write_clip_folder(folder)
+
+
 def _draw(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray | float:
   normal = rng.standard_normal(shape)
   if name.endswith('running_var'):

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,17 +16,21 @@ import sentencepiece
 import torch
 import transformers
 
+from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax import trained_run
 from groupvit_jax.data.tokenizer import ClipTokenizer, Tokenizer, train_sentencepiece
-from groupvit_jax.interop import import_weights as importing, weights_folder
+from groupvit_jax.interop import import_weights as importing, licence, model_card, weights_folder
 from groupvit_jax.interop.export import export
+from groupvit_jax.interop.licence import Licence
 from groupvit_jax.interop.state_dicts import ModelSpec
 from groupvit_jax.train_step import normalize_images
 from tests.huggingface_models import write_clip_folder
 from tests.tiny import tiny_config
+from tests.trained import trained_workdir
 from tests.weights import random_variables
 
 TEXTS = ['a dog on the grass', 'snow']
+LICENCE = Licence('other', 'Some Licence 2.0', 'https://example.org/licence')
 
 
 def write_run(folder: pathlib.Path, tokenizer: Tokenizer, *, multi_label: bool, **vision) -> pathlib.Path:
@@ -35,7 +40,7 @@ def write_run(folder: pathlib.Path, tokenizer: Tokenizer, *, multi_label: bool, 
   config.vision.update(vision)
   spec = ModelSpec(config, tokenizer.vocab_size, tokenizer.eos_id, multi_label)
   variables = jax.tree.map(np.asarray, random_variables(spec.build()))
-  importing._write(folder, weights_folder.Weights(spec, variables, 'random numbers', 'mit'), tokenizer, 'nowhere')
+  importing._write(folder, weights_folder.Weights(spec, variables, 'random numbers', LICENCE), tokenizer, 'nowhere')
   return folder
 
 
@@ -68,6 +73,12 @@ def our_embeddings(run: trained_run.TrainedRun, images: np.ndarray) -> dict[str,
   with jax.default_matmul_precision('highest'):
     out, text_embeds = encode(run.variables, images, tokens)
   return out._asdict() | {'text_embeds': text_embeds}
+
+
+def our_segments(run: trained_run.TrainedRun, images: np.ndarray):
+  encode = jax.jit(lambda variables, images: run.model.apply(
+      variables, normalize_images(images), method='encode_segments')._asdict())
+  return encode(run.variables, images)
 
 
 @pytest.mark.parametrize('form', ['huggingface', 'safetensors'])
@@ -123,15 +134,71 @@ def test_transformers_loads_a_run_with_sentencepiece_as_its_card_says(sentencepi
   np.testing.assert_allclose(ours['text_embeds'], np.concatenate(embeds), rtol=0, atol=1e-4)
 
 
-def test_the_card_says_what_the_model_is(clip_run, tmp_path):
-  report = dict(benchmark='scenes', num_images=512, protocol={'window': 64, 'threshold': None}, miou=0.51,
-                pixel_accuracy=0.75, oracle_miou=0.6)
-  (tmp_path / 'results.json').write_text(json.dumps(report))
-  export(clip_run, 'huggingface', tmp_path / 'out', scores=tmp_path / 'results.json')
+def results(**changes) -> dict[str, object]:
+  """A report of eval.py about `clip_run`."""
+  return dict(benchmark='scenes', num_images=512, protocol={'window': 64, 'threshold': None}, miou=0.51,
+              pixel_accuracy=0.75, oracle_miou=0.6, provenance={'step': '0', 'weights': 'trained'}) | changes
+
+
+@pytest.mark.parametrize('form', ['huggingface', 'safetensors', 'stablehlo'])
+def test_the_card_says_what_the_model_is(form, clip_run, tmp_path):
+  imagenet = dict(benchmark='imagenet', num_images=50_000, protocol={'templates': 'subset'}, top1=0.437, top5=0.7,
+                  provenance=results()['provenance'])
+  for name, report in (('scenes', results()), ('imagenet', imagenet)):
+    (tmp_path / f'{name}.json').write_text(json.dumps(report))
+  paths = [f'{tmp_path}/scenes.json', f'{tmp_path}/imagenet.json']
+  said = export(clip_run, form, tmp_path / 'out', scores=paths)
+  assert said.splitlines()[-1] == f'the model card has the scores in {", ".join(paths)}'
   card = (tmp_path / 'out' / 'README.md').read_text()
-  for text in ('license: mit', 'Imported from nowhere', '| miou | 0.510 |', '"window": 64', '"num_group_tokens"',
-               '32 x 24 px', 'AutoProcessor.from_pretrained'):
+  for text in ('license: other\nlicense_name: some-licence-2.0\nlicense_link: https://example.org/licence\n',
+               'Not known: the weights were imported from nowhere', '| miou | 0.510 |', '"window": 64',
+               'imagenet, 50,000 pictures', '| top1 | 0.437 |', '"num_group_tokens"'):
     assert text in card, text
+  assert ('AutoProcessor.from_pretrained' in card and '32 x 24 px' in card) == (form == 'huggingface')
+  if form != 'stablehlo':  # the licence stays with what is made of it
+    importing.import_weights(str(tmp_path / 'out'), str(tmp_path / 'run'))
+    assert licence.read_kept(tmp_path / 'run').link == LICENCE.link
+
+
+def test_the_card_says_what_a_run_was_trained_on(tmp_path):
+  trained = trained_run.open_run(trained_workdir())
+  (tmp_path / 'eval').mkdir()
+  run = trained._replace(workdir=tmp_path)
+  model_card.write(tmp_path, run, use='', tags='', reports=[])
+  card = (tmp_path / 'README.md').read_text()
+  assert card.startswith('---\nlicense: unknown\n---\n')
+  assert '12 things (dog, panda, ' in card and 'on 6 kinds of stuff (grass, ' in card
+  assert 'its caption and 1 prompts made of it; 6 steps of 8 pictures.' in card
+  changed = groupvit_vits16_gcc_yfcc.get_config()
+  changed.data.num_prompts, changed.init_from = 0, 'runs/other'
+  model_card.write(tmp_path, run._replace(config=changed), use='', tags='', reports=[])
+  card = (tmp_path / 'README.md').read_text()
+  assert '| cc3m | webdataset | 2,891,445 | by size |' in card and 'its caption alone;' in card
+  assert 'Training started from the weights in runs/other.' in card
+
+
+def test_scores_are_those_of_the_exported_checkpoint(clip_run, tmp_path):
+  """By default those that the quickstart leaves in WORKDIR/eval."""
+  usual = clip_run / 'eval' / 'results.json'
+  try:
+    said = export(clip_run, 'safetensors', tmp_path / '0')
+    assert said.endswith(f'the model card has no scores: there is no {usual}, and --scores names none')
+    usual.parent.mkdir()
+    usual.write_text(json.dumps(results()))
+    assert export(clip_run, 'safetensors', tmp_path / '1').endswith(f'the model card has the scores in {usual}')
+    assert '| miou | 0.510 |' in (tmp_path / '1' / 'README.md').read_text()
+    for wrong, message in ((dict(step='7', weights='trained'), 'the scores of step=7, and what is exported is step=0'),
+                           (dict(step='0', weights='ema'), 'weights=ema, and what is exported is weights=trained')):
+      usual.write_text(json.dumps(results(provenance=wrong)))
+      assert message in export(clip_run, 'safetensors', tmp_path / wrong['weights'])
+      assert 'None were given' in (tmp_path / wrong['weights'] / 'README.md').read_text()
+      with pytest.raises(ValueError, match=message):
+        export(clip_run, 'safetensors', tmp_path / 'new', scores=[str(usual)])
+  finally:
+    shutil.rmtree(usual.parent)
+  (tmp_path / 'pictures.json').write_text(json.dumps({'pictures': [], 'provenance': {}}))
+  with pytest.raises(ValueError, match='holds no scores; name the results.json of an evaluation on labelled pictures'):
+    export(clip_run, 'safetensors', tmp_path / 'new', scores=[f'{tmp_path}/pictures.json'])
 
 
 @pytest.mark.parametrize('form', ['huggingface', 'safetensors'])
@@ -151,8 +218,8 @@ def test_bfloat16_halves_the_weights(form, clip_run, tmp_path):
 def bundle(clip_run, tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp('bundle')
   report = export(clip_run, 'stablehlo', folder)
-  line = r'.*/{side}\.stablehlo: \d+\.\d MB, \d+\.\d ms for one on this machine'
-  assert re.fullmatch('\n'.join(line.format(side=side) for side in ('image', 'text')), report), report
+  line = r'.*/{side}\.stablehlo: \d+\.\d MB, \d+\.\d ms for one on this machine\n'
+  assert re.match(''.join(line.format(side=side) for side in ('image', 'text')), report), report
   return folder
 
 
@@ -171,10 +238,19 @@ def test_stablehlo_takes_any_batch_on_any_platform(bundle, clip_run):
     meta = json.loads((bundle / 'bundle.json').read_text())
     tokens = run.tokenizer.encode(TEXTS, meta['context_length'])
     np.testing.assert_allclose(text.call(tokens), ours['text_embeds'], rtol=0, atol=1e-4)
+    # The positions resized when the program runs are those of the model, which torch's were compared with.
+    wide = np.random.default_rng(1).integers(0, 256, (2, 64, 80, 3), np.uint8)
+    for mine, other in zip(jax.tree.leaves(image.call(wide)), jax.tree.leaves(our_segments(run, wide)), strict=True):
+      np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4)
+  files = {name: (facts['bytes'], facts['input']) for name, facts in meta['files'].items()}
+  assert files == {f'{side}.stablehlo': ((bundle / f'{side}.stablehlo').stat().st_size, shape)
+                   for side, shape in (('image', [1, 32, 24, 3]), ('text', [1, 16]))}
+  assert all(facts['milliseconds'] > 0 for facts in meta['files'].values())
+  assert meta['measured_on']['jax'] == jax.__version__ and meta['measured_on']['device'] == 'cpu'
   np.testing.assert_allclose(meta['logit_scale'], min(np.exp(run.variables['params']['logit_scale']), 100), rtol=1e-5)
 
 
-def test_stablehlo_runs_with_jax_alone(bundle, tmp_path):
+def test_stablehlo_runs_with_jax_alone(bundle, clip_run, tmp_path):
   PIL.Image.fromarray(pictures(1)[0]).save(tmp_path / 'picture.png')
   script = pathlib.Path(__file__).parents[1] / 'examples' / 'run_exported.py'
   blocked = ('flax', 'groupvit_jax', 'ml_collections', 'optax', 'orbax', 'torch', 'transformers')
@@ -182,10 +258,15 @@ def test_stablehlo_runs_with_jax_alone(bundle, tmp_path):
           f'sys.argv = ["x", {str(bundle)!r}, {str(tmp_path / "picture.png")!r}]; runpy.run_path({str(script)!r})')
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
-  *rows, last = done.stdout.splitlines()
-  segments = [[int(segment) for segment in row.split()] for row in rows]
+  lines = done.stdout.splitlines()
+  segments = [[int(segment) for segment in row.split()] for row in lines[:4]]
   assert list(map(len, segments)) == [3] * 4 and {x for row in segments for x in row} <= set(range(4))
-  assert last == 'pooled embedding (1, 16) and one of each segment (1, 4, 16)'
+  ours = our_embeddings(run := trained_run.open_run(clip_run), pictures(1))
+  words = ('a dog', 'grass')
+  texts = run.model.apply(run.variables, run.tokenizer.encode(words, 16), method='encode_text')
+  unit = lambda x: np.asarray(x) / np.linalg.norm(x, axis=-1, keepdims=True)
+  best = (unit(ours['segment_embeds'][0]) @ unit(texts).T).argmax(axis=1)
+  assert lines[4:] == [f'segment {i}: {words[k]}' for i, k in enumerate(best)] and len(lines) == 8
 
 
 def test_stablehlo_in_bfloat16(clip_run, bundle, tmp_path):
@@ -213,10 +294,29 @@ def test_what_transformers_cannot_represent_is_refused(vision, message, tmp_path
   export(tmp_path / 'run', 'safetensors', tmp_path / 'out')
 
 
+def test_choices_that_there_are_not(clip_run, tmp_path):
+  for options, message in ((dict(form='onnx'), "format='onnx': use huggingface, stablehlo, safetensors"),
+                           (dict(dtype='float16'), "dtype='float16': use float32, bfloat16"),
+                           (dict(checkpoint='best'), 'kept no best checkpoint'),
+                           (dict(output='gs://bucket/out'), 'gs://bucket/out is in a bucket')):
+    with pytest.raises(ValueError, match=message):
+      export(clip_run, **dict(form='safetensors', output=str(tmp_path / 'out')) | options)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_gets_one_line_and_leaves_nothing(clip_run, tmp_path):
+  command = f'{sys.executable} -m groupvit_jax.interop.export --workdir={clip_run} --output={tmp_path}/out'
+  for form in ('safetensors', 'stablehlo'):
+    done = subprocess.run(['bash', '-c', f'ulimit -f 100; {command} --format={form}'], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1, done.stderr
+    assert done.stderr.startswith(f'error: cannot write {tmp_path}/out: ') and 'File too large' in done.stderr
+  assert not list(tmp_path.iterdir())
+
+
 def test_the_command(clip_run, tmp_path):
   command = [sys.executable, '-m', 'groupvit_jax.interop.export', f'--workdir={clip_run}', f'--output={tmp_path}/out']
   done = subprocess.run([*command, '--format=safetensors'], capture_output=True, text=True, check=True)
-  assert done.stdout == f'{tmp_path}/out/model.safetensors: 0.2 MB\n' and done.stderr == ''
+  assert done.stdout.startswith(f'{tmp_path}/out/model.safetensors: 0.2 MB\n') and done.stderr == ''
   for extra, message in (
       (['--format=safetensors'], f'{tmp_path}/out exists already and is left alone; name another --output'),
       (['--format=huggingface', f'--output={tmp_path}/new', f'--scores={tmp_path}/no.json'],

@@ -11,10 +11,12 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from groupvit_jax import trained_run
+from groupvit_jax import predictor as predictor_lib, trained_run
 from groupvit_jax.evals import protocols, scene_eval, semantic_seg, window_encoder
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
+from tests.tiny import tiny_model
 from tests.trained import trained_workdir
+from tests.weights import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
 WORDS = ('dog|puppy', 'banana', 'grass')
@@ -138,6 +140,30 @@ def test_synonyms_are_the_mean_of_their_embeddings_and_are_kept(predictor, monke
   assert asked == [['dog2', 'puppy3']]  # what was known is not embedded again
 
 
+def test_more_words_than_a_batch_of_texts_in_one_shape_and_the_last_ones_are_kept(predictor, monkeypatch):
+  words = parse_words([f'{letter}{i}' for letter in 'abc' for i in range(20)])
+  with traces() as names:
+    few, many = predictor.embed_words(words[:17]), predictor.embed_words(words)
+  assert names.count('_embed_texts') <= 2  # rows of texts, rounded up
+  with traces() as names:
+    predictor.embed_words(parse_words([f'd{i}' for i in range(40)]))
+  assert not names
+  np.testing.assert_array_equal(many[:17], few)
+  monkeypatch.setattr(predictor_lib, '_MOST_EMBEDDINGS', 5)
+  np.testing.assert_allclose(predictor.embed_words(words[17:]), many[17:], atol=1e-6)
+  assert list(predictor._embeds) == [word.name for word in words[-5:]]
+
+
+def test_two_grouping_stages_have_groups_of_their_own(run, image):
+  model = run.model.clone(vision=tiny_model(image_size=(32, 32), patch_size=8).vision)
+  two = Predictor(model, random_variables(model), run.tokenizer, run.mesh)
+  first, final = two(image, WORDS).groups
+  assert (len(np.unique(first)) > 2 and set(np.unique(final)) <= {0, 1}) and first.shape == final.shape == (48, 70)
+  # A final segment is made of first groups, but where both are stretched between patches.
+  pairs = np.unique(np.stack([first, final]).reshape(2, -1), axis=1, return_counts=True)
+  assert not np.array_equal(first, final) and pairs[1].max() > 100
+
+
 def test_threshold_makes_background(predictor, prediction, image):
   everywhere = predictor(image, WORDS, threshold=0.0)
   assert everywhere.classes[0] == 'background' and everywhere.background
@@ -167,7 +193,7 @@ def traces() -> Iterator[list[str]]:
     jax.monitoring.unregister_event_duration_listener(note)
 
 
-def test_compiled_once_per_bucket_of_sizes_and_of_numbers_of_words(predictor, image):
+def test_compiled_once_per_bucket_of_sizes_and_of_numbers_of_words(predictor, image, monkeypatch):
   large, many = image.repeat(2, axis=0).repeat(2, axis=1), [f'a{i}' for i in range(33)]
   for threshold in (None, 0.5):
     predictor(image, WORDS, threshold=threshold)
@@ -181,9 +207,12 @@ def test_compiled_once_per_bucket_of_sizes_and_of_numbers_of_words(predictor, im
     predictor(image, many)
     predictor(image[:40], [*many, 'dog'])
   assert names.count('label_pixels') == 1 and 'encode_windows' not in names
-  with traces() as names:
-    predictor.encode([image] * 17)  # 34 windows: more than four on each of 8 devices
-  assert names == ['encode_windows']
+  # 34 windows: more than four on each of 8 devices, but never more than evaluation takes.
+  for most, traced in ((8, []), (128, ['encode_windows'])):
+    monkeypatch.setattr(predictor_lib, 'windows_per_batch', lambda mesh, window, most=most: most)
+    with traces() as names:
+      predictor.encode([image] * 17)
+    assert names == traced
 
 
 @pytest.mark.parametrize(

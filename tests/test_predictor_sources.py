@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from groupvit_jax import trained_run
+from groupvit_jax.evals import protocols
 from groupvit_jax.interop.export import export
 from groupvit_jax.predictor import Predictor
 from tests.photos import photo
@@ -11,27 +13,45 @@ from tests.trained import trained_workdir
 WORDS = ('dog|puppy', 'banana', 'grass')
 
 
+PICTURES = [photo(48, 70), photo(8, 200, seed=1), photo(40, 33, seed=2)]  # the second one is lower than a window
+# By default, and as the paper has it but for the size of windows, which are others than those of training.
+PROTOCOLS = {'native': None, 'groupvit': protocols.override(
+    protocols.GROUPVIT, dict(short_side=48, max_long_side=192, window=48, stride=24))}
+
+
 @pytest.fixture(scope='module')
 def want():
-  return Predictor.open(trained_workdir())(photo(48, 70), WORDS, threshold=0.2)
+  return {name: Predictor.open(trained_workdir(), protocol=protocol)(PICTURES, WORDS, threshold=0.2)
+          for name, protocol in PROTOCOLS.items()}
 
 
 @pytest.mark.parametrize('form', ['huggingface', 'safetensors', 'stablehlo'])
 def test_every_form_gives_the_same_answer(form, want, tmp_path):
   export(str(trained_workdir()), form, str(tmp_path / 'exported'))
-  predictor = Predictor.open(tmp_path / 'exported')
-  found = predictor(photo(48, 70), WORDS, threshold=0.2)
-  assert found.classes == want.classes
-  np.testing.assert_allclose(found.class_scores, want.class_scores, atol=1e-4)
-  np.testing.assert_allclose(found.scores[1:], want.scores[1:], atol=1e-4)
-  assert (found.labels == want.labels).mean() > 0.99  # but for near-ties
-  assert (found.segments == want.segments).mean() > 0.99
+  for name, protocol in PROTOCOLS.items():
+    predictor = Predictor.open(tmp_path / 'exported', protocol=protocol)
+    for mine, other in zip(predictor(PICTURES, WORDS, threshold=0.2), want[name], strict=True):
+      assert mine.classes == other.classes
+      np.testing.assert_allclose(mine.class_scores, other.class_scores, atol=1e-4)
+      np.testing.assert_allclose(mine.scores[1:], other.scores[1:], atol=1e-4)
+      assert (mine.labels == other.labels).mean() > 0.99  # but for near-ties
+      assert (mine.segments == other.segments).mean() > 0.99
   if form == 'stablehlo':
-    with pytest.raises(ValueError, match='a window of 8 x 32 px: the bundle was exported for 32 x 32 alone'):
-      predictor(photo(8, 200), WORDS)
+    with pytest.raises(ValueError, match='is a bundle of export --format=stablehlo and no workdir'):
+      trained_run.open_run(tmp_path / 'exported')
     (tmp_path / 'exported' / 'text.stablehlo').write_bytes(b'half')
     with pytest.raises(ValueError, match='exported is no whole bundle'):
       Predictor.open(tmp_path / 'exported')
+
+
+def test_protocols_by_name():
+  run = trained_run.open_run(trained_workdir())
+  assert Predictor.from_run(run, protocol='groupvit').protocol == protocols.GROUPVIT
+  assert Predictor.from_run(run).protocol == Predictor.from_run(run, protocol='native').protocol
+  with pytest.raises(ValueError, match="there is no protocol 'paper'; choose one of native, groupvit"):
+    Predictor.from_run(run, protocol='paper')
+  with pytest.raises(ValueError, match='kept no best checkpoint'):
+    Predictor.open(trained_workdir(), checkpoint='best')
 
 
 def test_nothing_there(tmp_path):

@@ -38,18 +38,16 @@ class ExportedTowers:
       method: which of the two.
 
     Raises:
-      ValueError: images are not of the exported size, or there is no such method.
+      ValueError: there is no such method.
     """
     if method == 'encode_text':
       padding = self.text.context_length - inputs.shape[1]  # nothing after the end of a text matters
       return self._text.call(jnp.pad(inputs, ((0, 0), (0, padding)), constant_values=self._pad_id))
     if method != 'encode_segments':
       raise ValueError(f'an exported bundle has no {method!r}')
-    if inputs.shape[1:3] != self.vision.image_size:
-      raise ValueError(f'a window of {inputs.shape[1]} x {inputs.shape[2]} px: the bundle was exported for '
-                       f'{self.vision.image_size[0]} x {self.vision.image_size[1]} alone; open the run itself')
-    # The tower takes pixels, and gets back the very ones that were normalised.
-    pixels = jnp.rint((inputs * IMAGE_STD + IMAGE_MEAN) * 255).astype(jnp.uint8)
+    # The tower takes pixels, and gets back the very ones that were normalised, but for those beyond the last patch.
+    height, width = (size - size % self.vision.patch_size for size in inputs.shape[1:3])
+    pixels = jnp.rint((inputs[:, :height, :width] * IMAGE_STD + IMAGE_MEAN) * 255).astype(jnp.uint8)
     out = self._image.call(pixels)
     return SegmentOutput(out['image_embeds'], out['segment_embeds'], tuple(out['assignments']))
 

@@ -85,6 +85,7 @@ _TEXT_DEFAULTS = dict(
     hidden_size=256, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=4,
     max_position_embeddings=77, vocab_size=49408, eos_token_id=49407, hidden_act='quick_gelu', layer_norm_eps=1e-5)
 
+
 def from_huggingface(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
   """Variables from the state dict of `transformers.GroupViTModel`.
 
@@ -119,8 +120,7 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
     ValueError: it describes something this model does not do.
   """
   top = _DEFAULTS | {key: config[key] for key in _DEFAULTS if key in config}
-  vision = _VISION_DEFAULTS | dict(config.get('vision_config') or {})
-  text = _TEXT_DEFAULTS | dict(config.get('text_config') or {})
+  vision, text = _part(config, 'vision_config', _VISION_DEFAULTS), _part(config, 'text_config', _TEXT_DEFAULTS)
   _check_supported(config, vision, text)
   ratio = state_dicts.mlp_ratio
   model = ml_collections.ConfigDict(dict(
@@ -179,6 +179,12 @@ def to_huggingface_config(
           eos_token_id=spec.eos_id, pad_token_id=pad_id,
           max_position_embeddings=text.context_length, hidden_size=text.width, num_hidden_layers=text.depth,
           num_attention_heads=text.num_heads, intermediate_size=int(text.width * text.mlp_ratio)))
+
+
+def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """One tower's part of a config; of old ones `transformers` takes the part named `..._dict`, where it is not null."""
+  old = config.get(f'{name}_dict')
+  return {**defaults, **((config.get(name) or {}) if old is None else old)}
 
 
 def _check_supported(config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:

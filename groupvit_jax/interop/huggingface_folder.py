@@ -1,6 +1,6 @@
 """Writes a folder that `transformers` loads: weights, configs, tokenizer, model card."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 import json
 from typing import Any
 
@@ -10,7 +10,7 @@ import safetensors.numpy
 
 from groupvit_jax.data import clip_bpe
 from groupvit_jax.data.tokenizer import ClipTokenizer, SENTENCEPIECE_FILE
-from groupvit_jax.interop import flat, huggingface, state_dicts
+from groupvit_jax.interop import flat, huggingface, model_card, state_dicts
 from groupvit_jax.interop.weights_folder import SIDE_FILE
 from groupvit_jax.train_step import IMAGE_MEAN, IMAGE_STD
 from groupvit_jax.trained_run import TrainedRun
@@ -36,39 +36,20 @@ model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrai
 ```
 """
 
-_CARD = """\
----
-{header}
-library_name: transformers
-pipeline_tag: zero-shot-image-classification
-tags: [groupvit, zero-shot-segmentation]
----
-# GroupViT
-
-Segments pictures into words, learnt from captions alone (Xu et al., CVPR 2022). Written by groupvit_jax {code} from
-step {step:,} of its run.
-
-## Use
-
-{use}
+_RESIZED = """
 Pictures are resized to {height} x {width} px: `transformers` accepts no other size, and its segmentation logits apply
 the temperature twice. groupvit_jax reads this folder too (`groupvit_jax.interop.import_weights`) and segments pictures
 of any size.
-
-## Scores
-
-{scores}
-## Configuration
-
-{origin}
-```json
-{config}
-```
 """
+
+_TAGS = """\
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+tags: [groupvit, zero-shot-segmentation]"""
 
 
 def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype,
-                 report: Mapping[str, Any] | None) -> None:
+                 reports: Sequence[model_card.Report]) -> None:
   """Fills a folder.
 
   Args:
@@ -76,7 +57,7 @@ def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpe
     run: whose newest checkpoint is written.
     spec: its model.
     dtype: of the weights.
-    report: an evaluation's results, for the model card; None for none.
+    reports: of evaluations, for the model card.
 
   Raises:
     ValueError: `transformers` cannot represent the model.
@@ -94,7 +75,9 @@ def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpe
   _write_json(folder / SIDE_FILE, side)
   _write_json(folder / 'preprocessor_config.json', _image_processor(run))
   _write_tokenizer(folder, run)
-  (folder / 'README.md').write_text(_card(run, report))
+  height, width = run.model.vision.image_size
+  use = _CLIP_NOTE if isinstance(run.tokenizer, ClipTokenizer) else _SENTENCEPIECE_NOTE
+  model_card.write(folder, run, use=use + _RESIZED.format(height=height, width=width), tags=_TAGS, reports=reports)
 
 
 def _image_processor(run: TrainedRun) -> dict[str, Any]:
@@ -126,26 +109,6 @@ def _write_tokenizer(folder: epath.Path, run: TrainedRun) -> None:
       tokenizer_class='CLIPTokenizer', processor_class='CLIPProcessor', do_lower_case=True,
       model_max_length=run.config.model.text.context_length, **special))
   _write_json(folder / 'special_tokens_map.json', special)
-
-
-def _card(run: TrainedRun, report: Mapping[str, Any] | None) -> str:
-  config = json.loads(run.config.to_json())
-  imported = config.get('imported')
-  height, width = run.model.vision.image_size
-  scores = 'None were given to the export.\n' if report is None else _scores(report)
-  return _CARD.format(
-      header=f'license: {imported["licence"]}' if imported else 'license: unknown', code=run.provenance['code'],
-      step=run.step, use=_CLIP_NOTE if isinstance(run.tokenizer, ClipTokenizer) else _SENTENCEPIECE_NOTE,
-      height=height, width=width, scores=scores, config=json.dumps(config, indent=2),
-      origin=f'Imported from {imported["source"]} ({imported["form"]}).\n' if imported else '')
-
-
-def _scores(report: Mapping[str, Any]) -> str:
-  """A table of what `eval.py` found, with the protocol that the figures hold for."""
-  figures = ''.join(f'| {name} | {report[name]:.3f} |\n' for name in ('miou', 'pixel_accuracy', 'oracle_miou')
-                    if report.get(name) is not None)
-  return (f'{report["benchmark"]}, {report["num_images"]:,} pictures:\n\n| figure | value |\n| --- | --- |\n{figures}\n'
-          f'Protocol:\n\n```json\n{json.dumps(report["protocol"], indent=2)}\n```\n\n')
 
 
 def _write_json(path: epath.Path, values: object) -> None:

@@ -16,8 +16,9 @@ import optax
 from groupvit_jax import cli, workdir as workdir_lib
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
-from groupvit_jax.interop.new_folder import check_free, new_folder
-from groupvit_jax.interop.weights_folder import read_weights, Weights
+from groupvit_jax.interop import licence
+from groupvit_jax.interop.new_folder import check_free, check_local, new_folder
+from groupvit_jax.interop.weights_folder import check_tokenizer, read_weights, Weights
 from groupvit_jax.train_state import TrainState
 
 
@@ -34,16 +35,16 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
 
   Raises:
     ValueError: the weights or the tokenizer are missing, damaged or do not fit, or `workdir` is taken.
+    OSError: `workdir` cannot be written.
   """
   check_free('--workdir', workdir)
+  check_local(source)
   if tokenizer is None and not epath.Path(source).is_dir() and epath.Path(source).exists():
     raise ValueError(f"{source} comes without a tokenizer; name CLIP's vocabulary with --tokenizer=")
   weights = read_weights(source)
   loaded = build_tokenizer(source if tokenizer is None else tokenizer)
-  for name in ('vocab_size', 'eos_id'):
-    if getattr(loaded, name) != getattr(weights.spec, name):
-      raise ValueError(f'the tokenizer has {name}={getattr(loaded, name)} and the weights have '
-                       f'{getattr(weights.spec, name)}; name the one they were trained with, with --tokenizer=')
+  check_tokenizer(loaded, vocab_size=weights.spec.vocab_size, eos_id=weights.spec.eos_id,
+                  remedy='name the one they were trained with, with --tokenizer=')
   with new_folder('--workdir', workdir) as folder:
     _write(folder, weights, loaded, source)
   return (f'{workdir}: {_count(weights):,} parameters, imported from {source} ({weights.form})\n'
@@ -56,7 +57,8 @@ def _write(folder: epath.Path, weights: Weights, tokenizer: Tokenizer, source: s
       seed=0, model=weights.spec.config, tokenizer=dict(path=''),
       # The paper makes three prompts of a caption, for models that have a temperature for them.
       data=dict(num_prompts=3 if weights.spec.multi_label else 0),
-      imported=dict(source=source, form=weights.form, licence=weights.licence))))
+      imported=dict(source=source, form=weights.form))))
+  licence.keep(folder, weights.licence)
   tokenizer.save(folder / 'tokenizer')
   zero = jnp.zeros((), jnp.int32)
   state = TrainState(

@@ -5,15 +5,24 @@ import contextlib
 import os
 
 from etils import epath
+import safetensors
+
+
+def check_local(path: epath.PathLike) -> None:
+  """Raises ValueError for a place in a bucket: weights are read and written by libraries that know disks alone."""
+  if '://' in str(path):
+    raise ValueError(f'{path} is in a bucket, and weights are read from and written to disks; copy the folder, as in '
+                     'gcloud storage cp --recursive')
 
 
 def check_free(flag: str, path: epath.PathLike) -> None:
-  """Raises ValueError when something is at the path already, unless it is an empty folder.
+  """Raises ValueError when something is at the path already, unless it is an empty folder, or the path is in a bucket.
 
   Args:
     flag: that named the path, for the message.
     path: of the folder to make.
   """
+  check_local(path)
   path = epath.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise ValueError(f'{path} exists already and is left alone; name another {flag}')
@@ -29,16 +38,20 @@ def new_folder(flag: str, path: epath.PathLike) -> Iterator[epath.Path]:
 
   Raises:
     ValueError: something is there already.
+    OSError: it cannot be written.
   """
   check_free(flag, path)
   path = epath.Path(path)
   partial = path.with_name(f'{path.name}.partial-{os.getpid()}')
-  partial.mkdir(parents=True)
   try:
+    partial.mkdir(parents=True)
     yield partial
     if path.exists():
       path.rmdir()
     partial.rename(path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise OSError(f'cannot write {path}: {getattr(error, "strerror", None) or error}; make room, or name another '
+                  f'{flag}') from error
   finally:
     if partial.exists():
       partial.rmtree()

@@ -60,6 +60,8 @@ _TELLING = {
     'img_projector.linear_out.weight': 2, 'text_encoder.token_embedding.weight': 2,
     'text_encoder.positional_embedding': 2, 'text_encoder.transformer.resblocks.0.mlp.c_fc.weight': 2}
 _TELLING_OF_A_STAGE = {'group_token': 3, 'downsample.mlp_inter.fc2.weight': 2}
+# What stands in for a size that nothing tells: a square, and a multiple of a head's width.
+_STAND_INS = (64, 256)
 
 
 def from_nvlabs(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
@@ -82,24 +84,39 @@ def spec_from_shapes(state: Mapping[str, np.ndarray]) -> state_dicts.ModelSpec:
   """The model that a state dict belongs to, by the shapes of its arrays.
 
   Raises:
-    ValueError: arrays that tell a size are missing or have other axes, or the sizes are not those of a square image
-      and heads of 64.
+    ValueError: arrays that tell a size are missing or have other axes (then all that does not fit is listed), or the
+      sizes are not those of a square image and heads of 64.
   """
   state = _without_kernel_axes(state)
-  if missing := [name for name in _TELLING if name not in state]:
-    raise ValueError(f"these are no weights of the authors' GroupViT: they lack {', '.join(missing)}")
   shapes = {name: x.shape for name, x in state.items()}
-  axes = {name: _TELLING.get(name) or _TELLING_OF_A_STAGE.get(re.sub(r'^img_encoder\.layers\.\d+\.', '', name))
-          for name in shapes}
-  if misshapen := [f'{name} {shapes[name]}' for name, count in axes.items() if count and len(shapes[name]) != count]:
-    raise ValueError(f"these are no weights of the authors' GroupViT: misshapen are {', '.join(misshapen)}")
+  if not _TELLING.keys() & shapes.keys():
+    raise ValueError(f"these are no weights of the authors' GroupViT: they lack {', '.join(_TELLING)}")
+  unknown = {name: axes for name, axes in _telling(shapes).items() if len(shapes.get(name, ())) != axes}
+  if unknown:
+    specs = [_spec(shapes | {name: (size,) * axes for name, axes in unknown.items()}) for size in _STAND_INS]
+    one, other = (
+        state_dicts.expected_shapes(state_dicts.abstract_variables(spec.build()), RULES) for spec in specs)
+    # A size that depends on the stand-in is not known.
+    expected = {name: tuple(a if a == b else None for a, b in zip(one[name], other[name])) for name in one}
+    state_dicts.check_names({name: x for name, x in state.items() if not re.fullmatch(_IGNORE, name)}, expected)
+  return _spec(shapes)
+
+
+def _telling(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+  """The arrays that must be there for all sizes to be known, with their number of axes."""
+  grouping = r'(img_encoder\.layers\.\d+)\.(?:group_token|downsample\.)'
+  stages = sorted({match[1] for name in shapes if (match := re.match(grouping, name))})
+  return _TELLING | {f'{stage}.{name}': axes for stage in stages for name, axes in _TELLING_OF_A_STAGE.items()}
+
+
+def _spec(shapes: Mapping[str, tuple[int, ...]]) -> state_dicts.ModelSpec:
   config = ml_collections.ConfigDict(dict(
       dtype='float32', embed_dim=shapes['img_projector.linear_out.weight'][0],
       projector_dim=shapes['img_projector.linear_hidden.0.weight'][0],
       vision=_vision_config(shapes), text=_text_config(shapes)))
   vocab_size = shapes['text_encoder.token_embedding.weight'][0]
   # CLIP's vocabulary ends with the token that ends a text.
-  return state_dicts.ModelSpec(config, vocab_size, vocab_size - 1, 'multi_label_logit_scale' in state)
+  return state_dicts.ModelSpec(config, vocab_size, vocab_size - 1, 'multi_label_logit_scale' in shapes)
 
 
 def _vision_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Both towers as StableHLO: weights inside, any batch size, for CPU, CUDA and TPU, run by jax alone."""
+"""Both towers as StableHLO: weights inside, any batch and picture size, for CPU, CUDA and TPU, run by jax alone."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -16,7 +16,7 @@ PLATFORMS = ('cpu', 'cuda', 'tpu')
 
 
 def export_image_tower(spec: state_dicts.ModelSpec, variables: Mapping, dtype: np.dtype) -> jax.export.Exported:
-  """The image side: uint8 pictures [b, H, W, 3] of the model's size -> a dict.
+  """The image side: uint8 pictures [b, H, W, 3], H and W any multiples of the patch size -> a dict.
 
   Its keys: `image_embeds` [b, E] and `segment_embeds` [b, S, E], projected and not normalised, and `assignments`, a
   list with the soft assignment [b, S, N] of each grouping stage.
@@ -31,18 +31,18 @@ def export_image_tower(spec: state_dicts.ModelSpec, variables: Mapping, dtype: n
   def encode(images: jax.Array) -> dict[str, Any]:
     return apply(normalize_images(images), method='encode_segments')._asdict()
 
-  return _export(encode, (*spec.config.vision.image_size, 3), jnp.uint8)
+  patch = spec.config.vision.patch_size
+  return _export(encode, f'b, {patch}*h, {patch}*w, 3', jnp.uint8)
 
 
 def export_text_tower(spec: state_dicts.ModelSpec, variables: Mapping, dtype: np.dtype) -> jax.export.Exported:
   """The text side: ids int32 [b, L] of the full context length -> embeddings [b, E], projected and not normalised."""
   apply = _bind(spec, variables, dtype)
-  return _export(functools.partial(apply, method='encode_text'), (spec.config.text.context_length,), jnp.int32)
+  return _export(functools.partial(apply, method='encode_text'), f'b, {spec.config.text.context_length}', jnp.int32)
 
 
-def measure_latency(exported: jax.export.Exported, repeats: int = 5) -> float:
-  """Median seconds of a call with a batch of one on the default device, compiled before."""
-  shape = (1, *exported.in_avals[0].shape[1:])
+def measure_latency(exported: jax.export.Exported, shape: tuple[int, ...], repeats: int = 5) -> float:
+  """Median seconds of a call with an array of that shape on the default device, compiled before."""
   run, x = jax.jit(exported.call), jnp.zeros(shape, exported.in_avals[0].dtype)
   jax.block_until_ready(run(x))
   seconds = []
@@ -66,6 +66,7 @@ def _bind(spec: state_dicts.ModelSpec, variables: Mapping, dtype: np.dtype) -> C
   return apply
 
 
-def _export(function: Callable[[jax.Array], Any], shape: tuple[int, ...], dtype: jnp.dtype) -> jax.export.Exported:
-  batch, = jax.export.symbolic_shape('b')
-  return jax.export.export(jax.jit(function), platforms=PLATFORMS)(jax.ShapeDtypeStruct((batch, *shape), dtype))
+def _export(function: Callable[[jax.Array], Any], shape: str, dtype: jnp.dtype) -> jax.export.Exported:
+  """The function of one array, in whose shape letters are sizes that are free."""
+  sizes = jax.export.symbolic_shape(shape)
+  return jax.export.export(jax.jit(function), platforms=PLATFORMS)(jax.ShapeDtypeStruct(sizes, dtype))

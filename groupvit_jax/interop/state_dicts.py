@@ -148,18 +148,22 @@ def from_state_dict(state: Mapping[str, np.ndarray], abstract: Mapping, rules: S
   Raises:
     ValueError: names are missing, unexpected, misshapen or not floating point; all are listed.
   """
-  entries = name_map(abstract, rules)
-  shapes = {path: leaf.shape for path, leaf in traverse_util.flatten_dict(abstract, sep='/').items()}
-  expected = {}
-  for path, entry in entries.items():
-    saved = jax.eval_shape(entry.layout.save, jax.ShapeDtypeStruct(shapes[path], jnp.float32))
-    expected.update({name: leaf.shape for name, leaf in zip(entry.names, saved, strict=True)})
-  check_names({name: x for name, x in state.items() if not re.fullmatch(ignore, name)}, expected)
-  flat = {}
-  for path, entry in entries.items():
+  check_names({name: x for name, x in state.items() if not re.fullmatch(ignore, name)},
+              expected_shapes(abstract, rules))
+  flat, leaves = {}, traverse_util.flatten_dict(abstract, sep='/')
+  for path, entry in name_map(abstract, rules).items():
     arrays = [np.asarray(state[name], np.float32) for name in entry.names]
-    flat[path] = np.asarray(entry.layout.load(arrays, shapes[path]), order='C')
+    flat[path] = np.asarray(entry.layout.load(arrays, leaves[path].shape), order='C')
   return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def expected_shapes(abstract: Mapping, rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
+  """The names, with their shapes, of the state dict of our variables, of which only the shapes are looked at."""
+  leaves, expected = traverse_util.flatten_dict(abstract, sep='/'), {}
+  for path, entry in name_map(abstract, rules).items():
+    saved = jax.eval_shape(entry.layout.save, jax.ShapeDtypeStruct(leaves[path].shape, jnp.float32))
+    expected.update({name: leaf.shape for name, leaf in zip(entry.names, saved, strict=True)})
+  return expected
 
 
 def to_state_dict(variables: Mapping, rules: Sequence[Rule]) -> StateDict:
@@ -181,22 +185,30 @@ def cast(state: Mapping[str, np.ndarray], dtype: np.dtype) -> StateDict:
   return {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in state.items()}
 
 
-def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
+def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int | None, ...]]) -> None:
   """Raises one ValueError for all that does not fit.
 
   Args:
     state: name -> array.
-    expected: name -> shape.
+    expected: name -> shape; None for a size that is not known.
   """
   common = [name for name in expected if name in state]
   problems = {
       'missing': [name for name in expected if name not in state],
       'unexpected': [name for name in state if name not in expected],
-      'misshapen': [f'{name} {tuple(state[name].shape)} instead of {tuple(expected[name])}' for name in common
-                    if tuple(state[name].shape) != tuple(expected[name])],
+      'misshapen': [f'{name} {tuple(state[name].shape)} instead of {_describe(expected[name])}' for name in common
+                    if not _fits(state[name].shape, expected[name])],
       'not floating point': [f'{name} ({state[name].dtype})' for name in common
                              if not jnp.issubdtype(state[name].dtype, jnp.floating)],
   }
   found = [f'{len(names)} {kind}: ' + ', '.join(names) for kind, names in problems.items() if names]
   if found:
     raise ValueError('the weights do not fit the model; ' + '; '.join(found))
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+  return len(shape) == len(expected) and all(want is None or size == want for size, want in zip(shape, expected))
+
+
+def _describe(shape: tuple[int | None, ...]) -> str:
+  return str(tuple(shape)).replace('None', '?')

@@ -3,14 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
-import re
 from typing import Any, NamedTuple
 
 from etils import epath
 import numpy as np
 import safetensors
 
-from groupvit_jax.interop import flat, huggingface, nvlabs, state_dicts, torch_file
+from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.interop import flat, huggingface, licence as licence_lib, nvlabs, state_dicts, torch_file
+from groupvit_jax.interop.licence import Licence
+from groupvit_jax.interop.new_folder import check_local
 
 # Beside an exported model's config.json: what `transformers` has no place for.
 SIDE_FILE = 'groupvit_jax.json'
@@ -22,7 +24,7 @@ class Weights(NamedTuple):
   spec: state_dicts.ModelSpec
   variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, float32
   form: str  # what was found, in words
-  licence: str  # what the source says of it
+  licence: Licence  # what the source says of it
 
 
 def read_weights(path: epath.PathLike) -> Weights:
@@ -37,6 +39,7 @@ def read_weights(path: epath.PathLike) -> Weights:
   Raises:
     ValueError: there is nothing there, it is damaged, or it is not GroupViT's.
   """
+  check_local(path)
   path = epath.Path(path)
   if not path.exists():
     raise ValueError(f'there is no file or folder {path}')
@@ -46,28 +49,43 @@ def read_weights(path: epath.PathLike) -> Weights:
       return _from_authors(state)
   config = _read_json(path / 'config.json')
   state = _read_state_dict(path)
+  licence = licence_lib.read_card(path)
   with _naming(path):
     if config.get('model_type') == flat.MODEL_TYPE:
-      return _from_flat(state, config, _licence(path))
+      return _from_flat(state, config, licence)
     side = _read_json(path / SIDE_FILE) if (path / SIDE_FILE).exists() else None
-    return _from_huggingface(state, config, side, _licence(path))
+    return _from_huggingface(state, config, side, licence)
+
+
+def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int, eos_id: int, remedy: str) -> None:
+  """Raises ValueError when a tokenizer is not the one that weights were trained with.
+
+  Args:
+    tokenizer: that was found.
+    vocab_size: of the weights.
+    eos_id: of the weights.
+    remedy: what to do about it.
+  """
+  for name, value in (('vocab_size', vocab_size), ('eos_id', eos_id)):
+    if getattr(tokenizer, name) != value:
+      raise ValueError(f'the tokenizer has {name}={getattr(tokenizer, name)} and the weights have {value}; {remedy}')
 
 
 def _from_authors(state: Mapping[str, np.ndarray]) -> Weights:
   spec = nvlabs.spec_from_shapes(state)
   variables = nvlabs.from_nvlabs(state, state_dicts.abstract_variables(spec.build()))
-  licence = "the file names none; the authors' code is for non-commercial use, see the page the weights come from"
-  return Weights(spec, variables, "an authors' checkpoint", licence)
+  licence = "the file names none; the authors' code is for non-commercial use, see the page that the weights come from"
+  return Weights(spec, variables, "an authors' checkpoint", Licence(name=licence))
 
 
-def _from_flat(state: Mapping[str, np.ndarray], config: Mapping[str, Any], licence: str) -> Weights:
+def _from_flat(state: Mapping[str, np.ndarray], config: Mapping[str, Any], licence: Licence) -> Weights:
   spec = flat.spec_from_json(config)
   variables = flat.from_flat(state, state_dicts.abstract_variables(spec.build()))
   return Weights(spec, variables, 'a folder of export --format=safetensors', licence)
 
 
 def _from_huggingface(state: Mapping[str, np.ndarray], config: Mapping[str, Any], side: Mapping[str, Any] | None,
-                      licence: str) -> Weights:
+                      licence: Licence) -> Weights:
   """`side` comes with an export of ours: the rest of the config and the prompts' temperature."""
   spec = huggingface.from_huggingface_config(config) if side is None else flat.spec_from_json(side)
   without_prompts = spec._replace(multi_label=False)
@@ -82,6 +100,8 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     raise ValueError(f'{path.parent} holds no {path.name}; name a folder that has one, or a .pth file')
   try:
     values = json.loads(path.read_text())
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read: {error.strerror or error}') from error
   except ValueError as error:
     raise ValueError(f'{path} is not JSON ({error}); download it again') from error
   if not isinstance(values, dict):
@@ -115,13 +135,6 @@ def _read_state_dict(folder: epath.Path) -> dict[str, np.ndarray]:
         raise ValueError(f'{folder} lacks {", ".join(missing)}, which {index.name} lists; download them')
       return {key: x for shard in shards for key, x in read(folder / shard).items()}
   raise ValueError(f'{folder} holds neither {" nor ".join(_READERS)}, whole or in shards; download the weights')
-
-
-def _licence(folder: epath.Path) -> str:
-  """The licence a model card names in its header."""
-  card = folder / 'README.md'
-  match = re.search(r'^license(?:_name)?:\s*(\S.*)$', card.read_text(), re.MULTILINE) if card.exists() else None
-  return match[1].strip() if match else 'the folder names none; see the page the weights come from'
 
 
 @contextlib.contextmanager

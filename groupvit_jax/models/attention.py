@@ -32,7 +32,9 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array |
   """
   if implementation == 'cudnn':
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation='cudnn')
-  if mask is None and query.shape[1] * key.shape[1] >= _MANY_PAIRS:
+  pairs = query.shape[1] * key.shape[1]
+  # An exported program takes pictures of any size: how many there are is not known before it runs.
+  if mask is None and (jax.export.is_symbolic_dim(pairs) or pairs >= _MANY_PAIRS):
     all_heads = lambda *args: _attend(*args, None)
     return lax.platform_dependent(query, key, value, cpu=_attend_by_head, default=all_heads)
   return _attend(query, key, value, mask)

@@ -50,23 +50,26 @@ class StageSpec:
   num_segments: int
 
 
-def bicubic_matrix(size_in: int, size_out: int) -> np.ndarray:
+def bicubic_matrix(size_in: int, size_out: int) -> jax.Array:
   """Weights [size_out, size_in] of torch's bicubic resize along one axis.
 
   Half-pixel centres, Keys' kernel with a = -0.75, no antialiasing, edge samples repeated. `jax.image.resize` differs
   in all but the first.
+
+  Args:
+    size_in: samples there are.
+    size_out: samples to make; in an exported program perhaps not known before it runs.
   """
   a = -0.75
-  centre = (np.arange(size_out) + 0.5) * size_in / size_out - 0.5
-  base = np.floor(centre).astype(int)
-  matrix = np.zeros((size_out, size_in))
-  for offset in range(-1, 3):
-    x = np.abs(centre - (base + offset))
-    near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-    far = a * (x**3 - 5 * x**2 + 8 * x - 4)
-    columns = np.clip(base + offset, 0, size_in - 1)
-    np.add.at(matrix, (np.arange(size_out), columns), np.where(x <= 1, near, far))
-  return matrix.astype(np.float32)
+  # Centres are (i + 0.5) * size_in / size_out - 0.5: their whole part, and exactly what is left.
+  doubled = (2 * jnp.arange(size_out) + 1) * size_in - size_out
+  base, rest = doubled // (2 * size_out), doubled % (2 * size_out)
+  offsets = jnp.arange(-1, 3)[None]
+  x = jnp.abs((rest / (2 * size_out))[:, None] - offsets)  # [size_out, 4], distances of the samples around
+  near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+  far = a * (x - 1) * (x - 2) ** 2
+  columns = jnp.clip(base[:, None] + offsets, 0, size_in - 1)
+  return (jnp.where(x <= 1, near, far)[..., None] * jax.nn.one_hot(columns, size_in)).sum(axis=1)
 
 
 def resize_positions(positions: jax.Array, height: int, width: int) -> jax.Array:
@@ -143,7 +146,7 @@ class VisionTower(nn.Module):
   def _embed(self, images: jax.Array) -> jax.Array:
     """Patch tokens [B, N, D] with positions."""
     patch = (self.patch_size, self.patch_size)
-    if min(images.shape[1:3]) < self.patch_size:
+    if images.shape[1] < self.patch_size or images.shape[2] < self.patch_size:
       raise ValueError(f'an image of {images.shape[1]} x {images.shape[2]} px is smaller than one patch '
                        f'({self.patch_size} px); enlarge it first')
     grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
