@@ -6,13 +6,14 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import socket
 import subprocess
 import sys
 
+import ml_collections
 import numpy as np
 from PIL import Image
+from playwright import sync_api
 import pytest
 
 from groupvit_jax import trained_run
@@ -20,22 +21,27 @@ from groupvit_jax.demo import viewer as viewer_lib
 from groupvit_jax.demo.examples import make_examples
 from groupvit_jax.demo.viewer import Viewer
 from groupvit_jax.evals import groups, window_encoder
+from groupvit_jax.interop.import_weights import import_weights
 from groupvit_jax.predictor import Predictor
-from tests import photos
+from tests import browser, huggingface_models, photos
 from tests.photos import photo
 from tests.trained import trained_workdir
 
 ROOT = pathlib.Path(__file__).parents[1]
-CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser')
-# As root in a container, and without a word to anyone.
-FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
-         '--disable-component-update', '--disable-sync']
 # What copying a picture in another program does.
 COPY = """async data => {
   const blob = await (await fetch('data:image/png;base64,' + data)).blob();
   await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
 }"""
+# What dragging a file from elsewhere onto the page does.
+DROP = """data => {
+  const files = new DataTransfer();
+  files.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], 'dropped.png', {type: 'image/png'}));
+  return files;
+}"""
 WORDS = 'dog|puppy, banana, grass'
+# Where nobody answers: the page must not be asked for there.
+PROXY = dict.fromkeys(('HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'), 'http://127.0.0.1:9')
 
 
 @pytest.fixture(scope='module')
@@ -56,14 +62,13 @@ def test_other_words_and_sliders_do_not_encode_again(viewer, picture, monkeypatc
     monkeypatch.setattr(module, name, lambda *args, run=run, name=name, **kw: passes.append(name) or run(*args, **kw))
   first = viewer.look(picture, WORDS, 0, None)
   assert first.prediction.classes == ('dog', 'banana', 'grass')
-  drawn = [viewer_lib.overlay(first.prediction, opacity) for opacity in (0.1, 0.9)]
-  assert not np.array_equal(*drawn) and passes == ['encode_windows']
-  before = viewer_lib.group_overlays(first.prediction)
-  assert passes == ['encode_windows', '_affinities']
+  shown = viewer_lib.for_screen(first.prediction)
+  drawn = [shown.overlay(opacity) for opacity in (0.1, 0.9)]
+  assert not np.array_equal(*drawn) and passes == ['encode_windows', '_affinities']
   cut = viewer.look(picture, WORDS, 0.9, first)
   assert cut.prediction.classes[0] == 'background'
-  np.testing.assert_array_equal(viewer_lib.group_overlays(cut.prediction), before)
-  assert viewer.look(picture, 'cat,', 0, cut).prediction.areas.tolist() == [1]
+  np.testing.assert_array_equal(viewer_lib.for_screen(cut.prediction).group_overlay(), shown.group_overlay())
+  assert viewer.look(picture, 'cat,', 0, cut._replace(prediction=None)).prediction.areas.tolist() == [1]
   assert len(passes) == 2
 
 
@@ -89,11 +94,14 @@ def test_the_legend_has_areas_and_no_markup_of_the_visitors(viewer, picture):
     assert (name in found, name in absent) == (area > 0, area == 0)
 
 
-def test_what_is_shown_fits_a_screen(viewer, tmp_path):
+def test_what_is_kept_fits_a_screen(viewer, tmp_path):
   Image.fromarray(photo(8, 1250)).resize((1300, 7)).save(tmp_path / 'long.png')
-  found = viewer.look(str(tmp_path / 'long.png'), WORDS, 0, None).prediction
-  assert found.labels.shape == (7, 1300) and viewer_lib.overlay(found, 0.5).shape == (7, 1280, 3)
-  assert [x.shape for x in viewer_lib.group_overlays(found)] == [(7, 1280, 3)] * 2
+  looked = viewer.look(str(tmp_path / 'long.png'), WORDS, 0, None)
+  shown = viewer_lib.for_screen(looked.prediction)
+  assert looked.prediction.labels.shape == (7, 1300) and shown.overlay(0.5).shape == (7, 1280, 3)
+  assert [x.shape for x in shown.groups] == [(7, 1280)] and shown.group_overlay(0).shape == (7, 1280, 3)
+  assert {x.shape for x in (shown.image[..., 0], shown.labels, shown.pixel_scores)} == {(7, 1280)}
+  assert looked.encoded.image.shape == (7, 1280, 3)
 
 
 def test_examples_are_scenes_of_the_run_and_photographs(tmp_path):
@@ -106,11 +114,29 @@ def test_examples_are_scenes_of_the_run_and_photographs(tmp_path):
     assert min(Image.open(path).size) >= 300 and words.split(', ')[0] == name
 
 
+def test_examples_for_weights_from_elsewhere(tmp_path):
+  """An imported workdir's config names no scenes: it gets some of the page's own, as large as its pictures."""
+  size = (224, 224)
+  config = ml_collections.ConfigDict(dict(data=dict(num_prompts=0), model=dict(vision=dict(image_size=size))))
+  scenes = make_examples(config, tmp_path)[:4]
+  assert {Image.open(path).size for path, _ in scenes} == {size}
+  assert {words for _, words in scenes} == {'dog, panda, banana, rocket, grass, sky, sand, water'}
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory) -> pathlib.Path:
+  """A workdir made of a narrow stand-in for the released weights."""
+  folder = tmp_path_factory.mktemp('released')
+  huggingface_models.write_released_folder(folder / 'hub')
+  import_weights(str(folder / 'hub'), str(folder / 'run'))
+  return folder / 'run'
+
+
 @contextlib.contextmanager
-def served(*options: str):
-  """The address of the page, served by the command that people give."""
-  command = [sys.executable, '-m', 'groupvit_jax.demo', f'--workdir={trained_workdir()}', '--port=0', *options]
-  process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {'JAX_NUM_CPU_DEVICES': '1'}, text=True,
+def served(workdir: pathlib.Path, *options: str):
+  """The address of the page, served by the command that people give, on a machine behind a proxy."""
+  command = [sys.executable, '-m', 'groupvit_jax.demo', f'--workdir={workdir}', '--port=0', *options]
+  process = subprocess.Popen(command, cwd=ROOT, env=os.environ | PROXY | {'JAX_NUM_CPU_DEVICES': '1'}, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
   try:
     line = process.stdout.readline()
@@ -127,48 +153,75 @@ def picture_bytes(image: np.ndarray) -> dict[str, object]:
   return dict(name='mine.png', mimeType='image/png', buffer=photos.encode(image, 'PNG'))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium, as in apt install chromium')
+def encoded(image: np.ndarray) -> str:
+  """A file's contents as scripts of a page take them."""
+  return base64.b64encode(photos.encode(image, 'PNG')).decode()
+
+
+def changed(page: sync_api.Page, before: str) -> str:
+  """Waits for another overlay; returns it."""
+  page.wait_for_function(
+      "old => { const i = document.querySelector('#overlay img'); return i && i.src && i.src !== old }", arg=before)
+  return page.locator('#overlay img').get_attribute('src')
+
+
+@contextlib.contextmanager
+def opened(address: str):
+  """The page in a browser."""
+  sync_api.expect.set_options(timeout=90_000)
+  with browser.launched() as chromium:
+    page = chromium.new_page(viewport=dict(width=1100, height=1000))
+    page.set_default_timeout(90_000)
+    page.goto(address)
+    yield page
+
+
+def test_imported_weights_in_a_browser(imported, tmp_path):
+  """What most people come with: the released weights at the paper's windows; a picture is dropped."""
+  with served(imported, '--protocol=groupvit') as address, opened(address) as page:
+    sync_api.expect(page.get_by_text('at step 0')).to_be_visible()
+    page.locator('#words textarea').fill('dog, cat, grass')
+    files = page.evaluate_handle(DROP, encoded(photo(60, 90)))
+    page.locator('#picture button:has(input[type=file])').dispatch_event('drop', {'dataTransfer': files})
+    changed(page, '')
+    for stage in ('first', 'final'):
+      sync_api.expect(page.locator(f'#{stage}-groups img')).to_be_visible()
+    page.screenshot(path=tmp_path / 'page.png', full_page=True)
+    with page.expect_download() as download:
+      page.locator('#report').click()
+    report = json.loads(download.value.path().read_text())
+    assert report['picture'] == 'dropped.png' and {row['name'] for row in report['classes']} == {'dog', 'cat', 'grass'}
+
+
 def test_in_a_browser(tmp_path):
   """Upload, paste, type, look; move the sliders; make mistakes; take the results home."""
-  sync_api = pytest.importorskip('playwright.sync_api')
-  with served('--max_upload_mb=1', '--max_megapixels=0.25') as address, sync_api.sync_playwright() as play:
-    browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-    page = browser.new_page(viewport=dict(width=1100, height=1000))
-    page.set_default_timeout(90_000)
+  options = '--max_upload_mb=1', '--max_megapixels=0.25'
+  with served(trained_workdir(), *options) as address, opened(address) as page:
     page.context.grant_permissions(['clipboard-read', 'clipboard-write'], origin=address.rstrip('/'))
-    sync_api.expect.set_options(timeout=90_000)
     elsewhere = []
     page.on('request', lambda request: elsewhere.append(request.url)
             if not request.url.startswith((address, 'data:', 'blob:')) else None)
-    page.goto(address)
+    page.reload()
     message, legend, words = page.locator('#message'), page.locator('#legend'), page.locator('#words textarea')
-    shown = lambda: page.locator('#overlay img').get_attribute('src')
-
-    def changed(before: str) -> str:
-      """Waits for another overlay."""
-      page.wait_for_function(
-          "old => { const i = document.querySelector('#overlay img'); return i && i.src && i.src !== old }", arg=before)
-      return shown()
-
     upload = page.locator('#picture input[type=file]')
     upload.set_input_files(picture_bytes(photo(60, 90)))
     sync_api.expect(message).to_contain_text('There are no words to look for')
     words.fill('dog|puppy, banana')
     words.press('Enter')
-    first = changed('')
+    first = changed(page, '')
     sync_api.expect(message).to_be_empty()
     assert {'dog', 'banana'} <= set(re.findall(r'\w+', legend.inner_text()))
     words.fill('grass, sky')  # as many words as before: nothing to compile
     page.locator('#segment').click()
-    second = changed(first)
+    second = changed(page, first)
     sync_api.expect(legend).to_contain_text('grass')
     page.locator('#opacity input[type=number]').fill('0.9')
-    third = changed(second)
+    third = changed(page, second)
     page.locator('#threshold input[type=number]').fill('1')
     sync_api.expect(legend).to_contain_text('background')
-    changed(third)
-    for stage in ('first', 'final'):
-      assert page.locator(f'#{stage}-groups img').count() == 1
+    changed(page, third)
+    assert page.locator('#final-groups img').count() == 1
+    assert page.locator('#first-groups').count() == 0  # of one grouping stage the final ones are the first
     page.screenshot(path=tmp_path / 'page.png', full_page=True)
     files = {}
     for name in ('mask', 'report'):
@@ -185,20 +238,21 @@ def test_in_a_browser(tmp_path):
     upload.set_input_files(dict(name='bad.png', mimeType='image/png', buffer=b'not a picture'))
     sync_api.expect(message).to_contain_text("picture 'bad.png' is not a picture")
     assert page.locator('#overlay img').count() == 0
+    page.locator('#opacity input[type=number]').fill('0.5')  # draws nothing: there is no picture
     upload.set_input_files(picture_bytes(np.zeros((600, 500, 3), np.uint8)))
     sync_api.expect(message).to_contain_text('this page takes up to 0.25 million')
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
     upload.set_input_files(picture_bytes(noise))
     sync_api.expect(page.get_by_text(re.compile('maximum allowed size'))).to_be_visible()
     page.locator('.gallery-item, .tr-body').first.click()  # an example
-    before = changed('')
-    page.evaluate(COPY, base64.b64encode(photos.encode(photo(70, 40, seed=2), 'PNG')).decode())
+    before = changed(page, '')
+    page.evaluate(COPY, encoded(photo(70, 40, seed=2)))
     page.locator('#opacity').click(position=dict(x=5, y=5))  # from here, too, keys paste
     page.keyboard.press('Control+V')
-    before = changed(before)
-    page.evaluate(COPY, base64.b64encode(photos.encode(photo(50, 80, seed=1), 'PNG')).decode())
+    before = changed(page, before)
+    page.evaluate(COPY, encoded(photo(50, 80, seed=1)))
     page.get_by_label('Paste from clipboard').click()
-    changed(before)
+    changed(page, before)
     with page.expect_download() as download:
       page.locator('#mask').click()
     assert Image.open(download.value.path()).size == (80, 50)
@@ -206,7 +260,6 @@ def test_in_a_browser(tmp_path):
     page.locator('#segment').click()
     sync_api.expect(message).to_contain_text('There are no words to look for')
     assert not elsewhere
-    browser.close()
     host, port = re.fullmatch(r'http://(.+):(\d+)/', address).groups()
     assert host == '127.0.0.1'
     with pytest.raises(ConnectionRefusedError):  # answers only where everything is let in

@@ -58,7 +58,7 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
         overlay = gr.Image(label='Segments', elem_id='overlay', **shown)
         legend = gr.HTML(elem_id='legend-box')
     with gr.Row():
-      first = gr.Image(label='First groups', elem_id='first-groups', **shown)
+      first = gr.Image(label='First groups', elem_id='first-groups', visible=False, **shown)  # of two stages and more
       final = gr.Image(label='Final groups', elem_id='final-groups', **shown)
     with gr.Row():
       mask = gr.DownloadButton('Mask (PNG)', elem_id='mask', interactive=False)
@@ -72,13 +72,17 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
       try:
         now = viewer.look(path, text, cut, before)
       except ValueError as error:
-        return [_alert(error), before, None, '', None, None, *[gr.update(value=None, interactive=False)] * 2]
+        kept = before and before._replace(prediction=None)
+        return [_alert(error), kept, None, '', None, None, *[gr.update(value=None, interactive=False)] * 2]
       files = [gr.update(value=path, interactive=True) for path in _write_downloads(folder, request, now)]
-      return ['', now, viewer_lib.overlay(now.prediction, tint), viewer_lib.legend(now.prediction),
-              *viewer_lib.group_overlays(now.prediction), *files]
+      found = viewer_lib.for_screen(now.prediction)
+      several = len(found.groups) > 1
+      first_groups = gr.update(value=found.group_overlay(0) if several else None, visible=several)
+      return ['', now._replace(prediction=found), found.overlay(tint), viewer_lib.legend(now.prediction),
+              first_groups, found.group_overlay(-1), *files]
 
     def draw(tint: float, now: Looked | None) -> Any:
-      return gr.skip() if now is None else viewer_lib.overlay(now.prediction, tint)
+      return gr.skip() if now is None or now.prediction is None else now.prediction.overlay(tint)
 
     def leave(request: gr.Request) -> None:
       shutil.rmtree(_visitor(folder, request), ignore_errors=True)

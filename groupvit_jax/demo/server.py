@@ -1,5 +1,6 @@
 """Serves the page for one run."""
 
+import os
 import pathlib
 import tempfile
 
@@ -12,31 +13,35 @@ from groupvit_jax.demo.page import build_page
 from groupvit_jax.demo.viewer import Viewer
 from groupvit_jax.predictor import Predictor
 
-_MOST_VISITORS = 64  # whose pictures are remembered
+_MOST_VISITORS = 32  # whose pictures are remembered, in about 20 MB each
 _MOST_WAITING = 32
 _ANY_PORT = 0
 
 
-def serve(workdir: epath.PathLike, *, host: str, port: int, max_upload_mb: int, max_pixels: int) -> None:
+def serve(workdir: epath.PathLike, *, protocol: str, checkpoint: str, host: str, port: int, max_upload_mb: int,
+          max_pixels: int) -> None:
   """Opens a run and serves the page until it is interrupted.
 
   Args:
     workdir: of the run.
+    protocol: name of the protocol that pictures are labelled by.
+    checkpoint: as for `trained_run.open_run`.
     host: address to listen at.
     port: to listen at; 0 for one that is free.
     max_upload_mb: megabytes that an uploaded file may have.
     max_pixels: that a picture may have.
 
   Raises:
-    ValueError: there is no such run, or the address cannot be listened at.
+    ValueError: there is no such run or protocol, or the address cannot be listened at.
   """
-  run = trained_run.open_run(workdir)
-  viewer = Viewer(Predictor.from_run(run), max_pixels=max_pixels)
+  run = trained_run.open_run(workdir, checkpoint)
+  viewer = Viewer(Predictor.from_run(run, protocol=protocol), max_pixels=max_pixels)
   title = f'`{run.workdir.name}` at step {run.step:,}. Drop or paste a picture, and type what to look for in it.'
   with tempfile.TemporaryDirectory(prefix='groupvit-demo-') as folder:
     folder = pathlib.Path(folder)
     page = build_page(viewer, make_examples(run.config, folder), title, folder)
     page.queue(max_size=_MOST_WAITING)
+    _ask_no_proxy(host)
     try:
       # Fonts of the system: the default theme fetches some from elsewhere.
       _, address, _ = page.launch(
@@ -46,5 +51,15 @@ def serve(workdir: epath.PathLike, *, host: str, port: int, max_upload_mb: int, 
           ssr_mode=False, show_error=True)
     except OSError as error:
       raise ValueError(f'cannot listen at {host}:{port}; choose another --port, or --port=0 for any') from error
+    except ValueError as error:  # Gradio asks itself for the page before it says that it is there
+      raise ValueError(f'the page at {host}:{port} does not answer on this machine ({error}); look at HTTP_PROXY and '
+                       'NO_PROXY, or name another --host') from error
     print(f'the page is at {address}', flush=True)
     page.block_thread()
+
+
+def _ask_no_proxy(host: str) -> None:
+  """Lets this process ask itself for the page where a proxy stands between it and all else."""
+  for name in ('NO_PROXY', 'no_proxy'):
+    known = os.environ.get(name, '')
+    os.environ[name] = ','.join(part for part in (known, 'localhost', '127.0.0.1', host) if part)

@@ -19,8 +19,8 @@ class Looked(NamedTuple):
   """A picture that somebody looks at."""
 
   path: str
-  encoded: EncodedImage
-  prediction: Prediction  # the last one
+  encoded: EncodedImage  # its image and groups no larger than a screen
+  prediction: Prediction | None  # the last one; None when the last words had a mistake
 
 
 class Viewer:
@@ -38,6 +38,9 @@ class Viewer:
       text: words between commas; 'dog|puppy' is one class.
       threshold: score below which a pixel is background; with 0 there is no background.
       before: what was looked at before; the encoder does not run again for the same picture.
+
+    Returns:
+      What was found, its label map as large as the picture.
 
     Raises:
       ValueError: there is no picture, it cannot be read or is too large, or the words have a mistake. Each
@@ -60,20 +63,22 @@ class Viewer:
       raise ValueError(f'{name} has {size[0]} x {size[1]} pixels; this page takes up to '
                        f'{self._max_pixels / 1e6:g} million: make it smaller.')
     try:
-      return self._predictor.encode([path])[0]
+      encoded = self._predictor.encode([path])[0]
     except ValueError as error:
       raise ValueError(str(error).replace(path, name)) from error  # where uploads lie is nobody's business
+    # Groups are shown whatever the words. Made now, they need the large picture no more.
+    scale = min(1, _SCREEN_SIDE / max(encoded.image.shape[:2]))
+    size = tuple(max(1, round(side * scale)) for side in encoded.image.shape[:2])
+    maps = tuple(_pick(groups, size) for groups in encoded.group_maps())
+    image = cv2.resize(encoded.image, size[::-1], interpolation=cv2.INTER_AREA)
+    return encoded._replace(image=image, group_maps=lambda: maps)
 
 
-def overlay(prediction: Prediction, opacity: float) -> np.ndarray:
-  """The picture under colours and names, uint8 [H', W', 3], no larger than a screen."""
-  return _for_screen(prediction).overlay(opacity)
-
-
-def group_overlays(prediction: Prediction) -> tuple[np.ndarray, np.ndarray]:
-  """The picture under the first and under the final groups."""
-  shown = _for_screen(prediction)
-  return shown.group_overlay(0), shown.group_overlay(-1)
+def for_screen(prediction: Prediction) -> Prediction:
+  """The same prediction, its label map as large as its image: a screen, where the picture is larger."""
+  size = prediction.image.shape[:2]
+  return dataclasses.replace(
+      prediction, labels=_pick(prediction.labels, size), pixel_scores=_pick(prediction.pixel_scores, size))
 
 
 def legend(prediction: Prediction) -> str:
@@ -93,17 +98,9 @@ def legend(prediction: Prediction) -> str:
   return f'<div id="legend">{table}{"".join(rows)}</tbody></table>{rest}</div>'
 
 
-def _for_screen(prediction: Prediction) -> Prediction:
-  """The same prediction of a smaller picture, if it is larger than a screen."""
-  height, width = prediction.labels.shape
-  scale = _SCREEN_SIDE / max(height, width)
-  if scale >= 1:
-    return prediction
-  size = max(1, round(width * scale)), max(1, round(height * scale))
-  pick = lambda labels: cv2.resize(labels, size, interpolation=cv2.INTER_NEAREST)
-  return dataclasses.replace(
-      prediction, image=cv2.resize(prediction.image, size, interpolation=cv2.INTER_AREA),
-      labels=pick(prediction.labels), group_maps=lambda: tuple(map(pick, prediction.groups)))
+def _pick(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """An array [H, W] at another size, of pixels that it has."""
+  return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_NEAREST)
 
 
 def _stated_size(path: str) -> tuple[int, int]:
