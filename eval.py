@@ -5,7 +5,6 @@
   python eval.py --workdir=runs/quickstart --images='*.png' --classes='dog,banana,grass' --output=out
 """
 
-import dataclasses
 import json
 
 from absl import flags
@@ -23,17 +22,17 @@ PROTOCOL = flags.DEFINE_string(
     'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published figure, or native.')
 WEIGHTS = flags.DEFINE_enum('weights', 'best', ['best', 'ema', 'trained'],
                             'best: the moving average, where the run keeps one.')
-CHANGES = {field.name: flags.DEFINE_string(f'protocol.{field.name}', None, 'Changes that part of the protocol.')
-           for field in dataclasses.fields(protocols.Protocol) if field.name != 'name'}
+CHANGES = {name: flags.DEFINE_string(f'protocol.{name}', None, 'Changes that part of the protocol.')
+           for name in protocols.PARAMETERS}
 CLUSTER = cluster.define_flags()
 BENCHMARK = flags.DEFINE_string(
     'benchmark', None, 'voc21, voc20, context60, context59, coco_object, coco_stuff, ade20k, cityscapes, folder, '
-    'scenes or imagenet: see docs/evaluation.md.')
+    "imagenet or scenes (the run's own, held out for testing; the default): see docs/evaluation.md.")
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the benchmark's data set is; of --benchmark=folder the folder.")
 NUM_PICTURES = flags.DEFINE_integer('num_pictures', 0, 'So many of the benchmark, spread evenly; 0 for all.')
 THRESHOLDS = flags.DEFINE_string('thresholds', '', 'Background thresholds to count along: 0.05:0.95:0.05 or 0.3,0.5.')
 CHECKPOINT = flags.DEFINE_enum(
-    'checkpoint', 'newest', ['newest', 'best'], 'Which one of --workdir the benchmark scores.')
+    'checkpoint', 'newest', ['newest', 'best'], 'Which one of --workdir; best is the one that scored best in training.')
 MASKS = flags.DEFINE_bool('masks', False, 'Write every label map of the benchmark as an indexed PNG.')
 REPORT = flags.DEFINE_string('report', None, 'A page for people about the benchmark: out/report.html.')
 flags.mark_flag_as_required('workdir')
@@ -44,16 +43,15 @@ def main() -> int:
   if mistake := _find_mistake():
     return cli.fail(mistake)
   from groupvit_jax import distributed  # after the flags: a mistake there should not wait for JAX to load
-  from groupvit_jax.evals import run_benchmark, run_eval
-  options = dict(output=OUTPUT.value, overwrite=OVERWRITE.value, protocol=PROTOCOL.value, weights=WEIGHTS.value,
+  from groupvit_jax.evals import request, run_benchmark, run_eval
+  options = dict(output=OUTPUT.value, overwrite=OVERWRITE.value, protocol=PROTOCOL.value, checkpoint=CHECKPOINT.value,
+                 weights=WEIGHTS.value,
                  changes={key: flag.value for key, flag in CHANGES.items() if flag.value is not None})
-  if BENCHMARK.value is not None:
-    options |= dict(benchmark=BENCHMARK.value, data_dir=DATA_DIR.value, num_pictures=NUM_PICTURES.value,
-                    thresholds=THRESHOLDS.value, masks=MASKS.value, report=REPORT.value, checkpoint=CHECKPOINT.value)
-    evaluate = lambda: run_benchmark.evaluate_benchmark(WORKDIR.value, run_benchmark.Request(**options))
-  elif IMAGES.value is None:
-    options['protocol'] = PROTOCOL.value or protocols.NATIVE
-    evaluate = lambda: run_eval.evaluate_scenes(WORKDIR.value, **options)
+  if IMAGES.value is None:
+    options |= dict(benchmark=BENCHMARK.value or request.SCENES, data_dir=DATA_DIR.value,
+                    num_pictures=NUM_PICTURES.value, thresholds=THRESHOLDS.value, masks=MASKS.value,
+                    report=REPORT.value)
+    evaluate = lambda: run_benchmark.evaluate_benchmark(WORKDIR.value, request.Request(**options))
   else:
     options['protocol'] = PROTOCOL.value or protocols.NATIVE
     evaluate = lambda: run_eval.label_pictures(
@@ -69,10 +67,11 @@ def _find_mistake() -> str:
     return '--images needs --output: the folder that results go to'
   if IMAGES.value is not None and BENCHMARK.value is not None:
     return '--images and --benchmark are two requests; leave one out'
-  of_benchmarks = (DATA_DIR, NUM_PICTURES, THRESHOLDS, MASKS, REPORT)
-  for flag in of_benchmarks:
-    if flag.value and BENCHMARK.value is None:
-      return f'--{flag.name} is about a benchmark; name one with --benchmark'
+  for flag in (DATA_DIR, NUM_PICTURES, THRESHOLDS, MASKS, REPORT):
+    if flag.value and IMAGES.value is not None:
+      return f'--{flag.name} is about a benchmark, not about --images; leave one out'
+  if DATA_DIR.value and BENCHMARK.value is None:
+    return f'--data_dir={DATA_DIR.value} holds benchmarks; name one with --benchmark'
   return ''
 
 

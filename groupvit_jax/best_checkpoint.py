@@ -33,13 +33,15 @@ class BestCheckpoint:
       if kept['metric'] == metric and kept['step'] in self._checkpoints.steps():
         self.value, self.step = kept['value'], kept['step']
 
-  def offer(self, figures: Mapping[str, float], state: TrainState, config: ml_collections.ConfigDict) -> bool:
+  def offer(self, figures: Mapping[str, float], state: TrainState, config: ml_collections.ConfigDict,
+            settings: Mapping[str, object]) -> bool:
     """Keeps a state if its figure is among these and higher than ever.
 
     Args:
       figures: just measured, the same on every host.
       state: that they were measured of.
       config: of the run.
+      settings: what the figures depend on, for best.json.
 
     Returns:
       Whether it is kept.
@@ -60,8 +62,8 @@ class BestCheckpoint:
     self._checkpoints.save(state, config)
     self._checkpoints.wait()  # the line below must not speak of what is not there
     if jax.process_index() == 0:
-      kept = {'metric': self._metric, 'value': value, 'step': self.step}
-      shards.write_whole(str(self._path), (json.dumps(kept) + '\n').encode())
+      kept = {'metric': self._metric, 'value': value, 'step': self.step, 'settings': dict(settings)}
+      shards.write_whole(str(self._path), (json.dumps(kept, indent=2) + '\n').encode())
     return True
 
   def close(self) -> None:

@@ -15,6 +15,7 @@ from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals import groups, in_training, visualize, zero_shot
 from groupvit_jax.evals.evaluator import Evaluator
+from groupvit_jax.evals.picture_faults import PictureFault
 from groupvit_jax.evals.protocols import native_protocol
 from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.scene_eval import SceneEvaluator
@@ -71,7 +72,7 @@ class RunEvals:
   """Does what is scheduled, logs it, and keeps the best checkpoint."""
 
   def __init__(self, scheduled: Sequence[Scheduled], config: ml_collections.ConfigDict, log: RunLog,
-               best: BestCheckpoint, interrupts: Interrupts, facts: Mapping[str, str]):
+               best: BestCheckpoint, interrupts: Interrupts, facts: Callable[..., Mapping[str, str]]):
     """Holds on to its arguments.
 
     Args:
@@ -80,7 +81,7 @@ class RunEvals:
       log: where figures and panels go.
       best: is offered every figure.
       interrupts: a signal leaves an evaluation at once.
-      facts: what figures depend on besides their protocol.
+      facts: (step=...) -> what figures depend on besides their protocol.
     """
     self._scheduled, self._config, self._log, self._best = scheduled, config, log, best
     self._interrupts, self._facts = interrupts, facts
@@ -99,7 +100,8 @@ class RunEvals:
     """Does all that is due.
 
     Returns:
-      Whether all evaluations were done: a signal leaves the one that it comes in, and those after it.
+      Whether all evaluations were done: a signal leaves the one that it comes in, and those after it. One with a bad
+      picture is left out: the others, and the run, do without.
     """
     step = int(state.step)
     for place, each in enumerate(due):
@@ -107,12 +109,14 @@ class RunEvals:
       try:
         with self._interrupts.immediately():
           if each.evaluate is not None:
-            result = each.evaluate(state.best_variables, provenance=self._facts | {'step': str(step)})
+            result = each.evaluate(state.best_variables, provenance=self._facts(step=step))
           if each.draw is not None:
             panel = each.draw(state.best_variables)
       except Preempted:
         self._log.say(f'{each.name} after step {step} left for a signal')
         return not any(other.evaluate for other in due[place:])
+      except PictureFault as fault:
+        self._log.say(f'{each.name} after step {step} left out: {fault}')
       if panel is not None:
         self._log.picture(step, each.name if result is None else f'eval/{each.name}', panel)
       if result is not None:
@@ -126,9 +130,9 @@ class RunEvals:
     """
     step, scalars = int(state.step), result.scalars()
     figures = in_training.figures(name, scalars)
-    if self._best.offer(figures, state, self._config):
+    if self._best.offer(figures, state, self._config, result.settings()):
       self._log.say(f'step {step}  {self._config.checkpoint.best} {self._best.value:.3f} is the best so far; kept')
-    self._log.figures(step, figures)
+    self._log.figures(step, figures, {f'eval/{name}/settings': result.settings()})
     self._log.text(step, f'eval/{name}/settings', json.dumps(result.to_json(), indent=2))
     shown = [key for key in ('miou', 'oracle_miou', 'top1') if key in scalars]
     self._log.say(f'step {step}  {name}  ' + '  '.join(f'{key} {scalars[key]:.3f}' for key in shown))

@@ -100,14 +100,20 @@ class RunLog:
       left = (self._total - step) * self._batch_size / rate
       self.say(f'step {step}/{self._total}  loss {shown["loss"]}  {shown["img/s"]} images/s  {_clock(left)} left')
 
-  def figures(self, step: int, figures: Mapping[str, float]) -> None:
-    """Appends figures to metrics.jsonl and TensorBoard; what is not finite is written as null."""
+  def figures(self, step: int, figures: Mapping[str, float], settings: Mapping[str, object] | None = None) -> None:
+    """Appends figures to metrics.jsonl and TensorBoard; what is not finite is written as null.
+
+    Args:
+      step: that they were measured after.
+      figures: by name.
+      settings: what they depend on, by name: JSON, for metrics.jsonl alone.
+    """
     if self._silent:
       return
     values = {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
     with shards.writing(self._path.parent):
       with self._path.open('a') as file:
-        file.write(json.dumps({'step': step, **values}) + '\n')
+        file.write(json.dumps({'step': step, **values, **(settings or {})}) + '\n')
       for name, value in figures.items():
         self._board.figure(step, name, value)
       if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_FLUSHES:

@@ -182,7 +182,8 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   with contextlib.closing(log):  # whatever ends the run: what was logged can be read
     _announce(log, run, state)
     scheduled = run_evals.schedule(config, run.source, run.evals, run.model, run.tokenizer, run.mesh)
-    facts = {'workdir': str(workdir), 'code': trained_run.code_version()}
+    facts = functools.partial(trained_run.provenance, workdir, weights='ema' if run.averages else 'trained',
+                              model=run.model, mesh=run.mesh)
     best = BestCheckpoint(workdir, config.checkpoint.best)
     evals = RunEvals(scheduled, config, log, best, interrupts, facts)
     tally = FaultTally(workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share,

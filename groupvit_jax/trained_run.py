@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping
 import contextlib
+import functools
 import pathlib
 import subprocess
 from typing import Literal, NamedTuple, get_args
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -39,13 +41,22 @@ class TrainedRun(NamedTuple):
 
   @property
   def provenance(self) -> Mapping[str, str]:
-    """What figures of this run depend on besides their protocol."""
-    return {
-      'workdir': str(self.workdir),
-      'step': str(self.step),
-      'weights': self.weights,
-      'code': code_version(),
-    }
+    """See `provenance`."""
+    return provenance(self.workdir, self.step, self.weights, self.model, self.mesh)
+
+
+def provenance(
+  workdir: epath.PathLike, step: int, weights: Weights, model: ImageTextModel, mesh: jax.sharding.Mesh
+) -> dict[str, str]:
+  """What figures of a checkpoint depend on besides their protocol, the same in training and after it."""
+  products = jax.config.jax_default_matmul_precision or 'default'
+  return {
+    'workdir': str(workdir),
+    'step': str(step),
+    'weights': weights,
+    'code': code_version(),
+    'precision': f'{jnp.dtype(model.dtype).name}, matrix products {products} on {mesh.devices.flat[0].device_kind}',
+  }
 
 
 def open_run(
@@ -127,6 +138,7 @@ def untrained_variables(run: TrainedRun) -> dict[str, object]:
   ).variables
 
 
+@functools.cache
 def code_version() -> str:
   """The commit of this code, with '-dirty' after changes, or the package's version outside git."""
   root = pathlib.Path(__file__).parents[1]

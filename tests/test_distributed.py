@@ -138,6 +138,10 @@ def test_two_processes_evaluate_as_one(scenario, tmp_path):
   assert report['threshold_miou'] == expected['threshold_miou']
   headings = [re.findall('<p>(.*?): mIoU', path.with_suffix('.html').read_text()) for path in (two, one)]
   assert headings[0] == headings[1] and sorted(headings[0]) == ['a', 'b', 'c.d', 'd']
+  # A picture that one of them cannot use ends both.
+  (tmp_path / 'mine/images/b.jpg').write_bytes(b'no picture')
+  for code, text in finish(start_two(*flags[:3], *flags[5:], program='eval.py')):
+    assert code == cli.EXIT_USAGE and "picture 'b' is" in text, text
 
 
 @pytest.mark.parametrize('flags, message', [

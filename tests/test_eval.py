@@ -15,7 +15,8 @@ import pytest
 
 import groupvit_jax
 from groupvit_jax import cli, train_state, trained_run
-from groupvit_jax.evals import run_eval, scene_eval, segmenter, window_encoder
+from groupvit_jax.evals import run_benchmark, run_eval, scene_eval, segmenter, window_encoder
+from groupvit_jax.evals.request import Request, SCENES
 from tests.forbidden import run_without
 from tests.tiny import tiny_config
 from tests.trained import trained_workdir
@@ -23,14 +24,9 @@ from tests.trained import trained_workdir
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def scenes(workdir=None, output=None, overwrite=False, protocol='native', **changes):
-  return run_eval.evaluate_scenes(
-    str(workdir or trained_workdir()),
-    output=output and str(output),
-    overwrite=overwrite,
-    protocol=protocol,
-    changes=changes,
-  )
+def scenes(workdir=None, output=None, overwrite=False, protocol='', **changes):
+  request = Request(SCENES, protocol=protocol, changes=changes, output=output and str(output), overwrite=overwrite)
+  return run_benchmark.evaluate_benchmark(str(workdir or trained_workdir()), request)
 
 
 def label(images, output, classes='dog|puppy,grass', workdir=None, overwrite=False, **changes):
@@ -105,7 +101,12 @@ def test_the_same_again_replaces_its_own_results(evaluated, capsys):
   read = lambda: re.sub('"code": .*', '', (evaluated / 'results.json').read_text())
   before = read()
   (evaluated / 'notes.txt').write_text('mine')
+  (evaluated / 'masks').mkdir()
+  for stale in ('thresholds.png', 'masks/a.png'):  # as an evaluation with other flags leaves them
+    (evaluated / stale).write_text('old')
   assert scenes(output=evaluated) == 0
+  assert not (evaluated / 'thresholds.png').exists() and not list((evaluated / 'masks').iterdir())
+  assert len(list((evaluated / 'tensorboard').iterdir())) == 1
   assert 'files of the same names are replaced' in capsys.readouterr().err
   assert read() == before  # to the bit
   assert (evaluated / 'notes.txt').read_text() == 'mine'
@@ -212,7 +213,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, capsys):
   assert scenes(workdir, output=tmp_path / 'out') == 0
   report = json.loads((tmp_path / 'out' / 'results.json').read_text())
   assert report['checkpoint'] == {'step': 4, 'damaged_newer_steps': [6]}
-  assert 'step 4, code' in (out := capsys.readouterr().out) and '6 is newer but damaged' in out
+  assert 'step 4, weights trained, code' in (out := capsys.readouterr().out) and '6 is newer but damaged' in out
   damage(workdir, 4)
   with pytest.raises(ValueError, match=r'none of the checkpoints \[4, 6\]'):
     scenes(workdir, output=tmp_path / 'other')
@@ -286,6 +287,18 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
   assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('error: there is no workdir')
 
 
+@pytest.mark.parametrize('flags, message', [
+  (['--checkpoint=best'], 'kept no best checkpoint'),
+  (['--checkpoint=best', '--images=docs/demo.png', '--classes=dog', '--output=out'], 'kept no best checkpoint'),
+  (['--images=docs/demo.png', '--output=out', '--thresholds=0.5'], '--thresholds is about a benchmark, not about'),
+  (['--data_dir=data'], '--data_dir=data holds benchmarks; name one with --benchmark'),
+])
+def test_flags_reach_what_they_are_about(flags, message):
+  done = subprocess.run([sys.executable, 'eval.py', f'--workdir={trained_workdir()}', *flags], cwd=ROOT,
+                        capture_output=True, text=True, check=False)
+  assert done.returncode == cli.EXIT_USAGE and message in done.stderr, done.stderr
+
+
 def test_nothing_imports_tensorflow_or_torch(tmp_path):
   """Training, evaluating, segmenting and predicting; data sets and workers: test_tfds_source.py, test_datasets.py."""
   Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / 'picture.png')
@@ -293,10 +306,10 @@ def test_nothing_imports_tensorflow_or_torch(tmp_path):
 import numpy as np
 import groupvit_jax
 from groupvit_jax import train_loop
-from groupvit_jax.evals import run_eval
+from groupvit_jax.evals import request, run_benchmark, run_eval
 from tests.tiny import tiny_config
 assert train_loop.train(tiny_config(), '{tmp_path}/run') == 0
-run_eval.evaluate_scenes('{tmp_path}/run', output='{tmp_path}/eval', overwrite=False, protocol='native', changes={{}})
+run_benchmark.evaluate_benchmark('{tmp_path}/run', request.Request('scenes', output='{tmp_path}/eval'))
 assert run_eval.label_pictures('{tmp_path}/run', images='{tmp_path}/picture.png', classes='dog,grass',
                                output='{tmp_path}/out', overwrite=False, protocol='native', changes={{}}) == 0
 predictor = groupvit_jax.Predictor.from_workdir('{tmp_path}/run')

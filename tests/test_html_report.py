@@ -1,5 +1,6 @@
 """The page for people, in a browser where there is one."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -43,7 +44,9 @@ def page() -> str:
 def test_figures_stand_beside_the_published_ones(page):
   result = make_result()
   assert f'{100 * result.scores.miou:.1f}' in page and '<td class="number">52.3</td>' in page
-  assert 'published: protocol groupvit, GroupViT-S/16 of gcc_redcaps' in page
+  assert 'published: protocol groupvit, GroupViT-S/16 of gcc_redcaps (here 7 of 1,449 pictures)' in page
+  assert '<b>groupvit</b>' in page and 'the 5 best classes of a window, double softmax' in page
+  assert 'background threshold 0.95 in each window' in page
   rows = re.findall(r'<tr><td>(.*?)</td><td>(.*?)</td><td class="number">(.*?)</td><td class="number">(.*?)</td>', page)
   wrong = result.counts.sum() - np.trace(result.counts)
   assert rows[0] == ('cat', 'dog', f'{5000 / result.counts[8].sum():.1%}'[:-1], f'{5000 / wrong:.1%}'[:-1])
@@ -57,6 +60,17 @@ def test_a_strip_says_what_its_colours_are(page):
   legends = re.findall(r'<p class="legend">(.*?)</p>', page)
   found = re.findall(r'background:(#\w+)"></i>(\w+)<', legends[0])
   assert sorted(found) == [('#000000', 'background'), ('#400000', 'cat'), ('#400080', 'dog')] and len(legends) == 2
+
+
+def test_a_changed_protocol_is_not_called_by_its_name_alone():
+  protocol = protocols.override(protocols.GROUPVIT, {'stride': 112, 'class_filter': None})
+  result = dataclasses.replace(make_result(), protocol=BENCHMARK.fix_threshold(protocol), num_images=1449)
+  page = html_report.make_page(result, {}, None, '')
+  assert 'this checkpoint, protocol groupvit with stride=112, class_filter=None</td>' in page
+  assert page.count('(changed here: stride, class_filter)') == 2 and 'all classes, double softmax' in page
+  assert result.table().splitlines()[0].endswith('1,449 pictures, protocol groupvit with stride=112, class_filter=None')
+  as_published = dataclasses.replace(make_result(), num_images=1449)
+  assert [as_published.unlike(row) for row in BENCHMARK.published] == ['', '']
 
 
 def test_what_people_wrote_is_text(page):

@@ -11,8 +11,9 @@ import pytest
 
 from groupvit_jax import best_checkpoint, train_loop, trained_run
 from groupvit_jax.best_checkpoint import BestCheckpoint
-from groupvit_jax.evals import evaluator, in_training, run_benchmark, segmenter, window_encoder
+from groupvit_jax.evals import evaluator, in_training, run_benchmark, run_eval, segmenter, window_encoder
 from groupvit_jax.evals.run_benchmark import Request
+from groupvit_jax.run_log import RunLog
 from groupvit_jax.train_state import TrainState
 from tests import official_layouts as layouts
 from tests.board import read_board
@@ -29,14 +30,17 @@ def entry(folder, **changes):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A run that is scored on a folder after steps 2, 4 and 6; compilations there were after each time."""
-  folder, workdir = tmp_path_factory.mktemp('mine'), tmp_path_factory.mktemp('run')
-  layouts.folder(folder)
+  """A run that is scored on a folder after steps 2, 4 and 6, and on one with a bad label map; compilations there were
+  after each time, and what was said."""
+  folder, bad, workdir = (tmp_path_factory.mktemp(name) for name in ('mine', 'bad', 'run'))
+  layouts.folder(folder), layouts.folder(bad)
+  layouts.save_indices(bad / 'labels' / 'b.png', np.full(layouts.SIZES[1], 7, np.uint8))
   config = tiny_config()
   config.eval.every_steps = 100
   config.evals.mine, config.evals.off = entry(folder), entry('/nowhere', every_steps=0)
+  config.evals.bad = entry(bad, every_steps=3)
   config.checkpoint.best = 'eval/mine/pixel_accuracy'
-  compiled, evaluate = [], evaluator.Evaluator.evaluate
+  compiled, said, evaluate = [], [], evaluator.Evaluator.evaluate
 
   def count(self, variables, **options):
     result = evaluate(self, variables, **options)
@@ -45,37 +49,49 @@ def run(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(evaluator.Evaluator, 'evaluate', count)
+    patch.setattr(RunLog, 'say', lambda self, line: said.append(line))
     assert train_loop.train(config, workdir) == 0
-  return workdir, folder, compiled
+  return workdir, folder, compiled, said
 
 
 def test_figures_after_the_steps_asked_for(run):
-  workdir, _, compiled = run
+  workdir, _, compiled, _ = run
   lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
   scored = {line['step']: line['eval/mine/pixel_accuracy'] for line in lines if 'eval/mine/miou' in line}
   assert sorted(scored) == [2, 4, 6] and not any('off' in key for line in lines for key in line)
   # Three folder evaluations, and that of the scenes at the end, which has other classes.
   assert compiled[0] == compiled[1], 'a second evaluation compiled again'
   best = json.loads((workdir / 'best.json').read_text())
+  line = next(line for line in lines if line['step'] == best['step'] and 'eval/mine/miou' in line)
   assert best == {'metric': 'eval/mine/pixel_accuracy', 'value': max(scored.values()),
-                  'step': min(step for step, value in scored.items() if value == max(scored.values()))}
+                  'step': min(step for step, value in scored.items() if value == max(scored.values())),
+                  'settings': line['eval/mine/settings']}
   assert [path.name for path in (workdir / 'best').iterdir()] == [str(best['step'])]
+  settings = best['settings']
+  assert settings['num_images'] == 3 and settings['num_images_published'] is None
+  assert settings['protocol'] | CHANGES == settings['protocol'] and settings['protocol']['changed'] == list(CHANGES)
+  assert settings['provenance'] == provenance(workdir, best['step'])
+
+
+def provenance(workdir, step):
+  return {'workdir': str(workdir), 'step': str(step), 'weights': 'trained', 'code': trained_run.code_version(),
+          'precision': 'float32, matrix products default on cpu'}
 
 
 def test_figures_on_the_board_name_what_they_depend_on(run):
-  workdir, folder, _ = run
+  workdir = run[0]
   board = read_board(workdir / 'tensorboard')
   for name, value in {'mine': 'groupvit', 'validation': 'native'}.items():
     step, text = board[f'eval/{name}/settings/text_summary']
     settings = json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))
     assert step == 6 and settings['protocol']['name'] == value and settings['protocol']['stride'] == 16
-    assert settings['provenance'] == {'workdir': str(workdir), 'step': '6', 'code': trained_run.code_version()}
+    assert settings['provenance'] == provenance(workdir, 6)
     assert settings['miou'] == pytest.approx(board[f'eval/{name}/miou'][1])
 
 
 def test_pictures_on_the_board(run):
   """Of what is scored: input, truth, prediction, final and first groups of its pictures."""
-  workdir, folder, _ = run
+  workdir, folder, *_ = run
   board = read_board(workdir / 'tensorboard')
   sizes = {name: board[f'eval/{name}'][1].shape for name in ('mine', 'validation')}
   pictures = len(list((folder / 'images').iterdir()))
@@ -85,7 +101,7 @@ def test_pictures_on_the_board(run):
 
 
 def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
-  workdir, folder, _ = run
+  workdir, folder, *_ = run
   best = json.loads((workdir / 'best.json').read_text())
   request = Request('folder', str(folder), protocol='groupvit', output=str(tmp_path), checkpoint='best',
                     changes={key: str(value) for key, value in CHANGES.items()})
@@ -93,6 +109,10 @@ def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
   report = json.loads((tmp_path / 'results.json').read_text())
   assert report['pixel_accuracy'] == pytest.approx(best['value'], abs=1e-6)
   assert report['checkpoint']['step'] == best['step']
+  assert {key: report[key] for key in best['settings']} == best['settings']  # it is named as in training
+  assert run_eval.label_pictures(str(workdir), images=f'{folder}/images/a.jpg', classes='dog,grass', protocol='native',
+                                 changes={}, output=str(tmp_path / 'mine'), overwrite=False, checkpoint='best') == 0
+  assert json.loads((tmp_path / 'mine' / 'results.json').read_text())['checkpoint']['step'] == best['step']
 
 
 def test_only_what_is_better_than_ever_is_kept(run, tmp_path):
@@ -100,17 +120,17 @@ def test_only_what_is_better_than_ever_is_kept(run, tmp_path):
   config = tiny_config()
   best = BestCheckpoint(tmp_path, 'eval/a/miou')
   at = lambda step: state.replace(step=np.int32(step))
-  assert best.offer({'eval/a/miou': 0.5}, at(1), config)
-  assert not best.offer({'eval/a/miou': 0.5}, at(2), config)
-  assert not best.offer({'eval/a/miou': math.nan}, at(3), config)
-  assert not best.offer({'eval/b/miou': 0.9}, at(4), config)
+  assert best.offer({'eval/a/miou': 0.5}, at(1), config, {})
+  assert not best.offer({'eval/a/miou': 0.5}, at(2), config, {})
+  assert not best.offer({'eval/a/miou': math.nan}, at(3), config, {})
+  assert not best.offer({'eval/b/miou': 0.9}, at(4), config, {})
   best.close()
   again = BestCheckpoint(tmp_path, 'eval/a/miou')
   assert (again.value, again.step) == (0.5, 1)
-  assert again.offer({'eval/a/miou': 0.6}, at(5), config)
+  assert again.offer({'eval/a/miou': 0.6}, at(5), config, {})
   assert [path.name for path in (tmp_path / best_checkpoint.FOLDER).iterdir()] == ['5']
   with pytest.raises(ValueError, match='eval/a/miou. is not measured; there are eval/a/top1'):
-    again.offer({'eval/a/top1': 0.6}, at(6), config)
+    again.offer({'eval/a/top1': 0.6}, at(6), config, {})
   again.close()
   assert BestCheckpoint(tmp_path, 'eval/a/top1').step == 0  # another figure starts anew
   with pytest.raises(ValueError, match='kept no best checkpoint'):
@@ -129,7 +149,9 @@ def train_state_of(workdir):
     (dict(benchmark='voc'), "evals.mine: there is no benchmark 'voc'"),
     (dict(every_steps=-1), 'evals.mine.every_steps=-1'),
     (dict(protocol='x'), "evals.mine: there is no protocol 'x'"),
-    (dict(benchmark='imagenet'), 'evals.mine: .*holds no .*imagenet2012'),
+    (dict(benchmark='imagenet', protocol='', changes={}), 'evals.mine: .*holds no .*imagenet2012'),
+    (dict(benchmark='imagenet', changes={}), 'evals.mine: imagenet has neither label maps nor windows'),
+    (dict(benchmark='imagenet', protocol=''), 'evals.mine: imagenet has neither label maps nor windows'),
     (dict(extra=1), 'evals.mine.extra is unknown'),
 ])
 def test_a_mistake_shows_before_the_first_step(changes, message, tmp_path):
@@ -142,6 +164,16 @@ def test_the_best_of_what_is_not_measured(tmp_path):
   layouts.folder(tmp_path)
   evals = in_training.open_evals(ml_collections.ConfigDict(dict(mine=entry(tmp_path))), (32, 32))
   in_training.check_best('eval/mine/miou', evals, ())
+  in_training.check_best('eval/validation/oracle_miou', evals, ('validation',))
   in_training.check_best('', (), ())
-  with pytest.raises(ValueError, match='is a figure of no evaluation; there are eval/mine/..., eval/validation/...'):
-    in_training.check_best('eval/voc21/miou', evals, ('validation',))
+  for metric in ('eval/voc21/miou', 'eval/mine/mIoU', 'eval/mine/top1', 'mine/miou', 'eval/mine'):
+    with pytest.raises(ValueError, match='of no evaluation; there are eval/mine/{miou,.*}, eval/validation/{miou,'):
+      in_training.check_best(metric, evals, ('validation',))
+
+
+def test_a_bad_label_map_costs_its_evaluation_and_not_the_run(run):
+  workdir, *_, said = run
+  said = [line for line in said if 'left out' in line]
+  assert [line.split(':')[0] for line in said] == [f'bad after step {n} left out' for n in (3, 6)]
+  assert "label map of 'b' holds 7" in said[0]
+  assert '"eval/bad/' not in (workdir / 'metrics.jsonl').read_text()

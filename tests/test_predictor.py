@@ -13,6 +13,7 @@ import pytest
 
 from groupvit_jax import predictor as predictor_lib, trained_run
 from groupvit_jax.evals import protocols, scene_eval, semantic_seg, window_encoder
+from groupvit_jax.evals.evaluator import Evaluator
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
 from tests.tiny import tiny_model
 from tests.trained import trained_workdir
@@ -108,9 +109,8 @@ def test_same_answer_as_the_evaluation(run):
   changes = dict(class_filter=3, double_softmax=False, templates='subset')
   protocol = protocols.override(protocols.native_protocol(run.model.vision.image_size), changes)
   predictor = Predictor.from_run(run, protocol=protocol)
-  scenes = scene_eval.SceneEvaluator(
-    run.config, run.model, run.tokenizer, run.mesh, split='test', protocol=protocol
-  )
+  benchmark, source = scene_eval.open_scenes(run.config, scene_eval.TEST)
+  scenes = Evaluator(run.model, run.tokenizer, run.mesh, source, benchmark, protocol, num_threads=0)
   want = scenes.evaluate(run.variables).counts
   records = [scenes.source[i] for i in range(len(scenes.source))]
   found = predictor([record['image'] for record in records], scenes.source.classes)

@@ -50,6 +50,9 @@ def test_overrides_are_named_in_the_result():
   found = json.loads(json.dumps(protocol.to_json()))
   assert found['name'] == 'groupvit' and found['stride'] == 448
   assert found['changed'] == ['stride', 'class_filter']
+  assert protocol.title == 'groupvit with stride=448, class_filter=None'
+  same = protocols.override(protocols.native_protocol((64, 64)), {'stride': 32, 'antialias': False})
+  assert same.title == 'native with antialias=False'  # 32 is what it was
 
 
 def test_every_part_can_be_changed_on_the_command_line():
@@ -58,7 +61,8 @@ def test_every_part_can_be_changed_on_the_command_line():
     double_softmax='False', threshold='0.9', threshold_mode='global', templates='full', class_names='benchmark')
   run = types.SimpleNamespace(config=tiny_config())
   found = run_facts.choose_protocol(run, 'groupvit', texts).to_json()
-  assert found['changed'] == list(texts) == [f.name for f in dataclasses.fields(protocols.Protocol)][1:]
+  assert found['changed'] == list(texts) == list(protocols.PARAMETERS)
+  assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
   assert [found[key] for key in texts] == [
     224, 1024, True, 224, 112, None, False, 0.9, 'global', 'full', 'benchmark']
   command = [sys.executable, 'eval.py', '--help']
@@ -81,6 +85,9 @@ def test_every_part_can_be_changed_on_the_command_line():
     ({'class_names': 'imagenet'}, "class_names='imagenet'"),
     ({'double_softmax': 1}, 'double_softmax=1: use True or False'),
     ({'max_long_side': 400}, 'max_long_side=400 is less than short_side=448'),
+    ({'short_side': 224}, 'short_side=224 is less than window=448: every picture would be a window of its own size'),
+    ({'templates': 'none'}, "no template set 'none'; the known sets are full"),
+    ({'templates': 80}, "no template set '80'"),
   ],
 )
 def test_bad_overrides_are_refused_in_one_line(changes, message):

@@ -9,10 +9,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from groupvit_jax import metrics
+from groupvit_jax import metrics, trained_run
 from groupvit_jax.datasets import build
-from groupvit_jax.evals import html_report, labelled_sets, picture_scores, run_benchmark
-from groupvit_jax.evals.run_benchmark import Request
+from groupvit_jax.evals import html_report, labelled_sets, picture_scores, protocols, run_benchmark
+from groupvit_jax.evals.request import Request
 from tests import official_layouts as layouts
 from tests.board import read_board
 from tests.trained import trained_workdir
@@ -33,11 +33,21 @@ def data_dir(tmp_path_factory) -> pathlib.Path:
   return data_dir
 
 
-def evaluate(benchmark, data_dir, output=None, **options):
+def evaluate(benchmark, data_dir, output, **options):
   options = dict(changes=SMALL) | options
-  request = Request(benchmark, str(data_dir), output=output and str(output), **options)
+  request = Request(benchmark, str(data_dir), output=str(output), **options)
   assert run_benchmark.evaluate_benchmark(str(trained_workdir()), request) == 0
-  return output and json.loads((output / 'results.json').read_text())
+  return json.loads((output / 'results.json').read_text())
+
+
+def run_eval(*flags):
+  """eval.py on the tiny run by a tiny protocol; what it prints."""
+  done = subprocess.run(
+      [sys.executable, 'eval.py', f'--workdir={trained_workdir()}',
+       *(f'--protocol.{key}={value}' for key, value in SMALL.items()), *flags],
+      cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  return done.stdout
 
 
 # The others have the same kinds of labels, each with its own number of classes to compile for.
@@ -47,10 +57,14 @@ ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for n
 
 @pytest.mark.parametrize('name', ALL)
 def test_every_benchmark_by_its_published_protocol(name, data_dir, tmp_path, capsys):
-  report = evaluate(name, data_dir, tmp_path, masks=True)
-  published = report['published'][0]['protocol']
+  if name == 'voc21':  # as people type it
+    table = run_eval('--benchmark=voc21', f'--data_dir={data_dir}', f'--output={tmp_path}', '--masks')
+    report = json.loads((tmp_path / 'results.json').read_text())
+  else:
+    report, table = evaluate(name, data_dir, tmp_path, masks=True), capsys.readouterr().out
+  published, pictures = report['published'][0]['protocol'], f'3 of {report["num_images_published"]:,} pictures'
   assert report['complete'] and report['num_images'] == 3 and report['benchmark'] == name
-  assert report['protocol']['name'] == published and report['protocol']['changed'][:4] == list(SMALL)
+  assert report['protocol']['name'] == published and report['protocol']['changed'] == list(SMALL)
   assert (report['protocol']['threshold'] is not None) == report['background']
   _, source = labelled_sets.open_benchmark(name, data_dir)
   counts = 0
@@ -59,9 +73,16 @@ def test_every_benchmark_by_its_published_protocol(name, data_dir, tmp_path, cap
     assert mask.mode == 'P' and mask.size == record['label'].shape[::-1]
     counts += metrics.ConfusionMatrix.from_labels(record['label'], np.asarray(mask), len(source.classes)).counts()
   assert report['miou'] == pytest.approx(metrics.scores_from_counts(counts).miou)
-  table = capsys.readouterr().out
   assert table == (tmp_path / 'table.txt').read_text() + f'written to {tmp_path}\n'
-  assert f'published ({published}, GroupViT-S/16 of ' in table and '; another protocol' in table
+  assert table.startswith(f'{name}, {pictures}, protocol {published} with short_side=32, ')
+  assert f'published ({published}, GroupViT-S/16 of ' in table
+  assert f'; changed here: {", ".join(SMALL)}; here {pictures}' in table
+
+
+def test_another_protocol_and_a_benchmarks_own_threshold(data_dir, tmp_path, capsys):
+  report = evaluate('voc21', data_dir, tmp_path, protocol='tcl', changes=SMALL | {'threshold': '0.95'}, num_pictures=1)
+  assert report['protocol']['changed'] == [*SMALL, 'threshold']  # 0.95 is that of protocol groupvit
+  assert '52.3; another protocol; changed here: ' in capsys.readouterr().out
 
 
 @pytest.fixture(scope='module')
@@ -69,14 +90,9 @@ def swept(tmp_path_factory):
   """A folder of one's own through the front door, with a sweep."""
   data, output = tmp_path_factory.mktemp('mine'), tmp_path_factory.mktemp('out') / 'new'
   layouts.folder(data)
-  done = subprocess.run(
-      [sys.executable, 'eval.py', f'--workdir={trained_workdir()}', '--benchmark=folder', f'--data_dir={data}',
-       *(f'--protocol.{key}={value}' for key, value in SMALL.items()), '--protocol=groupvit',
-       '--protocol.threshold=0.3',
-       '--thresholds=0.1:0.9:0.2', '--masks', f'--output={output}', f'--report={output}/report.html'],
-      cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == 0, done.stderr
-  return output, data, done.stdout
+  table = run_eval('--benchmark=folder', f'--data_dir={data}', '--protocol=groupvit', '--protocol.threshold=0.3',
+                   '--thresholds=0.1:0.9:0.2', '--masks', f'--output={output}', f'--report={output}/report.html')
+  return output, data, table
 
 
 def test_every_result_names_what_it_depends_on(swept):
@@ -87,11 +103,22 @@ def test_every_result_names_what_it_depends_on(swept):
   _, text = board[f'{prefix}/settings/text_summary']
   step, value = board[f'{prefix}/miou']
   assert value == pytest.approx(report['miou']) and step == report['checkpoint']['step'] == 6
-  for part in (table, text, json.dumps(report)):
-    for named in ('groupvit', 'short_side', 'stride', '16', 'threshold', '0.3', 'templates', 'class_names',
-                  str(trained_workdir()), report['provenance']['code']):
-      assert named in part, named
-  assert report['templates'] == ['a photo of a {}.'] and report['class_names'] == ['dog', 'grass']
+  expected = protocols.override(protocols.GROUPVIT, {key: int(value) for key, value in SMALL.items()})
+  expected = protocols.override(expected, {'threshold': 0.3}).to_json()
+  provenance = {'workdir': str(trained_workdir()), 'step': '6', 'weights': 'trained',
+                'code': trained_run.code_version(), 'precision': 'float32, matrix products default on cpu'}
+  for found in (report, json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))):
+    assert found['protocol'] == expected and found['provenance'] == provenance
+    assert found['templates'] == ['a photo of a {}.'] and found['class_names'] == ['dog', 'grass']
+    assert found['num_images'] == 3 and found['benchmark'] == data.name
+  lines, page = table.splitlines(), (output / 'report.html').read_text()
+  assert lines[0] == f'{data.name}, 3 pictures, protocol groupvit with ' + ', '.join(
+      f'{key}={value}' for key, value in (SMALL | {'threshold': 0.3}).items())
+  assert lines[1] == '(' + ', '.join(f'{key}={expected[key]}' for key in protocols.PARAMETERS) + ')'
+  assert (f'checkpoint {provenance["workdir"]} step 6, weights trained, code {provenance["code"]}, '
+          f'{provenance["precision"]}') in lines
+  assert f'protocol <b>{lines[0].partition("protocol ")[2]}</b>' in page
+  assert all(f'{key} {value}' in page for key, value in provenance.items())
 
 
 def test_a_sweep_is_counted_along_and_drawn(swept):
@@ -146,6 +173,9 @@ def test_some_pictures_and_held_out_scenes(data_dir, tmp_path):
     (dict(thresholds='0.1:0.9:0'), 'write FIRST:LAST:STEP'),
     (dict(thresholds='0.9:0.1:0.1'), 'use values from 0 to 1'),
     (dict(thresholds='1.5'), 'use values from 0 to 1'),
+    (dict(thresholds='0:1:1e-6'), '1e-6 are more than 200; use a larger step'),
+    (dict(changes={'templates': 'imagenet'}), "no template set 'imagenet'"),
+    (dict(changes={'short_side': '32'}), 'short_side=32 is less than window=448'),
     (dict(benchmark='ade20k', thresholds='0.5'), 'ade20k has no background'),
     (dict(protocol='plan'), "no protocol 'plan'"),
     (dict(protocol='native'), 'no threshold under protocol .native.; set protocol.threshold'),

@@ -78,6 +78,9 @@ def test_the_crop_is_the_middle_at_seven_eighths():
   want = np.asarray(Image.fromarray(image).resize((512, 256), Image.Resampling.BICUBIC))[16:240, 144:368]
   np.testing.assert_array_equal(crop, want)
   assert zero_shot.crop_picture(image[:5, :3], (224, 224)).shape == (224, 224, 3)
+  image = np.broadcast_to((np.arange(259) % 256).astype(np.uint8)[None, :, None], (256, 259, 3))
+  crop = zero_shot.crop_picture(np.ascontiguousarray(image), (224, 224))
+  assert crop[0, 0, 0] == 18  # torchvision rounds 17.5, half of what is left, to the even number
 
 
 def write_tars(folder):
@@ -99,7 +102,8 @@ def test_tars_with_classes_through_the_command(tmp_path, monkeypatch, capsys):
                                     templates='simple', class_names='clip')
   assert 0 <= report['top1'] <= report['top5'] <= 1 and report['checkpoint']['step'] == 6
   table = capsys.readouterr().out
-  assert 'top-1 43.7; other templates' in table and 'imagenet, 4 pictures, 1000 classes' in table
+  assert 'top-1 43.7; other templates; here 4 of 50,000 pictures' in table
+  assert 'imagenet, 4 of 50,000 pictures, 1000 classes' in table and 'weights trained' in table
   assert (tmp_path / 'out' / 'tensorboard').is_dir()
 
 

@@ -36,6 +36,7 @@ class Benchmark:
     reduce_zero_label: whether label 0 of the files is ignored and the others shift down by one.
     raw_label_ids: the files' label of each class but the background; None for the label itself.
     split: which pictures the published figures are about.
+    num_images: how many these are; 0 where nothing is published.
     thresholds: protocol -> its background threshold here.
     published: figures to compare with.
   """
@@ -48,6 +49,7 @@ class Benchmark:
   reduce_zero_label: bool = False
   raw_label_ids: tuple[int, ...] | None = None
   split: str = ''
+  num_images: int = 0
   thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
   published: tuple[Published, ...] = ()
 
@@ -64,19 +66,21 @@ class Benchmark:
   def fix_threshold(self, protocol: Protocol) -> Protocol:
     """The protocol with this benchmark's threshold: its own, the given one, or none to need.
 
+    A threshold counts as changed where it is neither the benchmark's own nor without meaning.
+
     Raises:
       ValueError: there is a background, and neither says from which score on it is not.
     """
-    if not self.background:
-      return dataclasses.replace(protocol, threshold=None)
-    if protocol.threshold is not None:
+    own = self.thresholds.get(protocol.name) if self.background else None
+    if self.background and protocol.threshold not in (None, own):
       return protocol
-    if protocol.name not in self.thresholds:
+    if self.background and own is None:
       raise ValueError(
         f'{self.name} has a background class but no threshold under protocol {protocol.name!r}; '
         'set protocol.threshold'
       )
-    return dataclasses.replace(protocol, threshold=self.thresholds[protocol.name])
+    changed = tuple(key for key in protocol.changed if key != 'threshold')
+    return dataclasses.replace(protocol, threshold=own, changed=changed)
 
   def train_labels(self, raw: np.ndarray) -> np.ndarray:
     """Labels 0..C-1, 255 to ignore, from those of the data set's files.
@@ -135,6 +139,7 @@ def _parse(name: str, facts: Mapping) -> Benchmark:
     reduce_zero_label=facts['reduce_zero_label'],
     raw_label_ids=tuple(facts['raw_label_ids']) if 'raw_label_ids' in facts else None,
     split=facts['split'],
+    num_images=facts['num_images'],
     thresholds=facts.get('thresholds', {}),
     published=tuple(Published(**row) for row in facts['published']),
   )

@@ -17,17 +17,16 @@ from groupvit_jax.evals.segmenter import LabelMap
 from groupvit_jax.evals.window_encoder import EncodedPicture
 from groupvit_jax.models.image_text import ImageTextModel
 
-_WINDOWS_PER_BATCH = 32
+_WINDOWS_PER_DEVICE = 32
 _PIXELS_ON_A_CPU = 448**2  # of a device's windows: what is made of more of them leaves its cache
 
 
 def windows_per_batch(mesh: jax.sharding.Mesh, window: int) -> int:
   """Windows of a side that all devices of a mesh encode together."""
-  ways = sharding.batch_ways(mesh)
-  each = -(-_WINDOWS_PER_BATCH // ways)
+  each = _WINDOWS_PER_DEVICE
   if mesh.devices.flat[0].platform == 'cpu':
     each = min(each, max(1, _PIXELS_ON_A_CPU // window**2))
-  return each * ways
+  return each * sharding.batch_ways(mesh)
 
 
 @dataclasses.dataclass(frozen=True)

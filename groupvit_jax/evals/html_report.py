@@ -10,6 +10,7 @@ from PIL import Image
 
 from groupvit_jax.evals import visualize
 from groupvit_jax.evals.benchmarks import IGNORE_LABEL
+from groupvit_jax.evals.protocols import Protocol
 from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.visualize import Row
 
@@ -62,11 +63,8 @@ def make_page(
   protocol = result.protocol
   parts = [
     f'<h1>{name}: mIoU {_percent(result.scores.miou)}</h1>',
-    f'<p>{result.num_images:,} pictures, {result.benchmark.num_classes} classes; protocol '
-    f'<b>{html.escape(protocol.name)}</b>: short side {protocol.short_side} px, windows of {protocol.window} px, '
-    f'stride {protocol.stride}'
-    + ('' if protocol.threshold is None else f', background threshold {protocol.threshold:g}')
-    + f', templates “{html.escape(protocol.templates)}”, class names “{html.escape(protocol.class_names)}”. '
+    f'<p>{result.pictures} pictures, {result.benchmark.num_classes} classes; protocol '
+    f'<b>{html.escape(protocol.title)}</b>: ' + html.escape(', '.join(_parameters(protocol))) + '. '
     + ', '.join(f'{html.escape(key)} {html.escape(value)}' for key, value in result.provenance.items()) + '.</p>',
     '<h2>Beside the published figures</h2>', _headline(result),
     '<h2>IoU of each class</h2>', _bars(result),
@@ -84,6 +82,19 @@ def make_page(
           + '\n'.join(parts) + '\n</body></html>\n')
 
 
+def _parameters(protocol: Protocol) -> list[str]:
+  """Everything that a protocol says, in words."""
+  kept = 'all classes' if protocol.class_filter is None else f'the {protocol.class_filter} best classes of a window'
+  where = 'in each window' if protocol.threshold_mode == 'window' else 'everywhere'
+  return [
+    f'short side {protocol.short_side} px, long side at most {protocol.max_long_side} px',
+    'averaged where pictures shrink' if protocol.antialias else 'OpenCV’s bilinear resize',
+    f'windows of {protocol.window} px, stride {protocol.stride}',
+    f'{kept}, {"double" if protocol.double_softmax else "plain"} softmax',
+    *([] if protocol.threshold is None else [f'background threshold {protocol.threshold:g} {where}']),
+    f'templates “{protocol.templates}”, class names “{protocol.class_names}”']
+
+
 def _headline(result: Result) -> str:
   """This result, its bounds, and the papers' figures."""
   row = lambda text, scores, kind='': (
@@ -91,13 +102,15 @@ def _headline(result: Result) -> str:
       f'<td class="number">{_percent(value)}</td>'
       for value in (scores.miou, scores.pixel_accuracy, scores.mean_accuracy)) + '</tr>')
   constant, scores = result.constant
-  rows = [row(f'this checkpoint, protocol {result.protocol.name}', result.scores, 'ours')]
+  rows = [row(f'this checkpoint, protocol {result.protocol.title}', result.scores, 'ours')]
   if result.oracle is not None:
     rows.append(row('every segment with its majority label (what naming loses)', result.oracle))
   rows.append(row(f'everything called “{constant}”', scores))
   for published in result.benchmark.published:
+    unlike = result.unlike(published)
     rows.append(f'<tr><td>published: protocol {html.escape(published.protocol)}, GroupViT-S/16 of '
-                f'{html.escape(published.training_data)}</td><td class="number">{published.miou:.1f}</td>'
+                f'{html.escape(published.training_data)}{html.escape(f" ({unlike})" * bool(unlike))}</td>'
+                f'<td class="number">{published.miou:.1f}</td>'
                 '<td class="number">–</td><td class="number">–</td></tr>')
   head = '<tr><th>percent</th><th class="number">mIoU</th><th class="number">pixel accuracy</th>' \
          '<th class="number">mean accuracy</th></tr>'

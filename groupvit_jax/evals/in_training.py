@@ -6,16 +6,14 @@ import dataclasses
 import jax
 import ml_collections
 
-from groupvit_jax import sharding
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.evals import classified_sets, labelled_sets, protocols, zero_shot
+from groupvit_jax.evals import classified_sets, labelled_sets, protocols, windows, zero_shot
 from groupvit_jax.evals.evaluator import Evaluator
+from groupvit_jax.evals.result import FIGURES
 from groupvit_jax.evals.zero_shot import ZeroShotEvaluator
 from groupvit_jax.models.image_text import ImageTextModel
 
 _FIELDS = ('benchmark', 'data_dir', 'every_steps', 'num_pictures', 'protocol', 'changes')
-_THREADS = 2
-_PICTURES_PER_DEVICE = 64  # that are classified at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +36,18 @@ class OpenedEval:
   protocol: protocols.Protocol | None
   templates: str = zero_shot.TEMPLATES
 
+  @property
+  def figures(self) -> tuple[str, ...]:
+    """Names of what is measured."""
+    return zero_shot.FIGURES if self.benchmark is None else FIGURES
+
   def build(
     self, model: ImageTextModel, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
   ) -> Evaluator | ZeroShotEvaluator:
     """An evaluator, whose `evaluate(variables).scalars()` are the figures; it compiles at the first call only."""
     if self.benchmark is None:
-      return ZeroShotEvaluator(
-        model, tokenizer, mesh, self.source, zero_shot.class_names(), self.templates,
-        _PICTURES_PER_DEVICE * sharding.batch_ways(mesh))
-    return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, _THREADS)
+      return zero_shot.build_evaluator(model, tokenizer, mesh, self.source, self.templates)
+    return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, windows.decode_threads())
 
 
 def open_evals(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> tuple[OpenedEval, ...]:
@@ -64,17 +65,18 @@ def open_evals(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -
 
 
 def check_best(metric: str, evals: Sequence[OpenedEval], others: Sequence[str]) -> None:
-  """Raises ValueError unless a metric is '' or belongs to one of some evaluations.
+  """Raises ValueError unless a metric is '' or a figure of one of some evaluations.
 
   Args:
     metric: 'eval/NAME/FIGURE'.
     evals: that a run has.
-    others: names of further ones.
+    others: names of further ones, of label maps.
   """
-  names = [*(each.name for each in evals), *others]
-  if metric and not any(metric.startswith(prefix(name)) for name in names):
-    known = ', '.join(f'{prefix(name)}...' for name in names) or 'none, for nothing is evaluated'
-    raise ValueError(f'checkpoint.best={metric!r} is a figure of no evaluation; there are {known}')
+  measured = {each.name: each.figures for each in evals} | {name: FIGURES for name in others}
+  if metric and not any(metric == prefix(name) + figure for name, found in measured.items() for figure in found):
+    known = ', '.join(f'{prefix(name)}{{{",".join(found)}}}' for name, found in measured.items())
+    raise ValueError(f'checkpoint.best={metric!r} is a figure of no evaluation; there are '
+                     + (known or 'none, for nothing is evaluated'))
 
 
 def figures(name: str, scalars: Mapping[str, float]) -> dict[str, float]:
@@ -100,6 +102,8 @@ def _check(name: str, entry: Mapping[str, object]) -> bool:
 def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -> OpenedEval:
   try:
     if entry['benchmark'] == zero_shot.IMAGENET:
+      if entry['protocol'] or set(entry['changes']) - {'templates'}:
+        raise ValueError(zero_shot.NO_PROTOCOL)
       source = labelled_sets.take(classified_sets.open_imagenet(entry['data_dir']), entry['num_pictures'])
       templates = dict(entry['changes']).get('templates', zero_shot.TEMPLATES)
       return OpenedEval(name, entry['every_steps'], None, source, None, templates)

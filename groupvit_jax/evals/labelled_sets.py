@@ -32,7 +32,7 @@ STORED_IN = {
   'cityscapes': 'cityscapes_fine',
 }
 FOLDER = 'folder'
-_SPLIT = 'validation'
+SPLIT = 'validation'
 _BACKGROUND = 'background'
 _PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
@@ -84,7 +84,7 @@ class PreparedSet:
 
   @functools.cached_property
   def _records(self) -> Sequence[dict[str, bytes]]:
-    return prepared.open_records(self.path, _SPLIT, ('image', 'label'))
+    return prepared.open_records(self.path, SPLIT, ('image', 'label'))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,13 +3,19 @@
 from collections.abc import Mapping
 import io
 import json
+import pathlib
+import tempfile
 from typing import Any
 
 from etils import epath
 import numpy as np
 from PIL import Image
 
+from groupvit_jax import board
+
 REPORT = 'results.json'
+# What an evaluation does not always write: an earlier one's must not stand beside another's results.
+_PASSING = ('thresholds.png', 'scenes.png', 'masks/*.png', 'tensorboard/events.*')
 _MADE_BY = 'groupvit_jax/eval.py'  # how a folder of ours is known
 
 
@@ -20,8 +26,8 @@ class OutputFolder:
     """Looks at the folder; nothing is written yet.
 
     Args:
-      path: a folder that does not exist, is empty, or holds an earlier evaluation's results, of which
-        those with the same names will be replaced.
+      path: a folder that does not exist, is empty, or holds an earlier evaluation's results, which
+        will be replaced.
       overwrite: whether any other folder will do as well.
 
     Raises:
@@ -39,8 +45,11 @@ class OutputFolder:
       )
 
   def begin(self) -> None:
-    """Makes the folder, with a report that says that the results are not complete."""
+    """Makes the folder, with a report that says that the results are not complete; removes an earlier one's rest."""
     _writing(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True))
+    if self.replaces and self._is_ours():
+      for path in [path for pattern in _PASSING for path in self.path.glob(pattern)]:
+        _writing(path, path.unlink)
     self.write_report({}, complete=False)
 
   def make(self, name: str) -> None:
@@ -66,6 +75,16 @@ class OutputFolder:
     data = io.BytesIO()
     image.save(data, 'PNG', optimize=True)
     self._write(name, data.getvalue())
+
+  def write_board(
+    self, step: int, figures: Mapping[str, float], texts: Mapping[str, str], pictures: Mapping[str, np.ndarray]
+  ) -> None:
+    """Writes a TensorBoard file; here first, for its library knows no buckets."""
+    with tempfile.TemporaryDirectory() as local:
+      board.write_board(local, step, figures, texts, pictures)
+      self.make('tensorboard')
+      for path in pathlib.Path(local).iterdir():
+        self._write(f'tensorboard/{path.name}', path.read_bytes())
 
   def _write(self, name: str, data: bytes) -> None:
     path = self.path / name

@@ -29,7 +29,8 @@ def threshold_curve(result: Result) -> np.ndarray:
   axes.plot(*used, 'o', color='#111111', label=f'used: {used[0]:g}, mIoU {used[1]:.1f}')
   axes.plot(*best, '*', markersize=13, color='#dd5500', label=f'best of the sweep: {best[0]:g}, mIoU {best[1]:.1f}')
   axes.set(xlabel='background threshold', ylabel='mIoU, percent',
-           title=f'{result.benchmark.name}, {result.num_images} pictures, protocol {result.protocol.name}')
+           title=f'{result.benchmark.name}, {result.pictures} pictures, protocol {result.protocol.name}'
+           + ', changed' * bool(result.protocol.changed))
   axes.grid(alpha=0.3)
   axes.legend()
   data = io.BytesIO()

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal, get_args
 
+from groupvit_jax.data import text_ops
+
 ThresholdMode = Literal['window', 'global']
 ClassNames = Literal['groupvit', 'benchmark']
 NATIVE = 'native'  # the protocol made to measure, by `native_protocol`
@@ -29,6 +31,7 @@ class Protocol:
       smaller, so the best segment is never background (paper); 'global' is the same everywhere.
     templates: name of the set of sentences that class names are put into.
     class_names: 'groupvit' for the spellings behind the published figures, 'benchmark' for its own.
+    changed: parameters that are not those of the protocol of this name.
   """
 
   name: str
@@ -43,6 +46,7 @@ class Protocol:
   threshold_mode: ThresholdMode
   templates: str
   class_names: ClassNames
+  changed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   def __post_init__(self):
     for field in ('short_side', 'max_long_side', 'window', 'stride'):
@@ -59,6 +63,11 @@ class Protocol:
         f'protocol.max_long_side={self.max_long_side} is less than short_side={self.short_side}; '
         'raise it'
       )
+    if self.short_side < self.window:
+      raise ValueError(
+        f'protocol.short_side={self.short_side} is less than window={self.window}: every picture would be a window of '
+        f'its own size; set protocol.window={self.short_side} as well, and a stride of at most that'
+      )
     if self.stride > self.window:
       raise ValueError(
         f'protocol.stride={self.stride} leaves gaps between windows of {self.window} px; '
@@ -66,6 +75,13 @@ class Protocol:
       )
     _check_choice('threshold_mode', self.threshold_mode, get_args(ThresholdMode))
     _check_choice('class_names', self.class_names, get_args(ClassNames))
+    text_ops.template_set(str(self.templates))  # raises ValueError if there is none
+
+  @property
+  def title(self) -> str:
+    """The name, with everything that is not as the name says: 'groupvit with stride=112'."""
+    changes = ', '.join(f'{key}={getattr(self, key)}' for key in self.changed)
+    return f'{self.name} with {changes}' if changes else self.name
 
   @property
   def max_windows(self) -> int:
@@ -78,10 +94,13 @@ class Protocol:
 
   def to_json(self) -> dict[str, Any]:
     """Every parameter, and under 'changed' those that differ from the protocol of this name."""
-    named = PROTOCOLS.get(self.name)
-    values = dataclasses.asdict(self)
-    changed = [key for key, value in values.items() if named and value != getattr(named, key)]
-    return values | {'changed': changed}
+    return dataclasses.asdict(self) | {'changed': list(self.changed)}
+
+
+# What `override` can change.
+PARAMETERS = tuple(
+  field.name for field in dataclasses.fields(Protocol) if field.name not in ('name', 'changed')
+)
 
 
 def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
@@ -97,11 +116,12 @@ def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
   Raises:
     ValueError: there is no such parameter, or it cannot have that value.
   """
-  known = [field.name for field in dataclasses.fields(Protocol) if field.name != 'name']
   for key in changes:
-    if key not in known:
-      raise ValueError(f'a protocol has no {key!r}; it has {", ".join(known)}')
-  return dataclasses.replace(protocol, **changes)
+    if key not in PARAMETERS:
+      raise ValueError(f'a protocol has no {key!r}; it has {", ".join(PARAMETERS)}')
+  differs = lambda key: key in changes and changes[key] != getattr(protocol, key)
+  changed = tuple(key for key in PARAMETERS if key in protocol.changed or differs(key))
+  return dataclasses.replace(protocol, **changes, changed=changed)
 
 
 def native_protocol(image_size: tuple[int, int]) -> Protocol:

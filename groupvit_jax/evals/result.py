@@ -10,9 +10,14 @@ import numpy as np
 
 from groupvit_jax import metrics
 from groupvit_jax.data import text_ops
-from groupvit_jax.evals.benchmarks import Benchmark
-from groupvit_jax.evals.protocols import Protocol
+from groupvit_jax.evals.benchmarks import Benchmark, Published
+from groupvit_jax.evals.protocols import PARAMETERS, Protocol
 from groupvit_jax.metrics import SegmentationScores
+
+
+SCORES = ('miou', 'pixel_accuracy', 'mean_accuracy')
+# What every evaluation of label maps measures, by the names of `Result.scalars`.
+FIGURES = tuple(prefix + name for prefix in ('', 'oracle_', 'constant_') for name in SCORES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Result:
     health: grouping health over all windows.
     thresholds: other background thresholds that were counted along.
     threshold_counts: their confusion matrices [T, C, C].
-    provenance: whatever else the figures depend on: checkpoint, step, commit.
+    provenance: whatever else the figures depend on: checkpoint, step, weights, commit, precision.
   """
 
   benchmark: Benchmark
@@ -57,6 +62,23 @@ class Result:
     best, scores = metrics.best_constant_scores(self.counts)
     return self.benchmark.classes[best], scores
 
+  @property
+  def pictures(self) -> str:
+    """How many were counted, and of how many if that is not all of a public benchmark."""
+    whole = self.benchmark.num_images
+    return f'{self.num_images:,} of {whole:,}' if whole not in (0, self.num_images) else f'{self.num_images:,}'
+
+  def unlike(self, row: Published) -> str:
+    """What keeps a published figure from being comparable; '' where nothing does."""
+    found = []
+    if row.protocol != self.protocol.name:
+      found.append('another protocol')
+    if self.protocol.changed:
+      found.append(f'changed here: {", ".join(self.protocol.changed)}')
+    if self.num_images != self.benchmark.num_images:
+      found.append(f'here {self.pictures} pictures')
+    return '; '.join(found)
+
   def scalars(self) -> dict[str, float]:
     """Headline figures by name, for logs."""
     rows = {'': self.scores, 'oracle_': self.oracle, 'constant_': self.constant[1]}
@@ -64,9 +86,18 @@ class Result:
       prefix + name: getattr(scores, name)
       for prefix, scores in rows.items()
       if scores is not None
-      for name in ('miou', 'pixel_accuracy', 'mean_accuracy')
+      for name in SCORES
     }
     return figures | dict(self.health)
+
+  def settings(self) -> dict[str, Any]:
+    """What the figures hold for, in short."""
+    return {
+      'num_images': self.num_images,
+      'num_images_published': self.benchmark.num_images or None,
+      'protocol': self.protocol.to_json(),
+      'provenance': dict(self.provenance),
+    }
 
   def to_json(self) -> dict[str, Any]:
     """Figures, the protocol with all its parameters, and what they depend on. nan becomes None."""
@@ -74,8 +105,7 @@ class Result:
     swept = map(metrics.scores_from_counts, self.threshold_counts)
     return {
       'benchmark': self.benchmark.name,
-      'num_images': self.num_images,
-      'protocol': self.protocol.to_json(),
+      **self.settings(),
       'templates': list(text_ops.template_set(self.protocol.templates)),
       'class_names': list(self.benchmark.prompt_names(self.protocol.class_names)),
       'background': self.benchmark.background,
@@ -89,7 +119,6 @@ class Result:
         for threshold, scores in zip(self.thresholds, swept)
       ],
       'published': [dataclasses.asdict(row) for row in self.benchmark.published],
-      'provenance': dict(self.provenance),
     }
 
   def confusion_csv(self) -> str:
@@ -125,12 +154,8 @@ class Result:
 def _describe(result: Result) -> str:
   """What the figures of a result hold for, in two lines."""
   protocol = result.protocol
-  parameters = dataclasses.asdict(protocol)
-  parameters.pop('name')
-  pairs = ', '.join(f'{key}={value}' for key, value in parameters.items())
-  return (
-    f'{result.benchmark.name}, {result.num_images} pictures, protocol {protocol.name}\n({pairs})'
-  )
+  pairs = ', '.join(f'{key}={getattr(protocol, key)}' for key in PARAMETERS)
+  return f'{result.benchmark.name}, {result.pictures} pictures, protocol {protocol.title}\n({pairs})'
 
 
 def _number(value: float) -> float | None:

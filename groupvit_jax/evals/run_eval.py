@@ -1,4 +1,4 @@
-"""What eval.py does: score a run on its held-out scenes, or segment anyone's pictures."""
+"""What eval.py --images does: segment anyone's pictures."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import glob
@@ -13,69 +13,7 @@ from groupvit_jax import cli, trained_run
 from groupvit_jax.data.pictures import read_picture
 from groupvit_jax.evals.output_folder import OutputFolder
 from groupvit_jax.evals.run_facts import choose_protocol, describe_run, run_facts, say_replaced
-from groupvit_jax.evals.scene_eval import check_has_scenes, SceneEvaluator
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
-
-_SCENES_SHOWN = 6
-
-
-def evaluate_scenes(
-  workdir: str,
-  *,
-  output: str | None,
-  overwrite: bool,
-  protocol: str,
-  changes: Mapping[str, str],
-  weights: trained_run.Weights = 'best',
-) -> int:
-  """Scores a run on its held-out scenes, beside two baselines, and prints a table.
-
-  Args:
-    workdir: of the run.
-    output: folder for results.json, table.txt and scenes.png; None for the table alone.
-    overwrite: see `OutputFolder`.
-    protocol: name of the protocol.
-    changes: protocol parameters as people write them.
-    weights: as for `trained_run.open_run`.
-
-  Returns:
-    The exit code.
-
-  Raises:
-    ValueError: the request has a mistake; nothing was written.
-    OSError: the results cannot be written.
-  """
-  folder = None if output is None else OutputFolder(output, overwrite=overwrite)
-  run = trained_run.open_run(workdir, weights=weights)
-  check_has_scenes(run.config, workdir)
-  chosen = choose_protocol(run, protocol, changes)
-  with trained_run.complete_config(workdir):
-    evaluator = SceneEvaluator(
-      run.config, run.model, run.tokenizer, run.mesh, split='test', protocol=chosen
-    )
-  first = jax.process_index() == 0
-  if folder and first:
-    folder.begin()
-  result = evaluator.evaluate(run.variables, provenance=run.provenance)
-  untrained, beside = _score_untrained(evaluator, run)
-  pictures = evaluator.pictures(run.variables, _SCENES_SHOWN)
-  if not first:
-    return 0
-  table = '\n'.join([
-    result.table(),
-    beside,
-    describe_run(run),
-  ])
-  print(table)
-  if folder:
-    say_replaced(folder)
-    report = result.to_json()
-    report['baselines'] = _baselines(report, untrained)
-    folder.write_text('table.txt', table + '\n')
-    folder.write_picture('scenes.png', pictures)
-    folder.write_report({'split': evaluator.split, **report, **run_facts(run, chosen, protocol)})
-    print(f'written to {folder.path}')
-  return 0
 
 
 def label_pictures(
@@ -87,6 +25,7 @@ def label_pictures(
   overwrite: bool,
   protocol: str,
   changes: Mapping[str, str],
+  checkpoint: str = trained_run.NEWEST,
   weights: trained_run.Weights = 'best',
 ) -> int:
   """Segments pictures into words, and writes for each what was found.
@@ -103,7 +42,8 @@ def label_pictures(
     overwrite: see `OutputFolder`.
     protocol: name of the protocol.
     changes: protocol parameters as people write them.
-    weights: as for `trained_run.open_run`.
+    checkpoint: as for `trained_run.open_run`.
+    weights: likewise.
 
   Returns:
     The exit code: `cli.EXIT_PARTIAL` if a picture could not be read.
@@ -118,7 +58,7 @@ def label_pictures(
   parse_words(words)  # before anything that takes time
   paths = _find_pictures(images)
   folder = OutputFolder(output, overwrite=overwrite)
-  run = trained_run.open_run(workdir, weights=weights)
+  run = trained_run.open_run(workdir, checkpoint, weights=weights)
   chosen = choose_protocol(run, protocol, changes)
   predictor = Predictor.from_run(run, protocol=chosen)
   folder.begin()
@@ -139,30 +79,10 @@ def label_pictures(
     'words': words,
     'protocol': chosen.to_json(),
     'provenance': dict(run.provenance),
-    **run_facts(run, chosen, protocol),
+    **run_facts(run),
   })
   print(f'{len(done)} of {len(paths)} pictures, written to {folder.path}; {describe_run(run)}')
   return cli.EXIT_PARTIAL if failures else 0
-
-
-def _score_untrained(evaluator: SceneEvaluator, run: trained_run.TrainedRun) -> tuple[dict[str, Any] | None, str]:
-  """The model before training: its results, None where its weights are gone, and a line about them."""
-  try:
-    variables = trained_run.untrained_variables(run)
-  except ValueError as error:
-    return None, f'the untrained model is left out: {error}'
-  found = evaluator.evaluate(variables).to_json()
-  return found, f'the untrained model: mIoU {found["miou"]:.1%}, pixel accuracy {found["pixel_accuracy"]:.1%}'
-
-
-def _baselines(report: Mapping[str, Any], untrained: Mapping[str, Any] | None) -> dict[str, Any]:
-  """What the run has to beat: one class for everything, and the model before training, unless its weights are gone."""
-  names = ('miou', 'pixel_accuracy', 'mean_accuracy')
-  constant = {'class': report['constant_class']} | {n: report[f'constant_{n}'] for n in names}
-  if untrained is None:
-    return {'constant': constant}
-  names += tuple(f'oracle_{name}' for name in names)
-  return {'constant': constant, 'untrained': {name: untrained[name] for name in names}}
 
 
 def _find_pictures(pattern: str) -> list[str]:

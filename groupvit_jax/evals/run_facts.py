@@ -6,6 +6,8 @@ import json
 import sys
 from typing import Any
 
+import numpy as np
+
 from groupvit_jax.evals import protocols
 from groupvit_jax.evals.output_folder import OutputFolder
 from groupvit_jax.evals.protocols import Protocol
@@ -22,21 +24,19 @@ def choose_protocol(run: TrainedRun, name: str, changes: Mapping[str, str]) -> P
   return protocols.override(protocol, {key: _parse(text) for key, text in changes.items()})
 
 
-def run_facts(run: TrainedRun, protocol: Protocol, name: str) -> dict[str, Any]:
-  """The protocol with what was changed of the named one, the checkpoint and the config."""
-  size = tuple(run.config.model.vision.image_size)
-  before, after = protocols.find_protocol(name, size).to_json(), protocol.to_json()
+def run_facts(run: TrainedRun) -> dict[str, Any]:
+  """The checkpoint and the config."""
   return {
-    'protocol': after | {'changed': [key for key in after if after[key] != before[key]]},
     'checkpoint': {'step': run.step, 'damaged_newer_steps': list(run.skipped)},
     'config': json.loads(run.config.to_json()),
   }
 
 
 def describe_run(run: TrainedRun) -> str:
-  """The checkpoint and the code, in a line."""
+  """The checkpoint, the code and the arithmetic, in a line."""
   facts = run.provenance
-  line = f'checkpoint {facts["workdir"]} step {facts["step"]}, code {facts["code"]}'
+  line = (f'checkpoint {facts["workdir"]} step {facts["step"]}, weights {facts["weights"]}, code {facts["code"]}, '
+          f'{facts["precision"]}')
   damaged = ', '.join(map(str, run.skipped))
   return f'{line}; step {damaged} is newer but damaged' if damaged else line
 
@@ -45,6 +45,16 @@ def say_replaced(folder: OutputFolder) -> None:
   """Warns of files that are about to be replaced."""
   if folder.replaces:
     print(f'{folder.path}: files of the same names are replaced', file=sys.stderr)
+
+
+def write_board(
+  folder: OutputFolder, scalars: Mapping[str, float], facts: Mapping[str, Any], pictures: Mapping[str, np.ndarray]
+) -> None:
+  """Writes TensorBoard's figures, and beside them what they depend on."""
+  named = lambda values: {f'eval/{facts["benchmark"]}/{key}': value for key, value in values.items()}
+  settings = json.dumps({key: value for key, value in facts.items() if key != 'config'}, indent=2)
+  folder.write_board(
+    int(facts['checkpoint']['step']), named(scalars), named({'settings': settings}), named(pictures))
 
 
 def _parse(text: str) -> object:

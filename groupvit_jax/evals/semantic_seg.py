@@ -15,6 +15,7 @@ from groupvit_jax.data.pictures import read_picture
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals import windows
 from groupvit_jax.evals.benchmarks import Benchmark, IGNORE_LABEL
+from groupvit_jax.evals.picture_faults import PictureFaults
 from groupvit_jax.evals.protocols import Protocol
 from groupvit_jax.evals.result import Result
 from groupvit_jax.evals.segmenter import LabelMap, Segmenter
@@ -140,8 +141,9 @@ def evaluate(
     The result, the same on every host.
 
   Raises:
-    ValueError: there are no pictures, a picture or label map is bad, names and embeddings differ in
-      number, a batch does not fit the mesh, or a background lacks its threshold.
+    PictureFault: a picture or label map is bad; on every host, whichever has met it.
+    ValueError: there are no pictures, names and embeddings differ in number, a batch does not fit
+      the mesh, or a background lacks its threshold.
   """
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
   protocol = benchmark.fix_threshold(protocol)
@@ -163,8 +165,9 @@ def evaluate(
     protocol=protocol,
     patch_size=model.vision.patch_size,
   )
-  mine = range(jax.process_index(), len(source), jax.process_count())
-  pictures = windows.prefetch(prepare, mine, num_threads=num_threads)
+  mine, faults = range(jax.process_index(), len(source), jax.process_count()), PictureFaults()
+  prepared = windows.prefetch(faults.guard(prepare), mine, num_threads=num_threads)
+  pictures = (picture for picture in prepared if picture is not None)
   health: GroupingHealth | None = None
   for item in encoder.encode(variables, pictures):
     if isinstance(item, GroupingHealth):
@@ -173,6 +176,7 @@ def evaluate(
     labelled = segmenter.label(item, oracle=oracle)
     if on_picture is not None:
       on_picture(item, segmenter.fetch(labelled))
+  faults.check()
   predicted, named = segmenter.counts()
   return Result(
     benchmark=benchmark,

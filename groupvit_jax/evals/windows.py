@@ -4,12 +4,15 @@ import collections
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 import dataclasses
+import os
 from typing import TypeVar
 
 import cv2
 import numpy as np
 
 from groupvit_jax.evals.protocols import Protocol
+
+_MOST_THREADS = 16  # more pictures a second than these decode, no accelerator labels; each holds two pictures
 
 T = TypeVar('T')
 R = TypeVar('R')
@@ -101,6 +104,12 @@ def cut_picture(
   windows = np.stack([resized[y : y + side, x : x + side] for y, x in starts])
   tops, lefts = zip(*starts)
   return Picture(key, (height, width), (rows, columns), tops, lefts, windows, label)
+
+
+def decode_threads() -> int:
+  """Threads that decode and resize pictures ahead of the devices: one for each core, within reason."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  return min(cores, _MOST_THREADS)
 
 
 def prefetch(make: Callable[[T], R], items: Iterable[T], *, num_threads: int) -> Iterator[R]:

@@ -21,6 +21,7 @@ from groupvit_jax.data import text_ops
 from groupvit_jax.data.pictures import read_picture
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals import semantic_seg, windows
+from groupvit_jax.evals.picture_faults import PictureFaults
 from groupvit_jax.models.image_text import ImageTextModel
 from groupvit_jax.train_step import normalize_images
 
@@ -28,8 +29,12 @@ IMAGENET = 'imagenet'
 # The published figures' (reference section 5): seven templates; `full` has all 80.
 TEMPLATES = 'subset'
 PUBLISHED = {'gcc_yfcc': 43.7, 'gcc_redcaps': 51.6}
+NUM_IMAGES = 50_000  # that these are about
+NO_PROTOCOL = (f'{IMAGENET} has neither label maps nor windows; of the parts of a protocol it has templates alone')
+FIGURES = ('top1', 'top5')  # what every evaluation measures
 _FILE = Path(__file__).with_name('imagenet_zero_shot.json')
 _NONE = -1  # label of padding
+_PICTURES_PER_DEVICE = 64  # that are classified at a time
 _TOP = 5
 
 
@@ -60,44 +65,54 @@ class Result:
     num_classes: C.
     top1: share whose class is the nearest.
     top5: share whose class is among the five nearest.
-    settings: how pictures and names were prepared.
-    provenance: checkpoint, step, commit.
+    protocol: how pictures and names were prepared.
+    provenance: whatever else the figures depend on: checkpoint, step, weights, commit, precision.
   """
 
   num_images: int
   num_classes: int
   top1: float
   top5: float
-  settings: Mapping[str, Any]
+  protocol: Mapping[str, Any]
   provenance: Mapping[str, str]
 
   def scalars(self) -> dict[str, float]:
     """The figures by name, for logs."""
-    return {'top1': self.top1, 'top5': self.top5}
+    return dict(zip(FIGURES, (self.top1, self.top5)))
+
+  def settings(self) -> dict[str, Any]:
+    """What the figures hold for, in short."""
+    return {
+      'num_images': self.num_images,
+      'num_images_published': NUM_IMAGES,
+      'protocol': dict(self.protocol),
+      'provenance': dict(self.provenance),
+    }
 
   def to_json(self) -> dict[str, Any]:
     """Figures and what they depend on."""
     return {
       'benchmark': IMAGENET,
-      'num_images': self.num_images,
+      **self.settings(),
       'num_classes': self.num_classes,
       **self.scalars(),
-      'protocol': dict(self.settings),
-      'templates': list(text_ops.template_set(self.settings['templates'])),
+      'templates': list(text_ops.template_set(self.protocol['templates'])),
       'published': [{'training_data': data, 'top1': value} for data, value in PUBLISHED.items()],
-      'provenance': dict(self.provenance),
     }
 
   def table(self) -> str:
     """The figures, in percent, as text."""
-    pairs = ', '.join(f'{key}={value}' for key, value in self.settings.items())
-    same = '' if self.settings['templates'] == TEMPLATES else '; other templates'
+    pairs = ', '.join(f'{key}={value}' for key, value in self.protocol.items())
+    pictures = f'{self.num_images:,}' if self.num_images == NUM_IMAGES else f'{self.num_images:,} of {NUM_IMAGES:,}'
+    unlike = ['other templates'] * (self.protocol['templates'] != TEMPLATES)
+    unlike += [f'here {pictures} pictures'] * (self.num_images != NUM_IMAGES)
     return '\n'.join([
-      f'{IMAGENET}, {self.num_images} pictures, {self.num_classes} classes\n({pairs})',
+      f'{IMAGENET}, {pictures} pictures, {self.num_classes} classes\n({pairs})',
       '',
       f'top-1  {self.top1:6.1%}',
       f'top-5  {self.top5:6.1%}',
-      *(f'published (GroupViT-S/16 of {data}): top-1 {value:.1f}{same}' for data, value in PUBLISHED.items()),
+      *('; '.join([f'published (GroupViT-S/16 of {data}): top-1 {value:.1f}', *unlike])
+        for data, value in PUBLISHED.items()),
     ])
 
 
@@ -119,7 +134,7 @@ def crop_picture(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   short = _short_side(size)
   rows, columns = (max(short * length // min(image.shape[:2]), short) for length in image.shape[:2])
   resized = Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC)
-  top, left = (rows - size[0]) // 2, (columns - size[1]) // 2
+  top, left = (round((length - side) / 2) for length, side in zip((rows, columns), size))  # as torchvision rounds
   return np.asarray(resized)[top : top + size[0], left : left + size[1]]
 
 
@@ -174,7 +189,7 @@ class ZeroShotEvaluator:
   names: Sequence[str]
   templates: str
   batch_size: int
-  num_threads: int = 2
+  num_threads: int
 
   def __post_init__(self):
     sharding.check_batch_size('eval batch_size', self.batch_size, self.mesh)
@@ -190,13 +205,14 @@ class ZeroShotEvaluator:
       provenance: what else to name in the result.
 
     Raises:
-      ValueError: a picture cannot be decoded, or its class is none.
+      PictureFault: a picture cannot be decoded, or its class is none; on every host, whichever has met it.
     """
     texts = semantic_seg.embed_classes(self.model, variables, self.tokenizer, self.names, self.templates)
     texts = jax.device_put(texts, sharding.replicated(self.mesh))
     hosts = jax.process_count()
-    mine = range(jax.process_index(), len(self.source), hosts)
-    pictures = windows.prefetch(self._prepare, mine, num_threads=self.num_threads)
+    mine, faults = range(jax.process_index(), len(self.source), hosts), PictureFaults()
+    prepared = windows.prefetch(faults.guard(self._prepare), mine, num_threads=self.num_threads)
+    pictures = (picture for picture in prepared if picture is not None)
     total, waiting = np.zeros(3, np.int64), None
     for _ in range(-(-len(self.source) // self.batch_size)):
       images, labels = self._batch(pictures)
@@ -206,10 +222,11 @@ class ZeroShotEvaluator:
         total += np.array(jax.device_get(waiting))
       waiting = hits
     total += np.array(jax.device_get(waiting))
+    faults.check()
     size = tuple(self.model.vision.image_size)
-    settings = dict(name=IMAGENET, crop=size, short_side=_short_side(size), resize='bicubic', templates=self.templates,
+    protocol = dict(name=IMAGENET, crop=size, short_side=_short_side(size), resize='bicubic', templates=self.templates,
                     class_names='clip')
-    return Result(len(self.source), len(self.names), float(total[0] / total[2]), float(total[1] / total[2]), settings,
+    return Result(len(self.source), len(self.names), float(total[0] / total[2]), float(total[1] / total[2]), protocol,
                   provenance or {})
 
   def _prepare(self, index: int) -> tuple[np.ndarray, int]:
@@ -229,3 +246,12 @@ class ZeroShotEvaluator:
       images[row], labels[row] = found
     place = sharding.batch_sharding(self.mesh)
     return tuple(jax.make_array_from_process_local_data(place, array) for array in (images, labels))
+
+
+def build_evaluator(
+  model: ImageTextModel, tokenizer: Tokenizer, mesh: Mesh, source: ClassifiedSource, templates: str
+) -> ZeroShotEvaluator:
+  """What classifies pictures into ImageNet's classes. Raises ValueError if there is no such set of templates."""
+  batch_size = _PICTURES_PER_DEVICE * sharding.batch_ways(mesh)
+  threads = windows.decode_threads()
+  return ZeroShotEvaluator(model, tokenizer, mesh, source, class_names(), templates, batch_size, threads)
