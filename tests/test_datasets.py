@@ -1,17 +1,20 @@
 """Official layouts -> ArrayRecord -> labelled pictures, and what is wrong with a layout in one line."""
 
+import json
 import pathlib
 import re
 import shutil
 
+import fsspec
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 import pytest
 
 from groupvit_jax import cli
+from groupvit_jax.data import shards
 from groupvit_jax.data.pictures import read_picture
-from groupvit_jax.datasets import build, coco_rle
+from groupvit_jax.datasets import build, coco_rle, prepared
 from groupvit_jax.evals import labelled_sets
 from tests import official_layouts as layouts
 from tests.forbidden import run_without
@@ -102,6 +105,51 @@ def test_coco_stuff_as_mmsegmentation_lays_it_out(options, tmp_path):
     np.testing.assert_array_equal(record['label'], expected('coco_object', by_size[record['label'].shape]))
 
 
+def test_what_was_built_is_counted(raw, data_dir, tmp_path, capsys):
+  folder = raw['ade20k'][0]
+  command = ['ade20k', f'--manual_dir={folder}', f'--data_dir={tmp_path}']
+  assert build.main(command) == 0
+  line = capsys.readouterr().out.splitlines()[-1]  # the others are TFDS's
+  assert line.startswith('ade20k: 3 of 2,000 pictures, in ') and 'about all 2,000: is the download whole?' in line
+  assert build.main(command) == 0
+  assert f'it was there before, and --manual_dir={folder} was not looked at: to build' in capsys.readouterr().out
+  for flag in ('manual_dir', 'data_dir'):
+    assert build.main([*command, f'--{flag}=gs://bucket/x']) == cli.EXIT_USAGE
+    assert f'--{flag}=gs://bucket/x is remote; build from a disk onto a disk' in capsys.readouterr().err
+
+
+def test_pictures_without_an_area_are_counted(tmp_path, capsys):
+  layouts.pascal_context(tmp_path)
+  path = tmp_path / V10 / 'trainval_merged.json'
+  facts = json.loads(path.read_text())
+  facts['annos_segmentation'] = [area for area in facts['annos_segmentation'] if area['image_id'] != 1]
+  path.write_text(json.dumps(facts))
+  build.build('pascal_context', tmp_path, tmp_path / 'data')
+  assert 'trainval_merged.json: 1 of 3 pictures have no area; all of them is background' in capsys.readouterr().err
+
+
+def test_a_set_in_a_bucket_is_copied_once(data_dir, tmp_path, monkeypatch):
+  """With a store that `fsspec` keeps in memory for a bucket."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.setattr(prepared, '_CHUNK', 1000)  # so that files take several
+  store = fsspec.filesystem('memory')
+  store.put(str(data_dir / 'voc2012'), '/bucket/voc2012', recursive=True)
+  _, source = labelled_sets.open_benchmark('voc20', 'memory://bucket/')
+  _, local = labelled_sets.open_benchmark('voc20', data_dir)
+  assert len(source) == 3
+  for mine, theirs in zip(map(source.__getitem__, range(3)), map(local.__getitem__, range(3))):
+    assert mine['image'] == theirs['image'] and np.array_equal(mine['label'], theirs['label'])
+  fetched, read = [], shards.read
+  monkeypatch.setattr(shards, 'read', lambda path, *extent: fetched.append(path) or read(path, *extent))
+  labelled_sets.open_benchmark('voc21', 'memory://bucket')
+  assert not fetched
+  store.pipe('/bucket/voc2012/1.0.0/features.json', store.cat('/bucket/voc2012/1.0.0/features.json') + b' ')
+  labelled_sets.open_benchmark('voc21', 'memory://bucket')
+  assert {path.rpartition('/')[2] for path in fetched} == {'features.json'}
+  with pytest.raises(ValueError, match='--data_dir=memory://bucket holds no ade20k, which ade20k needs; make it with'):
+    labelled_sets.open_benchmark('ade20k', 'memory://bucket')
+
+
 def test_a_subset_is_spread_evenly_and_always_the_same(tmp_path):
   layouts.folder(tmp_path)
   benchmark, some = labelled_sets.open_benchmark('folder', tmp_path, num_pictures=2)
@@ -158,7 +206,7 @@ FAULTS = [
     ('coco_stuff', 'val2017', empty, 'val2017 names no pictures'),
     ('coco_stuff', f'stuffthingmaps/val2017/{0:012}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
     ('coco_stuff', 'stuffthingmaps', shutil.rmtree,
-     'there is no .*stuffthingmaps/val2017 nor .*annotations/val2017 nor'),
+     'there is no .*stuffthingmaps/val2017 nor .*annotations/val2017 nor .*; unzip .* -d .*/stuffthingmaps$'),
     ('coco_stuff', f'stuffthingmaps/val2017/{1:012}.png', pathlib.Path.unlink, f'there is no .*{1:012}.png;'),
     ('ade20k', f'{ADE}/annotations', shutil.rmtree, 'there is no .*annotations/validation/ADE_val_00000000.png'),
     ('ade20k', f'{ADE}/annotations/validation/ADE_val_00000001.png', pathlib.Path.unlink,

@@ -8,6 +8,10 @@ import pytest
 
 from groupvit_jax.data import image_ops, pipeline, shards, webdataset
 from groupvit_jax.data.sources import build_source
+from groupvit_jax.datasets import build
+from groupvit_jax.evals import labelled_sets
+from groupvit_jax.evals.output_folder import OutputFolder
+from tests import official_layouts as layouts
 from tests.tars import Words, data_config, encode, set_config, write_set
 
 pytest.importorskip('aiohttp')
@@ -140,3 +144,25 @@ def test_a_bucket_holds_shards_and_their_index(bucket, tmp_path, monkeypatch):
   assert len(open_set(f'{bucket}/set/*.tar', index_dir=f'{bucket}/index')) == 20
   with pytest.raises(ValueError, match='x: 1 of 2 shards are missing, first s3://photographs/set/0007.tar'):
     open_set(f'{bucket}/set/{{0000,0007}}.tar')
+
+
+def test_a_benchmark_in_a_bucket(bucket, tmp_path):
+  layouts.voc2012(tmp_path / 'raw')
+  build.build('voc2012', tmp_path / 'raw', tmp_path / 'data')
+  shards._system(bucket).put(str(tmp_path / 'data' / 'voc2012'), f'{bucket}/data/voc2012', recursive=True)
+  _, source = labelled_sets.open_benchmark('voc21', f'{bucket}/data')
+  _, local = labelled_sets.open_benchmark('voc21', tmp_path / 'data')
+  assert [source[n]['image'] for n in range(3)] == [local[n]['image'] for n in range(3)]
+
+
+def test_results_in_a_bucket(bucket):
+  """Also TensorBoard's file; what an earlier evaluation left goes."""
+  folder = OutputFolder(f'{bucket}/out', overwrite=False)
+  folder.begin()
+  folder.write_board(3, {'miou': 0.5}, {'settings': '{}'}, {'thresholds': np.zeros((4, 4, 3), np.uint8)})
+  folder.write_text('thresholds.png', 'old')
+  system = shards._system(bucket)
+  names = lambda: [path.removeprefix('photographs/out/').split('.')[0] for path in sorted(system.find(f'{bucket}/out'))]
+  assert names() == ['results', 'tensorboard/events', 'thresholds']
+  OutputFolder(f'{bucket}/out', overwrite=False).begin()
+  assert names() == ['results']

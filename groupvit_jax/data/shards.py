@@ -99,6 +99,17 @@ def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
   return found
 
 
+def list_files(pattern: str) -> list[str]:
+  """The files that a pattern with '*' stands for, in order. Raises ValueError where a store cannot be reached."""
+  return _reach(pattern, lambda: _glob(pattern))
+
+
+def cache_folder() -> pathlib.Path:
+  """Where what can be made or fetched again is kept: `$XDG_CACHE_HOME/groupvit_jax`, or the same under `~/.cache`."""
+  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return pathlib.Path(base) / 'groupvit_jax'
+
+
 def read(path: str, start: int, size: int) -> bytes:
   """Reads a byte range in one request, trying again where a remote store fails.
 
@@ -202,7 +213,7 @@ def _list_paths(pattern: str, what: str) -> list[str]:
     if '*' not in path:
       paths.append(path)
       continue
-    found = _reach(path, lambda path=path: _glob(path))
+    found = list_files(path)
     if not found:
       raise ValueError(f'{what}: nothing matches {path}')
     paths += found

@@ -159,7 +159,7 @@ def build_index(found: Sequence[Shard], kind: str, index_dir: str, what: str) ->
     what: names the set in messages.
   """
   stamps = [_stamp(shard, kind) for shard in found]
-  merged = cache_folder() / f'{hashlib.sha256("".join(stamps).encode()).hexdigest()[:32]}.npy'
+  merged = shards_lib.cache_folder() / f'{hashlib.sha256("".join(stamps).encode()).hexdigest()[:32]}.npy'
   facts = merged.with_suffix('.json')
   if not (facts.exists() and merged.exists()):
     parts = _index_shards(found, stamps, kind, index_dir, what)
@@ -167,12 +167,6 @@ def build_index(found: Sequence[Shard], kind: str, index_dir: str, what: str) ->
     shards_lib.write_whole(str(facts), json.dumps({'counts': counts, 'digest': digest}).encode())
   known = json.loads(facts.read_text())
   return Index(str(merged), tuple(known['counts']), known['digest'])
-
-
-def cache_folder() -> pathlib.Path:
-  """Where indexes are kept: `$XDG_CACHE_HOME/groupvit_jax`, or the same under `~/.cache`."""
-  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  return pathlib.Path(base) / 'groupvit_jax'
 
 
 def _index_shards(found: Sequence[Shard], stamps: Sequence[str], kind: str, index_dir: str,
@@ -254,7 +248,7 @@ def _index_folder(folder: str, index_dir: str) -> str:
     return os.path.expanduser(index_dir)
   if shards_lib.is_local(folder) and os.access(folder or '.', os.W_OK):
     return f'{folder or "."}/.index'
-  return str(cache_folder())
+  return str(shards_lib.cache_folder())
 
 
 def _stamp(shard: Shard, kind: str) -> str:

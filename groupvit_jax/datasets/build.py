@@ -24,6 +24,8 @@ import sys
 from etils import epath
 
 from groupvit_jax import cli
+from groupvit_jax.data.shards import is_local
+from groupvit_jax.datasets import prepared
 
 # Data set -> module and class of its builder, imported when asked for.
 BUILDERS = {
@@ -36,20 +38,26 @@ BUILDERS = {
 CAPTION_SETS = ('cc3m', 'cc12m', 'yfcc14m', 'redcaps12m')
 
 
-def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> epath.Path:
+def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> str:
   """Builds a data set, unless it is there already.
 
   Args:
     name: one of `BUILDERS`.
-    manual_dir: where its archives were unpacked, local or in a bucket.
-    data_dir: where TFDS data sets are kept, likewise.
+    manual_dir: where its archives were unpacked.
+    data_dir: where TFDS data sets are kept, on a local disk.
 
   Returns:
-    The folder of the data set's version.
+    What is there now, in a line.
 
   Raises:
-    ValueError: there is no such folder, or it has another layout.
+    ValueError: there is no such folder, it has another layout, or one of both is remote.
   """
+  for flag, folder in (('manual_dir', manual_dir), ('data_dir', data_dir)):
+    if not is_local(str(folder)):
+      raise ValueError(f'--{flag}={folder} is remote; build from a disk onto a disk, then copy the folder')
+  if (kept := prepared.newest_version(data_dir, name)) is not None:
+    return (f'{_describe(name, kept)}; it was there before, and --manual_dir={manual_dir} was not looked at: to build '
+            f'it again delete {kept}')
   if not epath.Path(manual_dir).is_dir():
     raise ValueError(f'there is no folder --manual_dir={manual_dir}; unpack the official archives there')
   import tensorflow_datasets as tfds  # it takes a second to import
@@ -57,7 +65,17 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> ep
   module = importlib.import_module(f'groupvit_jax.datasets.{module}')
   builder = getattr(module, builder_class)(data_dir=str(data_dir), file_format='array_record')
   builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
-  return epath.Path(builder.data_dir)
+  return _describe(name, builder.data_dir)
+
+
+def _describe(name: str, folder: epath.PathLike) -> str:
+  """How many pictures there are, of how many, and where."""
+  from groupvit_jax.evals import benchmarks, labelled_sets  # and with them JAX, which image-text pairs do without
+  found = len(prepared.open_records(folder, labelled_sets.SPLIT, ('image', 'label')))
+  benchmark = next(each for each, stored in labelled_sets.STORED_IN.items() if stored == name)
+  wanted = benchmarks.find_benchmark(benchmark).num_images
+  line = f'{name}: {found:,} of {wanted:,} pictures, in {folder}'
+  return line if found == wanted else f'{line}; published figures are about all {wanted:,}: is the download whole?'
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -82,7 +100,7 @@ def main(arguments: Sequence[str]) -> int:
       folder = caption_sets.build(args.name, args.manual_dir, args.data_dir, args.workers)
       print(f'{caption_sets.describe(args.name, folder)}; in {folder}')
       return 0
-    print(f'{args.name} is in {build(args.name, args.manual_dir, args.data_dir)}')
+    print(build(args.name, args.manual_dir, args.data_dir))
   except (ValueError, OSError) as error:
     return cli.fail(str(error))
   return 0

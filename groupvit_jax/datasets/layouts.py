@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 import functools
 import io
 import json
+import sys
 from typing import NamedTuple
 
 from etils import epath
@@ -51,21 +52,25 @@ def pascal_context(manual_dir: epath.PathLike) -> list[LabelledFile]:
     areas: dict[int, list[dict]] = {image['image_id']: [] for image in images}
     for area in facts['annos_segmentation']:
       areas.get(area['image_id'], []).append(area)
+    bare = sum(not found for found in areas.values())
     files = [(image['file_name'].removesuffix('.jpg'), path.parent / 'JPEGImages' / image['file_name'],
               functools.partial(_draw_context, path, image, areas[image['image_id']])) for image in images]
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{path} is not the trainval_merged.json of Pascal Context ({error!r}); fetch it again') from error
+  if bare:
+    print(f'{path}: {bare:,} of {len(images):,} pictures have no area; all of them is background', file=sys.stderr)
   return _pairs(path, files)
 
 
 def coco_stuff(manual_dir: epath.PathLike) -> list[LabelledFile]:
   """COCO-Stuff val2017: `[images/]val2017/*.jpg` and `stuffthingmaps/val2017/*.png`, or `annotations/val2017/*.png`.
 
-  `*_labelTrainIds.png`, which mmsegmentation makes of them, will do as well.
+  `*_labelTrainIds.png`, which mmsegmentation makes of them, will do as well. The archive of label maps has no folder of
+  its own: unpacked beside the pictures it would mix with them.
   """
   images = _find(manual_dir, ['images/val2017', 'val2017'])
   folders = ('stuffthingmaps/val2017', 'annotations/val2017', 'stuffthingmaps_trainvaltest2017/val2017')
-  labels = _find(manual_dir, folders)
+  labels = _find(manual_dir, folders, f'unzip stuffthingmaps_trainval2017.zip -d {manual_dir}/stuffthingmaps')
   present = {path.name for path in labels.iterdir()}
   files = []
   for image in _sorted(images, '.jpg'):
@@ -96,14 +101,14 @@ def cityscapes_fine(manual_dir: epath.PathLike) -> list[LabelledFile]:
   return _pairs(images, files)
 
 
-def _find(manual_dir: epath.PathLike, places: Iterable[str]) -> epath.Path:
-  """The first of several places below a folder that there is."""
+def _find(manual_dir: epath.PathLike, places: Iterable[str], remedy: str = '') -> epath.Path:
+  """The first of several places below a folder that there is; where there is none, `remedy` says what to do."""
   candidates = [epath.Path(manual_dir) / place for place in places]
   for path in candidates:
     if path.exists():
       return path
-  raise ValueError('there is no ' + ' nor '.join(map(str, candidates)) + '; unpack the official archives in '
-                   f'--manual_dir={manual_dir}')
+  raise ValueError('there is no ' + ' nor '.join(map(str, candidates)) + '; '
+                   + (remedy or f'unpack the official archives in --manual_dir={manual_dir}'))
 
 
 def _sorted(folder: epath.Path, ending: str) -> list[epath.Path]:

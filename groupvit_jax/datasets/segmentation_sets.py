@@ -12,9 +12,7 @@ import tensorflow_datasets as tfds
 
 from groupvit_jax.data.pictures import read_picture
 from groupvit_jax.datasets import layouts
-from groupvit_jax.evals.labelled_sets import decode_label
-
-SPLIT = 'validation'
+from groupvit_jax.evals.labelled_sets import decode_label, SPLIT
 
 
 class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
