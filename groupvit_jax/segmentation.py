@@ -179,7 +179,8 @@ def pixel_shares(
     pixels: row-major positions [P] in the original picture; those beyond its end repeat others.
 
   Returns:
-    Weights [K, S, P], float32, that sum to one for each pixel; zeros for windows that do not exist.
+    Weights [K, S, P], float32, that sum to one for each pixel; of windows that do not exist anything, for they are not
+    touched, which is most of the memory.
   """
   neighbours = _neighbours(placement, pixels)
 
@@ -202,7 +203,7 @@ def pixel_shares(
 
   covers = [jnp.zeros(pixels.shape, jnp.int32)] * len(neighbours)
   covers = jax.lax.fori_loop(0, placement.num_windows, count, covers)
-  shares = jnp.zeros((segments.shape[0], num_segments, pixels.shape[0]), jnp.float32)
+  shares = jax.lax.empty((segments.shape[0], num_segments, pixels.shape[0]), jnp.float32)
   return jax.lax.fori_loop(0, placement.num_windows, add, shares)
 
 
@@ -232,7 +233,7 @@ def best_classes(
   Returns:
     Labels [P], int32, the first of several best ones, and their scores [P].
   """
-  num_classes, at_once = scores.shape[2], 16
+  num_classes, at_once = scores.shape[2], 8
   scored = (scores > 0).any(axis=(0, 1))
   order = jnp.argsort(~scored, stable=True)
   order = jnp.concatenate([order, jnp.zeros(-num_classes % at_once, order.dtype)])

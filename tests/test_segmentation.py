@@ -200,8 +200,7 @@ def test_stitch_matches_averaging_and_resizing(rng):
 def test_shares_sum_to_one_also_beyond_the_picture(rng):
   segments, _, where = stitching_case(rng)
   shares = segmentation.pixel_shares(jnp.asarray(segments), 4, where, jnp.arange(23 * 17 + 40))
-  np.testing.assert_allclose(shares.sum(axis=(0, 1)), 1, rtol=1e-6)
-  assert not shares[4:].any()
+  np.testing.assert_allclose(shares[:4].sum(axis=(0, 1)), 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize('num_classes', [3, 16, 40])
@@ -212,7 +211,7 @@ def test_best_classes_are_the_argmax(num_classes, rng):
   scores[:, :, rng.random(num_classes) < 0.5] = 0  # filtered out
   scores[4:] = 0
   labels, best = segmentation.best_classes(shares, jnp.asarray(scores), where.num_windows)
-  want = np.einsum('ksp,ksc->pc', np.asarray(shares, np.float64), scores)
+  want = np.einsum('ksp,ksc->pc', np.asarray(shares[:4], np.float64), scores[:4])
   np.testing.assert_allclose(best, want.max(axis=1), rtol=1e-5)
   assert np.array_equal(labels, want.argmax(axis=1))
 
@@ -233,5 +232,6 @@ def test_segment_overlap_counts_labels(rng):
   shares = segmentation.pixel_shares(jnp.asarray(segments), 4, where, jnp.arange(23 * 17))
   got = segmentation.segment_overlap(shares, jnp.asarray(truth), where.num_windows, 5)
   is_label = truth[:, None] == np.arange(5)
-  np.testing.assert_allclose(got, np.einsum('ksp,pc->ksc', shares, is_label), atol=1e-3)
+  np.testing.assert_allclose(got[:4], np.einsum('ksp,pc->ksc', shares[:4], is_label), atol=1e-3)
+  assert not got[4:].any()
   np.testing.assert_allclose(got.sum(), (truth != 255).sum(), rtol=1e-5)

@@ -6,6 +6,7 @@ so this is one compilation whatever the pictures' sizes, and no map of picture x
 
 import collections
 import dataclasses
+import enum
 import functools
 from typing import NamedTuple
 
@@ -22,7 +23,9 @@ from groupvit_jax.evals.window_encoder import EncodedPicture
 from groupvit_jax.evals.windows import Picture
 from groupvit_jax.metrics import ConfusionMatrix, IGNORE_LABEL
 
-_MOST_PIXELS = 2**16  # labelled at a time
+# Labelled at a time: what is made of more of them leaves a CPU's caches; elsewhere a picture is one call.
+_MOST_PIXELS = {'cpu': 2**15}
+_MOST_PIXELS_ELSEWHERE = 2**19
 _MOST_PENDING = 128  # parts that wait for the devices, lest a backlog of pictures fill the memory
 
 
@@ -50,6 +53,14 @@ class Classes(NamedTuple):
   exists: jax.Array  # [C], False for padding
   logit_scale: jax.Array  # [], log temperature
   thresholds: jax.Array  # [T], of the background; the first one labels
+
+
+class Job(enum.IntEnum):
+  """What is done about pixels."""
+
+  PREDICT = 0
+  MEASURE = 1  # predict, and measure how much of the truth each segment covers
+  NAME = 2  # name segments by that measure
 
 
 class PixelLabels(NamedTuple):
@@ -90,7 +101,7 @@ def label_pixels(
   pixels: jax.Array,
   offset: jax.Array,
   truth: jax.Array,
-  oracle: jax.Array,
+  job: jax.Array,
   *,
   protocol: Protocol,
   background: bool,
@@ -98,8 +109,7 @@ def label_pixels(
 ) -> PixelLabels:
   """Labels some pixels of a picture and counts them.
 
-  A first pass over a picture counts predictions and measures how much of the truth each segment
-  covers; a second one, with `oracle`, names segments by that measure and counts again.
+  For the oracle there are two passes over a picture, `Job.MEASURE` and `Job.NAME`, both of which count.
 
   Args:
     tally: counts so far (donated).
@@ -109,7 +119,7 @@ def label_pixels(
     pixels: 0..P-1.
     offset: [], where the first of these pixels lies in the picture, row-major.
     truth: labels [P], 255 where there is none.
-    oracle: [], whether this is the second pass.
+    job: [], a `Job`.
     protocol: how labels are chosen; its own threshold is not looked at.
     background: whether class 0 is the background.
     place: sharding of pixels.
@@ -142,7 +152,8 @@ def label_pixels(
       below = segmentation.background_scores(scores, classes.thresholds, per_window=per_window)
       below = segmentation.stitch(shares, below, num_windows)
       labels, best = jnp.where(below >= best, 0, labels + 1), jnp.maximum(below, best)
-    seen = segmentation.segment_overlap(shares, truth, num_windows, num_classes)
+    measured = jnp.where(job == Job.MEASURE, num_windows, 0)  # without an oracle no work
+    seen = segmentation.segment_overlap(shares, truth, measured, num_classes)
     predicted = tally.predicted.merge(jax.vmap(count)(labels))
     counted = tally.replace(predicted=predicted)
     return PixelLabels(labels[0], best[0], scores, overlap + seen, counted)
@@ -153,7 +164,7 @@ def label_pixels(
     counted = tally.replace(oracle=tally.oracle.merge(count(labels)))
     return PixelLabels(labels, best, names[:, :, background:], overlap, counted)
 
-  out = jax.lax.cond(oracle, name_by_majority, predict)
+  out = jax.lax.cond(job == Job.NAME, name_by_majority, predict)
   whole = NamedSharding(place.mesh, PartitionSpec())
   places = PixelLabels(place, place, whole, whole, whole)
   return jax.lax.with_sharding_constraint(out, _spread(places, out))
@@ -200,14 +211,15 @@ class Segmenter:
     self._protocol, self._num_words = protocol, len(text_embeds)
     self._num_labels = len(text_embeds) + padding + background
     enough = 1 << (protocol.window**2 - 1).bit_length()
-    self._num_pixels = -(-min(enough, _MOST_PIXELS) // len(local)) * len(local)
+    most = _MOST_PIXELS.get(local[0].platform, _MOST_PIXELS_ELSEWHERE)
+    self._num_pixels = -(-min(enough, most) // len(local)) * len(local)
     self._pixels = jax.device_put(np.arange(self._num_pixels, dtype=np.int32), self._by_pixel)
     padded = np.pad(text_embeds, ((0, padding), (0, 0)))
     exists = np.arange(len(padded)) < len(text_embeds)
     embeds, scale, cuts = (np.asarray(x, np.float32) for x in (padded, logit_scale, thresholds))
     self._classes = self._put(Classes(embeds, exists, scale, cuts))
     self._pending: collections.deque[jax.Array] = collections.deque()
-    self._flags = [self._put(np.bool_(flag)) for flag in (False, True)]
+    self._jobs = {job: self._put(np.int32(job)) for job in Job}
     self._label = functools.partial(
       label_pixels,
       # Thresholds are data: others need no compilation.
@@ -242,7 +254,7 @@ class Segmenter:
     slots = tables.segment_embeds.shape[:2]
     overlap = self._put(np.zeros((*slots, self._num_labels), np.float32))
     parts: list[PixelLabels] = []
-    for second_pass in self._flags[: 1 + oracle]:
+    for job in (Job.MEASURE, Job.NAME) if oracle else (Job.PREDICT,):
       for start in starts:
         part = jax.device_put(truth[start : start + self._num_pixels], self._by_pixel)
         out = self._label(
@@ -253,7 +265,7 @@ class Segmenter:
           self._pixels,
           self._put(np.int32(start)),
           part,
-          second_pass,
+          self._jobs[job],
         )
         sharding.settle(out, self._whole.mesh)
         self._tally, overlap = out.tally, out.overlap
