@@ -1,7 +1,9 @@
 """Protocol `groupvit`, slowly: one picture, one window, one step at a time, in numpy float64.
 
-Written from the description of the method alone; shares nothing with the package but OpenCV's
-resize of the uint8 picture, which is what the protocol is defined by.
+Written from the description of the method alone. It shares OpenCV's resize of the uint8 picture
+with the package, which is what the protocol is defined by, and is given what encodes a window:
+features and assignments are the model's, in its precision. What they are compared with on their
+own, `transformers`, is in test_parity.py.
 """
 
 from typing import NamedTuple
