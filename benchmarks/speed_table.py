@@ -78,13 +78,13 @@ def growth_table(reports: list[dict]) -> str:
   return '\n'.join(lines)
 
 
-def insert(page: str, name: str, text: str) -> str:
-  """The page with the text between its marks of that name.
+def insert(page: str, name: str, text: str, script: str = 'speed_table') -> str:
+  """The page with the text between its marks of that name, which say what script writes it.
 
   Raises:
     ValueError: a mark is missing.
   """
-  begin, end = f'<!-- {name}: benchmarks/speed_table.py -->', f'<!-- end of {name} -->'
+  begin, end = f'<!-- {name}: benchmarks/{script}.py -->', f'<!-- end of {name} -->'
   if begin not in page or end not in page:
     raise ValueError(f'the page lacks the marks {begin!r} and {end!r}; put them where the table belongs')
   before, rest = page.split(begin, 1)
