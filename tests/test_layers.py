@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from groupvit_jax.models import assignment
 from groupvit_jax.models.attention import attend
 from groupvit_jax.models.layers import unfuse
 from groupvit_jax.models.norm import LayerNorm
 from groupvit_jax.models.projection import project
+from groupvit_jax.models.vision import PatchEmbed
 
 
 def normal(seed: int, *shape: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
@@ -66,3 +68,28 @@ def test_a_fused_projection_is_taken_apart():
   qkv, mix = normal(0, 2, 5, 3, 4, 6), normal(1, 3)
   weighted = lambda take: lambda qkv: sum(w * part for w, part in zip(mix, take(qkv)))  # three cotangents that differ
   assert_same(weighted(unfuse), weighted(lambda qkv: jnp.moveaxis(qkv, -3, 0)), qkv)
+
+
+@pytest.mark.parametrize('size', [(8, 12), (11, 9)])  # whole patches, and pixels beyond the last one
+def test_patches_are_a_convolution(size):
+  images = normal(0, 2, *size, 3)
+  conv = nn.Conv(5, (4, 4), (4, 4), padding='VALID')
+  params = conv.init(jax.random.key(1), images)
+  ours = PatchEmbed(4, 5)
+  jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), images), params)  # runs start the same
+  assert_same(lambda x, params: ours.apply(params, x), lambda x, params: conv.apply(params, x), images, params)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_pooling_is_the_straight_through_average(dtype, tolerance):
+  """The paper's equations as they stand: soft + stop_gradient(hard - soft), weights divided before they multiply."""
+  logits, values = 2 * normal(0, 2, 3, 7), normal(1, 2, 7, 4, dtype=dtype)
+
+  def plain(logits, values):
+    soft = jax.nn.softmax(logits, axis=1)
+    hard = jax.nn.one_hot(soft.argmax(axis=1), 3, axis=1)
+    weights = soft + jax.lax.stop_gradient(hard - soft)
+    weights = weights / (weights.sum(axis=-1, keepdims=True) + 1)
+    return jnp.einsum('bsn,bnd->bsd', weights, values.astype(jnp.float32)).astype(values.dtype)
+  ours = lambda logits, values: assignment.pool_segments(assignment.assign(logits, 'hard', dtype=dtype), values)
+  assert_same(ours, plain, logits, values, tolerance=tolerance)

@@ -3,6 +3,7 @@
 Assignments are arrays [B, S, N]: each of N tokens distributes itself over S groups, so they sum to one over S.
 """
 
+import functools
 from typing import Literal
 
 import jax
@@ -31,16 +32,22 @@ def soft_assignment(logits: jax.Array) -> jax.Array:
   return jax.nn.softmax(logits.astype(jnp.float32), axis=-2)
 
 
-@jax.custom_vjp
-def straight_through(soft: jax.Array) -> jax.Array:
-  """One-hot argmax over the groups of `soft` [B, S, N], with the gradient of `soft` itself (paper eq. 5)."""
-  return jax.nn.one_hot(jnp.argmax(soft, axis=-2), soft.shape[-2], dtype=soft.dtype, axis=-2)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def straight_through(logits: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """One-hot argmax over the groups of logits [B, S, N], with the gradient of the soft assignment (paper eq. 5)."""
+  return jax.nn.one_hot(jnp.argmax(logits, axis=-2), logits.shape[-2], dtype=dtype, axis=-2)
 
 
-straight_through.defvjp(lambda soft: (straight_through(soft), None), lambda _, grad: (grad,))
+def _pull(dtype, logits, grad):
+  _, pull = jax.vjp(soft_assignment, logits)  # the softmax is computed where its gradient is, and only there
+  return pull(grad.astype(jnp.float32))
 
 
-def assign(logits: jax.Array, mode: AssignmentMode, keys: jax.Array | None = None) -> jax.Array:
+straight_through.defvjp(lambda logits, dtype: (straight_through(logits, dtype), logits), _pull)
+
+
+def assign(logits: jax.Array, mode: AssignmentMode, keys: jax.Array | None = None,
+           dtype: jnp.dtype = jnp.float32) -> jax.Array:
   """Assignment used to pool tokens into segments (paper eqs. 3-5).
 
   Args:
@@ -48,14 +55,14 @@ def assign(logits: jax.Array, mode: AssignmentMode, keys: jax.Array | None = Non
     mode: 'soft' keeps the softmax; 'hard' takes its argmax, straight-through; 'gumbel' perturbs the logits with
       Gumbel(0, 1) noise (temperature 1) before it does the same.
     keys: [B], source of each sample's noise. Without them 'gumbel' is 'hard', which is what evaluation wants.
+    dtype: of the assignment; what decides is float32.
 
   Returns:
-    Assignment [B, S, N], float32.
+    Assignment [B, S, N].
   """
   if mode == 'gumbel' and keys is not None:
     logits = logits + jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
-  soft = soft_assignment(logits)
-  return soft if mode == 'soft' else straight_through(soft)
+  return soft_assignment(logits).astype(dtype) if mode == 'soft' else straight_through(logits, dtype)
 
 
 def pool_segments(assignment: jax.Array, values: jax.Array, eps: float = 1.0) -> jax.Array:
@@ -69,5 +76,6 @@ def pool_segments(assignment: jax.Array, values: jax.Array, eps: float = 1.0) ->
   Returns:
     Pooled values [B, S, D], in the dtype of `values`.
   """
-  weights = assignment / (assignment.sum(axis=-1, keepdims=True) + eps)
-  return jnp.einsum('bsn,bnd->bsd', weights.astype(values.dtype), values)
+  total = jnp.einsum('bsn,bnd->bsd', assignment.astype(values.dtype), values, preferred_element_type=jnp.float32)
+  count = assignment.sum(axis=-1, keepdims=True, dtype=jnp.float32)
+  return (total / (count + eps)).astype(values.dtype)  # smaller to divide than what is added up

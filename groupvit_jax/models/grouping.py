@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from groupvit_jax.models import assignment as assignment_lib
 from groupvit_jax.models.layers import CrossAttention, Initializer, Mlp, TokenMixer
 from groupvit_jax.models.norm import LayerNorm
+from groupvit_jax.models.projection import project
 
 
 class GroupingOutput(NamedTuple):
@@ -60,7 +61,8 @@ class GroupingBlock(nn.Module):
       Segments [B, S, D] and the soft assignment [B, S, N].
     """
     width = tokens.shape[-1]
-    dense = lambda name, kernel: nn.Dense(width, kernel_init=kernel, dtype=self.dtype, name=name)
+    dense = lambda name, kernel: nn.Dense(
+        width, kernel_init=kernel, dtype=self.dtype, dot_general=project, name=name)
     groups = LayerNorm(name='norm_groups')(groups).astype(self.dtype)
     tokens = LayerNorm(name='norm_tokens')(tokens).astype(self.dtype)
 
@@ -72,7 +74,7 @@ class GroupingBlock(nn.Module):
     with jax.named_scope('assign'):
       logits = assignment_lib.assignment_logits(
           dense('assign_query', self.assign_kernel)(groups), dense('assign_key', self.assign_kernel)(tokens))
-      weights = assignment_lib.assign(logits, self.mode, keys)
+      weights = assignment_lib.assign(logits, self.mode, keys, self.dtype)
       pooled = assignment_lib.pool_segments(weights, dense('assign_value', self.value_kernel)(tokens))
       segments = dense('assign_out', self.value_kernel)(pooled) + groups
 

@@ -1,5 +1,6 @@
 """Image and text towers, projected into one space (paper section 3.3)."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from groupvit_jax.models.layers import sample_keys
+from groupvit_jax.models.projection import project
 from groupvit_jax.models.text import TextTower
 from groupvit_jax.models.text_rows import one_a_row, TextRows
 from groupvit_jax.models.vision import VisionOutput, VisionTower
@@ -58,12 +60,13 @@ class Projector(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     kernel = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # torch's default for a Linear
-    x = nn.Dense(self.hidden, kernel_init=kernel, dtype=self.dtype, name='fc1')(x)
+    dense = functools.partial(nn.Dense, kernel_init=kernel, dtype=self.dtype, dot_general=project)
+    x = dense(self.hidden, name='fc1')(x)
     # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced.
     x = nn.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32,
         name='norm')(x)
-    x = nn.Dense(self.out, kernel_init=kernel, dtype=self.dtype, name='fc2')(jax.nn.relu(x))
+    x = dense(self.out, name='fc2')(jax.nn.relu(x))
     return x.astype(jnp.float32)
 
 

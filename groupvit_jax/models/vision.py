@@ -16,6 +16,7 @@ from groupvit_jax.models.grouping import GroupingBlock
 from groupvit_jax.models.layers import (
     Block, BlockInit, fold_keys, Initializer, Remat, rematerialized, scan_blocks, TokenMixer)
 from groupvit_jax.models.norm import LayerNorm
+from groupvit_jax.models.projection import project
 
 
 class VisionOutput(NamedTuple):
@@ -79,6 +80,30 @@ def resize_positions(positions: jax.Array, height: int, width: int) -> jax.Array
   rows = bicubic_matrix(positions.shape[0], height)
   columns = bicubic_matrix(positions.shape[1], width)
   return jnp.einsum('ih,jw,hwd->ijd', rows, columns, positions, precision='highest')
+
+
+class PatchEmbed(nn.Module):
+  """Patches of p x p pixels, each projected: [B, H, W, C] -> [B, H // p, W // p, D].
+
+  The same as a convolution of stride p, with its parameters; compilers multiply matrices faster.
+  """
+
+  patch_size: int
+  width: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    batch, height, width, channels = images.shape
+    size, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
+    kernel = self.param('kernel', nn.initializers.lecun_normal(), (size, size, channels, self.width), jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, (self.width,), jnp.float32)
+    pixels = images[:, :rows * size, :columns * size].astype(self.dtype)
+    patches = pixels.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+    patches = patches.reshape(batch, rows, columns, size * size * channels)
+    kernel = kernel.reshape(-1, self.width).astype(self.dtype)
+    out = project(patches, kernel, (((3,), (0,)), ((), ())))
+    return out + bias.reshape(1, 1, 1, -1).astype(self.dtype)
 
 
 class GroupProjector(nn.Module):
@@ -145,14 +170,11 @@ class VisionTower(nn.Module):
 
   def _embed(self, images: jax.Array) -> jax.Array:
     """Patch tokens [B, N, D] with positions."""
-    patch = (self.patch_size, self.patch_size)
     if images.shape[1] < self.patch_size or images.shape[2] < self.patch_size:
       raise ValueError(f'an image of {images.shape[1]} x {images.shape[2]} px is smaller than one patch '
                        f'({self.patch_size} px); enlarge it first')
     grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
-    x = nn.Conv(
-        self.width, patch, patch, padding='VALID', kernel_init=nn.initializers.lecun_normal(), dtype=self.dtype,
-        name='patch_embed')(images)
+    x = PatchEmbed(self.patch_size, self.width, self.dtype, name='patch_embed')(images)
     x = LayerNorm(name='patch_norm')(x)
     positions = self.param('positions', self.init.positions, (*grid, self.width), jnp.float32)
     x = x + resize_positions(positions, *x.shape[1:3])[None]
