@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from groupvit_jax import sharding, train_loop, train_state, workdir as workdir_lib
+from groupvit_jax import packed_texts, sharding, train_loop, train_state, workdir as workdir_lib
 from groupvit_jax.data import faults, manifest, pipeline
 from groupvit_jax.train_loop import Run
 
@@ -62,6 +62,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   for line in _data_lines(run):
     say(line)
   batch = _first_batch(run, say)
+  say(_text_line(run, batch['tokens']))
   say('compiling the step')
   memory = measure_memory(run, batch)
   for line in _model_lines(run, batch, memory):
@@ -135,6 +136,18 @@ def _first_batch(run: Run, say: Callable[[str], None]) -> dict[str, np.ndarray]:
   for number in range(2):
     say(f'example    {examples.look_up(number).texts}')
   return batch
+
+
+def _text_line(run: Run, tokens: np.ndarray) -> str:
+  """What this host's texts [B, T, L] of a batch need of `text_budget`."""
+  eos_id, budget = run.model.text.eos_id, run.config.text_budget
+  groups = run.config.grad_accum_steps * sharding.batch_ways(run.mesh) // jax.process_count()
+  load = packed_texts.text_load(tokens, eos_id=eos_id, budget=budget, groups=groups)
+  needed = packed_texts.needed_budget(tokens, eos_id=eos_id, groups=groups)
+  verdict = ('pads them' if not budget else 'holds them' if not load.turns else
+             f'does not hold them: {load.turns} turns of a loop compute the rest')
+  return (f'texts      {load.tokens / len(tokens):.1f} tokens an image on average; text_budget={budget} {verdict}; '
+          f'text_budget={needed} would do for this batch')
 
 
 def _data_lines(run: Run) -> list[str]:

@@ -3,11 +3,12 @@
 from collections.abc import Callable
 import functools
 
+import flax.struct
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from groupvit_jax.models.text_rows import one_a_row, pack, Packing, take_rows, TextRows
+from groupvit_jax.models.text_rows import eos_positions, one_a_row, pack, Packing, take_rows, TextRows
 
 # A multiple of what matrix units and vector registers take at once. Longer rows hold more texts with less waste and
 # cost attention; 128 tokens of width 256 spend 8 % of their arithmetic on it.
@@ -24,6 +25,29 @@ def check_budget(budget: int) -> None:
   if budget < 0:
     raise ValueError(f'text_budget={budget} is negative; use 0 to pad texts, or about a fifth more than the tokens an '
                      'image has')
+
+
+class TextLoad(flax.struct.PyTreeNode):
+  """What a batch's texts cost; adds up over micro-batches."""
+
+  tokens: jax.Array  # [], that texts have
+  turns: jax.Array  # [], of the loop that computes what the budget has no rows for
+
+
+def text_load(tokens: jax.Array, *, eos_id: int, budget: int, groups: int) -> TextLoad:
+  """The load of `text_features`, of which the arguments are."""
+  lengths = eos_positions(tokens, eos_id) + 1
+  turns = jnp.zeros((), jnp.int32)
+  if budget:
+    packing = _pack(tokens, eos_id, groups)
+    turns = _num_turns(_rows_of(budget * len(tokens) // groups, packing), packing)
+  return TextLoad(lengths.sum(), turns)
+
+
+def needed_budget(tokens: jax.Array, *, eos_id: int, groups: int) -> int:
+  """The least budget with which no group of these texts, as for `text_features`, needs a turn of the loop."""
+  packing = _pack(tokens, eos_id, groups)
+  return -(-int(packing.num_rows.max()) * packing.row_length * groups // len(tokens))
 
 
 def text_features(encode: Encode, params: object, tokens: jax.Array, *, eos_id: int, budget: int,
@@ -49,12 +73,20 @@ def text_features(encode: Encode, params: object, tokens: jax.Array, *, eos_id: 
   if not budget:
     features = encode(params, one_a_row(tokens.reshape(-1, length), eos_id))
   else:
-    row_length = max(ROW_LENGTH, length)
-    with jax.named_scope('pack_texts'):
-      packing = pack(tokens.reshape(groups, -1, length), eos_id, row_length)
-    num_rows = -(-budget * batch // (groups * row_length))
-    features = _encode_packed(encode, num_rows, params, packing)
+    packing = _pack(tokens, eos_id, groups)
+    features = _encode_packed(encode, _rows_of(budget * batch // groups, packing), params, packing)
   return features.reshape(batch, texts, -1)
+
+
+def _pack(tokens: jax.Array, eos_id: int, groups: int) -> Packing:
+  length = tokens.shape[-1]
+  with jax.named_scope('pack_texts'):
+    return pack(tokens.reshape(groups, -1, length), eos_id, max(ROW_LENGTH, length))
+
+
+def _rows_of(tokens: int, packing: Packing) -> int:
+  """Rows of each group that hold so many tokens."""
+  return -(-tokens // packing.row_length)
 
 
 def _encode_some(encode: Encode, params: object, packing: Packing, first_row: jax.Array | int,

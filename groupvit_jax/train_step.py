@@ -13,7 +13,7 @@ from groupvit_jax import losses, metrics, sharding
 from groupvit_jax.accumulation import map_micro_batches
 from groupvit_jax.models.image_text import ImageTextModel, Projected
 from groupvit_jax.models.layers import sample_keys
-from groupvit_jax.packed_texts import text_features
+from groupvit_jax.packed_texts import text_features, text_load, TextLoad
 from groupvit_jax.random_erasing import RandomErasing
 from groupvit_jax.train_state import TrainState
 
@@ -75,20 +75,24 @@ def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, mu
   read = lambda params, texts: model.apply({'params': params}, texts, method='text_features')
   keys = sample_keys(jax.random.fold_in(state.rng, state.step), len(batch['image']))
 
-  def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], metrics.GroupingHealth]:
+  packed = dict(eos_id=model.text.eos_id, budget=text_budget, groups=groups)
+
+  def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], tuple[metrics.GroupingHealth, TextLoad]]:
     images = normalize_images(rows['image'])
     if random_erasing is not None:
       images = random_erasing(images, rows['keys'])
     vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
-    text = text_features(read, params, rows['tokens'], eos_id=model.text.eos_id, budget=text_budget, groups=groups)
-    return (vision.pooled, text), metrics.GroupingHealth.from_assignments(vision.assignments)
+    text = text_features(read, params, rows['tokens'], **packed)
+    health = metrics.GroupingHealth.from_assignments(vision.assignments)
+    return (vision.pooled, text), (health, text_load(rows['tokens'], **packed))
 
   def loss_fn(params):
-    features, health = map_micro_batches(
+    features, (health, load) = map_micro_batches(
         functools.partial(encode, params), batch | {'keys': keys}, grad_accum_steps)
     out, updated = model.apply(
         state.variables | {'params': params}, *features, train=True, method='project', mutable=['batch_stats'])
     loss, logged = total_loss(out, multi_label_weight, place)
+    logged |= {'text_tokens': load.tokens / len(batch['image']), 'text_turns': load.turns}
     return loss, LossOutput(updated['batch_stats'], Figures(logged, health))
 
   grads, out = jax.grad(loss_fn, has_aux=True)(state.params)

@@ -34,7 +34,8 @@ def test_says_what_a_run_would_be_and_leaves_no_workdir(config, tmp_path, capsys
   out = capsys.readouterr().out
   for text in ('a: 20 records in 3 shards', 'b: 12 records in 1 shards', '3 steps of 16 pairs: 1.5 epochs',
                'SentencePieceTokenizer, 300 pieces, tried on 2,000 captions', 'image uint8 [16, 32, 32, 3]',
-               'tokens int32 [16, 4, 24]', 'a dog number', "parameters on {'data': 8, 'fsdp': 1, 'model': 1} x cpu",
+               'tokens int32 [16, 4, 24]', 'a dog number', 'tokens an image on average; text_budget=',
+               "parameters on {'data': 8, 'fsdp': 1, 'model': 1} x cpu",
                'temporaries of a step', 'would be new', 'nothing was trained'):
     assert text in out, text
 

@@ -89,6 +89,16 @@ def test_no_text_is_cut_at_lengths_of_cc12m():
   assert packing.lengths.max() == 77 and packing.lengths.sum() / (8 * 256) == pytest.approx(51.7, abs=1)
 
 
+def test_a_budget_that_is_too_small_is_told(monkeypatch):
+  """Eight images of two texts of 3 tokens, two texts to a row of 8: 8 rows, and each turn computes one."""
+  monkeypatch.setattr(packed_texts, 'ROW_LENGTH', 8)
+  tokens = padded(np.full((8, 2), 3), 6)
+  load = lambda budget, groups: packed_texts.text_load(tokens, eos_id=EOS, budget=budget, groups=groups)
+  assert load(8, 1) == packed_texts.TextLoad(48, 0) and load(0, 1).turns == 0
+  assert load(5, 1).turns == 3 and load(4, 2).turns == 2  # of 5 rows, and of 2 for each group
+  assert [packed_texts.needed_budget(tokens, eos_id=EOS, groups=groups) for groups in (1, 2)] == [8, 8]
+
+
 def test_mistakes(tmp_path):
   with pytest.raises(ValueError, match='rows of 5 tokens do not hold texts of up to 6'):
     text_rows.pack(jnp.zeros((1, 1, 6), int), EOS, 5)

@@ -63,7 +63,7 @@ def test_logs_every_step(uninterrupted):
   first = next(line for line in lines if 'train/loss' in line)
   for name in ('caption_loss', 'multi_label_loss', 'grad_norm', 'learning_rate', 'images_per_s', 'logit_scale',
                'multi_label_logit_scale', 'stage1/entropy', 'stage1/segments_in_use', 'stage1/largest_segment',
-               'skipped'):
+               'skipped', 'text_tokens', 'text_turns'):
     assert np.isfinite(first[f'train/{name}']), name
   assert first['train/loss'] == pytest.approx(first['train/caption_loss'] + first['train/multi_label_loss'], rel=1e-5)
   assert sorted(losses(uninterrupted)) == [1, 2, 3, 4, 5, 6]
