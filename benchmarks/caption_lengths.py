@@ -1,4 +1,6 @@
-"""Texts as long as those of CC12M, for measurements that need no more than their lengths.
+"""Texts as long as those of CC12M, for measurements that need no more than their lengths; and what layouts make of them
+
+  python -m benchmarks.caption_lengths
 
 Captions have 20.2 +- 16.3 words, by the data set's paper (Changpinyo et al. 2021, arXiv 2102.08981, basic statistics);
 the data set itself was not at hand. Its file of 12,423,374 addresses and captions has 2.5 GB, 201 bytes a line, which
@@ -8,9 +10,11 @@ verbs. Each of up to three of them stands in one of the 80 templates of
 ImageNet, whose words are a token each; the caption fills the places that are left, as in training.
 """
 
+import jax
 import numpy as np
 
 from groupvit_jax.data import text_ops
+from groupvit_jax.models.text_rows import pack
 
 WORDS_MEAN, WORDS_STD = 20.2, 16.3
 TOKENS_A_WORD, TAGGED_SHARE = 1.2, 0.4
@@ -38,3 +42,23 @@ def draw_tokens(images: int, prompts: int, context_length: int, vocab_size: int,
   words = np.random.default_rng(seed).integers(2, vocab_size, (*lengths.shape, context_length), np.int32)
   words[..., 0] = 0
   return np.where(np.arange(context_length) < lengths[..., None] - 1, words, 1).astype(np.int32)
+
+
+def main() -> None:
+  """Prints, for each layout, the tokens that it computes an image, over a hundred batches."""
+  prompts, context, images, batches = 3, 77, 256, 100
+  lengths = draw_lengths(images * batches, prompts, context)
+  print('| layout | tokens computed an image | at most |\n|:--|--:|--:|')
+  print(f'| no padding at all | {lengths.sum(axis=1).mean():.1f} | {lengths.sum(axis=1).max()} |')
+  print(f'| padded | {(1 + prompts) * context} | |')
+  longest = (1 + prompts) * lengths.reshape(batches, -1).max(axis=1)
+  print(f'| padded to the longest of {images} images | {longest.mean():.1f} | {longest.max()} |')
+  rows_of = jax.jit(lambda tokens, row: pack(tokens, 1, row).num_rows, static_argnums=1)
+  tokens = draw_tokens(images * batches, prompts, context, 99).reshape(batches, -1, context)
+  for row in (77, 128, 256):
+    computed = np.asarray(rows_of(tokens, row)) * row / images
+    print(f'| rows of {row} over {images} images | {computed.mean():.1f} | {computed.max():.1f} |')
+
+
+if __name__ == '__main__':
+  main()

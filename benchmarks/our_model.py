@@ -3,6 +3,7 @@
 import argparse
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -58,22 +59,39 @@ def make_config(batch: int, dtype: str, text_budget: int, size: int = 224,
   return config
 
 
-def make_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> tuple[
-    Callable, train_state.TrainState, dict[str, jax.Array]]:
-  """The training step, not compiled, with what it takes: a state and a batch."""
-  prompts, mesh = config.data.num_prompts, one_device()
+def build_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> tuple[
+    Callable, optax.GradientTransformation]:
+  """The training step, not compiled, and its optimiser."""
   tx = optim.build_optimizer(
       config.optim, optim.build_schedule(config.optim, config.total_steps, config.batch_size))
   step = functools.partial(
       train_step.train_step, model=model, tx=tx, multi_label_weight=config.multi_label_weight,
       grad_accum_steps=config.grad_accum_steps, text_budget=config.text_budget,
-      random_erasing=build_random_erasing(config.data.augment), place=sharding.batch_sharding(mesh))
+      random_erasing=build_random_erasing(config.data.augment), place=sharding.batch_sharding(one_device()))
+  return jax.jit(step, donate_argnums=0), tx
+
+
+def abstract_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> tuple[
+    Callable, train_state.TrainState, dict[str, jax.ShapeDtypeStruct]]:
+  """The training step, and the shapes of what it takes: a state and a batch."""
+  step, tx = build_step(config, model)
+  texts = 1 + config.data.num_prompts, CONTEXT
+  array = lambda *shape, dtype: jax.ShapeDtypeStruct(
+      (config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(one_device()))
+  return step, train_state.abstract_state(model, tx, texts, one_device()), {
+      'image': array(*config.model.vision.image_size, 3, dtype=jnp.uint8), 'tokens': array(*texts, dtype=jnp.int32)}
+
+
+def make_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> tuple[
+    Callable, train_state.TrainState, dict[str, jax.Array]]:
+  """The training step with a state and a batch."""
+  prompts, place = config.data.num_prompts, sharding.batch_sharding(one_device())
+  step, tx = build_step(config, model)
   state = train_state.init_state(plain(model), tx, 0, (1 + prompts, CONTEXT), a_cpu())
   batch = {
       'image': draw_images(config.batch_size, *config.model.vision.image_size),
       'tokens': caption_lengths.draw_tokens(config.batch_size, prompts, CONTEXT, VOCAB)}
-  return (jax.jit(step, donate_argnums=0), jax.device_put(state, sharding.replicated(mesh)),
-          jax.device_put(batch, sharding.batch_sharding(mesh)))
+  return step, jax.device_put(state, sharding.replicated(one_device())), jax.device_put(batch, place)
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -200,6 +218,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--remat', choices=('none', 'dots', 'blocks'), default='none')
   parser.add_argument('--text_budget', type=int, default=80)
+  parser.add_argument('--hold', action='store_true', help='Wait for a line before the first step, which takes memory.')
   parser.add_argument('--trace', help='Folder for a profile of a few steps, and for the program.')
   return parser.parse_args()
 
@@ -212,6 +231,8 @@ def main() -> None:
   if args.device == 'cpu':
     keep_freed_memory()  # as train.py and eval.py do; the peer does so, too
   work = {'train': train, 'encode': encode, 'windows': windows}[args.work](args)
+  if args.hold:
+    sys.stdin.readline()
   started = time.perf_counter()
   repeat(work.dispatch, 1)
   first = work.facts['compile_s'] + time.perf_counter() - started

@@ -1,9 +1,11 @@
 """Rounds of work in processes that take turns, so that all meet the same machine."""
 
+import functools
 import json
 import os
 import pathlib
 import resource
+import select
 import statistics
 import subprocess
 import sys
@@ -25,15 +27,31 @@ class Side:
   """A process that works when asked to, and waits for the other side's turn otherwise."""
 
   def __init__(self, python: str, module: str, arguments: Sequence[str],
-               cores: set[int] | None, threads: int = 1):
+               cores: set[int] | None, threads: int = 1, wait: bool = True):
+    """Starts the process; waits until it is ready to work, unless told not to."""
     environment = os.environ | {'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
     self._process = subprocess.Popen(
         [python, '-m', module, *arguments], cwd=ROOT, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     if cores and hasattr(os, 'sched_setaffinity'):
       os.sched_setaffinity(self._process.pid, cores)
-    self.facts = self._answer()
+    if wait:
+      self.facts  # noqa: B018 (which it says when it is ready)
     self.peak_mb = 0.0  # the most memory there was: the process's, or what it serves as that
+
+  @functools.cached_property
+  def facts(self) -> dict[str, object]:
+    """What the process says of itself once it is ready."""
+    return self._answer()
+
+  def ready(self, seconds: float) -> bool:
+    """Waits so long at most for the process to be ready, or to end."""
+    return bool(select.select([self._process.stdout], [], [], max(0, seconds))[0])
+
+  def release(self) -> None:
+    """Lets a process go on that waits for a line before it takes memory."""
+    self._process.stdin.write('\n')
+    self._process.stdin.flush()
 
   def run(self, work: str, pictures: int) -> Rate:
     """Does some work once, on at least so many pictures."""
@@ -46,6 +64,11 @@ class Side:
   def close(self) -> None:
     """Ends the process."""
     self._process.stdin.close()
+    self._process.wait()
+
+  def kill(self) -> None:
+    """Ends the process whatever it is doing."""
+    self._process.kill()
     self._process.wait()
 
   def _answer(self) -> dict[str, object]:

@@ -7,7 +7,8 @@ import pathlib
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from benchmarks import caption_lengths, model_flops, our_model, rounds
 
@@ -42,74 +43,85 @@ def measure(work: str, description: str, size: int, batches: Sequence[int], size
   parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--remat', choices=('none', 'dots', 'blocks'), default='none', help='of ours')
+  parser.add_argument('--text_budget', type=int, default=80, help='of ours; 64 is enough from a batch of 64 on')
   parser.add_argument('--peer_modes', nargs='*', choices=list(PEER_MODES[work]), default=modes)
   parser.add_argument('--one_core', action='store_true', help=(
       'One core and thread for each side, timed by its own clock, which other programs hardly disturb.'))
   parser.add_argument('--growth', action='store_true', help='Ours at other batches and sizes as well.')
   parser.add_argument('--trace', type=pathlib.Path, help='Folder for a profile of ours: benchmarks/trace_summary.py.')
   parser.add_argument('--output', type=pathlib.Path, required=True, help='JSON file.')
+  parser.set_defaults(hold=False)
   args = parser.parse_args()
-  report = compare(work, args)
+  load = os.getloadavg()[0]
+  written = report(work, args, run_sides(work, args), load)
   if args.growth:
     points = dict.fromkeys([(batch, args.size) for batch in batches] + [(args.batch, size) for size in sizes])
-    report['growth'] = [grow(work, args, *point) for point in points]
-  text = json.dumps(report, indent=2) + '\n'
+    written['growth'] = [grow(work, args, *point) for point in points]
+  text = json.dumps(written, indent=2) + '\n'
   args.output.write_text(text, encoding='utf-8')
   print(text, end='')
 
 
-def compare(work: str, args: argparse.Namespace) -> dict[str, object]:
-  """Ours beside the peer's modes: rounds and their medians."""
-  load = os.getloadavg()[0]
-  facts, peaks, found, failed = run_sides(work, args)
+class Found(NamedTuple):
+  """What the sides of a comparison did."""
+
+  facts: dict[str, dict[str, object]]  # by side
+  peak_mb: dict[str, float]
+  rates: dict[tuple[str, str], list[rounds.Rate]]  # by (side, work), of each round
+  failed: dict[str, str]  # why a mode of the peer has no figures
+
+  def take_turns(self, sides: Mapping[str, rounds.Side], work: str, args: argparse.Namespace) -> None:
+    """Adds rounds of some sides, and ends them."""
+    order = [(name, work) for name in sides] + [('ours', 'multiply')] * ('ours' in sides)
+    self.rates.update(rounds.record_turns(sides, order, args.rounds, args.steps * args.batch))
+    for name, side in sides.items():
+      self.facts[name], self.peak_mb[name] = side.facts, side.peak_mb
+      side.close()
+
+
+def run_sides(work: str, args: argparse.Namespace) -> Found:
+  """Runs a comparison.
+
+  On a CPU, which other programs use as well, the sides take turns. A GPU's memory may not hold them all: there each
+  starts when the one before has ended, and a mode of the peer that does not fit is left out.
+  """
+  found, names = Found({}, {}, {}, {}), ['ours', *args.peer_modes]
+  for group in [names] if args.device == 'cpu' else [[name] for name in names]:
+    try:
+      found.take_turns({name: start(work, args, name) for name in group}, work, args)
+    except SystemExit as error:
+      if 'ours' in group:
+        raise
+      found.failed[group[0]] = str(error)
+  return found
+
+
+def report(work: str, args: argparse.Namespace, found: Found, load: float) -> dict[str, object]:
+  """Ours beside the peer's modes: rounds and their medians. `load` is of the machine, before."""
   clock = 'per_cpu_s' if args.one_core else 'per_wall_s'
-  values = {pair: [getattr(rate, clock) for rate in rates] for pair, rates in found.items()}
-  rates = {side: statistics.median(values[side, work]) for side in facts}
-  peak = statistics.median(values['ours', 'multiply']) * facts['ours']['product_flop']
-  published = PUBLISHED.get(facts['ours']['device']) if args.dtype == 'bfloat16' else None
+  values = {pair: [getattr(rate, clock) for rate in rates] for pair, rates in found.rates.items()}
+  rates, ours = {side: statistics.median(values[side, work]) for side in found.facts}, found.facts['ours']
+  peak = statistics.median(values['ours', 'multiply']) * ours['product_flop']
+  published = PUBLISHED.get(ours['device']) if args.dtype == 'bfloat16' else None
   flops = needed_flops(work, args.batch, args.size)
   share = lambda peak: {side: rate * flops / args.batch / peak for side, rate in rates.items()}
   return {
-      'work': work, 'batch': args.batch, 'size': args.size, 'dtype': args.dtype, 'device': facts['ours']['device'],
+      'work': work, 'batch': args.batch, 'size': args.size, 'dtype': args.dtype, 'device': ours['device'],
       'rounds': args.rounds, 'steps': args.steps, 'command': ' '.join(sys.orig_argv[1:]),
       'cores': 1 if args.one_core else len(os.sched_getaffinity(0)), 'clock': clock, 'processor': processor(),
       'python': platform.python_version(), 'load_average': load,
       'pictures_per_s': rates, 'of_each_round': {side: values[side, work] for side in rates},
       'ratio_to': {mode: rates['ours'] / rate for mode, rate in rates.items() if mode != 'ours'},
-      'failed': failed, 'peak_mb': peaks,
+      'failed': found.failed, 'peak_mb': found.peak_mb,
       'model_gflop': flops / 1e9, 'machine_gflop_per_s': peak / 1e9, 'utilisation': share(peak),
       'published_gflop_per_s': published and published / 1e9,
-      'utilisation_of_published': published and share(published), 'facts': facts}
-
-
-def run_sides(work: str, args: argparse.Namespace) -> tuple[dict, dict, dict, dict[str, str]]:
-  """Facts and peaks by side, rates by (side, work), and the peer's modes that did not run.
-
-  On a CPU, which other programs use as well, the sides take turns. A GPU's memory would not hold them all: there each
-  starts when the one before has ended.
-  """
-  modes = {'ours': []} | {mode: PEER_MODES[work][mode] for mode in args.peer_modes}
-  facts, peaks, found, failed = {}, {}, {}, {}
-  for names in [list(modes)] if args.device == 'cpu' else [[name] for name in modes]:
-    try:
-      sides = {name: start(work, args, name, modes[name]) for name in names}
-      order = [(name, work) for name in sides] + [('ours', 'multiply')] * ('ours' in sides)
-      found |= rounds.record_turns(sides, order, args.rounds, args.steps * args.batch)
-    except SystemExit as error:
-      if 'ours' in names:
-        raise
-      failed |= {name: str(error) for name in names}
-      continue
-    for name, side in sides.items():
-      facts[name], peaks[name] = side.facts, side.peak_mb
-      side.close()
-  return facts, peaks, found, failed
+      'utilisation_of_published': published and share(published), 'facts': found.facts}
 
 
 def grow(work: str, args: argparse.Namespace, batch: int, size: int) -> dict[str, float]:
   """Ours alone."""
   args = argparse.Namespace(**vars(args) | dict(batch=batch, size=size, trace=None))
-  side = start(work, args, 'ours', [])
+  side = start(work, args, 'ours')
   found = rounds.record_turns({'ours': side}, [('ours', work)], args.rounds, args.steps * batch)
   side.close()
   clock = 'per_cpu_s' if args.one_core else 'per_wall_s'
@@ -119,15 +131,19 @@ def grow(work: str, args: argparse.Namespace, batch: int, size: int) -> dict[str
               key: value for key, value in side.facts.items() if key in ('compile_s', 'temporaries_mb')}
 
 
-def start(work: str, args: argparse.Namespace, name: str, mode: list[str]) -> rounds.Side:
-  """A process of one side, on one core or on all."""
-  arguments = [work, f'--batch={args.batch}', f'--size={args.size}', f'--device={args.device}',
-               f'--dtype={args.dtype}', *mode]
-  if name == 'ours':
-    arguments += [f'--remat={args.remat}'] + ([f'--trace={args.trace}'] if args.trace else [])
+def start(work: str, args: argparse.Namespace, name: str, wait: bool = True) -> rounds.Side:
+  """A process of ours or of a mode of the peer, on one core or on all."""
+  arguments = [work, f'--batch={args.batch}', f'--size={args.size}', f'--device={args.device}', f'--dtype={args.dtype}']
+  arguments += our_options(args) if name == 'ours' else PEER_MODES[work][name]
   cores = sorted(os.sched_getaffinity(0))
   return rounds.Side(sys.executable, f'benchmarks.{"our" if name == "ours" else "peer"}_model', arguments,
-                     {cores[0]} if args.one_core else None, threads=1 if args.one_core else len(cores))
+                     {cores[0]} if args.one_core else None, threads=1 if args.one_core else len(cores), wait=wait)
+
+
+def our_options(args: argparse.Namespace) -> list[str]:
+  """Of ours alone."""
+  trace = [f'--trace={args.trace}'] if args.trace else []
+  return [f'--remat={args.remat}', f'--text_budget={args.text_budget}', *trace, *['--hold'] * args.hold]
 
 
 def needed_flops(work: str, batch: int, size: int) -> float:

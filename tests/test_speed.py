@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import caption_lengths, model_flops, our_model, rounds, speed, speed_table, train_step
+from benchmarks import caption_lengths, gpu_report, model_flops, our_model, rounds, speed, speed_table, train_step
 from groupvit_jax import traced_flops
 from groupvit_jax.models.build import build_model
 from tests.weights import random_variables
@@ -31,6 +31,16 @@ def test_flops_by_hand_are_those_of_the_traced_model():
   assert traced('encode_text', jnp.zeros((4, 77), int)) == text
   step = model_flops.train_step(config, [[77] * 4] * 2)
   assert step == 3 * (model_flops.encode_images(config, 2, 224) + 2 * text + 2 * 2 * 8 * 256)
+
+
+def test_flops_of_a_step_by_hand_are_those_of_the_traced_one():
+  """Twice the forward pass for gradients: but pixels need none, and losses compute their logits again."""
+  config = our_model.make_config(4, 'float32', text_budget=0)
+  config.remat = 'none'
+  model = build_model(config.model, vocab_size=our_model.VOCAB, eos_id=1, multi_label=True)
+  step, state, batch = our_model.abstract_step(config, model)
+  traced = traced_flops.matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
+  assert traced == pytest.approx(model_flops.train_step(config.model, [[77] * 4] * 4), rel=0.02)
 
 
 def test_texts_are_as_long_as_those_of_cc12m():
@@ -56,15 +66,23 @@ class FakeSide:
       raise SystemExit('out of memory')
     return rounds.Rate(0.0, 100.0 if work == 'multiply' else {'ours': 4.0, 'eager': 2.0}[self.name])
 
+  def ready(self, seconds: float) -> bool:
+    return self.name != 'torch.compile'
+
+  def release(self) -> None:
+    pass
+
   def close(self) -> None:
     self.running = False
+
+  kill = close
 
 
 @pytest.fixture
 def report(monkeypatch, tmp_path):
   """What train_step.py writes, of fake sides."""
   def make(*options: str, **facts) -> dict:
-    def start(work, args, name, mode):
+    def start(work, args, name):
       side = FakeSide(name)
       side.facts |= facts
       return side
@@ -85,6 +103,22 @@ def test_reports_hold_every_round_and_what_did_not_run(report):
                device='NVIDIA H200')
   assert gpu['failed'] == {'eager, padded to the longest': 'out of memory'} and gpu['ratio_to'] == {'eager': 2.0}
   assert gpu['utilisation_of_published']['ours'] == pytest.approx(4 * gpu['model_gflop'] / 8 / 989.4e3)
+
+
+def test_a_gpu_is_measured_with_what_is_ready(monkeypatch, tmp_path, capsys):
+  started = []
+  def start(work, args, name, wait):
+    started.append((args.batch, name))
+    return FakeSide(name)
+  monkeypatch.setattr(speed, 'start', start)
+  for name in ('XLA_FLAGS', 'XLA_PYTHON_CLIENT_PREALLOCATE'):
+    monkeypatch.setenv(name, '')  # what is set meanwhile does not stay
+  monkeypatch.setattr(sys, 'argv', ['gpu_report', str(tmp_path), '--plans', 'train_256', 'train_1024'])
+  gpu_report.main()
+  assert started == [(256, 'eager'), (256, 'ours'), (256, 'torch.compile'), (1024, 'ours')]  # eager ends before
+  small, large = (json.loads((tmp_path / f'train_{batch}.json').read_text()) for batch in (256, 1024))
+  assert small['ratio_to'] == {'eager': 2.0} and small['failed'] == {'torch.compile': 'not ready in time'}
+  assert large['pictures_per_s'] == {'ours': 4.0} and large['steps'] == 5
 
 
 def test_the_tables_hold_what_was_measured(report):
