@@ -1,20 +1,26 @@
-"""Runs the commands of the documentation, every fenced block that is marked `sh run`, and builds the API reference.
+"""Runs the documentation's commands, every fenced block marked `sh run` or `python run`; builds the API reference.
 
   make docs-check
   python docs/check.py README.md docs/import_export.md
 
 Each document gets a folder of its own with links to everything here, so that its blocks run in order and may use what
-earlier ones wrote, and with what the commands speak of: a short run in `runs/quickstart`, pictures, and random weights
-in the layout of the released ones in `groupvit-gcc-yfcc` and `group_vit_gcc_yfcc.pth`.
+earlier ones wrote, and with what the commands speak of: a short run in `runs/quickstart`, pictures with labels in two
+layouts, captions, random weights as the released ones lie in `groupvit-gcc-yfcc` and `group_vit_gcc_yfcc.pth`,
+and a workdir made of them in `runs/groupvit`.
+
+A block that is not run says why in the place of `run`: one of `REASONS`, or the test that runs it.
 """
 
 from collections.abc import Iterator, Sequence
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -26,38 +32,55 @@ _SHORT_RUN = ['--config.total_steps=40', '--config.optim.warmup_steps=10', '--co
               '--config.eval.every_steps=40', '--config.data.scenes.num_heldout=8',
               '--config.tokenizer.num_captions=500']
 
-
-def marked_blocks(text: str) -> list[str]:
-  """The scripts of a Markdown document that can be run."""
-  return re.findall(r'^```sh run\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
-
-
-def write_stand_in(folder: pathlib.Path) -> None:
-  """A Hugging Face folder like the released ones, of a narrow model with random weights."""
-  from tests.huggingface_models import random_model, small_config, write_clip_folder
-  random_model(small_config()).save_pretrained(folder)
-  write_clip_folder(folder)
+# Why a block is not run.
+REASONS = {
+    'needs-network': 'it installs or downloads something',
+    'needs-data': 'it reads data sets, photographs or weights that do not come with this project',
+    'needs-minutes': 'it trains or compiles for longer than such a check may take',
+    'needs-quiet-machine': 'it measures, and writes what these pages quote',
+}
 
 
-def write_authors_stand_in(path: pathlib.Path) -> None:
-  """A file with the authors' names, likewise."""
-  import torch
-  from tests.huggingface_models import authors_config, authors_state, random_model
-  torch.save({'model': authors_state(random_model(authors_config()).state_dict())}, path)
+class Block(NamedTuple):
+  """A fenced block of a Markdown document."""
+
+  language: str  # 'sh', 'python' or another
+  mark: str  # 'run', or why it is not run
+  text: str
+
+  @property
+  def script(self) -> str:
+    """What a shell runs."""
+    return f"python - <<'END'\n{self.text}END\n" if self.language == 'python' else self.text
+
+
+def fenced_blocks(text: str) -> list[Block]:
+  """The fenced blocks of a Markdown document."""
+  return [Block(*found) for found in re.findall(r'^```(\w*) *(.*)\n((?:.*\n)*?)```$', text, re.MULTILINE)]
 
 
 def prepare(folder: pathlib.Path) -> None:
-  """Links to the project, and pictures."""
+  """Links to the project, and what commands speak of but for trained runs."""
+  import torch
+  from tests import huggingface_models, official_layouts
   for path in ROOT.iterdir():
     if path.name not in ('runs', '.git'):
       (folder / path.name).symlink_to(path)
-  pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
-  for name in ('photo.jpg', 'picture.jpg', 'picture.png'):
+  rng = np.random.default_rng(0)
+  for name in ('photo.jpg', 'picture.jpg', 'picture.png', 'a.png', 'b.png'):
+    pixels = rng.integers(0, 256, (6, 8, 3), np.uint8)
     Image.fromarray(pixels).resize((320, 240), Image.Resampling.BICUBIC).save(folder / name)
+  official_layouts.voc2012(folder / 'downloads')
+  official_layouts.folder(folder / 'coco_mini')
+  words = [''.join(rng.choice(list('aeioubdgklmnprst'), rng.integers(3, 9))) for _ in range(3000)]
+  (folder / 'captions.txt').write_text(''.join(' '.join(rng.choice(words, 8)) + '\n' for _ in range(5000)))
+  huggingface_models.write_released_folder(folder / 'groupvit-gcc-yfcc')
+  authors = huggingface_models.random_model(huggingface_models.authors_config()).state_dict()
+  torch.save({'model': huggingface_models.authors_state(authors)}, folder / 'group_vit_gcc_yfcc.pth')
 
 
 def run(script: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
-  """Runs a block with this Python, as a shell would, up to the first command that fails."""
+  """Runs a script with this Python, as a shell would, up to the first command that fails."""
   path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ['PATH']])
   return subprocess.run(['bash', '-euo', 'pipefail', '-c', script], cwd=folder, text=True, capture_output=True,
                         env=os.environ | {'PATH': path})
@@ -69,26 +92,29 @@ def check(documents: Sequence[pathlib.Path]) -> Iterator[str]:
     done = run(f'python -m pdoc --docformat=google --output-directory={scratch}/reference groupvit_jax', ROOT)
     if done.returncode or 'Warn:' in done.stderr:
       yield f'the API reference does not build without warnings:\n{done.stderr}'
-    trained = pathlib.Path(scratch) / 'quickstart'
-    done = run(' '.join(['python train.py --config=configs/quickstart.py', f'--workdir={trained}', *_SHORT_RUN]), ROOT)
-    if done.returncode:
-      yield f'the short run failed:\n{done.stderr}'
-      return
+    staged = pathlib.Path(scratch) / 'staged'
+    staged.mkdir()
+    prepare(staged)
+    for command in (['python train.py --config=configs/quickstart.py --workdir=runs/quickstart', *_SHORT_RUN],
+                    ['python -m groupvit_jax.interop.import_weights --from=groupvit-gcc-yfcc --workdir=runs/groupvit']):
+      done = run(' '.join(command), staged)
+      if done.returncode:
+        yield f'what the commands speak of cannot be made:\n{done.stderr}'
+        return
     for document in documents:
-      scripts = marked_blocks(document.read_text())
-      if not scripts:
-        continue
       folder = pathlib.Path(scratch) / document.stem
-      (folder / 'runs').mkdir(parents=True)
-      prepare(folder)
-      write_stand_in(folder / 'groupvit-gcc-yfcc')
-      write_authors_stand_in(folder / 'group_vit_gcc_yfcc.pth')
-      (folder / 'runs' / 'quickstart').symlink_to(trained)
-      for script in scripts:
-        print(f'{document.name}:\n{script}', flush=True)
-        done = run(script, folder)
+      shutil.copytree(staged, folder, symlinks=True)
+      for block in fenced_blocks(document.read_text()):
+        if block.mark != 'run':
+          if block.mark in REASONS:
+            print(f'{document.name}: not run, for {REASONS[block.mark]}:\n{block.text}', flush=True)
+          continue
+        print(f'{document.name}:\n{block.text}', flush=True)
+        started = time.perf_counter()
+        done = run(block.script, folder)
+        print(f'({time.perf_counter() - started:.0f} s)\n', flush=True)
         if done.returncode:
-          yield f'{document.name}:\n{script}\n{done.stderr}'
+          yield f'{document.name}:\n{block.text}\n{done.stderr}'
 
 
 if __name__ == '__main__':

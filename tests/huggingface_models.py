@@ -25,9 +25,9 @@ def small_config(**vision) -> transformers.GroupViTConfig:
           max_position_embeddings=9, bos_token_id=VOCAB_SIZE - 2, eos_token_id=VOCAB_SIZE - 1))
 
 
-def authors_config() -> transformers.GroupViTConfig:
+def authors_config(**vision) -> transformers.GroupViTConfig:
   """Another narrow one, with heads of 64 as the authors' checkpoints have them."""
-  config = small_config(hidden_size=64, num_attention_heads=1, intermediate_size=160)
+  config = small_config(hidden_size=64, num_attention_heads=1, intermediate_size=160, **vision)
   config.text_config = transformers.GroupViTTextConfig(
       hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=2, max_position_embeddings=9,
       vocab_size=VOCAB_SIZE, eos_token_id=VOCAB_SIZE - 1)
@@ -95,10 +95,11 @@ def authors_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
   return result
 
 
-def write_clip_folder(folder: pathlib.Path) -> None:
-  """A tokenizer's files as the released models have them."""
+def write_clip_folder(folder: pathlib.Path, vocab_size: int = VOCAB_SIZE) -> None:
+  """A tokenizer's files as the released models have them; tokens beyond the first ones are never made."""
   letters = list(bytes_to_unicode().values())
-  tokens = [*letters, *(letter + '</w>' for letter in letters), '<|startoftext|>', '<|endoftext|>']
+  tokens = [*letters, *(letter + '</w>' for letter in letters)]
+  tokens += [f'<|{i}|>' for i in range(vocab_size - VOCAB_SIZE)] + ['<|startoftext|>', '<|endoftext|>']
   (folder / 'vocab.json').write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
   (folder / 'merges.txt').write_text('#version: 0.2\n')
 

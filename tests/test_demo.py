@@ -241,6 +241,7 @@ def test_in_a_browser(tmp_path):
     page.locator('#opacity input[type=number]').fill('0.5')  # draws nothing: there is no picture
     upload.set_input_files(picture_bytes(np.zeros((600, 500, 3), np.uint8)))
     sync_api.expect(message).to_contain_text('this page takes up to 0.25 million')
+    assert page.locator('#overlay img').count() == 0
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
     upload.set_input_files(picture_bytes(noise))
     sync_api.expect(page.get_by_text(re.compile('maximum allowed size'))).to_be_visible()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -29,14 +30,14 @@ check = load_check()
 
 def test_the_released_weights_and_a_photograph(tmp_path):
   """The README's three commands, but for the installation, on random weights of the same layout."""
-  block, = (text for text in re.findall(r'```sh run\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)
-            if 'import_weights' in text)
-  commands = [line for line in block.replace('\\\n', ' ').splitlines() if line]
-  assert len(commands) == 2  # after `pip install`
+  before, block = next(pair for pair in itertools.pairwise(check.fenced_blocks((ROOT / 'README.md').read_text()))
+                       if 'import_weights' in pair[1].text)
+  commands = [line for each in (before, block) for line in each.text.replace('\\\n', ' ').splitlines()]
+  assert len(commands) == 3 and block.mark == 'run'
   check.prepare(tmp_path)
-  check.write_stand_in(tmp_path / 'groupvit-gcc-yfcc')
-  done = check.run(block, tmp_path)
+  done = check.run(block.script, tmp_path)
   assert done.returncode == 0, done.stderr
+  assert 'licence of the weights: stand-in-licence\n' in done.stdout
   assert {path.name for path in (tmp_path / 'out').iterdir()} >= {'photo.mask.png', 'photo.overlay.png', 'photo.json'}
   names = {row['name'] for row in json.loads((tmp_path / 'out' / 'photo.json').read_text())['classes']}
   assert names == {'dog', 'cat', 'grass'}
@@ -96,8 +97,29 @@ def test_every_flag_and_config_key_of_a_document_exists(document):
   assert set(re.findall(r'--protocol\.(\w+)', text)) <= fields
 
 
-def test_marked_blocks_are_found():
-  assert check.marked_blocks('a\n```sh run\none\ntwo\n```\n```sh\nthree\n```\n```sh run\nfour\n```\n') == [
-      'one\ntwo\n', 'four\n']
+@pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_is_run_or_says_why_not(document):
+  """`make docs-check` runs those that are marked so."""
+  text = document.read_text()
+  blocks = check.fenced_blocks(text)
+  assert 2 * len(blocks) == len(re.findall('^```', text, re.MULTILINE))
+  for block in blocks:
+    if (block.language, block.mark) in (('text', ''), ('python', 'part')):
+      continue  # what something prints, a part of a config
+    if block.mark.startswith('tests/'):
+      ours, = set(re.findall(r'python -m ([\w.]+)', block.text))
+      assert ours in (ROOT / block.mark).read_text(), block
+    else:
+      assert block.language in ('sh', 'python') and block.mark in ('run', *check.REASONS), block
+  outside = re.sub(r'^```.*?^```$', '', text, flags=re.MULTILINE | re.DOTALL)
+  assert not re.findall(r'^ {4}.*', outside, re.MULTILINE)  # a block without a fence has no mark
+
+
+def test_blocks_are_found_and_run(tmp_path):
+  found = check.fenced_blocks(
+      'a\n```sh run\none\ntwo\n```\n```sh needs-data\nthree\n```\n```python run\nprint(4)\n```\n')
+  assert [(block.mark, block.script) for block in found] == [
+      ('run', 'one\ntwo\n'), ('needs-data', 'three\n'), ('run', "python - <<'END'\nprint(4)\nEND\n")]
+  assert check.run(found[2].script, tmp_path).stdout == '4\n'
   assert check.run('exit 3', ROOT).returncode == 3
   assert str(pathlib.Path(sys.executable).parent) in check.run('echo $PATH', ROOT).stdout

@@ -1,5 +1,8 @@
 """Runs that start from weights of elsewhere: which weights, in which shapes, and when not."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -7,9 +10,12 @@ import torch
 
 from groupvit_jax import train_loop, trained_run
 from groupvit_jax.checkpoint import Checkpoints
-from groupvit_jax.interop import weights_folder
+from groupvit_jax.evals import run_eval
+from groupvit_jax.interop import licence, weights_folder
 from groupvit_jax.interop.flat import to_flat
-from tests.huggingface_models import random_model, small_config, write_clip_folder
+from groupvit_jax.interop.import_weights import import_weights
+from groupvit_jax.interop.licence import Licence
+from tests.huggingface_models import authors_config, authors_state, random_model, small_config, write_clip_folder
 from tests.tiny import tiny_config
 from tests.trained import trained_workdir
 
@@ -54,8 +60,9 @@ def test_another_size_of_pictures_over_sharded_parameters(tmp_path):
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 
-def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path):
-  source, changed = trained_run.open_run(trained_workdir()), config()
+def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path, capsys):
+  folder = shutil.copytree(trained_workdir(), tmp_path / 'source')
+  source, changed = trained_run.open_run(folder), config(init_from=str(folder))
   assert train_loop.train(changed, tmp_path / 'run') == 0
   opened = trained_run.open_run(tmp_path / 'run')
   assert_equal(trained_run.untrained_variables(opened), source.variables)
@@ -65,18 +72,67 @@ def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path):
   assert_equal(later.variables, opened.variables)
   kernels = [tree['params']['vision']['patch_embed']['kernel'] for tree in (opened.variables, source.variables)]
   assert not np.array_equal(*kernels)
+  shutil.rmtree(folder)  # an evaluation is worth having without that baseline
+  assert run_eval.evaluate_scenes(str(tmp_path / 'run'), output=str(tmp_path / 'out'), overwrite=False,
+                                  protocol='native', changes={}) == 0
+  assert f'the untrained model is left out: there is no file or folder {folder}' in capsys.readouterr().out
+  assert json.loads((tmp_path / 'out' / 'results.json').read_text())['baselines'].keys() == {'constant'}
 
 
 def test_from_a_hugging_face_folder(tmp_path):
   folder = tmp_path / 'hub'
   random_model(small_config()).save_pretrained(folder)
   write_clip_folder(folder)
+  (folder / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n')
   weights = weights_folder.read_weights(folder)
   state, run = start(config(init_from=str(folder), model=weights.spec.config), tmp_path / 'run')
   assert run.tokenizer.vocab_size == weights.spec.vocab_size
+  assert licence.read_kept(tmp_path / 'run') == Licence('cc-by-nc-4.0')  # and goes into what is exported
   scale = state.params.pop('multi_label_logit_scale')  # which the folder has no place for
   np.testing.assert_allclose(scale, np.log(1 / 0.07), rtol=1e-5)
   assert_equal(state.variables, weights.variables)
+
+
+@pytest.mark.parametrize('form', ['a Hugging Face folder', 'an imported workdir', "an authors' file"])
+def test_fine_tuning_from_weights_of_elsewhere(form, tmp_path):
+  """Two steps from each form of the same weights, on smaller pictures than theirs."""
+  model = random_model(authors_config(depths=[1, 1], num_hidden_layers=2, num_group_tokens=[5, 0],
+                                      num_output_groups=[4, 4]))
+  sources = {name: tmp_path / name for name in ('hub', 'run', 'weights.pth')}
+  model.save_pretrained(sources['hub'])
+  write_clip_folder(sources['hub'])
+  (sources['hub'] / 'README.md').write_text('---\nlicense: mit\n---\n')
+  spec = weights_folder.read_weights(sources['hub']).spec
+  changed = config(init_from=str(sources['hub']), model=spec.config, total_steps=2)
+  changed.model.vision.image_size, changed.optim.warmup_steps, changed.eval.every_steps = (64, 64), 1, 0
+  if form == 'an imported workdir':
+    import_weights(str(sources['hub']), str(sources['run']))
+    changed.init_from = str(sources['run'])
+  elif form == "an authors' file":
+    torch.save({'model': authors_state(model.state_dict())}, sources['weights.pth'])
+    changed.init_from, changed.tokenizer.path = str(sources['weights.pth']), str(sources['hub'])
+  assert train_loop.train(changed, tmp_path / 'tuned') == 0
+  steps = [json.loads(line) for line in (tmp_path / 'tuned' / 'metrics.jsonl').read_text().splitlines()]
+  losses = [step['train/loss'] for step in steps if 'train/loss' in step]
+  assert len(losses) == 2 and np.isfinite(losses).all()
+  tuned = trained_run.open_run(tmp_path / 'tuned').variables['params']['vision']['norm']['scale']
+  before = model.vision_model.layernorm.weight.detach().numpy()
+  assert 0 < np.abs(tuned - before).max() < 0.05
+  kept = licence.read_kept(tmp_path / 'tuned')
+  assert kept.name.startswith('the file names none;') if form == "an authors' file" else kept == Licence('mit')
+
+
+def test_a_tokenizer_that_ends_texts_otherwise_is_refused(tmp_path):
+  folder = tmp_path / 'hub'
+  random_model(small_config()).save_pretrained(folder)
+  write_clip_folder(folder)
+  described = json.loads((folder / 'config.json').read_text())
+  described['text_config']['eos_token_id'] = 5
+  (folder / 'config.json').write_text(json.dumps(described))
+  model = weights_folder.read_weights(folder).spec.config
+  with pytest.raises(ValueError, match='init_from=.* has eos_id=513 and the weights have 5; name .* tokenizer.path'):
+    train_loop.set_up(config(init_from=str(folder), model=model), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path):

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -13,19 +14,21 @@ import safetensors.numpy
 import torch
 import transformers
 
+from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax import trained_run
+from groupvit_jax.evals import run_eval
+from groupvit_jax.evals.run_benchmark import evaluate_benchmark, Request
 from groupvit_jax.interop import huggingface, weights_folder
 from groupvit_jax.interop.import_weights import import_weights
 from groupvit_jax.predictor import Predictor
 from tests import huggingface_models
 from tests.huggingface_models import authors_config, authors_state, small_config, write_clip_folder
 
-# With the sizes of images to compare at.
+SIZES = ((224, 224), (448, 448), (448, 672))
 VARIANTS = {
-    'three stages': (small_config(), [(224, 224), (448, 448), (448, 672)]),
-    'two stages, patch 32': (
-        small_config(depths=[2, 1], num_hidden_layers=3, num_group_tokens=[5, 0], num_output_groups=[4, 4],
-                     patch_size=32), [(448, 672)]),
+    'two groupings': small_config(),
+    'one grouping, patch 32': small_config(depths=[2, 1], num_hidden_layers=3, num_group_tokens=[5, 0],
+                                           num_output_groups=[4, 4], patch_size=32),
 }
 
 
@@ -54,29 +57,43 @@ def assert_equal_variables(mine, other) -> None:
     np.testing.assert_array_equal(leaf, other[path], err_msg=path)
 
 
-def reference_features(model: transformers.GroupViTModel, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Pooled and per-segment embeddings at any size, the positions resized by torch."""
+class Features(NamedTuple):
+  """What both sides compute of a picture."""
+
+  image_embeds: np.ndarray
+  segment_embeds: np.ndarray
+  assignments: list[np.ndarray]
+
+
+def reference_features(model: transformers.GroupViTModel, images: np.ndarray) -> Features:
+  """At any size, the positions resized by torch."""
   vision = model.vision_model
   with torch.no_grad():
     hidden = vision.embeddings(torch.tensor(images.transpose(0, 3, 1, 2)), interpolate_pos_encoding=True)
-    segments = vision.layernorm(vision.encoder(hidden).last_hidden_state)
+    encoded = vision.encoder(hidden, output_attentions=True)
+    segments = vision.layernorm(encoded.last_hidden_state)
     project = lambda x: model.visual_projection(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1).numpy()
-    return project(segments.mean(dim=1)), project(segments)
+    return Features(project(segments.mean(dim=1)), project(segments), [soft.numpy() for soft in encoded.attentions])
 
 
-@pytest.mark.parametrize('config, sizes', VARIANTS.values(), ids=VARIANTS.keys())
-def test_features_are_those_of_transformers_at_any_size(config, sizes, tmp_path):
+def assert_equal_features(
+    run: trained_run.TrainedRun, model: transformers.GroupViTModel, size: tuple[int, int]) -> None:
+  images = np.random.default_rng(0).standard_normal((1, *size, 3)).astype(np.float32)
+  encode = jax.jit(lambda variables, images: run.model.apply(variables, images, method='encode_segments'))
+  with jax.default_matmul_precision('highest'):
+    mine = encode(run.variables, images)
+  other = reference_features(model, images)
+  for a, b in zip(jax.tree.leaves(Features(*mine)), jax.tree.leaves(other), strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('config', VARIANTS.values(), ids=VARIANTS.keys())
+def test_features_and_assignments_are_those_of_transformers_at_any_size(config, tmp_path):
   model = huggingface_models.random_model(config)
   import_weights(str(write_folder(tmp_path / 'hub', model)), str(tmp_path / 'run'))
   run = trained_run.open_run(tmp_path / 'run')
-  encode = jax.jit(lambda variables, images: run.model.apply(variables, images, method='encode_segments'))
-  for size in sizes:
-    images = np.random.default_rng(0).standard_normal((1, *size, 3)).astype(np.float32)
-    with jax.default_matmul_precision('highest'):
-      mine = encode(run.variables, images)
-    image_embeds, segment_embeds = reference_features(model, images)
-    np.testing.assert_allclose(mine.image_embeds, image_embeds, rtol=0, atol=1e-4)
-    np.testing.assert_allclose(mine.segment_embeds, segment_embeds, rtol=0, atol=1e-4)
+  for size in SIZES:
+    assert_equal_features(run, model, size)
   texts = ['a dog', 'snow']
   theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / 'hub')
   ids = theirs(texts, padding='max_length', truncation=True, max_length=9, return_tensors='pt').input_ids
@@ -93,8 +110,10 @@ def test_features_are_those_of_transformers_at_any_size(config, sizes, tmp_path)
 def test_released_sizes_come_through(tmp_path):
   model = huggingface_models.random_model(transformers.GroupViTConfig())
   folder = write_folder(tmp_path / 'hub', model)
-  weights = weights_folder.read_weights(folder)
-  assert sum(leaf.size for leaf in jax.tree.leaves(weights.variables['params'])) == 55_726_609
+  write_clip_folder(folder, model.config.text_config.vocab_size)
+  said = import_weights(str(folder), str(tmp_path / 'run'))
+  assert '55,726,609 parameters' in said
+  assert_equal_features(trained_run.open_run(tmp_path / 'run'), model, (448, 448))
 
 
 @pytest.mark.parametrize('form', ['sharded safetensors', 'pytorch_model.bin', 'sharded pytorch_model.bin'])
@@ -267,6 +286,15 @@ def test_weights_are_no_workdir(released, tmp_path):
       trained_run.open_run(path)
 
 
+def test_weights_from_elsewhere_have_no_scenes_to_be_scored_on(released, tmp_path):
+  import_weights(str(released[0]), str(tmp_path / 'run'))
+  scenes = dict(output=None, overwrite=False, protocol='native', changes={})
+  for evaluate in (lambda: run_eval.evaluate_scenes(str(tmp_path / 'run'), **scenes),
+                   lambda: evaluate_benchmark(str(tmp_path / 'run'), Request('scenes'))):
+    with pytest.raises(ValueError, match=f'{tmp_path}/run has no held-out scenes; name pictures with --images, or'):
+      evaluate()
+
+
 def test_a_tokenizer_of_other_weights_is_refused_by_the_predictor_too(released, tmp_path):
   folder = shutil.copytree(released[0], tmp_path / 'hub')
   edit_config(folder / 'vocab.json', '', extra=514)
@@ -311,3 +339,5 @@ def test_a_config_that_says_nothing_is_the_released_model():
   spec = huggingface.from_huggingface_config({'model_type': 'groupvit'})
   assert spec == huggingface.from_huggingface_config(transformers.GroupViTConfig().to_dict())
   assert (spec.vocab_size, spec.eos_id, spec.config.vision.depths) == (49408, 49407, (6, 3, 3))
+  ours = groupvit_vits16_gcc_yfcc.get_config().model  # so that a run of ours can start from the released weights
+  assert spec.config.to_dict() | dict(dtype=ours.dtype) == ours.to_dict()

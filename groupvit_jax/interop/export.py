@@ -101,13 +101,13 @@ def _choose_reports(run: TrainedRun, paths: Sequence[str] | None) -> tuple[list[
   usual = run.workdir / 'eval' / 'results.json'
   if paths is None and not usual.exists():
     return [], f'the model card has no scores: there is no {usual}, and --scores names none'
+  chosen = [usual] if paths is None else paths
   try:
-    found = model_card.read_reports(run, [usual] if paths is None else paths)
+    return model_card.read_reports(run, chosen), f'the model card has the scores in {", ".join(map(str, chosen))}'
   except ValueError as error:
     if paths is not None:
       raise
     return [], f'the model card has no scores: {error}'
-  return found, f'the model card has the scores in {", ".join(map(str, [usual] if paths is None else paths))}'
 
 
 def _sizes(folder: epath.Path) -> dict[str, int]:
