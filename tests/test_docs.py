@@ -6,6 +6,7 @@ import itertools
 import json
 import pathlib
 import re
+import subprocess
 import sys
 
 from flax import traverse_util
@@ -123,3 +124,16 @@ def test_blocks_are_found_and_run(tmp_path):
   assert check.run(found[2].script, tmp_path).stdout == '4\n'
   assert check.run('exit 3', ROOT).returncode == 3
   assert str(pathlib.Path(sys.executable).parent) in check.run('echo $PATH', ROOT).stdout
+
+
+def test_a_python_that_is_too_old_is_one_line(tmp_path):
+  old = tmp_path / 'python'
+  old.write_text(f'#!/bin/sh\nexec {sys.executable} -c '
+                 '"import sys; sys.version_info = 3, 10, 2; exec(sys.argv[2])" "$@"\n')
+  old.chmod(0o755)
+  done = subprocess.run(['make', f'PYTHON={old}', f'VENV={tmp_path}/venv', 'quickstart'], cwd=ROOT, text=True,
+                        capture_output=True, check=False)
+  said = [line for line in done.stderr.splitlines() if not line.startswith('make')]
+  assert done.returncode and not (tmp_path / 'venv').exists()
+  assert said == [
+      f'error: {old} is Python 3.10; it takes 3.11 or newer: name one, as in  make PYTHON=python3.13 quickstart']
