@@ -10,7 +10,8 @@ import torch
 
 from groupvit_jax import train_loop, trained_run
 from groupvit_jax.checkpoint import Checkpoints
-from groupvit_jax.evals import run_eval
+from groupvit_jax.evals.request import Request
+from groupvit_jax.evals.run_benchmark import evaluate_benchmark
 from groupvit_jax.interop import licence, weights_folder
 from groupvit_jax.interop.flat import to_flat
 from groupvit_jax.interop.import_weights import import_weights
@@ -73,8 +74,7 @@ def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path, caps
   kernels = [tree['params']['vision']['patch_embed']['kernel'] for tree in (opened.variables, source.variables)]
   assert not np.array_equal(*kernels)
   shutil.rmtree(folder)  # an evaluation is worth having without that baseline
-  assert run_eval.evaluate_scenes(str(tmp_path / 'run'), output=str(tmp_path / 'out'), overwrite=False,
-                                  protocol='native', changes={}) == 0
+  assert evaluate_benchmark(str(tmp_path / 'run'), Request('scenes', output=str(tmp_path / 'out'))) == 0
   assert f'the untrained model is left out: there is no file or folder {folder}' in capsys.readouterr().out
   assert json.loads((tmp_path / 'out' / 'results.json').read_text())['baselines'].keys() == {'constant'}
 

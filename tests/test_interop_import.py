@@ -16,8 +16,8 @@ import transformers
 
 from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax import trained_run
-from groupvit_jax.evals import run_eval
-from groupvit_jax.evals.run_benchmark import evaluate_benchmark, Request
+from groupvit_jax.evals.request import Request
+from groupvit_jax.evals.run_benchmark import evaluate_benchmark
 from groupvit_jax.interop import huggingface, weights_folder
 from groupvit_jax.interop.import_weights import import_weights
 from groupvit_jax.predictor import Predictor
@@ -288,11 +288,8 @@ def test_weights_are_no_workdir(released, tmp_path):
 
 def test_weights_from_elsewhere_have_no_scenes_to_be_scored_on(released, tmp_path):
   import_weights(str(released[0]), str(tmp_path / 'run'))
-  scenes = dict(output=None, overwrite=False, protocol='native', changes={})
-  for evaluate in (lambda: run_eval.evaluate_scenes(str(tmp_path / 'run'), **scenes),
-                   lambda: evaluate_benchmark(str(tmp_path / 'run'), Request('scenes'))):
-    with pytest.raises(ValueError, match=f'{tmp_path}/run has no held-out scenes; name pictures with --images, or'):
-      evaluate()
+  with pytest.raises(ValueError, match=f'{tmp_path}/run has no held-out scenes; name pictures with --images, or'):
+    evaluate_benchmark(str(tmp_path / 'run'), Request('scenes'))
 
 
 def test_a_tokenizer_of_other_weights_is_refused_by_the_predictor_too(released, tmp_path):
