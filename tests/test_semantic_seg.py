@@ -15,7 +15,7 @@ from groupvit_jax import metrics, sharding
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.evals import protocols, segmenter, semantic_seg, window_encoder, windows
 from groupvit_jax.evals.benchmarks import make_benchmark
-from groupvit_jax.evals.evaluator import Evaluator
+from groupvit_jax.evals.evaluator import Evaluator, windows_per_batch
 from groupvit_jax.models.vision import StageSpec
 from tests import reference_protocol
 from tests.tiny import tiny_model
@@ -214,6 +214,12 @@ def compilations():
   jax.monitoring.register_event_duration_secs_listener(listen)
   yield names
   active[0] = False
+
+
+def test_how_many_windows_a_device_takes_does_not_depend_on_how_many_devices_there_are():
+  one, all_eight = (sharding.make_mesh(devices=jax.local_devices()[:count]) for count in (1, 8))
+  for window, count in ((448, 1), (224, 4), (64, 32)):  # on a CPU as many as its cache holds
+    assert [windows_per_batch(mesh, window) for mesh in (one, all_eight)] == [count, 8 * count]
 
 
 class Letters:
