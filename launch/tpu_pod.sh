@@ -4,35 +4,61 @@
 #   launch/tpu_pod.sh NAME ZONE v5litepod-64 CONFIG gs://BUCKET/runs/NAME [--config.x=y ...]
 #
 # Needs gcloud with a project; NAME is of the TPU and of its queued resource. Ask `python -m groupvit_jax.aot` first
-# what the slice will need and how long it will take.
+# what the slice will need and how long it will take. It may be ended and started again at any time: what is requested
+# stays requested, and a run that still trains is asked to save first.
 set -euo pipefail
 name=$1 zone=$2 type=$3 config=$4 workdir=$5
 shift 5
-tpu() { gcloud compute tpus "$@" --zone="$zone" --quiet; }
+command=$(printf '%q ' .venv/bin/python train.py --config="$config" --workdir="$workdir" "$@")
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
 
-create() {
+tpu() { gcloud compute tpus "$@" --zone="$zone" --quiet; }
+everywhere() { tpu tpu-vm ssh "$name" --worker=all --command="$1"; }
+state() { tpu queued-resources describe "$name" --format='value(state.state)' 2>/dev/null || true; }
+
+request() {
   tpu queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
     --runtime-version="${RUNTIME:-v2-alpha-tpuv5-lite}" --spot
-  until [[ $(tpu queued-resources describe "$name" --format='value(state.state)') == ACTIVE ]]; do sleep 30; done
-  # The working tree, without what git ignores, and its requirements, on every host.
+}
+
+install() {  # the last commit and its requirements, on every host
+  git diff --quiet HEAD || echo 'what is not committed is left out' >&2
   git archive --format=tar.gz --output=/tmp/groupvit.tar.gz HEAD
   tpu tpu-vm scp /tmp/groupvit.tar.gz "$name":groupvit.tar.gz --worker=all
-  tpu tpu-vm ssh "$name" --worker=all --command='
+  everywhere '
     mkdir -p groupvit && tar -xzf groupvit.tar.gz -C groupvit && cd groupvit &&
     python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt "jax[tpu]" gcsfs'
 }
 
+train() {  # the same command on every host: JAX finds the others from the TPU's own metadata
+  : >"$log"
+  everywhere '
+    pid=$(cat groupvit.pid 2>/dev/null) || exit 0  # one that was left behind when a connection broke
+    kill -TERM $pid 2>/dev/null; while kill -0 $pid 2>/dev/null; do sleep 1; done; rm groupvit.pid' || return 0
+  install || return 0
+  everywhere "
+    cd groupvit; $command & pid=\$!; echo \$pid > ../groupvit.pid
+    wait \$pid; code=\$?; rm -f ../groupvit.pid; echo exit-code \$code; exit \$code" 2>&1 | tee "$log" || true
+}
+
+restarts=0 errors=0
 while true; do
-  tpu queued-resources describe "$name" >/dev/null 2>&1 || create
-  # The same command on every host: JAX finds the others from the TPU's own metadata.
-  code=0
-  tpu tpu-vm ssh "$name" --worker=all --command="
-    cd groupvit && .venv/bin/python train.py --config=$config --workdir=$workdir $*" || code=$?
-  state=$(tpu queued-resources describe "$name" --format='value(state.state)' || echo GONE)
-  case $code/$state in
-    0/*) echo 'done'; tpu queued-resources delete "$name" --force; exit 0 ;;
-    2/ACTIVE) echo 'the request has a mistake, see above' >&2; exit 2 ;;
-    */ACTIVE) sleep 10 ;;  # a process was lost: start all again, from the last checkpoint
-    *) tpu queued-resources delete "$name" --force || true ;;  # preempted: wait for another slice
+  case $(state) in
+    '') request ;;
+    ACTIVE)
+      train
+      codes=$(sed -n 's/.*exit-code \([0-9]*\)$/\1/p' "$log" | sort -u | xargs)
+      case " $codes " in
+        ' 0 ') echo 'done'; tpu queued-resources delete "$name" --force; exit 0 ;;
+        *' 2 '*) echo 'the request has a mistake, see above; the TPU is kept' >&2; exit 2 ;;
+        *' 1 '*) errors=$((errors + 1)) ;;  # a defect, or the hardware's
+        *) restarts=$((restarts + 1)) ;;  # a process was lost, or stopped
+      esac  # all start again, from the last checkpoint
+      if ((errors == 3 || restarts == 100)); then echo 'gave up, see above; the TPU is kept' >&2; exit 1; fi
+      sleep "${SECONDS_BETWEEN:-30}" ;;
+    FAILED) echo "the request failed; see: gcloud compute tpus queued-resources describe $name" >&2; exit 1 ;;
+    SUSPENDED) tpu queued-resources delete "$name" --force || true ;;  # preempted: another slice is requested
+    *) sleep "${SECONDS_BETWEEN:-30}" ;;  # accepted, waiting, provisioning, being taken away
   esac
 done
