@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from groupvit_jax import train_step
+from groupvit_jax import cli, train_step
 from groupvit_jax.aot import chips, program, report, step
 from groupvit_jax.models.layers import sample_keys
 from groupvit_jax.models.text_rows import one_a_row
@@ -22,8 +22,9 @@ from tests.weights import random_variables
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# A loop of five turns with a ring step and a fusion that takes one row of a stack, then a sum over all chips.
-PROGRAM = """HloModule step, is_scheduled=true
+# A loop of five turns with a ring step and a fusion that takes one row of a stack; a sum over all four devices; one of
+# which each pair keeps its parts; and values gathered behind two fusions, which both name it.
+PROGRAM = """HloModule step, is_scheduled=true, num_partitions=4
 
 %take_row (p0: f32[5,256], p1: s32[]) -> f32[1,256] {
   %p0 = f32[5,256]{1,0} parameter(0)
@@ -45,7 +46,25 @@ PROGRAM = """HloModule step, is_scheduled=true
   %state = (s32[], f32[5,256]{1,0}) parameter(0)
   %turns = s32[] constant(5)
   %i = s32[] get-tuple-element(%state), index=0
+  %capacity = s32[] constant(1000)
   ROOT %more = pred[] compare(%i, %turns), direction=LT
+}
+
+%all-reduce-scatter (whole: f32[512]) -> f32[256] {
+  %whole = f32[512]{0} parameter(0)
+  %summed = f32[512]{0} all-reduce(%whole), channel_id=3, replica_groups=[2,2]<=[4], to_apply=%add
+  %place = u32[] partition-id()
+  ROOT %part = f32[256]{0} dynamic-slice(%summed, %place), dynamic_slice_sizes={256}
+}
+
+%behind_one (p: f32[64]) -> f32[128] {
+  %p = f32[64]{0:S(1)} parameter(0)
+  ROOT %all.1 = f32[128]{0:S(1)} all-gather(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}
+}
+
+%behind_other (p: f32[64]) -> f32[128] {
+  %p = f32[64]{0:S(1)} parameter(0)
+  ROOT %all.2 = f32[128]{0:S(1)} all-gather(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}
 }
 
 ENTRY %main (a: f32[5,256], b: bf16[1024]) -> bf16[1024] {
@@ -53,6 +72,11 @@ ENTRY %main (a: f32[5,256], b: bf16[1024]) -> bf16[1024] {
   %b = bf16[1024]{0} parameter(1)
   %zero = s32[] constant(0)
   %start = (s32[], f32[5,256]{1,0}) tuple(%zero, %a)
+  %c = f32[512]{0:S(1)} bitcast(%zero)
+  %half = f32[256]{0:S(1)} fusion(%c), kind=kCustom, calls=%all-reduce-scatter
+  %one = f32[128]{0:S(1)} fusion(%half), kind=kLoop, calls=%behind_one
+  %other = f32[128]{0:S(1)} fusion(%one), kind=kLoop, calls=%behind_other
+  %started = (f32[64]{0:S(1)}, f32[256]{0:S(1)}) all-gather-start(%other), channel_id=5, replica_groups={{0,1,2,3}}
   %loop = (s32[], f32[5,256]{1,0}) while(%start), condition=%condition, body=%body
   ROOT %sum = bf16[1024]{0} all-reduce(%b), channel_id=2, to_apply=%add
 }
@@ -61,11 +85,25 @@ ENTRY %main (a: f32[5,256], b: bf16[1024]) -> bf16[1024] {
 
 def test_traffic_counts_loops_and_only_what_is_taken():
   traffic = program.read_traffic(PROGRAM)
-  assert traffic.collectives == {'collective-permute': 5 * 1024, 'all-reduce': 2048}
-  assert traffic.counts == {'collective-permute': 5, 'all-reduce': 1}
-  assert traffic.sent_bytes == 5 * 1024 + 2 * 2048
+  assert traffic.counts == {'collective-permute': 5, 'all-reduce': 1, 'reduce-scatter': 1, 'all-gather': 2}
+  # Of four devices each sends 3/4 of a sum twice; of two, half of what is scattered or gathered once.
+  assert traffic.sent == {'collective-permute': 5 * 1024, 'all-reduce': 1.5 * 2048, 'reduce-scatter': 2048 / 2,
+                          'all-gather': 512 / 2 + 0.75 * 1024}
   # Each turn reads a row and its index into memory beside the processor; the sum is read and written.
   assert traffic.hbm_bytes == 5 * (1024 + 4) + 2 * 2048
+
+
+@pytest.mark.parametrize('groups, size', [
+  ('replica_groups={{0,2,4},{1,3,5}}', 3), ('replica_groups=[4,2]<=[8]', 2), ('replica_groups=[2,4]<=[4,2]T(1,0)', 4),
+  ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4), ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
+  ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}", 4), ('replica_groups={}', 8), ('channel_id=1', 8)])
+def test_how_many_devices_a_collective_joins(groups, size):
+  assert program._group_size(f'channel_id=1, {groups}, dimensions={{0}}', 8) == size
+
+
+def test_a_loop_whose_turns_the_compiler_names():
+  named = PROGRAM.replace('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+  assert program.read_traffic(named).counts['collective-permute'] == 7
 
 
 @pytest.mark.parametrize('name', ['v5e', 'v3:2x2', 'v5e:4', '16x16', 'v5e:axb'])
@@ -79,22 +117,23 @@ def topology(count: int) -> chips.Topology:
 
 
 def compiled(gib: float) -> step.CompiledStep:
-  traffic = program.Traffic(819e9 / 2, {'all-reduce': 50e9}, {'all-reduce': 3})
+  traffic = program.Traffic(819e9 / 2, {'all-reduce': 100e9}, {'all-reduce': 300})
   size = int(gib * 2**30)
-  return step.CompiledStep(step.Memory(size, 0, 0, 0), size, traffic, 64 * 197e12 * 2, 1.0)
+  return step.CompiledStep(step.Memory(size, 0, 0, 0), size, traffic, 64 * 197e12 * 2, 1.0, 2.0, 2,
+                           step.State(2**30, 2**30))
 
 
 def test_figures():
   config = tiny_config()
   config.batch_size, config.total_steps = 4096, 24 * 60 * 60
   found = report.make_report(config, topology(64), compiled(8))
-  assert found['roofline_s'] == {'arithmetic': 2.0, 'memory': 0.5, 'collectives': 0.5}
+  assert found['roofline_s'] == {'arithmetic': 2.0, 'memory': 0.5, 'collectives': 0.5 + 300e-6}
   assert (found['limited_by'], found['images_per_s'], found['days'], found['fits']) == ('arithmetic', 2048, 2.0, True)
   text = report.describe(found, config)
   assert '8.00 of 16.0 GiB' in text and 'does not fit' not in text
   json.dumps(found)
   row = report.tabulate([found]).splitlines()[-1]
-  assert row == '| v5e:8x8 | 64 | 64 | 8.0 of 16 | 2000.0 | 500.0 | 500.0 | arithmetic | 2,048 | 2.00 | 3,072 | 1 |'
+  assert row == '| v5e:8x8 | 64 | 64 | 8.0 of 16 | 2000.0 | 500.0 | 500.3 | arithmetic | 2,048 | 2.00 | 3,072 | 1 |'
 
 
 def test_advice_takes_what_costs_least_first():
@@ -104,6 +143,7 @@ def test_advice_takes_what_costs_least_first():
   for change in ({}, {'remat': 'dots'}, {'grad_accum_steps': 2}, {'remat': 'blocks'}):
     config.update(change)
     found = report.make_report(config, topology(64), compiled(17))
+    assert '1.00 GiB of parameters and optimiser, of which a chip holds 1.00' in report.describe(found, config)
     assert not found['fits']
     advised.append(report.describe(found, config).splitlines()[-1])
   for text, key in zip(advised, ('remat=dots', 'grad_accum_steps=2', 'remat=blocks', 'mesh.fsdp=64'), strict=True):
@@ -135,12 +175,48 @@ def test_a_loop_over_blocks_changes_nothing():
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(a).max()))
 
 
-@pytest.mark.long
-@pytest.mark.skipif(importlib.util.find_spec('libtpu') is None, reason='needs libtpu')
+def test_pairs_of_a_device_are_those_of_the_mesh():
+  """With heads over two devices, or two devices to a chip, advice on micro-batches is not by chips."""
+  config = tiny_config()
+  config.batch_size, config.remat, config.mesh.model = 64 * 2, 'dots', 2
+  found = report.make_report(config, topology(64)._replace(devices=[None] * 128), compiled(17)._replace(rows=4))
+  assert (found['pairs_a_device'], found['devices']) == (4, 128)
+  config.grad_accum_steps = 2
+  assert 'grad_accum_steps=4' in report.advise(config, found)
+  config.grad_accum_steps, config.remat = 4, 'blocks'
+  assert 'mesh.fsdp=64' in report.advise(config, found)
+
+
+def compile_for(topologies: str, folder: pathlib.Path, *flags: str) -> tuple[int, list[dict], str]:
+  """Exit code, reports and output of the command."""
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('needs libtpu')
+  command = [sys.executable, '-m', 'groupvit_jax.aot', '--config=tests/tiny_run.py', f'--topology={topologies}',
+             f'--json={folder / "out.json"}', *flags]
+  done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+  assert (folder / 'out.json').exists(), done.stderr
+  return done.returncode, json.loads((folder / 'out.json').read_text()), done.stdout
+
+
 def test_compiles_for_a_tpu(tmp_path):
-  flags = ['--config=tests/tiny_run.py', '--topology=v5e:2x2,v4:2x2x1', f'--json={tmp_path / "out.json"}']
-  done = subprocess.run([sys.executable, '-m', 'groupvit_jax.aot', *flags], cwd=ROOT, env=os.environ,
-                        capture_output=True, text=True, check=False)
-  assert done.returncode == 0, done.stderr
-  for found in json.loads((tmp_path / 'out.json').read_text()):
-    assert found['chips'] == 4 and found['fits'] and found['collectives']['all-reduce']['count'] > 0
+  code, (found,), text = compile_for('v5e:2x2', tmp_path)
+  assert code == 0 and found['chips'] == 4 and found['fits'], text
+  assert found['collectives']['all-reduce']['count'] > 0 and found['compile_cpu_s'] > 0
+
+
+@pytest.mark.long
+def test_compiles_for_all_chips(tmp_path):
+  """A host of each kind: the same arithmetic, and gradients as large to add up."""
+  code, reports, text = compile_for('v4:2x2x1,v5e:2x2,v5p:2x2x1,v6e:2x2,tpu7x:2x2x1', tmp_path)
+  assert code == 0, text
+  for found in reports:
+    assert found['chips'] == 4 and found['fits'] and found['collectives']['all-reduce']['count'] > 0, found
+    assert found['devices'] == (8 if found['topology'].startswith('tpu7x') else 4)
+  assert len({found['gflop'] for found in reports}) == 1
+
+
+@pytest.mark.long
+def test_says_what_to_change_where_a_step_does_not_fit(tmp_path):
+  size = ('--config.batch_size=65536', '--config.model.vision.image_size=(224, 224)', '--config.model.vision.width=384')
+  code, (found,), text = compile_for('v5e:1x1', tmp_path, *size)
+  assert code == cli.EXIT_PARTIAL and not found['fits'] and 'set --config.remat=dots' in text, text

@@ -16,7 +16,7 @@ from groupvit_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
 TOPOLOGY = flags.DEFINE_list('topology', None, 'Chips and their shape, as in v5e:16x16; several after commas.')
-JSON = flags.DEFINE_string('json', None, 'Also write the figures to this file.')
+JSON = flags.DEFINE_string('json', None, 'Also write the figures to this file, as they come.')
 TABLE = flags.DEFINE_bool('table', False, 'Also print one Markdown table of all topologies.')
 flags.mark_flags_as_required(['config', 'topology'])
 
@@ -28,10 +28,10 @@ def main() -> int:
   for topology in [chips.find_topology(name) for name in TOPOLOGY.value]:
     found.append(report.make_report(CONFIG.value, topology, step.compile_step(CONFIG.value, topology)))
     print(report.describe(found[-1], CONFIG.value) + '\n', flush=True)
+    if JSON.value is not None:  # each may take minutes: what is known is not lost when the next one fails
+      pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
   if TABLE.value:
     print(report.tabulate(found))
-  if JSON.value is not None:
-    pathlib.Path(JSON.value).write_text(json.dumps(found, indent=2) + '\n')
   return 0 if all(entry['fits'] for entry in found) else cli.EXIT_PARTIAL
 
 

@@ -36,11 +36,6 @@ class Topology(NamedTuple):
   num_chips: int
   devices: list  # of JAX, for compiling only; a chip has one or two
 
-  @property
-  def chips_per_device(self) -> float:
-    """A chip of two devices counts half for each."""
-    return self.num_chips / len(self.devices)
-
 
 def find_topology(name: str) -> Topology:
   """The devices of a topology such as 'v5e:16x16'.

@@ -5,9 +5,14 @@ import dataclasses
 import math
 import re
 
-COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
-# What a chip sends for each byte of the result, in a ring of many chips.
-SENT = {'all-reduce': 2, 'all-gather': 1, 'reduce-scatter': 1, 'collective-permute': 1, 'all-to-all': 1}
+# What one of n devices sends, of the bytes that a collective gathers, sums or exchanges: in a ring, which is the least.
+SENT = {
+  'all-reduce': lambda n: 2 * (n - 1) / n,
+  'all-gather': lambda n: (n - 1) / n,
+  'reduce-scatter': lambda n: (n - 1) / n,
+  'all-to-all': lambda n: (n - 1) / n,
+  'collective-permute': lambda n: 1,
+}
 
 # Operations that move nothing by themselves. What a loop or call moves is what it contains.
 _FREE = frozenset(('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call',
@@ -18,16 +23,21 @@ _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
 _OPCODE = re.compile(r'(?:^|\s)([a-z][\w\-]*)\(')
 _ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
+_PARTITIONS = re.compile(r'num_partitions=(\d+)')
 
 
 @dataclasses.dataclass(frozen=True)
 class _Operation:
   name: str
   opcode: str
-  bytes: int  # of its result, in the chips' main memory or not
-  main_bytes: int  # of those, in the main memory
+  sizes: tuple[int, ...]  # bytes of its results, in the chips' main memory or not
+  main_bytes: int  # of all those, in the main memory
   operands: tuple[str, ...]
   rest: str  # attributes
+
+  @property
+  def bytes(self) -> int:
+    return sum(self.sizes)
 
 
 @dataclasses.dataclass
@@ -36,18 +46,13 @@ class Traffic:
 
   Attributes:
     hbm_bytes: read from and written to the main memory.
-    collectives: bytes of the results of each kind.
+    sent: bytes that a device sends in collectives of each kind.
     counts: how many of each kind are run.
   """
 
   hbm_bytes: float = 0
-  collectives: dict[str, float] = dataclasses.field(default_factory=dict)
+  sent: dict[str, float] = dataclasses.field(default_factory=dict)
   counts: dict[str, int] = dataclasses.field(default_factory=dict)
-
-  @property
-  def sent_bytes(self) -> float:
-    """What a device sends to others."""
-    return sum(SENT[kind] * size for kind, size in self.collectives.items())
 
 
 def read_traffic(text: str) -> Traffic:
@@ -56,8 +61,9 @@ def read_traffic(text: str) -> Traffic:
   A loop's body counts as often as it is run. Of an operand that is only sliced, the slices count.
   """
   computations, entry = _parse(text)
+  devices = _PARTITIONS.search(text)
   traffic = Traffic()
-  _add(traffic, computations, entry, 1)
+  _add(traffic, computations, entry, 1, int(devices[1]) if devices else 1)
   return traffic
 
 
@@ -85,7 +91,7 @@ def _operation(name: str, text: str) -> _Operation:
   # Memory 0 is the main one, 1 lies beside the processor, 2 holds flags that say when something has arrived.
   sizes = [(_size(kind, shape), 'S(' not in layout) for kind, shape, layout in _ARRAY.findall(result)
            if 'S(2)' not in layout]
-  return _Operation(name, opcode[1], sum(size for size, _ in sizes), sum(size for size, main in sizes if main),
+  return _Operation(name, opcode[1], tuple(size for size, _ in sizes), sum(size for size, main in sizes if main),
                     tuple(re.findall(r'%([\w.\-]+)', inside)),
                     inside if opcode[1] in ('constant', 'parameter') else attributes)
 
@@ -96,25 +102,68 @@ def _size(kind: str, shape: str) -> int:
   return math.prod(map(int, filter(None, shape.split(',')))) * bits // 8
 
 
-def _add(traffic: Traffic, computations: Mapping, name: str, times: int) -> None:
+def _add(traffic: Traffic, computations: Mapping, name: str, times: int, devices: int) -> None:
   """Adds a computation that is run so many times."""
   operations = computations[name]
+  for kind, sent in _collectives(operations, computations, devices).values():
+    traffic.sent[kind] = traffic.sent.get(kind, 0) + times * sent
+    traffic.counts[kind] = traffic.counts.get(kind, 0) + times
   for operation in operations.values():
-    kind = operation.opcode.removesuffix('-start')
-    if kind in COLLECTIVES:
-      size = operation.bytes // (2 if operation.opcode.endswith('-start') and kind != 'all-reduce' else 1)
-      traffic.collectives[kind] = traffic.collectives.get(kind, 0) + times * size
-      traffic.counts[kind] = traffic.counts.get(kind, 0) + times
     for inner, repeats in _contained(operation, computations):
-      _add(traffic, computations, inner, times * repeats)
+      _add(traffic, computations, inner, times * repeats, devices)
     if operation.opcode not in _FREE:
       traffic.hbm_bytes += times * _moved(operation, operations, computations)
+
+
+def _collectives(operations: Mapping[str, _Operation], computations: Mapping,
+                 devices: int) -> dict[str, tuple[str, float]]:
+  """Kind and bytes sent of the collectives of a computation, those inside its fusions included.
+
+  A collective that happens behind several fusions stands in each of them, with one channel.
+  """
+  found, last = {}, list(operations.values())[-1]
+  for operation in operations.values():
+    kind = operation.opcode.removesuffix('-start')
+    if kind in SENT:
+      count = _group_size(operation.rest, devices)
+      size = _payload(operation, kind) * (count if kind == 'reduce-scatter' else 1)
+      if last.opcode == 'dynamic-slice' and last.operands[0] == operation.name:
+        kind = 'reduce-scatter'  # which this compiler writes as a sum of which a part is taken
+      found[operation.name] = kind, SENT[kind](count) * size
+    elif operation.opcode == 'fusion' and (inner := computations.get(_attribute(operation, 'calls') or '')):
+      behind = _collectives(inner, computations, devices)
+      found |= {_attribute(inner[name], 'channel_id') if name in inner else name: value
+                for name, value in behind.items()}
+  return found
+
+
+def _payload(operation: _Operation, kind: str) -> int:
+  """Bytes of a collective's result; where it is only started, operands come first among its results."""
+  if operation.opcode.endswith('-start') and kind != 'all-reduce':
+    count = len(operation.operands)
+    return sum(operation.sizes[count:2 * count])
+  return operation.bytes
+
+
+def _group_size(attributes: str, devices: int) -> int:
+  """How many devices take part in a collective together, by any of the forms in which they are written."""
+  if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):  # mesh['a'=4,'b'=2] {'a'}
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+    parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])  # of an axis, or of a part of it, as in 'a':(1)2
+    return math.prod(int(part or sizes[axis]) for axis, part in parts)
+  if found := re.search(r'replica_groups=\[\d+,(\d+)\]<=', attributes):  # [groups,size]<=[devices]
+    return int(found[1])
+  if found := re.search(r'replica_groups=\{\{([\d,]*)\}', attributes):  # {{0,1},{2,3}}
+    return len(found[1].split(','))
+  return devices
 
 
 def _contained(operation: _Operation, computations: Mapping) -> Iterator[tuple[str, int]]:
   """Computations that an operation runs, and how often; those of fusions move nothing by themselves."""
   if operation.opcode == 'while':
-    yield _attribute(operation, 'body'), _repeats(computations[_attribute(operation, 'condition')])
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', operation.rest)
+    yield _attribute(operation, 'body'), (
+      int(known[1]) if known else _repeats(computations[_attribute(operation, 'condition')]))
   elif operation.opcode in ('call', 'async-start'):
     inner = _attribute(operation, 'to_apply') or _attribute(operation, 'calls')
     if inner:
@@ -130,13 +179,15 @@ def _attribute(operation: _Operation, name: str) -> str | None:
 
 
 def _repeats(condition: Mapping[str, _Operation]) -> int:
-  """How often a loop runs: it counts from 0 to the constant in its condition.
+  """How often a loop runs: it counts from 0 to the constant that its condition compares with.
 
-  Where that depends on data it has none, and counts for nothing: such loops do what is left over (see packed_texts.py).
+  Where that depends on data there is none, and it counts for nothing: such loops do what is left over (see
+  packed_texts.py).
   """
-  constants = [int(operation.rest) for operation in condition.values()
-               if operation.opcode == 'constant' and re.fullmatch(r'\d+', operation.rest)]
-  return max(constants, default=0)
+  last = list(condition.values())[-1]
+  bounds = [condition[name].rest for name in last.operands
+            if name in condition and condition[name].opcode == 'constant'] if last.opcode == 'compare' else []
+  return int(bounds[0]) if bounds and bounds[0].isdigit() else 0
 
 
 def _moved(operation: _Operation, operations: Mapping[str, _Operation], computations: Mapping) -> int:

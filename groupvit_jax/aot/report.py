@@ -8,6 +8,7 @@ from groupvit_jax.aot.chips import Topology
 from groupvit_jax.aot.step import CompiledStep
 
 _GIB = 2**30
+_LATENCY = 1e-6  # seconds that a chip's message to its neighbour takes at least, however short: a round figure
 _DAY = 24 * 60 * 60
 
 
@@ -25,9 +26,11 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
   chip, devices = topology.chip, len(topology.devices) / topology.num_chips
   per_chip = lambda size: round(devices * size / _GIB, 3)
   report = {
-    'topology': topology.name, 'chips': topology.num_chips, 'batch_size': config.batch_size,
+    'topology': topology.name, 'chips': topology.num_chips, 'devices': len(topology.devices),
+    'batch_size': config.batch_size, 'pairs_a_device': step.rows,
     'grad_accum_steps': config.grad_accum_steps, 'remat': config.remat, 'scan_layers': config.scan_layers,
-    'mesh': dict(config.mesh), 'compile_s': round(step.compile_s, 1),
+    'mesh': dict(config.mesh), 'compile_s': round(step.compile_s, 1), 'compile_cpu_s': round(step.compile_cpu_s, 1),
+    'state_gib': {'whole': round(step.state.whole / _GIB, 3), 'of_a_chip': per_chip(step.state.of_a_device)},
     'hbm_gib': {'chip': round(chip.hbm_bytes / _GIB, 1), 'together': per_chip(step.wanted_bytes)},
     'fits': step.memory is not None and devices * step.wanted_bytes <= chip.hbm_bytes,
   }
@@ -37,14 +40,15 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
   times = {
     'arithmetic': step.flops / topology.num_chips / chip.peak_flops,
     'memory': devices * step.traffic.hbm_bytes / chip.hbm_bandwidth,
-    'collectives': devices * step.traffic.sent_bytes / (chip.link_bandwidth / 2),
+    'collectives': (devices * sum(step.traffic.sent.values()) / (chip.link_bandwidth / 2)
+                    + _LATENCY * sum(step.traffic.counts.values())),
   }
   seconds = max(times.values())
   return report | {
     'gflop': round(step.flops / topology.num_chips / 1e9, 1),
     'hbm_traffic_gib': per_chip(step.traffic.hbm_bytes),
-    'collectives': {kind: {'count': step.traffic.counts[kind], 'mib': round(devices * size / 2**20, 2)}
-                    for kind, size in sorted(step.traffic.collectives.items())},
+    'collectives': {kind: {'count': step.traffic.counts[kind], 'sent_mib': round(devices * size / 2**20, 2)}
+                    for kind, size in sorted(step.traffic.sent.items())},
     'roofline_s': {name: round(value, 6) for name, value in times.items()},
     'limited_by': max(times, key=times.get), 'step_s': round(seconds, 6),
     'images_per_s': round(config.batch_size / seconds),
@@ -58,15 +62,17 @@ def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> st
   add = lambda name, text: lines.append(f'{name:12} {text}')
   add('topology', f'{report["topology"]}, {report["chips"]} chips; batch {report["batch_size"]:,}, '
       f'grad_accum_steps {report["grad_accum_steps"]}, remat {report["remat"]}; '
-      f'compiled in {report["compile_s"]} s')
+      f'compiled in {report["compile_s"]} s ({report["compile_cpu_s"]} s of processors)')
   names = [name for name in ('arguments', 'results', 'temporaries', 'code') if name in hbm]
   parts = ', '.join(f'{name} {hbm[name]:.2f}' for name in names)
   add('memory', f'{hbm["together"]:.2f} of {hbm["chip"]} GiB a chip' + (f': {parts}' if parts else ''))
+  state = report['state_gib']
+  add('state', f'{state["whole"]:.2f} GiB of parameters and optimiser, of which a chip holds {state["of_a_chip"]:.2f}')
   if 'gflop' in report:
     add('arithmetic', f'{report["gflop"]:,} GFLOP a chip and step')
     add('traffic', f'{report["hbm_traffic_gib"]:,} GiB to and from a chip\'s memory')
     for kind, found in report['collectives'].items():
-      add('collective', f'{kind}: {found["count"]} with {found["mib"]:,} MiB of results')
+      add('collective', f'{kind}: {found["count"]} in which a chip sends {found["sent_mib"]:,} MiB')
     add('at best', ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in report['roofline_s'].items())
         + f'; limited by {report["limited_by"]}')
     add('so at most', f'{report["images_per_s"]:,} images/s; {config.total_steps:,} steps in {report["days"]:.2f} days')
@@ -80,8 +86,8 @@ def tabulate(reports: Sequence[Mapping[str, object]]) -> str:
   lines = ['| topology | chips | pairs a chip | GiB a chip | arithmetic, ms | memory, ms | collectives, ms '
            '| limited by | images/s | days | chip-hours | compiled in, s |', '|:--|' + '--:|' * 6 + ':--|' + '--:|' * 4]
   for report in reports:
-    hbm, rows = report['hbm_gib'], report['batch_size'] // report['chips']
-    start = f'| {report["topology"]} | {report["chips"]} | {rows:,} | {hbm["together"]:.1f} of {hbm["chip"]:.0f} | '
+    hbm, pairs = report['hbm_gib'], report['batch_size'] / report['chips']
+    start = f'| {report["topology"]} | {report["chips"]} | {pairs:,.4g} | {hbm["together"]:.1f} of {hbm["chip"]:.0f} | '
     if 'roofline_s' in report:
       times = ' | '.join(f'{1e3 * report["roofline_s"][name]:.1f}' for name in ('arithmetic', 'memory', 'collectives'))
       hours = 24 * report['days'] * report['chips']
@@ -96,7 +102,7 @@ def advise(config: ml_collections.ConfigDict, report: dict[str, object]) -> str:
   """What to change so that a step fits: first what costs least."""
   if config.remat == 'none':
     return 'set --config.remat=dots: less than a tenth more arithmetic (docs/large_batches.md)'
-  rows = config.batch_size // report['chips']
+  rows = report['pairs_a_device']
   if config.grad_accum_steps < rows:
     steps = min(step for step in range(config.grad_accum_steps + 1, rows + 1) if rows % step == 0)
     return (f'set --config.grad_accum_steps={steps}: the same gradients, the towers in {steps} parts'
@@ -104,5 +110,6 @@ def advise(config: ml_collections.ConfigDict, report: dict[str, object]) -> str:
   if config.remat == 'dots':
     return "set --config.remat=blocks: the towers' forward pass once more"
   if config.mesh.fsdp == 1:
-    return f'set --config.mesh.fsdp={report["chips"]}: parameters and optimiser are divided over the chips'
+    return (f'set --config.mesh.fsdp={report["devices"] // config.mesh.model}: parameters and optimiser '
+            f'({report["state_gib"]["of_a_chip"]:.2f} GiB of a chip) are divided over the devices')
   return 'take more chips, or chips with more memory'

@@ -1,5 +1,6 @@
 """Compiles a config's training step, exactly as a run would, for chips that are not there."""
 
+import math
 import re
 import time
 from typing import NamedTuple
@@ -29,6 +30,13 @@ class Memory(NamedTuple):
     return sum(self)
 
 
+class State(NamedTuple):
+  """Bytes of parameters, statistics and optimiser."""
+
+  whole: int
+  of_a_device: int
+
+
 class CompiledStep(NamedTuple):
   """What is known of a step before it is run."""
 
@@ -37,6 +45,9 @@ class CompiledStep(NamedTuple):
   traffic: Traffic | None  # of a device
   flops: float  # of all devices
   compile_s: float
+  compile_cpu_s: float  # of all processors together
+  rows: int  # samples of a device
+  state: State
 
 
 def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> CompiledStep:
@@ -67,7 +78,9 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   step = train_loop.jit_step(run, state)
   batch = _abstract_batch(run)
   flops = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
-  started = time.perf_counter()
+  rows = config.batch_size // sharding.batch_ways(mesh)
+  started = time.perf_counter(), time.process_time()
+  taken = lambda: (time.perf_counter() - started[0], time.process_time() - started[1])
   try:
     compiled = step.lower(state, batch).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -75,12 +88,19 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
     if 'RESOURCE_EXHAUSTED' not in str(error) or not wanted:
       raise
     size = float(wanted[1]) * 2 ** (10 * (1 + 'KMGT'.index(wanted[2])))
-    return CompiledStep(None, size, None, flops, time.perf_counter() - started)
-  seconds = time.perf_counter() - started
+    return CompiledStep(None, size, None, flops, *taken(), rows, _size(state))
+  seconds = taken()
   found = compiled.memory_analysis()
   memory = Memory(found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes,
                   found.temp_size_in_bytes, found.generated_code_size_in_bytes)
-  return CompiledStep(memory, memory.together, read_traffic(compiled.as_text()), flops, seconds)
+  return CompiledStep(memory, memory.together, read_traffic(compiled.as_text()), flops, *seconds, rows,
+                      _size(state))
+
+
+def _size(state: train_state.TrainState) -> State:
+  leaves = jax.tree.leaves(state)
+  of_a_device = (math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+  return State(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), sum(of_a_device))
 
 
 def _abstract_batch(run: train_loop.Run) -> dict[str, jax.ShapeDtypeStruct]:
