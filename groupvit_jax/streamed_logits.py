@@ -4,6 +4,8 @@ The logits are the products of R rows and C columns, vectors of E. No more than 
 a time, in the forward pass and in the backward pass, which computes them again. Rows and columns are divided over
 devices alike: the columns stay, the rows travel round a ring of the devices and meet all columns, their sums
 travelling with them. So a device holds what belongs to its own rows and columns, however many devices there are.
+Where devices have few rows each, a turn of the ring would take longer than what is computed in it; there every device
+gets all rows at once.
 """
 
 from collections.abc import Callable
@@ -19,6 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 # Stands for a logit that does not count: finite, so that differences of two are no nan.
 _NEVER = float(jnp.finfo(jnp.float32).min)
 _NOWHERE = int(jnp.iinfo(jnp.int32).max)
+
+# Fewer rows than these, and a device does not pass them on but hands them to all: they do not fill a matrix unit.
+_FEW_ROWS = 128
 
 
 class LogSumExp(NamedTuple):
@@ -38,7 +43,7 @@ class _Sums(NamedTuple):
   best: jax.Array  # index of the largest logit, the lowest of equals
 
 
-class _Ring(NamedTuple):
+class _Devices(NamedTuple):
   """The devices over which rows and columns are divided."""
 
   axes: tuple[str, ...]  # mesh axes
@@ -49,26 +54,59 @@ class _Ring(NamedTuple):
     start = lax.axis_index(self.axes) * count if self.size > 1 else 0
     return start + jnp.arange(count)
 
-  def meet(self, visit: Callable, travelling: object, staying: object) -> tuple[object, object]:
-    """Lets what travels meet what stays on every device; afterwards it is home again.
+  def meet(
+    self,
+    visit: Callable,
+    rows: tuple[jax.Array, ...],
+    start: Callable[[int], object],
+    staying: object,
+    merge: Callable[[object, tuple[str, ...]], object],
+    block: int,
+  ) -> tuple[object, object]:
+    """Lets the rows of all devices meet what stays on every device.
 
     Args:
-      visit: (travelling, staying) -> both, updated.
-      travelling: arrays of one device.
-      staying: arrays of one device.
+      visit: (rows, their sums, what stays) -> sums and what stays, updated.
+      rows: arrays [r, ...] of this device's rows.
+      start: the sums of so many rows before any visit.
+      staying: arrays of this device.
+      merge: (sums, mesh axes) -> the sums that all devices have of these rows together.
+      block: rows that visit at a time, where all devices get them.
 
     Returns:
-      Both, as after all visits.
+      The sums of this device's rows, and what stayed, after all visits.
     """
+    count = len(rows[0])
     if self.size == 1:
-      return visit(travelling, staying)
+      return visit(rows, start(count), staying)
+    if count < _FEW_ROWS:
+      sums, staying = self._meet_gathered(visit, rows, start, staying, block)
+      sums = merge(sums, self.axes)
+      own = lax.axis_index(self.axes) * count
+      return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, own, count), sums), staying
     onwards = [(i, (i + 1) % self.size) for i in range(self.size)]
 
     def step(carry, _):
-      travelling, staying = visit(*carry)
-      return (lax.ppermute(travelling, self.axes, onwards), staying), None
+      rows, sums, staying = carry
+      sums, staying = visit(rows, sums, staying)
+      return (*lax.ppermute((rows, sums), self.axes, onwards), staying), None
 
-    return lax.scan(step, (travelling, staying), length=self.size)[0]
+    _, sums, staying = lax.scan(step, (rows, start(count), staying), length=self.size)[0]
+    return sums, staying
+
+  def _meet_gathered(self, visit, rows, start, staying, block) -> tuple[object, object]:
+    """Likewise, but all rows come to each device, whose sums [R] of them are only its own part."""
+    at_once = max(n for n in range(1, self.size + 1) if self.size % n == 0 and (n == 1 or n * len(rows[0]) <= block))
+    chunks = jax.tree.map(
+      lambda x: lax.all_gather(x, self.axes, tiled=True).reshape(
+        self.size // at_once, -1, *x.shape[1:]), rows)
+
+    def step(staying, chunk):
+      sums, staying = visit(chunk, start(len(chunk[0])), staying)
+      return staying, sums
+
+    staying, sums = lax.scan(step, staying, chunks)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), sums), staying
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -106,12 +144,12 @@ logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
 def _on_devices(function: Callable, place: NamedSharding | None) -> Callable:
   """`function` on each device's part of its arguments, which are all divided as `place` says."""
   if place is None:
-    return functools.partial(function, ring=_Ring((), 1))
+    return functools.partial(function, devices=_Devices((), 1))
   axes = place.spec[0] if isinstance(place.spec[0], tuple) else (place.spec[0],)
-  ring = _Ring(axes, math.prod(place.mesh.shape[axis] for axis in axes))
+  devices = _Devices(axes, math.prod(place.mesh.shape[axis] for axis in axes))
   spec = PartitionSpec(axes)
   return jax.shard_map(
-    functools.partial(function, ring=ring),
+    functools.partial(function, devices=devices),
     mesh=place.mesh,
     in_specs=spec,
     out_specs=spec,
@@ -119,12 +157,12 @@ def _on_devices(function: Callable, place: NamedSharding | None) -> Callable:
   )
 
 
-def _forward(rows: jax.Array, columns: jax.Array, *, ring: _Ring, block: int) -> LogSumExp:
+def _forward(rows: jax.Array, columns: jax.Array, *, devices: _Devices, block: int) -> LogSumExp:
   parts = _divide(columns, block, 0)
-  column_ids = _divide(ring.ids(len(columns)), block, _NOWHERE)
+  column_ids = _divide(devices.ids(len(columns)), block, _NOWHERE)
 
-  def visit(travelling, column_sums):
-    rows, row_ids, row_sums = travelling
+  def visit(rows, row_sums, column_sums):
+    rows, row_ids = rows
 
     def add_block(row_sums, inputs):
       part, ids, column_sums = inputs
@@ -134,11 +172,15 @@ def _forward(rows: jax.Array, columns: jax.Array, *, ring: _Ring, block: int) ->
         _merge(column_sums, _sums(logits, row_ids[:, None], axis=0)),
       )
 
-    row_sums, column_sums = lax.scan(add_block, row_sums, (parts, column_ids, column_sums))
-    return (rows, row_ids, row_sums), column_sums
+    return lax.scan(add_block, row_sums, (parts, column_ids, column_sums))
 
-  (_, _, row_sums), column_sums = ring.meet(
-    visit, (rows, ring.ids(len(rows)), _no_sums(rows.shape[:1])), _no_sums(column_ids.shape)
+  row_sums, column_sums = devices.meet(
+    visit,
+    (rows, devices.ids(len(rows))),
+    lambda count: _no_sums((count,)),
+    _no_sums(column_ids.shape),
+    _merge_over_devices,
+    block,
   )
   column_sums = jax.tree.map(lambda x: x.reshape(-1)[: len(columns)], column_sums)
   log = lambda sums: sums.peak + jnp.log(sums.total)
@@ -153,16 +195,16 @@ def _backward(
   row_grad: jax.Array,
   column_grad: jax.Array,
   *,
-  ring: _Ring,
+  devices: _Devices,
   block: int,
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients of rows and columns: a logsumexp's gradient is the softmax of what it sums."""
   parts = _divide(columns, block, 0)
-  column_ids = _divide(ring.ids(len(columns)), block, _NOWHERE)
+  column_ids = _divide(devices.ids(len(columns)), block, _NOWHERE)
   column_inputs = parts, column_ids, _divide(column_lse, block, 0), _divide(column_grad, block, 0)
 
-  def visit(travelling, d_parts):
-    rows, row_lse, row_grad, d_rows = travelling
+  def visit(rows, d_rows, d_parts):
+    rows, row_lse, row_grad = rows
 
     def add_block(d_rows, inputs):
       part, ids, lse, grad, d_part = inputs
@@ -176,11 +218,15 @@ def _backward(
         d_part + jnp.einsum('rc,re->ce', d_logits, rows, precision='highest'),
       )
 
-    d_rows, d_parts = lax.scan(add_block, d_rows, (*column_inputs, d_parts))
-    return (rows, row_lse, row_grad, d_rows), d_parts
+    return lax.scan(add_block, d_rows, (*column_inputs, d_parts))
 
-  (*_, d_rows), d_parts = ring.meet(
-    visit, (rows, row_lse, row_grad, jnp.zeros_like(rows)), jnp.zeros_like(parts)
+  d_rows, d_parts = devices.meet(
+    visit,
+    (rows, row_lse, row_grad),
+    lambda count: jnp.zeros((count, rows.shape[1])),
+    jnp.zeros_like(parts),
+    lax.psum,
+    block,
   )
   return d_rows, d_parts.reshape(-1, columns.shape[1])[: len(columns)]
 
@@ -218,4 +264,14 @@ def _merge(a: _Sums, b: _Sums) -> _Sums:
     peak,
     a.total * jnp.exp(a.peak - peak) + b.total * jnp.exp(b.peak - peak),
     jnp.minimum(at_peak(a), at_peak(b)),
+  )
+
+
+def _merge_over_devices(sums: _Sums, axes: tuple[str, ...]) -> _Sums:
+  """The sums over the parts that all devices have of the same rows."""
+  peak = lax.pmax(sums.peak, axes)
+  return _Sums(
+    peak,
+    lax.psum(sums.total * jnp.exp(sums.peak - peak), axes),
+    lax.pmin(jnp.where(sums.peak == peak, sums.best, _NOWHERE), axes),
   )

@@ -1,6 +1,7 @@
 """What makes large batches fit changes nothing but memory: streamed losses, micro-batches, rematerialisation."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -100,10 +101,12 @@ def test_micro_batches_change_nothing(one_shot, devices, steps):
 
 
 def test_no_sample_moves_between_devices():
-  """Neither for a micro-batch nor for the losses, whose ring passes on embeddings only."""
+  """Neither for a micro-batch nor for the losses, which need the embeddings of all, width 8, and nothing larger."""
   program = compiled_step(8, 8).as_text()
-  assert 'collective-permute' in program and 'all-reduce' in program
-  assert 'all-gather' not in program and 'all-to-all' not in program
+  gathered = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', program)
+  assert 'all-reduce' in program and gathered
+  assert max(np.prod([int(n) for n in shape.split(',')]) for shape in gathered) <= BATCH * 8
+  assert 'all-to-all' not in program and 'collective-permute' not in program
 
 
 @pytest.mark.parametrize('remat', ['dots', 'blocks'])
