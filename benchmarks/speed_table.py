@@ -27,7 +27,7 @@ def machine(report: dict) -> str:
 
 
 def _machine_table(reports: list[dict]) -> str:
-  lines = [f'| {machine(reports[0])} | | pictures/s | ours is faster by | peak memory | of the machine\'s FLOPs | '
+  lines = [f'| {machine(reports[0])} | | pictures/s | ours to theirs | peak memory | of the machine\'s FLOPs | '
            'first step after |', '|:--|:--|--:|--:|--:|--:|--:|']
   for report in reports:
     work = f'{WORKS[report["work"]]}, {report["size"]} px, batch {report["batch"]}'
