@@ -26,7 +26,7 @@ from tests.tiny import tiny_config
 # Of one device's program: floating-point operations, bytes read and written, bytes of temporaries.
 RECORDED = {'flops': 18.65e6, 'bytes accessed': 13.49e6, 'temporaries': 857_392}
 # Before the compiler, the body of the loop for texts that do not fit counted once.
-RECORDED_OF_THE_PAPER = {'flops': 233.0e9, 'bytes accessed': 42.69e9}
+RECORDED_OF_THE_PAPER = {'flops': 242.7e9, 'bytes accessed': 43.44e9}
 TOLERANCE = 0.15  # versions of the compiler differ by less
 
 
