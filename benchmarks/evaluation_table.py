@@ -39,14 +39,16 @@ def _text(report: dict) -> str:
   rounds, maps, machine = report['of_each_round'], report['label_maps'], report['machine']
   ratios = [ours / peer for ours, peer in zip(rounds['ours, labels'], rounds['peer, labels'])]
   published = report['share_of_published_peak']
+  versions = (f'Python {machine["python"]}, JAX {report["ours"]["jax"]}, PyTorch {report["peer"]["torch"]}, '
+              f'transformers {report["peer"]["transformers"]}')
   return (
       f'**{report["ratio"]["by_wall_clock"]:.2f} times** as many pictures a second as the reference procedure '
       f'(aim: 4), in single rounds {min(ratios):.2f} to {max(ratios):.2f} times; '
-      f'{report["ratio"]["by_cpu_clock"]:.2f} times by the processes\' own clocks. Medians of {report["rounds"]} rounds of {report["pictures_a_round"]} pictures in '
-      f'turns; load average before {machine["load"]:g}; Python {machine["python"]}, JAX {report["ours"]["jax"]}, '
-      f'PyTorch {report["peer"]["torch"]}, transformers {report["peer"]["transformers"]}. {maps["same_label"]:.3%} of '
-      f'the pixels of four pictures get the same label, of {maps["labels"]} that occur. The peak, '
-      f'{report["peak_gflop_per_s"] / 1e3:.3g} TFLOP/s, is what a product of large matrices reaches'
+      f'{report["ratio"]["by_cpu_clock"]:.2f} times by the processes\' own clocks. Medians of '
+      f'{report["rounds"]} rounds of {report["pictures_a_round"]} pictures in turns; load average before '
+      f'{machine["load"]:g}; {versions}. '
+      f'{maps["same_label"]:.3%} of the pixels of four pictures get the same label, of {maps["labels"]} that occur. '
+      f'The peak, {report["peak_gflop_per_s"] / 1e3:.3g} TFLOP/s, is what a product of large matrices reaches'
       + (f' ({published:.0%} of the published one)' if published else '') + '.')
 
 
