@@ -33,7 +33,7 @@ def examples(source: WebDataset, tokenizer: Tokenizer, augment: Augment) -> pipe
   mixture = Mixture((DataSet('benchmark', source, source.index.digest, len(source.shards), 0.0),))
   return pipeline.Examples(
       mixture, augment, tokenizer, seed=0, batch_size=BATCH, num_prompts=PROMPTS,
-      text_length=LENGTH, first_batch=0, num_batches=10**6, host=0, num_hosts=1)
+      text_length=LENGTH, first_batch=0, num_batches=10**6, rows=range(BATCH))
 
 
 def main() -> None:

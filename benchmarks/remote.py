@@ -38,7 +38,7 @@ def time_batches(source: Mixture, tokenizer: Tokenizer, flags: argparse.Namespac
   """Pictures per second over some batches, the first not counted."""
   examples = pipeline.Examples(
       source, _AUGMENT, tokenizer, seed=seed, batch_size=flags.batch, num_prompts=3, text_length=77, first_batch=0,
-      num_batches=flags.batches + 1, host=0, num_hosts=1)
+      num_batches=flags.batches + 1, rows=range(flags.batch))
   batches = pipeline.iterate(examples, num_threads=num_threads, num_workers=flags.workers, prefetch_batches=2)
   next(batches)
   wall, cpu = time.perf_counter(), time.process_time()

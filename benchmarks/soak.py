@@ -69,7 +69,7 @@ def main() -> int:
   augment = image_ops.Augment((64, 64), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=16, max_pixels=10**8)
   examples = pipeline.Examples(
       source, augment, tokenizer, seed=0, batch_size=flags.batch, num_prompts=3, text_length=77, first_batch=0,
-      num_batches=flags.steps, host=0, num_hosts=1)
+      num_batches=flags.steps, rows=range(flags.batch))
   every, memory, files, started = max(flags.steps // _LOOKS, 1), [], [], time.perf_counter()
   batches = pipeline.iterate(examples, num_threads=flags.threads, num_workers=flags.workers, prefetch_batches=4)
   for step, batch in enumerate(batches):

@@ -33,6 +33,13 @@ class Restored(NamedTuple):
   skipped: tuple[int, ...]  # newer steps that could not be read
 
 
+class _Manager(ocp.CheckpointManager):
+  """Leaves signals to the loop: JAX counts the questions for them, and these would be asked with other numbers."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
 class Checkpoints:
   """The checkpoints of a workdir, under `checkpoints/STEP/` (or another folder's)."""
 
@@ -57,7 +64,7 @@ class Checkpoints:
       options = ocp.CheckpointManagerOptions(
           max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,
           cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
-      self._manager = ocp.CheckpointManager(self.folder, options=options)
+      self._manager = _Manager(self.folder, options=options)
     if not read_only:
       with _disk_errors(self.folder):
         self._check_writable()

@@ -6,6 +6,17 @@ from typing import NamedTuple
 
 from absl import flags
 
+_TOLD = 'give all of --coordinator, --num_processes and --process_id'
+# Variables of launchers that start several processes, and what to do where JAX does not know how these meet.
+_COUNTS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')
+_LAUNCHERS = {
+  'SLURM_NTASKS': 'start them with srun',
+  'OMPI_COMM_WORLD_SIZE': f'Open MPI before version 5 says where they meet; with this one {_TOLD}',
+  'PMI_SIZE': _TOLD,
+  'JOB_COMPLETION_INDEX': "pip install 'jax[k8s]' in the image",
+  'JAX_COORDINATOR_ADDRESS': 'give --num_processes and --process_id',
+}
+
 
 class Cluster(NamedTuple):
   """What was said about the processes of a run; what is None, JAX finds out from the launcher."""
@@ -64,3 +75,18 @@ def sees_its_own_gpus(environment: Mapping[str, str]) -> bool:
     return environment['OMPI_COMM_WORLD_LOCAL_SIZE'] == '1'
   # '1(x4)' is one on each of four nodes, '2,1' two and one.
   return bool(re.fullmatch(r'1(\(x\d+\))?', environment.get('SLURM_STEP_TASKS_PER_NODE', '')))
+
+
+def check_nobody_else(environment: Mapping[str, str]) -> None:
+  """Raises ValueError when a launcher started several processes and JAX does not know how they find each other.
+
+  Each would train the whole run, in the same workdir.
+
+  Args:
+    environment: the variables of a process that was told of no others.
+  """
+  for name, remedy in _LAUNCHERS.items():
+    value = environment.get(name, '')
+    if value and not (name in _COUNTS and value == '1'):
+      raise ValueError(f'{name}={value} speaks of several processes, and this one finds no others: {remedy}; '
+                       'or, if it is alone, --num_processes=1')

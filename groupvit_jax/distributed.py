@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from groupvit_jax import cli
-from groupvit_jax.cluster import Cluster, sees_its_own_gpus
+from groupvit_jax.cluster import check_nobody_else, Cluster, sees_its_own_gpus
 from groupvit_jax.freed_memory import keep_freed_memory
 
 # What a collective or a barrier says when one of its processes is gone.
@@ -50,7 +50,7 @@ def run(cluster: Cluster, facts: Mapping[str, str], main: Callable[[], int]) -> 
   cluster.check()
   with _deadline(cluster):
     _join(cluster)
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized():
       _ending(lambda: _agree(facts))
   if jax.default_backend() == 'cpu':
     keep_freed_memory()
@@ -94,6 +94,11 @@ def gather(value: object) -> list:
   return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
 
 
+def table_of_one() -> str:
+  """The table of a process that is alone; several print theirs when they meet."""
+  return _table([_introduction({})])
+
+
 def _join(cluster: Cluster) -> None:
   """Starts `jax.distributed`, unless this process is alone."""
   if cluster.alone:
@@ -114,7 +119,8 @@ def _join(cluster: Cluster) -> None:
         'no launcher says the rest (SLURM, Open MPI, Kubernetes and TPU pods would), so give all of --coordinator, '
         '--num_processes and --process_id'
       ) from error
-    return  # neither told nor found: a laptop
+    check_nobody_else(os.environ)  # neither told nor found: a laptop
+    return
   except RuntimeError as error:
     raise ValueError(f'several processes cannot start: {error}; for one alone use --num_processes=1') from error
   if sees_its_own_gpus(os.environ):
@@ -167,7 +173,7 @@ def _agree(facts: Mapping[str, str]) -> None:
       raise ValueError(f'process 0 ({everyone[0]["host"]}) and process {i} ({other["host"]}) would not run the same: '
                        + '; '.join(differences) + '; start all with the same code and flags')
   if jax.process_index() == 0:
-    _print_table(everyone)
+    print(_table(everyone), file=sys.stderr, flush=True)
 
 
 def _introduction(facts: Mapping[str, str]) -> dict[str, object]:
@@ -188,8 +194,8 @@ def _code_digest() -> str:
 def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
   """What differs between two processes' facts, each in a few words."""
   found = []
-  for name, value in first.items():
-    here, there = _entries(name, value), _entries(name, other[name])
+  for name in first | other:
+    here, there = (_entries(name, facts.get(name)) for facts in (first, other))
     found += [f'{key} is {here.get(key)} in one and {there.get(key)} in the other'
               for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
   return found
@@ -197,6 +203,8 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str
 
 def _entries(name: str, value: object) -> dict[str, object]:
   """A fact, or each entry of one that is a JSON object."""
+  if value is None:  # the process has no such fact
+    return {}
   if isinstance(value, str) and value.startswith('{'):
     value = json.loads(value)
   if not isinstance(value, dict):
@@ -204,29 +212,35 @@ def _entries(name: str, value: object) -> dict[str, object]:
   return {path: leaf for key, child in value.items() for path, leaf in _entries(f'{name}.{key}', child).items()}
 
 
-def _print_table(everyone: list[dict[str, object]]) -> None:
+def _table(everyone: list[dict[str, object]]) -> str:
   hosts = {member['host'] for member in everyone}
   devices = sum(member['devices'] for member in everyone)
   lines = [f'{len(everyone)} process(es) on {len(hosts)} host(s), {devices} device(s)', 'process  devices  host']
   lines += [f'{i:7}  {member["devices"]} x {member["kind"]}  {member["host"]}' for i, member in enumerate(everyone)]
-  print('\n'.join(lines), file=sys.stderr, flush=True)
+  return '\n'.join(lines)
 
 
 def _ending(main: Callable[[], object]) -> object:
   """Calls `main`; whatever it raises ends this process, and does not wait for others that wait for it."""
   try:
     return main()
-  except (ValueError, OSError, RuntimeError) as error:
-    lines = str(error).splitlines() or [type(error).__name__]
-    if isinstance(error, RuntimeError | OSError) and _PEER_LOST.search(str(error)):
-      cli.fail(f'another process of the run is gone ({lines[0][:200]}); {_GOES_ON}')
+  except BaseException as error:
+    if lost := _lost_peer(error):
+      cli.fail(f'another process of the run is gone ({lost[:200]}); {_GOES_ON}')
       _leave(cli.EXIT_PEER_LOST)
     if isinstance(error, ValueError | OSError) and cli.raised_here(error):
       _leave(cli.fail(str(error)))
     traceback.print_exc()
-  except BaseException:
-    traceback.print_exc()
   _leave(1)
+
+
+def _lost_peer(error: BaseException | None) -> str | None:
+  """What a collective or a barrier said that misses a process, when that is why `error` was raised."""
+  while error is not None:
+    if isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
+      return str(error).splitlines()[0]
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def _leave(code: int) -> None:

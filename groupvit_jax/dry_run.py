@@ -6,9 +6,9 @@
 import contextlib
 import functools
 import math
-import tempfile
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from etils import epath
@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from groupvit_jax import packed_texts, sharding, train_loop, train_state, workdir as workdir_lib
+from groupvit_jax import distributed, packed_texts, sharding, train_loop, train_state, workdir as workdir_lib
 from groupvit_jax.data import faults, manifest, pipeline
 from groupvit_jax.train_loop import Run
 
@@ -116,11 +116,24 @@ def _set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   if kept.exists():
     tried.tokenizer.path = str(kept)
   tried.tokenizer.num_captions = min(_CAPTIONS, config.tokenizer.num_captions)
-  with tempfile.TemporaryDirectory() as scratch:
+  with _scratch(workdir) as scratch:
     run = train_loop.set_up(tried, scratch)
   if not tried.tokenizer.path and not tried.init_from:  # the run's own may find more pieces
     run = run._replace(model=run.model.clone(text=run.model.text.clone(vocab_size=config.tokenizer.vocab_size)))
   return run._replace(config=config)
+
+
+@contextlib.contextmanager
+def _scratch(workdir: epath.PathLike) -> Iterator[epath.Path]:
+  """A folder that is gone afterwards, where all processes find it: near the workdir."""
+  near = next((folder for folder in epath.Path(workdir).parents if folder.exists()), epath.Path())
+  folder = epath.Path(distributed.gather(str(near / f'.dry-run-{uuid.uuid4().hex[:8]}'))[0])
+  try:
+    yield folder
+    distributed.meet('dry run')
+  finally:
+    if jax.process_index() == 0 and folder.exists():
+      folder.rmtree()
 
 
 def _first_batch(run: Run, say: Callable[[str], None]) -> dict[str, np.ndarray]:
@@ -132,7 +145,7 @@ def _first_batch(run: Run, say: Callable[[str], None]) -> dict[str, np.ndarray]:
   replaced = ', '.join(f'{cause} {n}' for cause, n in zip(faults.CAUSES, found) if n) or 'none'
   shapes = ', '.join(f'{name} {value.dtype} {list(value.shape)}' for name, value in batch.items())
   say(f'batch      {shapes} of this host after {time.perf_counter() - started:.1f} s; records replaced: {replaced}')
-  examples = pipeline.build_examples(run.config, run.source, run.tokenizer, first_batch=0, host=0, num_hosts=1)
+  examples = pipeline.build_examples(run.config, run.source, run.tokenizer, first_batch=0)
   for number in range(2):
     say(f'example    {examples.look_up(number).texts}')
   return batch
@@ -141,7 +154,8 @@ def _first_batch(run: Run, say: Callable[[str], None]) -> dict[str, np.ndarray]:
 def _text_line(run: Run, tokens: np.ndarray) -> str:
   """What this host's texts [B, T, L] of a batch need of `text_budget`."""
   eos_id, budget = run.model.text.eos_id, run.config.text_budget
-  groups = run.config.grad_accum_steps * sharding.batch_ways(run.mesh) // jax.process_count()
+  of_a_device = run.config.batch_size // sharding.batch_ways(run.mesh)
+  groups = run.config.grad_accum_steps * len(tokens) // of_a_device
   load = packed_texts.text_load(tokens, eos_id=eos_id, budget=budget, groups=groups)
   needed = packed_texts.needed_budget(tokens, eos_id=eos_id, groups=groups)
   verdict = ('pads them' if not budget else 'holds them' if not load.turns else

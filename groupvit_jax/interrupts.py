@@ -32,6 +32,7 @@ class Interrupts:
     self.requested = False
     self._raise = False
     self._several = jax.process_count() > 1
+    self._asked = 0
 
   @contextlib.contextmanager
   def installed(self) -> Iterator['Interrupts']:
@@ -47,10 +48,15 @@ class Interrupts:
       for number, handler in previous.items():
         signal.signal(number, handler)
 
-  def stop_after(self, step: int) -> bool:
-    """Whether the run stops after a step; the same in all processes, each of which asks after every step."""
+  def stop_after_step(self) -> bool:
+    """Whether the run stops here; the same in all processes, each of which asks after every step that it takes.
+
+    A signal stops them at one more than the largest number that one of them has asked with, or at 1 when none has asked
+    yet. So the numbers are those of the questions: a run that goes on after step 500 would ask with 501 and never stop.
+    """
     if self._several:
-      self.requested = multihost_utils.reached_preemption_sync_point(step)
+      self._asked += 1
+      self.requested = multihost_utils.reached_preemption_sync_point(self._asked)
     return self.requested
 
   @contextlib.contextmanager

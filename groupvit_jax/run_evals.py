@@ -52,13 +52,13 @@ def schedule(config: ml_collections.ConfigDict, source: Mixture, opened: Sequenc
     opened: its benchmarks.
     model: its model.
     tokenizer: its tokenizer.
-    mesh: where its variables live.
+    mesh: the devices on which its variables live, each with pictures of its own.
   """
   if config.data.source == 'scenes':
     scenes = SceneEvaluator(config, model, tokenizer, mesh)
     found = [Scheduled(SCENES, config.eval.every_steps, scenes.evaluate, scenes.pictures)]
   else:
-    examples = pipeline.build_examples(config, source, tokenizer, first_batch=0, host=0, num_hosts=1)
+    examples = pipeline.build_examples(config, source, tokenizer, first_batch=0)
     drawer = _TrainingPictures(examples, model, mesh)
     found = [Scheduled(_TRAINING, config.eval.every_steps, None, drawer.draw)]
   for each in opened:

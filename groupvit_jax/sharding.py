@@ -75,6 +75,36 @@ def batch_ways(mesh: Mesh) -> int:
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
+def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
+  """The rows of a global batch that this process's devices hold, in ascending order.
+
+  They need not lie together, because a mesh may take devices in another order than processes; and where heads and
+  hidden units are split over processes, several of them hold the same rows.
+  """
+  parts = _local_parts(batch_size, mesh)
+  return tuple(row for start in sorted(parts) for row in range(start, parts[start]))
+
+
+def assemble_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """A global array [B, ...] of which every process has the rows [b, ...] that `local_rows` names."""
+  size = len(rows) // len(_local_parts(batch_ways(mesh), mesh))  # of a device
+  parts = _local_parts(size * batch_ways(mesh), mesh)
+  offsets = {start: size * i for i, start in enumerate(sorted(parts))}
+  part = lambda index: rows[offsets[index[0].start or 0]:][:size]
+  return jax.make_array_from_callback((size * batch_ways(mesh), *rows.shape[1:]), batch_sharding(mesh), part)
+
+
+def _local_parts(batch_size: int, mesh: Mesh) -> dict[int, int]:
+  """Where the parts of a batch start and end that lie on this process's devices."""
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  return {index.start or 0: batch_size if index.stop is None else index.stop for index, in indices}
+
+
+def evaluation_mesh(mesh: Mesh) -> Mesh:
+  """The same devices, each with rows of its own, for work in which no parameter is split."""
+  return Mesh(mesh.devices.reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
   """Raises ValueError when the devices do not divide a batch."""
   ways = batch_ways(mesh)

@@ -99,7 +99,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     raise ValueError(f'ema_decay={config.ema_decay}: use 0 for no average, or a number below 1, as in 0.9998')
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   source = build_source(config.data, tuple(config.model.vision.image_size))
-  pipeline.check_batch_size(source, config.batch_size, jax.process_count())
+  pipeline.check_batch_size(source, config.batch_size)
   image_ops.build_augment(config.data.augment, tuple(config.model.vision.image_size))
   build_random_erasing(config.data.augment)
   build = functools.partial(
@@ -109,9 +109,10 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   scenes = config.data.source == 'scenes' and config.eval.every_steps > 0
   in_training.check_best(config.checkpoint.best, evals, (run_evals.SCENES,) if scenes else ())
   build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written
+  starts_from_weights = config.init_from and not (epath.Path(workdir) / 'config.json').exists()
+  # By all processes together: each reads its part of a checkpoint.
+  licence = initial_weights.check(config, build) if starts_from_weights else Licence()
   with distributed.first_process_first():
-    starts_from_weights = config.init_from and not (epath.Path(workdir) / 'config.json').exists()
-    licence = initial_weights.check(config, build) if starts_from_weights else Licence()
     changed = workdir_lib.claim(workdir, config)
     licence_lib.keep(workdir, licence)
     manifest.claim(workdir, source.facts())
@@ -163,10 +164,10 @@ def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, tra
 
 
 def read_batches(run: Run, first_batch: int) -> Iterator[dict[str, np.ndarray]]:
-  """This host's rows of the run's batches, from the given one to the last."""
+  """This process's rows of the run's batches, from the given one to the last."""
   config = run.config
   examples = pipeline.build_examples(config, run.source, run.tokenizer, first_batch=first_batch,
-                                     host=jax.process_index(), num_hosts=jax.process_count())
+                                     rows=sharding.local_rows(config.batch_size, run.mesh))
   return pipeline.iterate(examples, num_threads=config.data.num_threads, num_workers=config.data.num_workers,
                           prefetch_batches=config.data.prefetch_batches)
 
@@ -181,7 +182,8 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   log = RunLog(workdir, first_step=first_step, total_steps=config.total_steps, batch_size=config.batch_size)
   with contextlib.closing(log):  # whatever ends the run: what was logged can be read
     _announce(log, run, state)
-    scheduled = run_evals.schedule(config, run.source, run.evals, run.model, run.tokenizer, run.mesh)
+    scheduled = run_evals.schedule(config, run.source, run.evals, run.model, run.tokenizer,
+                                   sharding.evaluation_mesh(run.mesh))
     facts = functools.partial(trained_run.provenance, workdir, weights='ema' if run.averages else 'trained',
                               model=run.model, mesh=run.mesh)
     best = BestCheckpoint(workdir, config.checkpoint.best)
@@ -215,7 +217,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
         if not logged:
           log.restart_clock(step)
       due = evals.due(step)
-      if interrupts.stop_after(step):
+      if interrupts.stop_after_step():
         whole = not any(each.evaluate for each in due)
         break
       # Saved before it is evaluated: with several processes a signal has to wait for the evaluation.
@@ -260,6 +262,8 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
   """What a person needs to trust a run, once."""
   step = int(state.step)
   log.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+  if not jax.distributed.is_initialized():
+    log.say(distributed.table_of_one())
   log.say(f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
           f'{len(run.source):,} records; vocabulary {run.tokenizer.vocab_size:,}')
   for part in run.source.sets:

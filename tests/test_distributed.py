@@ -5,16 +5,18 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from groupvit_jax import cli, cluster
+from groupvit_jax import cli, cluster, distributed
 from groupvit_jax.cluster import Cluster
 from tests import official_layouts as layouts
 from tests.photos import photo
@@ -26,22 +28,28 @@ TIMEOUT = 200
 CHEAP = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
-def start(*flags: str, program: str = 'train.py', devices: int = 4) -> subprocess.Popen:
-  """A process of a command on the tiny run."""
+def start(*flags: str, program: str = 'train.py', devices: int = 4, staged: str = '',
+          cwd: pathlib.Path = ROOT) -> subprocess.Popen:
+  """A process of a command on the tiny run; `staged` as `tests.staged` takes it."""
   config = ['--config=tests/tiny_run.py'] if program == 'train.py' else []
   environment = os.environ | {
     'JAX_NUM_CPU_DEVICES': str(devices), 'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {CHEAP}'}
-  return subprocess.Popen([sys.executable, program, *config, *flags], cwd=ROOT, env=environment,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+  command = [sys.executable, *(('-m', 'tests.staged', staged) if staged else ()), program, *config, *flags]
+  return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True)
 
 
-def start_two(*flags: str, **options) -> list[subprocess.Popen]:
-  """Two processes that will meet."""
+def free_port() -> int:
   with socket.socket() as sock:
     sock.bind(('localhost', 0))
-    port = sock.getsockname()[1]
-  meeting = [f'--coordinator=localhost:{port}', '--num_processes=2', f'--startup_timeout={TIMEOUT}']
-  return [start(*meeting, f'--process_id={i}', *flags, **options) for i in range(2)]
+    return sock.getsockname()[1]
+
+
+def start_two(*flags: str, first: dict[str, object] | None = None, second: dict[str, object] | None = None,
+              **options) -> list[subprocess.Popen]:
+  """Two processes that will meet; `first` and `second` are options of one of them."""
+  meeting = [f'--coordinator=localhost:{free_port()}', '--num_processes=2', f'--startup_timeout={TIMEOUT}', *flags]
+  return [start(*meeting, f'--process_id={i}', **(options | (own or {}))) for i, own in enumerate((first, second))]
 
 
 def finish(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
@@ -63,11 +71,18 @@ def wait_for(workdir: pathlib.Path, step: int, processes: Sequence[subprocess.Po
     time.sleep(0.02)
 
 
+SCENARIO = ('--config.total_steps=24', '--config.eval.every_steps=6')
+
+
+def saved(workdir: pathlib.Path) -> list[int]:
+  return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
+
+
 @pytest.fixture(scope='module')
 def scenario(tmp_path_factory) -> dict[str, object]:
   """Two processes, one of which is killed; two again, one of which is asked to stop; then one process to the end."""
   workdir = tmp_path_factory.mktemp('several')
-  flags = (f'--workdir={workdir}', '--config.total_steps=24', '--config.eval.every_steps=6')
+  flags = (f'--workdir={workdir}', *SCENARIO)
   killed = start_two(*flags, '--peer_timeout=20')
   wait_for(workdir, 7, killed)
   killed[1].kill()
@@ -76,13 +91,27 @@ def scenario(tmp_path_factory) -> dict[str, object]:
   stopped = start_two(*flags)
   wait_for(workdir, outcome['after kill'] + 2, stopped)
   stopped[1].send_signal(signal.SIGTERM)
-  outcome |= {'stopped': finish(stopped), 'after stop': max(logged(workdir)),
-              'saved': sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir())}
+  outcome |= {'stopped': finish(stopped), 'after stop': max(logged(workdir)), 'saved': saved(workdir)}
 
   outcome['alone'] = finish([start(*flags, devices=8)])
   outcome['losses'] = logged(workdir)
   outcome['mious'] = logged(workdir, 'eval/validation/miou')
   return outcome | {'workdir': workdir}
+
+
+@pytest.fixture(scope='module')
+def phases(tmp_path_factory) -> dict[str, object]:
+  """Two processes over which heads and hidden units are split, and of which one gets a signal in each phase.
+
+  The first evaluation follows step 6, and saves follow even steps. In the end the first process is killed in one.
+  """
+  workdir, outcome = tmp_path_factory.mktemp('phases'), {}
+  flags = (f'--workdir={workdir}', *SCENARIO, '--config.mesh.model=2')
+  for phase in ('evaluation', 'warm-up', 'save'):
+    ended = finish(start_two(*flags, devices=1, second={'staged': f'signal:{phase}:{signal.SIGTERM:d}'}))
+    outcome[phase] = ended, saved(workdir)[-1]
+  processes = start_two(*flags, '--peer_timeout=20', devices=1, first={'staged': f'signal:save:{signal.SIGKILL:d}'})
+  return outcome | {'killed': finish(processes), 'losses': logged(workdir)}
 
 
 def test_a_table_of_processes(scenario):
@@ -105,14 +134,35 @@ def test_the_restart_goes_on_and_a_signal_to_one_stops_both_after_the_same_step(
   assert scenario['saved'][-1] == scenario['after stop']
 
 
+@pytest.mark.parametrize('phase, step', [('evaluation', 7), ('warm-up', 8), ('save', 11)])
+def test_a_signal_in_any_phase_stops_both_after_the_step_that_follows(phases, phase, step):
+  ended, last = phases[phase]
+  for code, text in ended:
+    assert code == cli.EXIT_PREEMPTED, text
+  assert last == step
+
+
+def test_the_first_process_may_be_the_one_that_is_killed(phases):
+  (first, _), (code, text) = phases['killed']
+  assert first == -signal.SIGKILL
+  assert code in (cli.EXIT_PEER_LOST, -signal.SIGABRT), text
+  assert 'another process of the run is gone' in text or 'oordination service' in text, text
+
+
+def test_parameters_split_over_processes_change_nothing(phases, scenario):
+  """Both processes read all rows of a batch; losses are those of one process that is not split."""
+  steps = range(1, 12)
+  assert [phases['losses'][step] for step in steps] == pytest.approx(
+    [scenario['losses'][step] for step in steps], rel=0.01)
+
+
 def test_one_process_goes_on_with_what_two_began(scenario, tmp_path):
   """Every step was taken once, on the batch that one process takes there."""
   (code, text), = scenario['alone']
   assert code == 0, text
-  assert f'goes on after step {scenario["after stop"]}' in text
+  assert 'goes on after step' in text and '1 process(es) on 1 host(s), 8 device(s)' in text
   assert sorted(scenario['losses']) == list(range(1, 25)) and sorted(scenario['mious']) == [6, 12, 18, 24]
-  (code, text), = finish([start(f'--workdir={tmp_path}', '--config.total_steps=24', '--config.eval.every_steps=6',
-                                devices=8)])
+  (code, text), = finish([start(f'--workdir={tmp_path}', *SCENARIO, devices=8)])
   assert code == 0, text
   assert scenario['losses'] == pytest.approx(logged(tmp_path), rel=0.01)
 
@@ -157,14 +207,53 @@ def test_nobody_to_meet(flags, message, tmp_path):
 
 
 def test_processes_that_would_not_run_the_same(tmp_path):
-  with socket.socket() as sock:
-    sock.bind(('localhost', 0))
-    meeting = [f'--coordinator=localhost:{sock.getsockname()[1]}', '--num_processes=2']
-  flags = [f'--workdir={tmp_path / "run"}', *meeting]
+  flags = [f'--workdir={tmp_path / "run"}', f'--coordinator=localhost:{free_port()}', '--num_processes=2']
   processes = [start(*flags, '--process_id=0'), start(*flags, '--process_id=1', '--config.batch_size=16')]
   for code, text in finish(processes):
     assert code == cli.EXIT_USAGE and 'config.batch_size is 8 in one and 16 in the other' in text, text
   assert not (tmp_path / 'run').exists()
+
+
+def test_processes_with_different_numbers_of_devices(tmp_path):
+  for code, text in finish(start_two(f'--workdir={tmp_path / "run"}', first={'devices': 1}, second={'devices': 2})):
+    assert code == cli.EXIT_USAGE and 'processes have different numbers of devices: [1, 2]' in text, text
+
+
+@pytest.fixture
+def other_host(tmp_path) -> pathlib.Path:
+  """A copy of the code, in which a relative workdir is another folder."""
+  for name in ('groupvit_jax', 'configs', 'tests'):
+    shutil.copytree(ROOT / name, tmp_path / 'host' / name, ignore=shutil.ignore_patterns('__pycache__'))
+  shutil.copy(ROOT / 'train.py', tmp_path / 'host')
+  return tmp_path / 'host'
+
+
+def test_processes_with_different_code(other_host, tmp_path):
+  with (other_host / 'groupvit_jax/losses.py').open('a') as file:
+    file.write('# Another version.')
+  for code, text in finish(start_two(f'--workdir={tmp_path / "run"}', second={'cwd': other_host})):
+    assert code == cli.EXIT_USAGE and re.search(r'not run the same: code is \w{12} in one and \w{12} in', text), text
+
+
+def test_a_workdir_that_the_other_process_does_not_see(other_host):
+  workdir = f'.cache/not-shared-{os.getpid()}'
+  processes = start_two(f'--workdir={workdir}', '--peer_timeout=20', devices=1, second={'cwd': other_host})
+  try:
+    (first, _), (code, text) = finish(processes)
+  finally:
+    shutil.rmtree(ROOT / workdir, ignore_errors=True)
+  assert code == cli.EXIT_USAGE and f'process 1 does not see what process 0 wrote in {workdir}' in text, text
+  assert first not in (0, cli.EXIT_USAGE)
+
+
+def test_processes_start_together_from_a_runs_weights(scenario, tmp_path):
+  """As a dry run, which compiles the step of another mesh, and as a run of one step."""
+  flags = (f'--config.init_from={scenario["workdir"]}', '--config.mesh.model=2', '--config.total_steps=1')
+  for code, text in finish(start_two(f'--workdir={tmp_path}/run', *flags, '--config.dry_run=True', devices=1)):
+    assert code == 0 and not list(tmp_path.iterdir()), text
+  for code, text in finish(start_two(f'--workdir={tmp_path}/run', *flags, devices=1)):
+    assert code == 0, text
+  assert logged(tmp_path / 'run')[1] < scenario['losses'][1]
 
 
 @pytest.mark.parametrize('flags, message', [
@@ -193,18 +282,67 @@ def test_which_gpus_are_a_processs_own(environment, own):
   assert cluster.sees_its_own_gpus(environment) == own
 
 
-@pytest.mark.parametrize('environment', [
-  {'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '{}',
-   'SLURM_LOCALID': '{}', 'SLURM_STEP_TASKS_PER_NODE': '2'},
-  {'OMPI_MCA_orte_hnp_uri': '8192.0;tcp://127.0.0.1:34911', 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '{}',
-   'OMPI_COMM_WORLD_LOCAL_RANK': '{}', 'OMPI_COMM_WORLD_LOCAL_SIZE': '2'},
-], ids=['slurm', 'ompi'])
-def test_launchers_that_jax_knows(environment, tmp_path, monkeypatch):
-  """Their variables alone: the processes meet, and so can find that they differ."""
+@pytest.mark.parametrize('environment, staged', [
+  ({'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '{}',
+    'SLURM_LOCALID': '{}', 'SLURM_STEP_TASKS_PER_NODE': '2'}, ''),
+  ({'OMPI_MCA_orte_hnp_uri': '8192.0;tcp://127.0.0.1:34911', 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '{}',
+    'OMPI_COMM_WORLD_LOCAL_RANK': '{}', 'OMPI_COMM_WORLD_LOCAL_SIZE': '2'}, ''),
+  ({'JOB_COMPLETION_INDEX': '{}'}, 'gke'),
+  ({'TPU_WORKER_HOSTNAMES': '127.0.0.1,127.0.0.2', 'TPU_WORKER_ID': '{}'}, 'tpu-gke'),
+  ({}, 'tpu:{}'),
+], ids=['slurm', 'ompi', 'gke', 'tpu-gke', 'tpu'])
+def test_launchers_that_jax_knows(environment, staged, tmp_path, monkeypatch):
+  """What they say alone: the processes meet, and so can find that they differ."""
+  monkeypatch.setenv('JAX_COORDINATOR_PORT', str(free_port()))
   processes = []
   for i in range(2):
     for name, value in environment.items():
       monkeypatch.setenv(name, value.format(i))
-    processes.append(start(f'--workdir={tmp_path / "run"}', f'--config.seed={i}'))
+    processes.append(start(f'--workdir={tmp_path / "run"}', f'--config.seed={i}', staged=staged.format(i)))
   for code, text in finish(processes):
     assert code == cli.EXIT_USAGE and 'config.seed is 0 in one and 1 in the other' in text, text
+
+
+@pytest.mark.parametrize('name, value, remedy', [
+  ('SLURM_NTASKS', '16', 'start them with srun'),
+  ('OMPI_COMM_WORLD_SIZE', '2', 'Open MPI before version 5'),
+  ('PMI_SIZE', '2', 'give all of --coordinator, --num_processes and --process_id'),
+  ('JOB_COMPLETION_INDEX', '0', r'jax\[k8s\]'),
+  ('JAX_COORDINATOR_ADDRESS', 'host:1', 'give --num_processes and --process_id'),
+])
+def test_launchers_whose_processes_would_not_meet(name, value, remedy):
+  with pytest.raises(ValueError, match=f'{name}={value} .*{remedy}.* --num_processes=1'):
+    cluster.check_nobody_else({name: value})
+
+
+def test_launchers_of_one_process():
+  cluster.check_nobody_else({})
+  cluster.check_nobody_else({'SLURM_NTASKS': '1', 'OMPI_COMM_WORLD_SIZE': '1', 'PMI_SIZE': '1'})
+
+
+def test_a_command_that_finds_no_others_says_so(tmp_path, monkeypatch):
+  monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '2')
+  (code, text), = finish([start(f'--workdir={tmp_path / "run"}')])
+  assert code == cli.EXIT_USAGE and 'OMPI_COMM_WORLD_SIZE=2 speaks of several processes' in text.splitlines()[-1], text
+  assert not (tmp_path / 'run').exists()
+
+
+def raised(error: Exception, cause: Exception | None = None) -> Exception:
+  try:
+    raise error from cause
+  except Exception as caught:
+    return caught
+
+
+def test_what_means_that_a_process_is_gone():
+  """What a collective says, also where a save fails for it; no connection of our own that breaks."""
+  gloo = jax.errors.JaxRuntimeError('UNKNOWN: Gloo all-reduce failed: Connection closed by peer')
+  assert 'Gloo' in distributed._lost_peer(raised(gloo))
+  assert 'Gloo' in distributed._lost_peer(raised(OSError('cannot save a checkpoint'), gloo))
+  assert distributed._lost_peer(raised(OSError('cannot read gs://x: connection reset'), ConnectionError())) is None
+  assert distributed._lost_peer(raised(ValueError('no socket'))) is None
+
+
+def test_facts_that_one_process_alone_has():
+  assert distributed._differences({'workdir': 'a'}, {'workdir': 'a', 'config': '{"x": 1}'}) == [
+    'config.x is None in one and 1 in the other']

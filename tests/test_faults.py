@@ -51,7 +51,7 @@ def write_damaged(path, *damages: str, count: int = 16):
 
 
 def examples(source, **changes) -> pipeline.Examples:
-  fields = dict(seed=0, batch_size=16, num_prompts=1, text_length=4, first_batch=0, num_batches=4, host=0, num_hosts=1)
+  fields = dict(seed=0, batch_size=16, num_prompts=1, text_length=4, first_batch=0, num_batches=4, rows=range(16))
   return pipeline.Examples(source, AUGMENT, Words(), **(fields | changes))
 
 
@@ -121,7 +121,7 @@ def test_replacement_is_the_same_in_threads_on_hosts_and_after_a_restart(tmp_pat
   source = write_damaged(tmp_path / 'a.tar', *faults.CAUSES)
   alone = list(map(pipeline.Batches(examples(source), 0).__getitem__, range(4)))
   threaded = list(pipeline.iterate(examples(source), num_threads=4, num_workers=0, prefetch_batches=2))
-  halves = [pipeline.Batches(examples(source, host=h, num_hosts=2, first_batch=2), 0) for h in range(2)]
+  halves = [pipeline.Batches(examples(source, rows=range(8 * h, 8 * h + 8), first_batch=2), 0) for h in range(2)]
   for batch, other in zip(alone, threaded, strict=True):
     np.testing.assert_array_equal(batch['image'], other['image'])
     np.testing.assert_array_equal(batch['faults'], other['faults'])

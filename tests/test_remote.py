@@ -39,7 +39,7 @@ def open_set(*patterns: str, index_dir: str = '') -> webdataset.WebDataset:
 
 def batches(source, num_threads: int) -> list[dict[str, np.ndarray]]:
   examples = pipeline.Examples(source, AUGMENT, Words(), seed=0, batch_size=16, num_prompts=1, text_length=4,
-                               first_batch=0, num_batches=3, host=0, num_hosts=1)
+                               first_batch=0, num_batches=3, rows=range(16))
   return list(pipeline.iterate(examples, num_threads=num_threads, num_workers=0, prefetch_batches=2))
 
 

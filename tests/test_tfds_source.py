@@ -105,7 +105,7 @@ if __name__ == '__main__':  # workers import this file
   source = build_source(data_config(records=records), (16, 16))
   augment = image_ops.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
   examples = pipeline.Examples(source, augment, Words(), seed=0, batch_size=16, num_prompts=1, text_length=4,
-                               first_batch=0, num_batches=1, host=0, num_hosts=1)
+                               first_batch=0, num_batches=1, rows=range(16))
   batch, = pipeline.iterate(examples, num_threads=2, num_workers=1, prefetch_batches=2)
   assert batch['image'].shape == (16, 16, 16, 3)
 """, tmp_path)

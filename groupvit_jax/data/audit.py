@@ -182,7 +182,7 @@ def _examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer: Tok
   """A run's examples, over one of its sets, on one host, in batches that no set is too small for."""
   config = config.copy_and_resolve_references()
   config.batch_size, config.total_steps = 1, _SHEET
-  return pipeline.build_examples(config, source, tokenizer, first_batch=0, host=0, num_hosts=1)
+  return pipeline.build_examples(config, source, tokenizer, first_batch=0)
 
 
 def _tokenizer(config: ml_collections.ConfigDict, source: Mixture) -> Tokenizer:

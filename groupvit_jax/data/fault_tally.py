@@ -48,8 +48,8 @@ class FaultTally:
     self._saved = json.loads(self._path.read_text()) if self._path.exists() else {}
     known = self._saved.get(str(step), {})
     self._before = np.array([known.get(cause, 0) for cause in faults.CAUSES])
-    # Since then; by row, so that it is laid out over hosts as a batch is.
-    self._rows = np.zeros((batch_size // jax.process_count(), len(faults.CAUSES)), np.int32)
+    # Since then; by row, so that it is laid out over processes as a batch is.
+    self._rows = np.zeros((len(sharding.local_rows(batch_size, mesh)), len(faults.CAUSES)), np.int32)
     self._checked = _Checked(step, int(self._before.sum()))
     self._sum = jax.jit(lambda rows: rows.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 

@@ -67,21 +67,15 @@ class Examples:
   text_length: int  # L
   first_batch: int
   num_batches: int  # where the run ends
-  host: int
-  num_hosts: int
+  rows: Sequence[int]  # of a global batch that are made here
   noun_phrases: bool = False  # prompts hold phrases instead of words
 
   def __post_init__(self):
-    check_batch_size(self.source, self.batch_size, self.num_hosts)
+    check_batch_size(self.source, self.batch_size)
     object.__setattr__(self, '_order', self.source.order(self.seed))
 
-  @property
-  def rows(self) -> int:
-    """Rows of a global batch that this host reads."""
-    return self.batch_size // self.num_hosts
-
   def __len__(self) -> int:
-    return max(self.num_batches - self.first_batch, 0) * self.rows
+    return max(self.num_batches - self.first_batch, 0) * len(self.rows)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Makes an example.
@@ -117,8 +111,8 @@ class Examples:
 
   def _find(self, index: int) -> _Found:
     """The record to use, and its picture."""
-    batch, row = divmod(index, self.rows)
-    position = (self.first_batch + batch) * self.batch_size + self.host * self.rows + row
+    batch, row = divmod(index, len(self.rows))
+    position = (self.first_batch + batch) * self.batch_size + self.rows[row]
     drawn = self._order[position]
     part, start = self.source.set_of(drawn)
     found = []
@@ -169,11 +163,12 @@ class Batches:
     return type(self), (self._examples, self._num_threads)  # threads do not travel
 
   def __len__(self) -> int:
-    return len(self._examples) // self._examples.rows
+    return len(self._examples) // len(self._examples.rows)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
     """Makes batch `first_batch + index`: what `Examples` returns, stacked."""
-    numbers = range(index * self._examples.rows, (index + 1) * self._examples.rows)
+    count = len(self._examples.rows)
+    numbers = range(index * count, (index + 1) * count)
     size = min(_AT_ONCE, -(-len(numbers) // max(self._num_threads, 1)))
     make = self._pool.map if self._num_threads else map
     parts = make(self._examples.make_some, [numbers[i:i + size] for i in range(0, len(numbers), size)])
@@ -191,35 +186,32 @@ class Batches:
     return concurrent.futures.ThreadPoolExecutor(self._num_threads, 'examples')
 
 
-def check_batch_size(source: Source, batch_size: int, num_hosts: int) -> None:
-  """Raises ValueError unless the data fill a batch and the hosts divide it."""
-  if batch_size % num_hosts:
-    raise ValueError(f'batch_size={batch_size} cannot be split over {num_hosts} hosts; use a multiple')
+def check_batch_size(source: Source, batch_size: int) -> None:
+  """Raises ValueError unless the data fill a batch."""
   if len(source) < batch_size:
     raise ValueError(f'the data have {len(source)} records, fewer than batch_size={batch_size}; add data, or use '
                      'smaller batches')
 
 
 def build_examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer: Tokenizer, *, first_batch: int,
-                   host: int, num_hosts: int) -> Examples:
-  """Builds one host's examples of a run.
+                   rows: Sequence[int] | None = None) -> Examples:
+  """Builds a run's examples.
 
   Args:
     config: of the run.
     source: its data; see `sources.build_source`.
     tokenizer: its tokenizer.
     first_batch: batches consumed before.
-    host: which one.
-    num_hosts: of how many.
+    rows: of each global batch, that are made; None for all.
 
   Raises:
-    ValueError: the data are fewer than a batch, or the hosts do not divide it.
+    ValueError: the data are fewer than a batch.
   """
   augment = image_ops.build_augment(config.data.augment, tuple(config.model.vision.image_size))
   return Examples(
       source, augment, tokenizer, seed=config.seed, batch_size=config.batch_size, num_prompts=config.data.num_prompts,
       text_length=config.model.text.context_length, first_batch=first_batch, num_batches=config.total_steps,
-      host=host, num_hosts=num_hosts, noun_phrases=config.data.noun_phrases)
+      rows=range(config.batch_size) if rows is None else rows, noun_phrases=config.data.noun_phrases)
 
 
 def iterate(examples: Examples, *, num_threads: int, num_workers: int, prefetch_batches: int,
@@ -250,6 +242,5 @@ def iterate(examples: Examples, *, num_threads: int, num_workers: int, prefetch_
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-  """Assembles the hosts' rows into global arrays, sharded over the batch."""
-  place = sharding.batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(place, rows) for name, rows in batch.items()}
+  """Assembles the rows that each process has into global arrays, sharded over the batch."""
+  return {name: sharding.assemble_rows(rows, mesh) for name, rows in batch.items()}

@@ -133,8 +133,8 @@ class _Batches:
     self._encode = functools.partial(
       encode_windows, variables, model=encoder.model, mesh=encoder.mesh
     )
-    self._place = sharding.batch_sharding(encoder.mesh)
-    self._rows = encoder.batch_size // jax.process_count()
+    self._mesh = encoder.mesh
+    self._rows = len(sharding.local_rows(encoder.batch_size, encoder.mesh))
     self._waiting: dict[Size, list[tuple[EncodedPicture, int]]] = collections.defaultdict(list)
     self._running: collections.deque[tuple[list, WindowBatch]] = collections.deque()
 
@@ -167,11 +167,9 @@ class _Batches:
     for row, (encoded, k) in zip(windows, jobs):
       row[:] = encoded.picture.windows[k]
     mask = (np.arange(self._rows) < len(jobs)).astype(np.int32)
-    windows, mask = (
-      jax.make_array_from_process_local_data(self._place, rows) for rows in (windows, mask)
-    )
+    windows, mask = (sharding.assemble_rows(rows, self._mesh) for rows in (windows, mask))
     batch = self._encode(windows, mask)
-    sharding.settle(batch, self._place.mesh)
+    sharding.settle(batch, self._mesh)
     self._running.append((jobs, batch))
     if len(self._running) > 1:
       yield from self._fetch()

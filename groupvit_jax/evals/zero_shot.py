@@ -237,15 +237,14 @@ class ZeroShotEvaluator:
 
   def _batch(self, pictures: Any) -> tuple[jax.Array, jax.Array]:
     """The next pictures of this host, padded, as its part of a batch."""
-    rows = self.batch_size // jax.process_count()
+    rows = len(sharding.local_rows(self.batch_size, self.mesh))
     images, labels = np.zeros((rows, *self.model.vision.image_size, 3), np.uint8), np.full(rows, _NONE, np.int32)
     for row in range(rows):
       found = next(pictures, None)
       if found is None:
         break
       images[row], labels[row] = found
-    place = sharding.batch_sharding(self.mesh)
-    return tuple(jax.make_array_from_process_local_data(place, array) for array in (images, labels))
+    return tuple(sharding.assemble_rows(array, self.mesh) for array in (images, labels))
 
 
 def build_evaluator(

@@ -1,0 +1,83 @@
+"""A command in a situation that cannot be had otherwise: python -m tests.staged SITUATION train.py --flag=value ..."""
+
+import os
+import pathlib
+import runpy
+import socket
+import sys
+import time
+import types
+
+from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
+
+PHASES = {
+  'warm-up': ('groupvit_jax.train_loop', 'jit_step'),
+  'evaluation': ('groupvit_jax.evals.scene_eval', 'SceneEvaluator.evaluate'),
+  'save': ('groupvit_jax.checkpoint', 'Checkpoints.save'),
+}
+
+
+def signal_in(phase: str, number: str) -> None:
+  """This process sends itself a signal when it first comes to a phase, and has noticed it before it goes on."""
+  module, name = PHASES[phase]
+  owner = __import__(module, fromlist=['_'])
+  *outer, name = name.split('.')
+  for part in outer:
+    owner = getattr(owner, part)
+  original = getattr(owner, name)
+
+  def signalled(*args, **kwargs):
+    setattr(owner, name, original)
+    result = original(*args, **kwargs)
+    os.kill(os.getpid(), int(number))
+    time.sleep(3)  # JAX looks every second
+    return result
+  setattr(owner, name, signalled)
+
+
+def gke() -> None:
+  """A pod of an indexed job, as the cluster's API describes it."""
+  job = types.SimpleNamespace(
+    metadata=types.SimpleNamespace(name='groupvit', labels={}), spec=types.SimpleNamespace(parallelism=2))
+  owner = types.SimpleNamespace(controller=True, kind='Job')
+  pod = types.SimpleNamespace(
+    metadata=types.SimpleNamespace(name='groupvit-0-abc', labels={'job-name': 'groupvit'}, owner_references=[owner]),
+    spec=types.SimpleNamespace(subdomain='groupvit'))
+  api = types.SimpleNamespace(
+    list_namespaced_pod=lambda namespace, field_selector: types.SimpleNamespace(items=[pod]),
+    read_namespaced_job=lambda name, namespace: job)
+  client = types.SimpleNamespace(CoreV1Api=lambda: api, BatchV1Api=lambda: api,
+                                 exceptions=types.SimpleNamespace(ApiException=OSError))
+  sys.modules['kubernetes'] = types.SimpleNamespace(
+    config=types.SimpleNamespace(load_incluster_config=lambda: None), client=client)
+  os.environ |= {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'HOSTNAME': 'groupvit-0'}
+  socket.gethostbyname = lambda host: '127.0.0.1'
+  k8s_cluster.K8sCluster._namespace = staticmethod(lambda: 'default')
+  address = k8s_cluster.K8sCluster.get_coordinator_address  # which the runtime resolves beyond Python
+  k8s_cluster.K8sCluster.get_coordinator_address = staticmethod(
+    lambda **options: address(**options).replace('groupvit-0.groupvit', 'localhost'))
+
+
+def tpu_gke() -> None:
+  """A pod with TPUs: the test sets its variables, the metadata say nothing."""
+  serve_metadata({'tpu-env': ''})
+
+
+def tpu(worker: str) -> None:
+  """A host of a TPU pod slice, as its metadata describe it."""
+  os.environ.pop('TPU_SKIP_MDS_QUERY', None)
+  serve_metadata({
+    'agent-worker-number': worker, 'worker-network-endpoints': 'x:0:127.0.0.1,y:1:127.0.0.2', 'tpu-env': ''})
+
+
+def serve_metadata(metadata: dict[str, str]) -> None:
+  cloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = True
+  cloud_tpu_cluster.get_metadata = lambda key: (metadata[key], 200)
+
+
+if __name__ == '__main__':
+  situation, *arguments = sys.argv[1].split(':')
+  {'signal': signal_in, 'gke': gke, 'tpu': tpu, 'tpu-gke': tpu_gke}[situation](*arguments)
+  sys.argv = sys.argv[2:]
+  sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+  runpy.run_path(sys.argv[0], run_name='__main__')
