@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -17,7 +18,14 @@ ROW_LENGTH = 128
 # Rows of the rest are computed so many at a time: an eighth of the others.
 _REST_SHARE = 8
 
-Encode = Callable[[object, TextRows], jax.Array]  # (parameters, rows) -> features [P * n, D]
+Encode = Callable[[object, TextRows], jax.Array]
+
+
+class Encoders(NamedTuple):
+  """The text tower, as (parameters, rows) -> features [P * n, D], for two uses."""
+
+  most: Encode  # fast to run
+  rest: Encode  # fast to compile: it is seldom run
 
 
 def check_budget(budget: int) -> None:
@@ -50,7 +58,7 @@ def needed_budget(tokens: jax.Array, *, eos_id: int, groups: int) -> int:
   return -(-int(packing.num_rows.max()) * packing.row_length * groups // len(tokens))
 
 
-def text_features(encode: Encode, params: object, tokens: jax.Array, *, eos_id: int, budget: int,
+def text_features(encoders: Encoders, params: object, tokens: jax.Array, *, eos_id: int, budget: int,
                   groups: int) -> jax.Array:
   """Features of the texts of each image.
 
@@ -59,7 +67,7 @@ def text_features(encode: Encode, params: object, tokens: jax.Array, *, eos_id: 
   all, and the backward pass computes them again.
 
   Args:
-    encode: the text tower.
+    encoders: the text tower.
     params: its parameters; the features are differentiable in them.
     tokens: ids [B, T, L].
     eos_id: ends a text.
@@ -71,10 +79,10 @@ def text_features(encode: Encode, params: object, tokens: jax.Array, *, eos_id: 
   """
   batch, texts, length = tokens.shape
   if not budget:
-    features = encode(params, one_a_row(tokens.reshape(-1, length), eos_id))
+    features = encoders.most(params, one_a_row(tokens.reshape(-1, length), eos_id))
   else:
     packing = _pack(tokens, eos_id, groups)
-    features = _encode_packed(encode, _rows_of(budget * batch // groups, packing), params, packing)
+    features = _encode_packed(encoders, _rows_of(budget * batch // groups, packing), params, packing)
   return features.reshape(batch, texts, -1)
 
 
@@ -97,9 +105,10 @@ def _encode_some(encode: Encode, params: object, packing: Packing, first_row: ja
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _encode_packed(encode: Encode, num_rows: int, params: object, packing: Packing) -> jax.Array:
+def _encode_packed(encoders: Encoders, num_rows: int, params: object, packing: Packing) -> jax.Array:
   """Features [P * n, D] of all texts, the first `num_rows` rows of each group at once."""
-  return _add_rest(encode, num_rows, params, packing, _encode_some(encode, params, packing, 0, num_rows))
+  features = _encode_some(encoders.most, params, packing, 0, num_rows)
+  return _add_rest(encoders.rest, num_rows, params, packing, features)
 
 
 def _add_rest(encode: Encode, num_rows: int, params: object, packing: Packing, features: jax.Array) -> jax.Array:
@@ -120,17 +129,17 @@ def _num_turns(num_rows: int, packing: Packing) -> jax.Array:
   return jnp.maximum(0, -(-(packing.num_rows.max() - num_rows) // count))
 
 
-def _forward(encode: Encode, num_rows: int, params: object, packing: Packing) -> tuple[jax.Array, tuple]:
-  features, pull = jax.vjp(lambda params: _encode_some(encode, params, packing, 0, num_rows), params)
-  return _add_rest(encode, num_rows, params, packing, features), (pull, params, packing)
+def _forward(encoders: Encoders, num_rows: int, params: object, packing: Packing) -> tuple[jax.Array, tuple]:
+  features, pull = jax.vjp(lambda params: _encode_some(encoders.most, params, packing, 0, num_rows), params)
+  return _add_rest(encoders.rest, num_rows, params, packing, features), (pull, params, packing)
 
 
-def _backward(encode: Encode, num_rows: int, saved: tuple, grad: jax.Array) -> tuple[object, None]:
+def _backward(encoders: Encoders, num_rows: int, saved: tuple, grad: jax.Array) -> tuple[object, None]:
   pull, params, packing = saved
   count, first_row = _rest(num_rows)
 
   def body(i, grads):
-    _, pull = jax.vjp(lambda params: _encode_some(encode, params, packing, first_row(i), count), params)
+    _, pull = jax.vjp(lambda params: _encode_some(encoders.rest, params, packing, first_row(i), count), params)
     return jax.tree.map(jnp.add, grads, *pull(grad))
 
   return lax.fori_loop(0, _num_turns(num_rows, packing), body, *pull(grad)), None

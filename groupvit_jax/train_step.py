@@ -13,7 +13,7 @@ from groupvit_jax import losses, metrics, sharding
 from groupvit_jax.accumulation import map_micro_batches
 from groupvit_jax.models.image_text import ImageTextModel, Projected
 from groupvit_jax.models.layers import sample_keys
-from groupvit_jax.packed_texts import text_features, text_load, TextLoad
+from groupvit_jax.packed_texts import Encoders, text_features, text_load, TextLoad
 from groupvit_jax.random_erasing import RandomErasing
 from groupvit_jax.train_state import TrainState
 
@@ -72,7 +72,8 @@ def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, mu
   depends on their number. Arguments as in `train_step`.
   """
   groups = 1 if place is None else sharding.batch_ways(place.mesh)
-  read = lambda params, texts: model.apply({'params': params}, texts, method='text_features')
+  read = lambda model: lambda params, texts: model.apply({'params': params}, texts, method='text_features')
+  readers = Encoders(read(model), read(model.clone(text=model.text.clone(scan_layers=True))))
   keys = sample_keys(jax.random.fold_in(state.rng, state.step), len(batch['image']))
 
   packed = dict(eos_id=model.text.eos_id, budget=text_budget, groups=groups)
@@ -82,7 +83,7 @@ def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, mu
     if random_erasing is not None:
       images = random_erasing(images, rows['keys'])
     vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
-    text = text_features(read, params, rows['tokens'], **packed)
+    text = text_features(readers, params, rows['tokens'], **packed)
     health = metrics.GroupingHealth.from_assignments(vision.assignments)
     return (vision.pooled, text), (health, text_load(rows['tokens'], **packed))
 

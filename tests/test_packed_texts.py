@@ -58,16 +58,19 @@ def next_fit(lengths: np.ndarray, row_length: int) -> list[int]:
 
 
 def test_features_and_gradients_are_those_of_padded_texts(monkeypatch):
-  """Of texts that all fit, and of some that do not."""
+  """Of texts that all fit, and of some that do not, for which blocks are a loop."""
   monkeypatch.setattr(packed_texts, 'ROW_LENGTH', 8)
-  model, params = tiny_model(), random_variables(tiny_model())['params']
+  model = tiny_model()
+  model = model.clone(text=model.text.clone(depth=2))
+  params = random_variables(model)['params']
   tokens = jnp.array(padded(np.random.default_rng(0).integers(1, 7, (8, 3)), 6))
-  encode = lambda params, rows: model.apply({'params': params}, rows, method='text_features')
+  encode = lambda model: lambda params, rows: model.apply({'params': params}, rows, method='text_features')
+  encoders = packed_texts.Encoders(encode(model), encode(model.clone(text=model.text.clone(scan_layers=True))))
 
   @functools.partial(jax.jit, static_argnums=(1, 2))
   def features_and_grads(params, budget, groups):
     def total(params):
-      features = packed_texts.text_features(encode, params, tokens, eos_id=EOS, budget=budget, groups=groups)
+      features = packed_texts.text_features(encoders, params, tokens, eos_id=EOS, budget=budget, groups=groups)
       return (features * jnp.cos(jnp.arange(features.size)).reshape(features.shape)).sum(), features
     return jax.value_and_grad(total, has_aux=True)(params)
 
