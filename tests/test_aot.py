@@ -1,5 +1,6 @@
 """What a step needs of a pod: reading compiled programs, figures, advice, and blocks that are compiled once."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from groupvit_jax import cli, train_step
+from groupvit_jax.accumulation import map_micro_batches
 from groupvit_jax.aot import chips, program, report, step
 from groupvit_jax.models.layers import sample_keys
 from groupvit_jax.models.text_rows import one_a_row
@@ -36,7 +38,7 @@ PROGRAM = """HloModule step, is_scheduled=true, num_partitions=4
   %state = (s32[], f32[5,256]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%state), index=0
   %stack = f32[5,256]{1,0} get-tuple-element(%state), index=1
-  %row = f32[1,256]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%take_row
+  %row = f32[1,256]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%take_row, config={"estimated_cycles":"9"}
   %away = (f32[1,256]{1,0:S(1)}, f32[1,256]{1,0:S(1)}, u32[]{:S(2)}) collective-permute-start(%row), channel_id=1
   %here = f32[1,256]{1,0:S(1)} collective-permute-done(%away)
   ROOT %next = (s32[], f32[5,256]{1,0}) tuple(%i, %stack)
@@ -74,7 +76,7 @@ ENTRY %main (a: f32[5,256], b: bf16[1024]) -> bf16[1024] {
   %start = (s32[], f32[5,256]{1,0}) tuple(%zero, %a)
   %c = f32[512]{0:S(1)} bitcast(%zero)
   %half = f32[256]{0:S(1)} fusion(%c), kind=kCustom, calls=%all-reduce-scatter
-  %one = f32[128]{0:S(1)} fusion(%half), kind=kLoop, calls=%behind_one
+  %one = f32[128]{0:S(1)} fusion(%half), kind=kLoop, calls=%behind_one, backend_config={"estimated_cycles":"70"}
   %other = f32[128]{0:S(1)} fusion(%one), kind=kLoop, calls=%behind_other
   %started = (f32[64]{0:S(1)}, f32[256]{0:S(1)}) all-gather-start(%other), channel_id=5, replica_groups={{0,1,2,3}}
   %loop = (s32[], f32[5,256]{1,0}) while(%start), condition=%condition, body=%body
@@ -85,6 +87,7 @@ ENTRY %main (a: f32[5,256], b: bf16[1024]) -> bf16[1024] {
 
 def test_traffic_counts_loops_and_only_what_is_taken():
   traffic = program.read_traffic(PROGRAM)
+  assert traffic.cycles == 5 * 9 + 70
   assert traffic.counts == {'collective-permute': 5, 'all-reduce': 1, 'reduce-scatter': 1, 'all-gather': 2}
   # Of four devices each sends 3/4 of a sum twice; of two, half of what is scattered or gathered once.
   assert traffic.sent == {'collective-permute': 5 * 1024, 'all-reduce': 1.5 * 2048, 'reduce-scatter': 2048 / 2,
@@ -117,7 +120,7 @@ def topology(count: int) -> chips.Topology:
 
 
 def compiled(gib: float) -> step.CompiledStep:
-  traffic = program.Traffic(819e9 / 2, {'all-reduce': 100e9}, {'all-reduce': 300})
+  traffic = program.Traffic(819e9 / 2, 10**9, {'all-reduce': 100e9}, {'all-reduce': 300})
   size = int(gib * 2**30)
   return step.CompiledStep(step.Memory(size, 0, 0, 0), size, traffic, 64 * 197e12 * 2, 1.0, 2.0, 2,
                            step.State(2**30, 2**30))
@@ -150,27 +153,32 @@ def test_advice_takes_what_costs_least_first():
     assert 'does not fit' in text and key in text
 
 
-def test_a_loop_over_blocks_changes_nothing():
+@pytest.mark.parametrize('remat, micro_batches', [('none', 1), ('dots', 2)])
+def test_a_loop_over_blocks_changes_nothing(remat, micro_batches):
   """Features and gradients, with stochastic depth, of three blocks; parameters keep their places."""
   stages = (StageSpec(3, 4, 4), StageSpec(1, 0, 0))
-  plain = tiny_model(stages=stages, drop_path=0.5)
-  looped = plain.clone(vision=plain.vision.clone(scan_layers=True), text=plain.text.clone(scan_layers=True, depth=2))
+  plain = tiny_model(remat, stages=stages, drop_path=0.5)
   plain = plain.clone(text=plain.text.clone(depth=2))
+  looped = plain.clone(vision=plain.vision.clone(scan_layers=True), text=plain.text.clone(scan_layers=True))
   params, batch = random_variables(plain)['params'], random_batch(8)
   assert jax.tree.structure(random_variables(looped)['params']) == jax.tree.structure(params)
-  keys = sample_keys(jax.random.key(0), 8)
+  batch['keys'] = sample_keys(jax.random.key(0), 8)
 
-  def outcome(model):
+  def outcome(model, micro_batches):
+    def encode(params, rows):
+      images = train_step.normalize_images(rows['image'])
+      vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
+      texts = one_a_row(rows['tokens'].reshape(-1, rows['tokens'].shape[-1]), model.text.eos_id)
+      text = model.apply({'params': params}, texts, method='text_features')
+      return (vision.pooled, text.reshape(len(images), -1)), ()
+
     def loss(params):
-      images = train_step.normalize_images(batch['image'])
-      vision = model.apply({'params': params}, images, keys=keys, method='vision_features')
-      rows = one_a_row(batch['tokens'].reshape(-1, batch['tokens'].shape[-1]), model.text.eos_id)
-      text = model.apply({'params': params}, rows, method='text_features')
-      return (vision.pooled**2).sum() + (text**2).sum(), (vision, text)
+      features, _ = map_micro_batches(functools.partial(encode, params), batch, micro_batches)
+      return sum((x**2).sum() for x in features), features
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
   with jax.default_matmul_precision('highest'):
-    one, other = outcome(plain), outcome(looped)
+    one, other = outcome(plain, 1), outcome(looped, micro_batches)
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(1, np.abs(a).max()))
 

@@ -23,6 +23,7 @@ _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _LINE = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
 _OPCODE = re.compile(r'(?:^|\s)([a-z][\w\-]*)\(')
 _ARRAY = re.compile(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _PARTITIONS = re.compile(r'num_partitions=(\d+)')
 
 
@@ -46,11 +47,13 @@ class Traffic:
 
   Attributes:
     hbm_bytes: read from and written to the main memory.
+    cycles: that the compiler expects its operations to take, one after the other; it says so of most.
     sent: bytes that a device sends in collectives of each kind.
     counts: how many of each kind are run.
   """
 
   hbm_bytes: float = 0
+  cycles: int = 0
   sent: dict[str, float] = dataclasses.field(default_factory=dict)
   counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -111,6 +114,8 @@ def _add(traffic: Traffic, computations: Mapping, name: str, times: int, devices
   for operation in operations.values():
     for inner, repeats in _contained(operation, computations):
       _add(traffic, computations, inner, times * repeats, devices)
+    if estimate := _CYCLES.search(operation.rest):
+      traffic.cycles += times * int(estimate[1])
     if operation.opcode not in _FREE:
       traffic.hbm_bytes += times * _moved(operation, operations, computations)
 

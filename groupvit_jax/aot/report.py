@@ -49,6 +49,7 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
     'hbm_traffic_gib': per_chip(step.traffic.hbm_bytes),
     'collectives': {kind: {'count': step.traffic.counts[kind], 'sent_mib': round(devices * size / 2**20, 2)}
                     for kind, size in sorted(step.traffic.sent.items())},
+    'estimated_cycles': step.traffic.cycles,
     'roofline_s': {name: round(value, 6) for name, value in times.items()},
     'limited_by': max(times, key=times.get), 'step_s': round(seconds, 6),
     'images_per_s': round(config.batch_size / seconds),
@@ -73,6 +74,7 @@ def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> st
     add('traffic', f'{report["hbm_traffic_gib"]:,} GiB to and from a chip\'s memory')
     for kind, found in report['collectives'].items():
       add('collective', f'{kind}: {found["count"]} in which a chip sends {found["sent_mib"]:,} MiB')
+    add('estimate', f'{report["estimated_cycles"] / 1e6:,.1f} million cycles of a device, by the compiler')
     add('at best', ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in report['roofline_s'].items())
         + f'; limited by {report["limited_by"]}')
     add('so at most', f'{report["images_per_s"]:,} images/s; {config.total_steps:,} steps in {report["days"]:.2f} days')
