@@ -19,6 +19,7 @@ import ml_collections
 import orbax.checkpoint as ocp
 
 from groupvit_jax import distributed
+from groupvit_jax.checkpoint_managers import BucketManager, DiskManager
 from groupvit_jax.train_state import TrainState
 
 
@@ -31,13 +32,6 @@ class Restored(NamedTuple):
   state: TrainState | dict[str, object]  # all of it, or {'params': ..., 'batch_stats': ...}
   step: int
   skipped: tuple[int, ...]  # newer steps that could not be read
-
-
-class _Manager(ocp.CheckpointManager):
-  """Leaves signals to the loop: JAX counts the questions for them, and these would be asked with other numbers."""
-
-  def reached_preemption(self, step: int) -> bool:
-    return False
 
 
 class Checkpoints:
@@ -58,13 +52,16 @@ class Checkpoints:
     logging.get_absl_logger().addFilter(_is_not_orbaxs)  # what it raises is reported by who catches it
     self._read_only = read_only
     self.folder = epath.Path(workdir) / folder
-    if '://' not in str(workdir):
-      self.folder = self.folder.resolve()  # which takes a bucket's name for that of a folder here
+    self._in_bucket = '://' in str(workdir)
+    if self._in_bucket:
+      self._manager = BucketManager(str(self.folder), keep=keep, read_only=read_only)
+      return
+    self.folder = self.folder.resolve()
     with _quiet():
       options = ocp.CheckpointManagerOptions(
           max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,
           cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
-      self._manager = _Manager(self.folder, options=options)
+      self._manager = DiskManager(self.folder, options=options)
     if not read_only:
       with _disk_errors(self.folder):
         self._check_writable()
@@ -99,6 +96,8 @@ class Checkpoints:
     with _disk_errors(self.folder):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
+    if self._in_bucket:
+      distributed.meet('saved')  # only the first process knows
 
   def restore(self, abstract_state: TrainState) -> Restored | None:
     """Restores the newest checkpoint that is whole, onto the shardings of `abstract_state`.
@@ -129,7 +128,7 @@ class Checkpoints:
 
   def _check_writable(self) -> None:
     """Makes a folder here, as a save will: where Orbax may not, it waits for ever instead of saying so."""
-    if jax.process_index() == 0 and '://' not in str(self.folder):
+    if jax.process_index() == 0 and not self._in_bucket:
       probe = self.folder / f'.writable-{os.getpid()}'
       probe.mkdir(exist_ok=True)  # a killed process of this number may have left it
       probe.rmdir()
@@ -172,7 +171,7 @@ class Checkpoints:
       return
     with distributed.first_process_first():
       for step in steps if jax.process_index() == 0 else ():
-        (self.folder / str(step)).rename(self.folder / f'damaged-{step}')
+        self._manager.set_aside(step)
     self._manager.reload()
 
 

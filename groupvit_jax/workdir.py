@@ -15,6 +15,9 @@ from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tokenizer, train_sentencepiece
 
+# Where a run can be kept besides disks, and what reads and writes there.
+_BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
+
 # What decides whether a checkpoint fits: everything else may change from one start to the next.
 _FITTING = ('model', 'tokenizer')
 
@@ -81,7 +84,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
   if not (workdir / 'config.json').exists():
     if jax.process_index():
       raise ValueError(f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
-                       'that all hosts share: a network disk, or gs://')
+                       'that all hosts share: a network disk, or a bucket')
     shards.write_whole(str(workdir / 'config.json'), (config.to_json(indent=2) + '\n').encode())
   return changed
 
@@ -91,11 +94,11 @@ def check_place(workdir: epath.PathLike) -> None:
   scheme, bucket, _ = str(workdir).partition('://')
   if not bucket:
     return
-  if scheme != 'gs':
-    raise ValueError(f'--workdir={workdir}: Orbax writes checkpoints to disks and to gs://, not to {scheme}://; use '
-                     'one of these')
-  if importlib.util.find_spec('gcsfs') is None:
-    raise ValueError(f'--workdir={workdir} needs gcsfs: pip install gcsfs')
+  if scheme not in _BUCKETS:
+    raise ValueError(f'--workdir={workdir}: a run is kept on a disk, or in a bucket, '
+                     f'{" or ".join(f"{name}://" for name in _BUCKETS)}')
+  if importlib.util.find_spec(_BUCKETS[scheme]) is None:
+    raise ValueError(f'--workdir={workdir} needs {_BUCKETS[scheme]}: pip install {_BUCKETS[scheme]}')
 
 
 def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:

@@ -1,14 +1,18 @@
-"""A command in a situation that cannot be had otherwise: python -m tests.staged SITUATION train.py --flag=value ..."""
+"""A command where something is as it seldom is: python -m tests.staged SITUATION,... train.py --flag=value ..."""
 
 import os
 import pathlib
+import resource
 import runpy
+import signal
 import socket
 import sys
 import time
 import types
 
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
+
+from tests import folder_bucket
 
 PHASES = {
   'warm-up': ('groupvit_jax.train_loop', 'jit_step'),
@@ -33,6 +37,12 @@ def signal_in(phase: str, number: str) -> None:
     time.sleep(3)  # JAX looks every second
     return result
   setattr(owner, name, signalled)
+
+
+def full_disk() -> None:
+  """No file that this process writes can have more than a kilobyte."""
+  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
 def gke() -> None:
@@ -75,9 +85,14 @@ def serve_metadata(metadata: dict[str, str]) -> None:
   cloud_tpu_cluster.get_metadata = lambda key: (metadata[key], 200)
 
 
+SITUATIONS = {'signal': signal_in, 'full-disk': full_disk, 'gke': gke, 'tpu': tpu, 'tpu-gke': tpu_gke,
+              'bucket': folder_bucket.install}
+
+
 if __name__ == '__main__':
-  situation, *arguments = sys.argv[1].split(':')
-  {'signal': signal_in, 'gke': gke, 'tpu': tpu, 'tpu-gke': tpu_gke}[situation](*arguments)
+  for situation in sys.argv[1].split(','):
+    name, *arguments = situation.split(':')
+    SITUATIONS[name](*arguments)
   sys.argv = sys.argv[2:]
   sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
   runpy.run_path(sys.argv[0], run_name='__main__')

@@ -16,8 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from groupvit_jax import cli, cluster, distributed
+from groupvit_jax import cli, cluster, distributed, sharding, train_state
+from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.cluster import Cluster
+from tests import folder_bucket, test_checkpoint
 from tests import official_layouts as layouts
 from tests.photos import photo
 
@@ -246,9 +248,26 @@ def test_a_workdir_that_the_other_process_does_not_see(other_host):
   assert first not in (0, cli.EXIT_USAGE)
 
 
+SAVE = dict(program='tests/save_state.py', devices=4)
+
+
+@pytest.mark.parametrize('bucket', [False, True], ids=['disk', 'bucket'])
+def test_parameters_divided_over_processes_are_whole_for_one(bucket, tmp_path, monkeypatch):
+  """Saved by two processes whose eight devices hold an eighth each; restored bit for bit by one on another mesh."""
+  folder_bucket.use(monkeypatch, tmp_path)
+  workdir = 's3://bucket/run' if bucket else tmp_path / 'run'
+  for code, text in finish(start_two(f'--workdir={workdir}', staged=f'bucket:{tmp_path}', **SAVE)):
+    assert code == 0, text
+  mesh = sharding.make_mesh(data=4, model=2)
+  state = train_state.init_state(test_checkpoint.MODEL, test_checkpoint.TX, 3, test_checkpoint.TEXT_SHAPE, mesh)
+  restored = Checkpoints(workdir, keep=2).restore(test_checkpoint.abstract(data=4, model=2))
+  for saved, read in zip(test_checkpoint.raw(state), test_checkpoint.raw(restored.state), strict=True):
+    np.testing.assert_array_equal(saved, read)
+
+
 def test_processes_start_together_from_a_runs_weights(scenario, tmp_path):
-  """As a dry run, which compiles the step of another mesh, and as a run of one step."""
-  flags = (f'--config.init_from={scenario["workdir"]}', '--config.mesh.model=2', '--config.total_steps=1')
+  """In a dry run, which leaves nothing behind, and in a run."""
+  flags = (f'--config.init_from={scenario["workdir"]}', '--config.mesh.model=2', '--config.total_steps=3')
   for code, text in finish(start_two(f'--workdir={tmp_path}/run', *flags, '--config.dry_run=True', devices=1)):
     assert code == 0 and not list(tmp_path.iterdir()), text
   for code, text in finish(start_two(f'--workdir={tmp_path}/run', *flags, devices=1)):

@@ -1,0 +1,38 @@
+"""Saves the state that tests/test_checkpoint.py knows, divided over the devices of all processes."""
+
+import sys
+
+from absl import flags
+
+from groupvit_jax import cli, cluster
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'Of the checkpoint.')
+CLUSTER = cluster.define_flags()
+
+
+def main() -> int:
+  from groupvit_jax import distributed
+  return distributed.run(CLUSTER(), {}, save)
+
+
+def save() -> int:
+  import jax
+  from groupvit_jax import sharding, train_state
+  from groupvit_jax.checkpoint import Checkpoints
+  from tests import test_checkpoint
+  from tests.tiny import tiny_config
+  mesh = sharding.make_mesh(fsdp=jax.device_count())
+  state = train_state.init_state(
+    test_checkpoint.MODEL, test_checkpoint.TX, seed=3, text_shape=test_checkpoint.TEXT_SHAPE, mesh=mesh)
+  kernel = state.params['vision']['stage0_block0']['mlp']['fc1']['kernel']
+  if kernel.is_fully_replicated or kernel.is_fully_addressable:
+    sys.exit('no parameter is divided over processes')
+  checkpoints = Checkpoints(WORKDIR.value, keep=2)
+  checkpoints.save(state, tiny_config())
+  checkpoints.wait()
+  checkpoints.close()
+  return 0
+
+
+if __name__ == '__main__':
+  cli.run(main)
