@@ -26,7 +26,7 @@ from tests.tiny import tiny_config
 # Of one device's program: floating-point operations, bytes read and written, bytes of temporaries.
 RECORDED = {'flops': 18.65e6, 'bytes accessed': 13.49e6, 'temporaries': 857_392}
 # Before the compiler, the body of the loop for texts that do not fit counted once.
-RECORDED_OF_THE_PAPER = {'flops': 242.7e9, 'bytes accessed': 43.44e9}
+RECORDED_OF_THE_PAPER = {'flops': 233.0e9, 'bytes accessed': 42.69e9}
 TOLERANCE = 0.15  # versions of the compiler differ by less
 
 
@@ -159,9 +159,11 @@ def test_tokens_and_flops_of_texts_at_lengths_of_cc12m():
   params = jax.eval_shape(lambda: model.init(
       jax.random.key(0), jnp.zeros((1, 224, 224, 3)), tokens[:1])['params'])
   encode = lambda params, rows: model.apply({'params': params}, rows, method='text_features')
+  encoders = packed_texts.Encoders(encode, encode)  # in a loop over blocks one alone would be counted
 
   def flops(budget: int) -> float:
-    features = functools.partial(packed_texts.text_features, encode, tokens=tokens, eos_id=1, budget=budget, groups=1)
+    features = functools.partial(packed_texts.text_features, encoders, tokens=tokens, eos_id=1, budget=budget,
+                                 groups=1)
     return jax.jit(jax.grad(lambda params: features(params).sum())).lower(params).cost_analysis()['flops']
 
   assert flops(0) > 3.5 * flops(64)  # 308 tokens an image; 64, and the body of the loop for what does not fit
