@@ -226,13 +226,13 @@ class Predictor:
       words: as for `__call__`.
       threshold: as for `__call__`.
 
-    Yields:
-      A prediction per picture, in about the order of the pictures.
+    Returns:
+      An iterator over a prediction per picture, in about the order of the pictures.
 
     Raises:
-      ValueError: as for `__call__`.
+      ValueError: as for `__call__`; of words and threshold at once, of a picture when its turn comes.
     """
-    yield from map(self._finder(words, threshold), self._encode(images))
+    return map(self._finder(words, threshold), self._encode(images))
 
   def _finder(
     self, words: Sequence[str], threshold: float | None

@@ -174,7 +174,7 @@ def test_every_picture_has_its_files(labelled, pictures):
   assert files == {'a.jpg': 'a', 'a.png': 'a_2', 'alpha.png': 'alpha', 'deep.png': 'deep',
                    'grey[1].png': 'grey[1]', 'palette.gif': 'palette'}  # fmt: skip
   assert report['failures'][0]['picture'] == str(pictures / 'broken.png')
-  assert report['words'] == ['dog|puppy', ' grass'] and report['protocol']['threshold'] == 0.5
+  assert report['words'] == ['dog|puppy', 'grass'] and report['protocol']['threshold'] == 0.5
   kinds = ('mask.png', 'overlay.png', 'first_groups.png', 'final_groups.png', 'json')
   expected = {f'{name}.{kind}' for name in files.values() for kind in kinds}
   assert {path.name for path in labelled.iterdir()} == expected | {'classes.json', 'results.json'}
@@ -246,6 +246,8 @@ def test_workdirs_without_a_run_a_checkpoint_or_an_entry(tmp_path):
     (dict(classes=''), 'there are no classes to look for'),
     (dict(classes='dog,,cat'), "the word '' has an empty name"),
     (dict(classes='dog,grass,dog'), "the class 'dog' is named twice"),
+    (dict(classes='background,dog', threshold='0.5'), "the class 'background' is named twice"),
+    (dict(classes=','.join(f'word{i}' for i in range(256))), '256 classes'),
     (dict(images='*.nothing'), r'no picture matches --images=.*\*\.nothing'),
     (dict(images=''), r'no picture matches .* for a folder write .*/\*'),
     (dict(stride='64'), 'protocol.stride=64 leaves gaps'),

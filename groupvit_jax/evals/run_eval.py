@@ -54,17 +54,17 @@ def label_pictures(
   """
   if jax.process_count() > 1:
     raise ValueError('pictures are segmented by one process; start it alone, with --num_processes=1')
-  words = classes.split(',') if classes.strip() else []
+  words = [word.strip() for word in classes.split(',')] if classes.strip() else []
   parse_words(words)  # before anything that takes time
   paths = _find_pictures(images)
   folder = OutputFolder(output, overwrite=overwrite)
   run = trained_run.open_run(workdir, checkpoint, weights=weights)
   chosen = choose_protocol(run, protocol, changes)
   predictor = Predictor.from_run(run, protocol=chosen)
-  folder.begin()
-  say_replaced(folder)
   names, failures, done = _unique_names(paths), {}, {}
   found = predictor.stream(_read_all(paths, failures), words, threshold=chosen.threshold)
+  folder.begin()
+  say_replaced(folder)
   for prediction in found:
     _write_prediction(folder, names[prediction.key], prediction)
     if not done:
