@@ -34,7 +34,7 @@ def run(folder: pathlib.Path, script: str, *arguments: str, **environment: str) 
 
 @pytest.mark.parametrize('codes, code, goes_on', [
   ('0 0', 0, False), ('2 2', 2, False), ('1 137', 137, False), ('2 137', 137, False),  # the first alone says why
-  ('69 134', 134, True), ('75 75', 75, True), ('134 134', 134, True), ('137 137', 137, True)])
+  ('69 134', 134, True), ('75 75', 75, True), ('134 134', 134, True), ('137 137', 137, True), ('143 143', 143, True)])
 def test_slurm_goes_on_where_that_helps(codes, code, goes_on, tmp_path):
   """Two tasks end with these codes, and srun with the larger one."""
   python = tmp_path / '.venv/bin/python'
@@ -50,6 +50,19 @@ def test_slurm_goes_on_where_that_helps(codes, code, goes_on, tmp_path):
   assert read_calls(python.parent)[0] == [
     'python', 'train.py', '--config=config.py:8gpu', '--workdir=/shared/run', f'--config.path={TARS}']
   assert not list(tmp_path.glob('.mistake*'))
+
+
+def test_slurm_passes_a_signal_on_and_waits(tmp_path):
+  """The shell around the program is told, twice, and alone; the program takes a while to save."""
+  python = tmp_path / '.venv/bin/python'
+  python.parent.mkdir(parents=True)
+  stand_in(python.parent, 'python', 'trap "sleep 0.3; exit 75" TERM; touch "$FOLDER/begun"\n'
+           'while :; do sleep 0.1; done')
+  stand_in(tmp_path, 'srun', 'while [[ $1 != bash ]]; do shift; done; "$@" & pid=$!\n'
+           'until [[ -e $FOLDER/begun ]]; do sleep 0.1; done; kill $pid; sleep 0.1; kill $pid; wait $pid')
+  stand_in(tmp_path, 'scontrol', '')
+  code, calls, said = run(tmp_path, 'slurm.sbatch', 'config.py', 'run', SLURM_JOB_ID='7', FOLDER=str(tmp_path))
+  assert code == 75 and ['scontrol', 'requeue', '7'] in calls, said
 
 
 # Its state changes while it is asked for: $FOLDER/state holds what it says, one line after the other, then the last.
