@@ -136,6 +136,7 @@ def test_gke_starts_again_but_for_a_mistake():
   first = lambda code: next((rule['action'] for rule in spec['podFailurePolicy']['rules']
                              if code in rule.get('onExitCodes', {}).get('values', ())), 'Count')
   assert [first(code) for code in (2, 75, 69, 134)] == ['FailJob', 'Ignore', 'Count', 'Count']
+  assert spec['backoffLimit'] == 100 * spec['completions']  # it counts pods, of which one that is lost ends all
   assert all(rule['onExitCodes']['containerName'] == container['name']
              for rule in spec['podFailurePolicy']['rules'] if 'onExitCodes' in rule)
   assert spec['podFailurePolicy']['rules'][0] == {
