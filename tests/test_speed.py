@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 
 import jax
@@ -136,3 +137,11 @@ def test_the_tables_hold_what_was_measured(report):
   assert row in page and 'old' not in page and page.startswith('a\n') and page.endswith('\nb')
   with pytest.raises(ValueError, match='lacks the marks'):
     speed_table.insert('a', 'x', 'b')
+
+
+def test_the_step_of_a_config_as_json():
+  command = [sys.executable, '-m', 'benchmarks.config_step', '--config=tests/tiny_run.py', '--steps=1']
+  found = json.loads(subprocess.run(command, cwd=rounds.ROOT, check=True, capture_output=True, text=True).stdout)
+  assert found['batch_size'] == 8 and found['gflop_per_step'] > 0
+  assert found['images_per_s'] == pytest.approx(8 * found['steps_per_s'], rel=0.01)
+  assert found['compile_s'] > 0 and found['images_per_s_with_input'] > 0
