@@ -18,7 +18,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
-from groupvit_jax import distributed
+from groupvit_jax import cli, distributed
 from groupvit_jax.checkpoint_managers import BucketManager, DiskManager
 from groupvit_jax.train_state import TrainState
 
@@ -74,7 +74,7 @@ class Checkpoints:
     """Starts saving in the background; a checkpoint counts only once it is complete.
 
     Raises:
-      OSError: this or the previous save failed.
+      OSError: this or the previous save failed; cli.Unavailable where a bucket's store did, again and again.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -211,8 +211,9 @@ def _disk_errors(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    raise OSError(f'cannot save a checkpoint in {folder}: {_line(error)}; the checkpoints already there are untouched'
-                  ) from error
+    kind = cli.Unavailable if isinstance(error, cli.Unavailable) else OSError
+    raise kind(f'cannot save a checkpoint in {folder}: {_line(error)}; the checkpoints already there are untouched'
+               ) from error
 
 
 def _line(error: Exception) -> str:

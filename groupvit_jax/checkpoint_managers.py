@@ -17,6 +17,9 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from groupvit_jax import cli
+from groupvit_jax.data import shards
+
 _COMPLETE = 'complete'
 
 
@@ -61,8 +64,12 @@ class BucketManager:
     return self._steps
 
   def reload(self) -> None:
-    """Looks which steps there are."""
-    self._steps = sorted(step for step, files in self._files().items() if _COMPLETE in files)
+    """Looks which steps there are. Raises cli.Unavailable where the store does not say."""
+    try:
+      found = shards.tried(self._files)
+    except cli.Unavailable as error:
+      raise cli.Unavailable(f'cannot look into {self._root} {error}') from error
+    self._steps = sorted(step for step, files in found.items() if _COMPLETE in files)
 
   def save(self, step: int, args: ocp.args.Composite) -> None:
     """Copies the state to the host, and in the background to the disk and to the bucket; all processes take part."""
@@ -88,11 +95,12 @@ class BucketManager:
 
   def restore(self, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
     """Fetches and reads a step."""
-    folder, names = self._disk / str(step), sorted(self._files()[step] - {_COMPLETE})
+    folder, names = self._disk / str(step), sorted(shards.tried(self._files)[step] - {_COMPLETE})
     try:
       for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      self._system.get([f'{self._root}/{step}/{name}' for name in names], [str(folder / name) for name in names])
+      shards.tried(self._system.get, [f'{self._root}/{step}/{name}' for name in names],
+                   [str(folder / name) for name in names])
       options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=self._alone)
       with contextlib.closing(DiskManager(self._disk, options=options)) as reader:
         return reader.restore(step, args=args)
@@ -124,19 +132,18 @@ class BucketManager:
     """Copies a step from the disk, and removes those that are too many, or were never completed."""
     self._writer.wait_until_finished()
     self._writer.check_for_errors()
-    if step in self._files():
-      self._remove(step)
+    shards.tried(self._remove, step)  # what an earlier start left, if anything
     folder = self._disk / str(step)
     paths = [path for path in folder.rglob('*') if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
-    self._system.put(list(map(str, paths)), [f'{self._root}/{step}/{name}' for name in names])
-    self._system.pipe_file(f'{self._root}/{step}/{_COMPLETE}', b'')
-    for old in self._files().keys() - set(self._steps):
-      self._remove(old)
+    shards.tried(self._system.put, list(map(str, paths)), [f'{self._root}/{step}/{name}' for name in names])
+    shards.tried(self._system.pipe_file, f'{self._root}/{step}/{_COMPLETE}', b'')
+    for old in shards.tried(self._files).keys() - set(self._steps):
+      shards.tried(self._remove, old)
 
   def _remove(self, step: int) -> None:
     """Removes a step, which first ceases to count."""
-    files = self._files()[step]
+    files = self._files().get(step, set())  # none where an earlier attempt came so far
     for names in ({_COMPLETE} & files, files - {_COMPLETE}):
       if names:
         self._system.rm([f'{self._root}/{step}/{name}' for name in sorted(names)])

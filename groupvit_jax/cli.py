@@ -11,6 +11,7 @@ from absl import flags
 from absl import logging
 
 EXIT_PARTIAL = 1  # done, but for what was listed
+EXIT_UNAVAILABLE = 1  # a service failed however often it was asked; the same command may go on later
 EXIT_USAGE = 2  # nothing was done: the request has a mistake
 EXIT_PEER_LOST = 69  # another process of the run is gone or never came (BSD's EX_UNAVAILABLE)
 EXIT_PREEMPTED = 75  # stopped by SIGTERM with everything saved; the same command goes on (BSD's EX_TEMPFAIL)
@@ -20,6 +21,10 @@ EXIT_PREEMPTED = 75  # stopped by SIGTERM with everything saved; the same comman
 _THREADS_PER_CPU_DEVICE = 8
 
 _PACKAGE = pathlib.Path(__file__).parent
+
+
+class Unavailable(OSError):
+  """A service, as a store of buckets, failed however often it was asked: the request has no mistake."""
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -39,14 +44,14 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
       if not raised_here(error):
         raise
-      return fail(str(error))
+      return fail(error)
   app.run(guarded, flags_parser=_parse_flags)
 
 
-def fail(message: str) -> int:
+def fail(reason: str | Exception) -> int:
   """Prints one line to stderr; returns the exit code for it."""
-  print('error: ' + ' '.join(message.split()), file=sys.stderr)
-  return EXIT_USAGE
+  print('error: ' + ' '.join(str(reason).split()), file=sys.stderr)
+  return EXIT_UNAVAILABLE if isinstance(reason, Unavailable) else EXIT_USAGE
 
 
 def _parse_flags(args: Sequence[str]) -> list[str]:

@@ -229,7 +229,7 @@ def _ending(main: Callable[[], object]) -> object:
       cli.fail(f'another process of the run is gone ({lost[:200]}); {_GOES_ON}')
       _leave(cli.EXIT_PEER_LOST)
     if isinstance(error, ValueError | OSError) and cli.raised_here(error):
-      _leave(cli.fail(str(error)))
+      _leave(cli.fail(error))
     traceback.print_exc()
   _leave(1)
 

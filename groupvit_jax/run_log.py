@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 
+from absl import logging
 from etils import epath
 import jax
 import numpy as np
@@ -43,7 +44,7 @@ class _AppendedFolder:
     for path in pathlib.Path(self.local).rglob('*'):
       if path.is_file() and self._sizes.get(path) != path.stat().st_size:
         data = path.read_bytes()
-        (self._remote / path.relative_to(self.local)).write_bytes(data)  # others see it once it is whole
+        shards.write_whole(str(self._remote / path.relative_to(self.local)), data)
         self._sizes[path] = len(data)
 
 
@@ -119,7 +120,10 @@ class RunLog:
       if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_FLUSHES:
         self._board.flush()
         self._flushed = time.monotonic()
-    self._folder.upload(_SECONDS_BETWEEN_UPLOADS)
+    try:
+      self._folder.upload(_SECONDS_BETWEEN_UPLOADS)
+    except OSError as error:  # no reason to end a run, as long as no checkpoint goes ahead of its log
+      logging.warning('%s; tried again later', error)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:

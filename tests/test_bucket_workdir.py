@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 
-from groupvit_jax import cli, workdir as workdir_lib
+from groupvit_jax import cli, run_log, workdir as workdir_lib
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data import shards
 from groupvit_jax.run_log import RunLog
@@ -25,6 +25,7 @@ def bucket(tmp_path, monkeypatch) -> pathlib.Path:
   """Where the objects of s3://bucket are, as files."""
   folder_bucket.use(monkeypatch, tmp_path)
   monkeypatch.setattr(shards, '_systems', {})
+  monkeypatch.setattr(shards, 'RETRY_DELAYS', (0.0, 0.0))
   return tmp_path / 'bucket'
 
 
@@ -44,6 +45,25 @@ def test_a_log_goes_on_where_files_cannot_grow(bucket):
   log_steps(3, 4)
   assert [line['x'] for line in logged(bucket)] == [1, 2, 3, 4]
   assert list((bucket / 'run/tensorboard').glob('events*'))
+
+
+def test_a_log_that_cannot_be_uploaded_ends_a_run_only_before_a_checkpoint(bucket, monkeypatch):
+  def fail(self, path, value, **options):
+    raise OSError('the store is down')
+
+  monkeypatch.setattr(run_log, '_SECONDS_BETWEEN_UPLOADS', 0)
+  log, pipe = RunLog(RUN, first_step=0, total_steps=9, batch_size=8), FolderBucket.pipe_file
+  log.figures(1, {'x': 1})
+  monkeypatch.setattr(FolderBucket, 'pipe_file', fail)
+  log.figures(2, {'x': 2})
+  with pytest.raises(cli.Unavailable, match=f'cannot write {RUN}/.* after 3 attempts: the store is down'):
+    with log.paused():
+      pass
+  assert [line['x'] for line in logged(bucket)] == [1]
+  monkeypatch.setattr(FolderBucket, 'pipe_file', pipe)
+  log.figures(3, {'x': 3})
+  assert [line['x'] for line in logged(bucket)] == [1, 2, 3]
+  log.close()
 
 
 def complete(bucket: pathlib.Path) -> list[int]:
@@ -80,9 +100,11 @@ def test_what_is_not_complete_does_not_count_and_is_cleared_away(state, bucket, 
 
   monkeypatch.setattr(FolderBucket, 'put_file', fail)
   checkpoints = Checkpoints(RUN, keep=2)
-  with pytest.raises(OSError, match=f'cannot save a checkpoint in {RUN}/checkpoints: the store is down; .* untouched'):
+  said = f'cannot save a checkpoint in {RUN}/checkpoints: after 3 attempts: the store is down; .* untouched'
+  with pytest.raises(cli.Unavailable, match=said) as error:
     checkpoints.save(state.replace(step=state.step + 2), tiny_config())
     checkpoints.wait()
+  assert cli.fail(error.value) == 1  # and not what says that the same command would end in the same way
   assert (bucket / 'run/checkpoints/2').exists() and complete(bucket) == [1]
   monkeypatch.setattr(FolderBucket, 'put_file', put)
   checkpoints = Checkpoints(RUN, keep=2)
@@ -90,6 +112,29 @@ def test_what_is_not_complete_does_not_count_and_is_cleared_away(state, bucket, 
   checkpoints.save(state.replace(step=state.step + 3), tiny_config())
   checkpoints.wait()
   assert complete(bucket) == [1, 3] and not (bucket / 'run/checkpoints/2').exists()
+
+
+def test_what_fails_once_is_tried_again(state, bucket, monkeypatch):  # noqa: F811
+  """Each kind of request fails when it is made first."""
+  failed = []
+
+  def once(name):
+    original = getattr(FolderBucket, name)
+
+    def request(self, *args, **options):
+      if name not in failed:
+        failed.append(name)
+        raise OSError('the store is busy')
+      return original(self, *args, **options)
+    monkeypatch.setattr(FolderBucket, name, request)
+
+  save_steps(RUN, state, 1)
+  for name in ('find', 'put_file', 'pipe_file', 'rm_file', 'get_file'):
+    once(name)
+  checkpoints = Checkpoints(RUN, keep=1)
+  checkpoints.save(state.replace(step=state.step + 2), tiny_config())
+  checkpoints.wait()
+  assert complete(bucket) == [2] == [checkpoints.restore(abstract()).step] and len(failed) == 5
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_kept(state, bucket):  # noqa: F811

@@ -19,6 +19,8 @@ from typing import NamedTuple, TypeVar
 
 import fsspec
 
+from groupvit_jax import cli
+
 # Seconds waited before a failed remote read is tried again: rides out an overloaded server.
 RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
 
@@ -126,20 +128,38 @@ def read(path: str, start: int, size: int) -> bytes:
   """
   if is_local(path):
     return _read_local(path, start, size)
+
+  def fetch() -> bytes:
+    data = _system(path).cat_file(path, start=start, end=start + size)
+    if len(data) > size:
+      raise PermissionError('the server ignores byte ranges; use one that serves them')
+    if len(data) < size:
+      raise OSError(f'the server sent {len(data)} of {size} bytes')
+    return data
+
+  try:
+    return tried(fetch)
+  except cli.Unavailable as error:
+    raise OSError(f'cannot read {path} {error}') from error
+  except OSError as error:
+    raise OSError(f'cannot read {path}: {_line(error)}') from error
+
+
+def tried(operation: Callable[..., _R], *arguments: object) -> _R:
+  """What an operation of a remote store returns, tried again where it fails.
+
+  Raises:
+    FileNotFoundError, PermissionError: as `operation` does; another attempt would end the same way.
+    cli.Unavailable: the last attempt failed too.
+  """
   for delay in (*RETRY_DELAYS, None):
     try:
-      data = _system(path).cat_file(path, start=start, end=start + size)
-      if len(data) > size:
-        raise PermissionError('the server ignores byte ranges; use one that serves them')
-      if len(data) == size:
-        return data
-      reason = f'the server sent {len(data)} of {size} bytes'
-    except (FileNotFoundError, PermissionError) as error:
-      raise OSError(f'cannot read {path}: {_line(error)}') from error
+      return operation(*arguments)
+    except (FileNotFoundError, PermissionError):
+      raise
     except Exception as error:  # every library behind fsspec has exceptions of its own
-      reason = _line(error)
-    if delay is None:
-      raise OSError(f'cannot read {path} after {len(RETRY_DELAYS) + 1} attempts: {reason}')
+      if delay is None:
+        raise cli.Unavailable(f'after {len(RETRY_DELAYS) + 1} attempts: {_line(error)}') from error
     time.sleep(delay)
 
 
@@ -152,9 +172,13 @@ def read_whole(path: str) -> bytes | None:
 
 
 def write_whole(path: str, data: bytes) -> None:
-  """Writes a file so that no reader, and no kill, ever sees half of it. Raises OSError: see `writing`."""
+  """Writes a file so that no reader, and no kill, ever sees half of it.
+
+  Raises:
+    OSError: see `writing`; cli.Unavailable where a store fails again and again.
+  """
   if not is_local(path):
-    return _system(path).pipe_file(path, data)  # object stores show only whole objects
+    return _store(path, data)
   file = pathlib.Path(path)
   part = file.with_name(f'.{file.name}.{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}')
   with writing(path):
@@ -165,6 +189,16 @@ def write_whole(path: str, data: bytes) -> None:
     except OSError:
       part.unlink(missing_ok=True)
       raise
+
+
+def _store(path: str, data: bytes) -> None:
+  """Writes an object of a store, which shows only whole ones."""
+  try:
+    tried(_system(path).pipe_file, path, data)
+  except cli.Unavailable as error:
+    raise cli.Unavailable(f'cannot write {path} {error}') from error
+  except OSError as error:
+    raise OSError(f'cannot write {path}: {_line(error)}') from error
 
 
 @contextlib.contextmanager
