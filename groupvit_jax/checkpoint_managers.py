@@ -6,10 +6,8 @@ step's files are copied first, and an empty object named `complete` last; withou
 
 import concurrent.futures
 import contextlib
-import hashlib
 import pathlib
 import shutil
-import tempfile
 
 import fsspec
 import jax
@@ -17,7 +15,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from groupvit_jax import cli
+from groupvit_jax import cli, local_folder
 from groupvit_jax.data import shards
 
 _COMPLETE = 'complete'
@@ -31,7 +29,10 @@ class DiskManager(ocp.CheckpointManager):
 
   def set_aside(self, step: int) -> None:
     """Renames a step to `damaged-STEP`."""
-    (self.directory / str(step)).rename(self.directory / f'damaged-{step}')
+    kept = self.directory / f'damaged-{step}'
+    if kept.exists():  # the run came to this step before
+      kept.rmtree()
+    (self.directory / str(step)).rename(kept)
 
 
 class BucketManager:
@@ -50,7 +51,7 @@ class BucketManager:
     """
     self._system, self._root = fsspec.core.url_to_fs(url)
     self._keep, self._process = keep, jax.process_index()
-    self._disk = _make_disk(url, read_only)
+    self._disk = local_folder.make('read' if read_only else 'checkpoints', None if read_only else url)
     self._alone = ocp.options.MultiprocessingOptions(
         primary_host=self._process, active_processes={self._process},
         barrier_sync_key_prefix=f'{self._process}-{self._disk.name}')
@@ -77,7 +78,8 @@ class BucketManager:
     state = jax.tree.map(_gathered, args['state'].item)
     self._steps = [*self._steps, step][-self._keep:]
     if self._process == 0:
-      self._writer.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=args['config']))
+      taken = self._writer.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=args['config']))
+      assert taken, step  # Orbax may decline
       self._upload = self._thread.submit(self._put, step)
 
   def is_saving_in_progress(self) -> bool:
@@ -109,7 +111,10 @@ class BucketManager:
 
   def set_aside(self, step: int) -> None:
     """Renames a step to `damaged-STEP`."""
-    self._system.mv(f'{self._root}/{step}', f'{self._root}/damaged-{step}', recursive=True)
+    kept = f'{self._root}/damaged-{step}'
+    if self._system.exists(kept):  # what an interrupted start moved, or an earlier run of this step
+      self._system.rm(kept, recursive=True)
+    self._system.mv(f'{self._root}/{step}', kept, recursive=True)
 
   def close(self) -> None:
     """Ends the thread and clears the disk."""
@@ -136,6 +141,7 @@ class BucketManager:
     folder = self._disk / str(step)
     paths = [path for path in folder.rglob('*') if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
+    assert names, folder
     shards.tried(self._system.put, list(map(str, paths)), [f'{self._root}/{step}/{name}' for name in names])
     shards.tried(self._system.pipe_file, f'{self._root}/{step}/{_COMPLETE}', b'')
     for old in shards.tried(self._files).keys() - set(self._steps):
@@ -149,17 +155,6 @@ class BucketManager:
         self._system.rm([f'{self._root}/{step}/{name}' for name in sorted(names)])
 
 
-def _make_disk(url: str, read_only: bool) -> pathlib.Path:
-  """An empty local folder; a run that is killed again and again has the same one each time."""
-  if read_only:
-    return pathlib.Path(tempfile.mkdtemp(prefix='groupvit-read-'))
-  name = hashlib.sha256(url.encode()).hexdigest()[:16]
-  disk = pathlib.Path(tempfile.gettempdir()) / f'groupvit-checkpoints-{name}-{jax.process_index()}'
-  shutil.rmtree(disk, ignore_errors=True)
-  disk.mkdir()
-  return disk
-
-
 def _make_writer(disk: pathlib.Path, alone: ocp.options.MultiprocessingOptions) -> DiskManager:
   """For the process that writes alone what all of them have: Orbax would have each of them write a part."""
   arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
@@ -171,8 +166,8 @@ def _make_writer(disk: pathlib.Path, alone: ocp.options.MultiprocessingOptions) 
       'config': ocp.JsonCheckpointHandler(multiprocessing_options=alone)})
 
 
-def _gathered(leaf: jax.Array) -> jax.Array | np.ndarray:
-  """A leaf that this process holds whole; all processes must ask for the same."""
-  if leaf.is_fully_addressable or leaf.is_fully_replicated:
-    return leaf
-  return multihost_utils.process_allgather(leaf, tiled=True)
+def _gathered(leaf: jax.Array) -> jax.Array | np.ndarray | None:
+  """A leaf that process 0 holds whole, and None in the others, which drop it; all must ask for the same."""
+  if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return None if jax.process_index() else leaf

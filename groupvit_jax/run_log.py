@@ -6,7 +6,6 @@ import json
 import math
 import pathlib
 import sys
-import tempfile
 import time
 
 from absl import logging
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 import tqdm
 
+from groupvit_jax import local_folder
 from groupvit_jax.board import Board
 from groupvit_jax.data import shards
 
@@ -30,7 +30,7 @@ class _AppendedFolder:
   def __init__(self, folder: epath.Path, growing: Sequence[str]):
     """Opens a folder; `growing` are the files in it that go on from what they hold."""
     self._remote = folder if '://' in str(folder) else None
-    self.local = epath.Path(tempfile.mkdtemp(prefix='groupvit-log-')) if self._remote else folder
+    self.local = epath.Path(local_folder.make('log', str(folder))) if self._remote else folder
     self._uploaded, self._sizes = time.monotonic(), {}
     for name in growing if self._remote else ():
       if (folder / name).exists():

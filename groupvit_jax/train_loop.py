@@ -237,6 +237,7 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
     trace.close(state)
     _save(log, tally, checkpoints, state, config)
     checkpoints.wait()
+    checkpoints.close()
     best.close()
     if whole and int(state.step) >= config.total_steps:
       return 0

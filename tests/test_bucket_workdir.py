@@ -141,29 +141,36 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(state, bucket):  # noqa: F
   save_steps(RUN, state, 1, 2)
   for path in (bucket / 'run/checkpoints/2/state').glob('**/d/*'):
     path.write_bytes(path.read_bytes()[:100])
+  left = bucket / 'run/checkpoints/damaged-2/left'  # by a start that was interrupted here
+  left.parent.mkdir()
+  left.touch()
   checkpoints = Checkpoints(RUN, keep=5)
   restored = checkpoints.restore(abstract())
   assert (restored.step, restored.skipped) == (1, (2,))
-  assert (bucket / 'run/checkpoints/damaged-2/state').is_dir()
+  assert (bucket / 'run/checkpoints/damaged-2/state').is_dir() and not left.exists()
   checkpoints.save(state.replace(step=state.step + 2), tiny_config())  # the step can be written again
   checkpoints.wait()
   assert complete(bucket) == [1, 2] == checkpoints.steps()
 
 
-def test_a_run_is_stopped_killed_and_finished(bucket):
+def test_a_run_is_stopped_killed_and_finished(bucket, monkeypatch):
   """By two processes that divide the parameters, until a signal; by one, killed while it saves; by one to the end."""
+  temporary = bucket.parent / 'tmp'
+  temporary.mkdir()
+  monkeypatch.setenv('TMPDIR', str(temporary))
   staged, flags = f'bucket:{bucket.parent}', [f'--workdir={RUN}', '--config.total_steps=8']
   stopped = start_two(*flags, '--config.mesh.fsdp=2', devices=1, staged=staged,
                       second={'staged': f'{staged},signal:save:{signal.SIGTERM:d}'})
   for code, text in finish(stopped):
     assert code == cli.EXIT_PREEMPTED, text
-  assert complete(bucket)[-1] == 3
+  assert complete(bucket)[-1] == 3 and not list(temporary.glob('groupvit-*'))
   (code, text), = finish([start(*flags, devices=2, staged=f'{staged},signal:save:{signal.SIGKILL:d}')])
   assert code == -signal.SIGKILL and 'goes on after step 3' in text, text
   last = complete(bucket)[-1]
   (code, text), = finish([start(*flags, devices=2, staged=staged)])
   assert code == 0 and f'goes on after step {last}' in text, text
   assert complete(bucket)[-1] == 8 and len(complete(bucket)) == 2
+  assert not list(temporary.glob('groupvit-*'))  # what the killed one left included
   steps = [line['step'] for line in logged(bucket) if 'train/loss' in line]
   assert steps == list(range(1, 9))
 

@@ -84,10 +84,13 @@ def damage(folder: pathlib.Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over_and_kept(how, state, tmp_path):
   save_steps(tmp_path, state, 1, 2)
   damage(tmp_path / 'checkpoints' / '2', how)
+  left = tmp_path / 'checkpoints' / 'damaged-2' / 'left'  # when this step was damaged before
+  left.parent.mkdir()
+  left.touch()
   checkpoints = Checkpoints(tmp_path, keep=5)
   restored = checkpoints.restore(abstract())
   assert (restored.step, restored.skipped) == (1, (2,))
-  assert (tmp_path / 'checkpoints' / 'damaged-2').is_dir()
+  assert (tmp_path / 'checkpoints' / 'damaged-2' / 'state').is_dir() and not left.exists()
   checkpoints.save(state.replace(step=state.step + 2), tiny_config())  # the step can be written again
   checkpoints.wait()
   assert checkpoints.steps() == [1, 2]
