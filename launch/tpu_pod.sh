@@ -5,17 +5,28 @@
 #
 # Needs gcloud with a project; NAME is of the TPU and of its queued resource. Ask `python -m groupvit_jax.aot` first
 # what the slice will need and how long it will take. It may be ended and started again at any time: what is requested
-# stays requested, and a run that still trains is asked to save first.
+# stays requested, and a run that still trains is asked to save first. Two variables may be set: RUNTIME, the image of
+# the hosts, and PYTHON, the interpreter there.
 set -euo pipefail
 name=$1 zone=$2 type=$3 config=$4 workdir=$5
 shift 5
 command=$(printf '%q ' .venv/bin/python train.py --config="$config" --workdir="$workdir" "$@")
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+log=$(mktemp) complaint=$(mktemp) archive=$(mktemp)
+trap 'rm -f "$log" "$complaint" "$archive"' EXIT
 
 tpu() { gcloud compute tpus "$@" --zone="$zone" --quiet; }
 everywhere() { tpu tpu-vm ssh "$name" --worker=all --command="$1"; }
-state() { tpu queued-resources describe "$name" --format='value(state.state)' 2>/dev/null || true; }
+
+state() {  # what cannot be found out, as when a login has expired, is asked again: it does not mean that there is none
+  for _ in {1..100}; do
+    if tpu queued-resources describe "$name" --format='value(state.state)' 2>"$complaint"; then return; fi
+    if grep -q NOT_FOUND "$complaint"; then echo NONE; return; fi
+    cat "$complaint" >&2
+    echo "whether $name is there cannot be told; asked again" >&2
+    sleep "${SECONDS_BETWEEN:-30}"
+  done
+  return 1
+}
 
 request() {
   tpu queued-resources create "$name" --node-id="$name" --accelerator-type="$type" \
@@ -24,11 +35,18 @@ request() {
 
 install() {  # the last commit and its requirements, on every host
   git diff --quiet HEAD || echo 'what is not committed is left out' >&2
-  git archive --format=tar.gz --output=/tmp/groupvit.tar.gz HEAD
-  tpu tpu-vm scp /tmp/groupvit.tar.gz "$name":groupvit.tar.gz --worker=all
-  everywhere '
-    mkdir -p groupvit && tar -xzf groupvit.tar.gz -C groupvit && cd groupvit &&
-    python3 -m venv .venv && .venv/bin/pip install --quiet -r requirements.txt "jax[tpu]" gcsfs'
+  git archive --format=tar.gz --output="$archive" HEAD || exit 2
+  tpu tpu-vm scp "$archive" "$name":groupvit.tar.gz --worker=all || return 1
+  everywhere "
+    python=${PYTHON:-python3}"'
+    if ! $python -c "import sys; sys.exit(sys.version_info < (3, 11))"; then
+      echo "error: $python on $(hostname) is no Python 3.11 or later; name one that is there with PYTHON=python3.11," \
+           "or an image that has one with RUNTIME=..."
+      echo exit-code 2; exit 2
+    fi
+    mkdir -p groupvit && tar -xzf groupvit.tar.gz -C groupvit && cd groupvit && $python -m venv .venv &&
+    .venv/bin/pip install --quiet -r requirements.txt "jax[tpu]" gcsfs || { echo exit-code 1; exit 1; }
+    ' 2>&1 | tee "$log"
 }
 
 train() {  # the same command on every host: JAX finds the others from the TPU's own metadata
@@ -44,8 +62,9 @@ train() {  # the same command on every host: JAX finds the others from the TPU's
 
 restarts=0 errors=0
 while true; do
-  case $(state) in
-    '') request ;;
+  now=$(state)
+  case $now in
+    NONE) request ;;
     ACTIVE)
       train
       codes=$(sed -n 's/.*exit-code \([0-9]*\)$/\1/p' "$log" | sort -u | xargs)

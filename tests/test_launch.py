@@ -57,7 +57,7 @@ def test_slurm_passes_a_signal_on_and_waits(tmp_path):
   python = tmp_path / '.venv/bin/python'
   python.parent.mkdir(parents=True)
   stand_in(python.parent, 'python', 'trap "sleep 0.3; exit 75" TERM; touch "$FOLDER/begun"\n'
-           'while :; do sleep 0.1; done')
+           'for _ in {1..200}; do sleep 0.1; done')
   stand_in(tmp_path, 'srun', 'while [[ $1 != bash ]]; do shift; done; "$@" & pid=$!\n'
            'until [[ -e $FOLDER/begun ]]; do sleep 0.1; done; kill $pid; sleep 0.1; kill $pid; wait $pid')
   stand_in(tmp_path, 'scontrol', '')
@@ -71,22 +71,29 @@ state=$FOLDER/state
 next() { head -1 "$1"; sed -i 1d "$1"; }
 case $* in
   *queued-resources\ describe*)
-    if [[ ! -e $state ]]; then exit 1; fi
+    if [[ -s $FOLDER/hiccups ]]; then next "$FOLDER/hiccups" >&2; exit 1; fi
+    if [[ ! -e $state ]]; then echo 'ERROR: (gcloud) NOT_FOUND: Resource' >&2; exit 1; fi
     if (($(wc -l <"$state") > 1)); then next "$state"; else cat "$state"; fi ;;
   *queued-resources\ create*) cp "$FOLDER/states" "$state" ;;
   *queued-resources\ delete*) rm "$state" ;;
   *train.py*) next "$FOLDER/runs" ;;
+  *-m\ venv*)
+    if [[ -d $FOLDER/host ]]; then
+      cd "$FOLDER/host"
+      for word; do if [[ $word == --command=* ]]; then exec bash -c "${word#--command=}"; fi; done
+    fi ;;
 esac'''
 
 
-def tpu_pod(folder: pathlib.Path, runs: list[str], states: list[str]) -> tuple[int, list[list[str]], str]:
+def tpu_pod(folder: pathlib.Path, runs: list[str], states: list[str],
+            **environment: str) -> tuple[int, list[list[str]], str]:
   """The script, where runs say this one after the other, and each request goes through these states."""
   for name, lines in (('runs', runs), ('states', states)):
     (folder / name).write_text(''.join(f'{line}\n' for line in lines))
   stand_in(folder, 'gcloud', GCLOUD)
   stand_in(folder, 'git', '')
   return run(folder, 'tpu_pod.sh', 'name', 'zone', 'v5litepod-64', 'config.py', 'gs://bucket/run',
-             f'--config.path={TARS}', FOLDER=str(folder), SECONDS_BETWEEN='0')
+             f'--config.path={TARS}', FOLDER=str(folder), SECONDS_BETWEEN='0', **environment)
 
 
 def count(calls: list[list[str]], *words: str) -> int:
@@ -108,6 +115,29 @@ def test_a_request_that_waits_is_waited_for(tmp_path):
   (tmp_path / 'state').write_text('WAITING_FOR_RESOURCES\nACTIVE\n')
   code, calls, said = tpu_pod(tmp_path, ['exit-code 0'], [])
   assert code == 0 and not count(calls, 'create') and count(calls, 'delete') == 1, said
+
+
+def test_what_cannot_be_asked_is_asked_again(tmp_path):
+  """An expired login and a hiccup do not mean that there is no TPU."""
+  (tmp_path / 'state').write_text('ACTIVE\n')
+  (tmp_path / 'hiccups').write_text('ERROR: there was a problem refreshing your tokens\nERROR: UNAVAILABLE\n')
+  code, calls, said = tpu_pod(tmp_path, ['exit-code 0'], [])
+  assert code == 0 and not count(calls, 'create') and 'refreshing your tokens' in said, said
+  assert count(calls, 'describe') == 3
+
+
+@pytest.mark.parametrize('version, pip, code, message, attempts', [
+  ('0', 'exit 0', 0, 'done', 1), ('1', 'exit 0', 2, 'no Python 3.11 or later; name one that is there with PYTHON=', 1),
+  ('0', 'echo no such wheel; exit 1', 1, 'gave up', 3)])
+def test_what_cannot_be_installed_ends(version, pip, code, message, attempts, tmp_path):
+  """On a host, for which a folder stands in here, whose interpreter is too old, or whose requirements fail."""
+  (tmp_path / 'host/groupvit/.venv/bin').mkdir(parents=True)
+  stand_in(tmp_path / 'host/groupvit/.venv/bin', 'pip', pip)
+  stand_in(tmp_path, 'python3.99', f'if [[ $1 == -c ]]; then exit {version}; fi')
+  stand_in(tmp_path, 'tar', '')
+  ended, calls, said = tpu_pod(tmp_path, ['exit-code 0'], ['ACTIVE'], PYTHON='python3.99')
+  assert ended == code and message in said, said
+  assert count(calls, 'scp') == attempts and count(calls, 'train.py') == (code == 0)
 
 
 def test_what_is_lost_or_preempted_goes_on(tmp_path):
