@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from groupvit_jax import distributed, packed_texts, sharding, train_loop, train_state, workdir as workdir_lib
+from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data import faults, manifest, pipeline
 from groupvit_jax.train_loop import Run
 
@@ -70,7 +71,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   check_memory(memory)
   for line in changed:
     say(f'workdir    changed since the first start: {line}')
-  say(f'workdir    {workdir} {"holds a run to go on with" if epath.Path(workdir).exists() else "would be new"}')
+  say(f'workdir    {workdir} {"holds a run to go on with" if _goes_on(workdir) else "would be new"}')
   say('all is well; nothing was trained, nothing written but indices of shards')
   return 0
 
@@ -115,12 +116,21 @@ def _set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   kept = epath.Path(workdir) / 'tokenizer'
   if kept.exists():
     tried.tokenizer.path = str(kept)
+  if _goes_on(workdir):
+    with contextlib.closing(Checkpoints(workdir, keep=1, read_only=True)) as checkpoints:
+      if checkpoints.steps():
+        tried.init_from = ''  # what the run began with is not needed any more, and may be gone
   tried.tokenizer.num_captions = min(_CAPTIONS, config.tokenizer.num_captions)
   with _scratch(workdir) as scratch:
     run = train_loop.set_up(tried, scratch)
   if not tried.tokenizer.path and not tried.init_from:  # the run's own may find more pieces
     run = run._replace(model=run.model.clone(text=run.model.text.clone(vocab_size=config.tokenizer.vocab_size)))
   return run._replace(config=config)
+
+
+def _goes_on(workdir: epath.PathLike) -> bool:
+  """Whether a run is there, and not just a folder."""
+  return (epath.Path(workdir) / 'config.json').exists()
 
 
 @contextlib.contextmanager

@@ -70,6 +70,20 @@ def test_a_workdir_with_another_run_is_named_and_left_alone(config, tmp_path):
   assert contents(run) == before
 
 
+def test_a_run_that_goes_on_needs_no_longer_what_it_began_with(config, tmp_path, capsys):
+  """And a folder that was made beforehand holds no run."""
+  (tmp_path / 'empty').mkdir()
+  config.data.num_workers = 1
+  dry_run.check(config, tmp_path / 'empty')
+  assert 'empty would be new' in capsys.readouterr().out
+  config.init_from = str(tmp_path / 'gone')
+  workdir.claim(tmp_path / 'run', config)
+  with pytest.raises(ValueError, match='init_from=.*gone'):  # killed before its first checkpoint
+    dry_run._set_up(config, tmp_path / 'run')
+  (tmp_path / 'run/checkpoints/3').mkdir(parents=True)
+  assert dry_run._set_up(config, tmp_path / 'run').config.init_from
+
+
 @pytest.mark.parametrize('flag, message', [
     ('--config.data.source=sets', 'data.sets is empty'),
     ('--config.tokenizer.path=/nowhere.model', 'there is no file /nowhere.model'),  # training would leave a workdir
