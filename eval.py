@@ -56,7 +56,8 @@ def main() -> int:
     options['protocol'] = PROTOCOL.value or protocols.NATIVE
     evaluate = lambda: run_eval.label_pictures(
         WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options)
-  return distributed.run(CLUSTER(), {'workdir': WORKDIR.value, 'request': json.dumps(options)}, evaluate)
+  facts = {'workdir': WORKDIR.value, 'request': json.dumps(options)}
+  return distributed.run(CLUSTER(), facts, evaluate, saves=False)
 
 
 def _find_mistake() -> str:

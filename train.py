@@ -17,7 +17,7 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def main() -> int:
   from groupvit_jax import distributed  # after the flags: a mistake should not wait for JAX
   facts = {'workdir': WORKDIR.value, 'config': CONFIG.value.to_json()}
-  return distributed.run(CLUSTER(), facts, start)
+  return distributed.run(CLUSTER(), facts, start, saves=not CONFIG.value.dry_run)
 
 
 def start() -> int:

@@ -32,13 +32,15 @@ _DAY_MS = 24 * 60 * 60 * 1000  # a process that is gone ends a meeting long befo
 _meetings = itertools.count()
 
 
-def run(cluster: Cluster, facts: Mapping[str, str], main: Callable[[], int]) -> int:
+def run(cluster: Cluster, facts: Mapping[str, str], main: Callable[[], int], *, saves: bool) -> int:
   """Joins the run's other processes, if there are any, and calls `main`.
 
   Args:
     cluster: what was said about them.
     facts: what must be the same in all, by name; of JSON the entries that differ are named.
     main: the command.
+    saves: whether `main` saves at SIGTERM, for which it must ask after every step, as `Interrupts` does: then JAX takes
+      the signal. Otherwise it ends the process.
 
   Returns:
     The exit code. With several processes an error does not come back: the process ends, because at an orderly exit it
@@ -48,6 +50,7 @@ def run(cluster: Cluster, facts: Mapping[str, str], main: Callable[[], int]) -> 
     ValueError: `cluster` has a mistake, or this process alone met one.
   """
   cluster.check()
+  jax.config.update('jax_enable_preemption_service', saves)
   with _deadline(cluster):
     _join(cluster)
     if jax.distributed.is_initialized():

@@ -12,7 +12,7 @@ CLUSTER = cluster.define_flags()
 
 def main() -> int:
   from groupvit_jax import distributed
-  return distributed.run(CLUSTER(), {}, save)
+  return distributed.run(CLUSTER(), {}, save, saves=False)
 
 
 def save() -> int:

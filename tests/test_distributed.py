@@ -301,9 +301,32 @@ def test_which_gpus_are_a_processs_own(environment, own):
   assert cluster.sees_its_own_gpus(environment) == own
 
 
+SLURM = {'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '{}',
+         'SLURM_LOCALID': '{}', 'SLURM_STEP_TASKS_PER_NODE': '2'}
+
+
+def start_launched(environment: dict[str, str], monkeypatch, *flags: str, staged: str = '') -> list[subprocess.Popen]:
+  """Two processes that know each other by these variables alone; {} is the number of each."""
+  monkeypatch.setenv('JAX_COORDINATOR_PORT', str(free_port()))
+  processes = []
+  for i in range(2):
+    for name, value in environment.items():
+      monkeypatch.setenv(name, value.format(i))
+    processes.append(start(*(flag.format(i) for flag in flags), staged=staged.format(i)))
+  return processes
+
+
+def test_what_saves_nothing_is_ended_by_a_signal(tmp_path, monkeypatch):
+  """A dry run, after the processes have met and agreed: JAX does not keep the signal to itself."""
+  processes = start_launched(SLURM, monkeypatch, f'--workdir={tmp_path / "run"}', '--config.dry_run=True',
+                             staged=f'signal:warm-up:{signal.SIGTERM:d}')
+  (code, text), (other, _) = finish(processes)
+  assert code == other == -signal.SIGTERM, text
+  assert '2 process(es) on 1 host(s), 8 device(s)' in text and 'compiling the step' in text
+
+
 @pytest.mark.parametrize('environment, staged', [
-  ({'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '{}',
-    'SLURM_LOCALID': '{}', 'SLURM_STEP_TASKS_PER_NODE': '2'}, ''),
+  (SLURM, ''),
   ({'OMPI_MCA_orte_hnp_uri': '8192.0;tcp://127.0.0.1:34911', 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '{}',
     'OMPI_COMM_WORLD_LOCAL_RANK': '{}', 'OMPI_COMM_WORLD_LOCAL_SIZE': '2'}, ''),
   ({'JOB_COMPLETION_INDEX': '{}'}, 'gke'),
@@ -312,13 +335,8 @@ def test_which_gpus_are_a_processs_own(environment, own):
 ], ids=['slurm', 'ompi', 'gke', 'tpu-gke', 'tpu'])
 def test_launchers_that_jax_knows(environment, staged, tmp_path, monkeypatch):
   """What they say alone: the processes meet, and so can find that they differ."""
-  monkeypatch.setenv('JAX_COORDINATOR_PORT', str(free_port()))
-  processes = []
-  for i in range(2):
-    for name, value in environment.items():
-      monkeypatch.setenv(name, value.format(i))
-    processes.append(start(f'--workdir={tmp_path / "run"}', f'--config.seed={i}', staged=staged.format(i)))
-  for code, text in finish(processes):
+  flags = f'--workdir={tmp_path / "run"}', '--config.seed={}'
+  for code, text in finish(start_launched(environment, monkeypatch, *flags, staged=staged)):
     assert code == cli.EXIT_USAGE and 'config.seed is 0 in one and 1 in the other' in text, text
 
 
