@@ -16,6 +16,7 @@ from groupvit_jax.models.layers import Remat
 from groupvit_jax.models.text_rows import one_a_row
 from groupvit_jax.models.vision import StageSpec
 from groupvit_jax.random_erasing import RandomErasing
+from tests.agreement import assert_agree
 from tests.test_sharding import random_batch, TEXT_SHAPE
 from tests.tiny import tiny_config, tiny_model
 from tests.weights import random_variables
@@ -85,13 +86,10 @@ def one_shot():
   return outcome(1, 1, 'none', 0)
 
 
-def assert_same(a, b) -> None:
-  """Every array agrees to 1e-5 of its largest entry, or of 1."""
-  for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
-    scale = max(1, np.abs(x).max())
-    np.testing.assert_allclose(
-      x / scale, y / scale, rtol=0, atol=1e-5, err_msg=sharding.path_name(path)
-    )
+def assert_same(one, other) -> None:
+  """Figures, statistics and each parameter's gradient agree to 3e-5: see `assert_agree`."""
+  for a, b in zip(one, other, strict=True):
+    assert_agree(a, b, 3e-5)
 
 
 @pytest.mark.parametrize('devices, steps', [(1, 2), (8, 8)])
