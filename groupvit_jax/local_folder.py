@@ -11,11 +11,11 @@ import jax
 
 
 def make(purpose: str, url: str | None = None) -> pathlib.Path:
-  """Makes an empty temporary folder, which is gone when the process has ended, unless it was killed.
+  """Makes an empty temporary folder, which is gone when the process has ended in order.
 
   Args:
     purpose: a word for its name.
-    url: what it is a copy of, when one process at a time has it: what was left of one that was killed is removed, so
+    url: what it is a copy of, when one process at a time has it: what one that was killed left is removed, so
       that a run that is killed again and again does not fill the disk.
   """
   if url is None:

@@ -1,5 +1,7 @@
 """A command where something is as it seldom is: python -m tests.staged SITUATION,... train.py --flag=value ..."""
 
+import hashlib
+import json
 import os
 import pathlib
 import resource
@@ -37,6 +39,21 @@ def signal_in(phase: str, number: str) -> None:
     time.sleep(3)  # JAX looks every second
     return result
   setattr(owner, name, signalled)
+
+
+def note_rows(folder: str) -> None:
+  """Writes down the digests of the rows that this process takes, a line of JSON for each step, in a file of its own."""
+  from groupvit_jax import train_loop
+  read = train_loop.read_batches
+
+  def noted(run, first_batch):
+    for step, batch in enumerate(read(run, first_batch), start=first_batch + 1):
+      rows = [hashlib.sha256(b''.join(part.tobytes() for part in row)).hexdigest()[:12]
+              for row in zip(batch['image'], batch['tokens'])]
+      with (pathlib.Path(folder) / f'{os.getpid()}.rows').open('a') as file:
+        file.write(json.dumps([step, rows]) + '\n')
+      yield batch
+  train_loop.read_batches = noted
 
 
 def full_disk() -> None:
@@ -86,7 +103,7 @@ def serve_metadata(metadata: dict[str, str]) -> None:
 
 
 SITUATIONS = {'signal': signal_in, 'full-disk': full_disk, 'gke': gke, 'tpu': tpu, 'tpu-gke': tpu_gke,
-              'bucket': folder_bucket.install}
+              'bucket': folder_bucket.install, 'rows': note_rows}
 
 
 if __name__ == '__main__':

@@ -73,6 +73,15 @@ def wait_for(workdir: pathlib.Path, step: int, processes: Sequence[subprocess.Po
     time.sleep(0.02)
 
 
+def taken(workdir: pathlib.Path) -> dict[int, set[str]]:
+  """Rows by step, of all processes and starts together."""
+  rows = {}
+  for path in workdir.glob('*.rows'):
+    for step, found in map(json.loads, path.read_text().splitlines()):
+      rows.setdefault(step, set()).update(found)
+  return rows
+
+
 SCENARIO = ('--config.total_steps=24', '--config.eval.every_steps=6')
 
 
@@ -84,18 +93,18 @@ def saved(workdir: pathlib.Path) -> list[int]:
 def scenario(tmp_path_factory) -> dict[str, object]:
   """Two processes, one of which is killed; two again, one of which is asked to stop; then one process to the end."""
   workdir = tmp_path_factory.mktemp('several')
-  flags = (f'--workdir={workdir}', *SCENARIO)
-  killed = start_two(*flags, '--peer_timeout=20')
+  flags, staged = (f'--workdir={workdir}', *SCENARIO), f'rows:{workdir}'
+  killed = start_two(*flags, '--peer_timeout=20', staged=staged)
   wait_for(workdir, 7, killed)
   killed[1].kill()
   outcome = {'killed': finish(killed), 'after kill': max(logged(workdir))}
 
-  stopped = start_two(*flags)
+  stopped = start_two(*flags, staged=staged)
   wait_for(workdir, outcome['after kill'] + 2, stopped)
   stopped[1].send_signal(signal.SIGTERM)
   outcome |= {'stopped': finish(stopped), 'after stop': max(logged(workdir)), 'saved': saved(workdir)}
 
-  outcome['alone'] = finish([start(*flags, devices=8)])
+  outcome['alone'] = finish([start(*flags, devices=8, staged=staged)])
   outcome['losses'] = logged(workdir)
   outcome['mious'] = logged(workdir, 'eval/validation/miou')
   return outcome | {'workdir': workdir}
@@ -164,8 +173,9 @@ def test_one_process_goes_on_with_what_two_began(scenario, tmp_path):
   assert code == 0, text
   assert 'goes on after step' in text and '1 process(es) on 1 host(s), 8 device(s)' in text
   assert sorted(scenario['losses']) == list(range(1, 25)) and sorted(scenario['mious']) == [6, 12, 18, 24]
-  (code, text), = finish([start(f'--workdir={tmp_path}', *SCENARIO, devices=8)])
+  (code, text), = finish([start(f'--workdir={tmp_path}', *SCENARIO, devices=8, staged=f'rows:{tmp_path}')])
   assert code == 0, text
+  assert taken(scenario['workdir']) == taken(tmp_path)
   assert scenario['losses'] == pytest.approx(logged(tmp_path), rel=0.01)
 
 
