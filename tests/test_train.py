@@ -202,7 +202,8 @@ def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatc
     monkeypatch.setattr(Checkpoints, 'save', save_on_a_full_disk)
     train_loop.train(tiny_config(), tmp_path)
   assert max(losses(tmp_path)) < 4  # when the next one is due
-  assert not caplog.records  # the reason is said once
+  # The reason is said once. What other tests left unfinished in this process, asyncio says at any time.
+  assert not [record for record in caplog.records if record.name != 'asyncio']
 
 
 def test_a_folder_that_may_not_be_written_ends_the_run_before_its_first_step(tmp_path):
