@@ -113,7 +113,9 @@ def test_released_sizes_come_through(tmp_path):
   write_clip_folder(folder, model.config.text_config.vocab_size)
   said = import_weights(str(folder), str(tmp_path / 'run'))
   assert '55,726,609 parameters' in said
-  assert_equal_features(trained_run.open_run(tmp_path / 'run'), model, (448, 448))
+  run = trained_run.open_run(tmp_path / 'run')
+  for size in (224, 224), (448, 448), (448, 672):
+    assert_equal_features(run, model, size)
 
 
 @pytest.mark.parametrize('form', ['sharded safetensors', 'pytorch_model.bin', 'sharded pytorch_model.bin'])
