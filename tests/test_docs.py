@@ -116,6 +116,18 @@ def test_every_command_is_run_or_says_why_not(document):
   assert not re.findall(r'^ {4}.*', outside, re.MULTILINE)  # a block without a fence has no mark
 
 
+def test_parts_of_configs_are_parts_of_configs():
+  """What a page says to write into an experiment fits the paper's: its entries are locked."""
+  parts = {name: next(block.text for block in check.fenced_blocks((ROOT / 'docs' / f'{name}.md').read_text())
+                      if block.mark == 'part') for name in ('train', 'evaluation')}
+  names: dict[str, object] = {}
+  exec(parts['train'], names)
+  config = names['get_config']()
+  assert list(config.data.sets) == ['mine'] and config.init_from and config.total_steps == 1000
+  exec(parts['evaluation'], {'config': config})
+  assert config.evals.voc21.every_steps == 5000 and config.checkpoint.best == 'eval/voc21/miou'
+
+
 def test_blocks_are_found_and_run(tmp_path):
   found = check.fenced_blocks(
       'a\n```sh run\none\ntwo\n```\n```sh needs-data\nthree\n```\n```python run\nprint(4)\n```\n')
