@@ -139,6 +139,17 @@ def test_figures():
   assert row == '| v5e:8x8 | 64 | 64 | 8.0 of 16 | 2000.0 | 500.0 | 500.3 | arithmetic | 2,048 | 2.00 | 3,072 | 1 |'
 
 
+def test_a_program_that_jaxlib_cannot_read_leaves_the_rest_known():
+  """As of v6e, with jaxlib 0.10.2: the compiled program names operations that it does not know."""
+  config = tiny_config()
+  config.batch_size, config.total_steps = 4096, 24 * 60 * 60
+  found = report.make_report(config, topology(64), compiled(8)._replace(traffic=None))
+  text = report.describe(found, config)
+  assert '8.00 of 16.0 GiB' in text and 'jaxlib cannot read the program' in text
+  assert 'arithmetic 2000.0 ms; limited by arithmetic, as far as is known' in text
+  assert '| 2000.0 | ? | ? | arithmetic, as far as is known | 2,048 |' in report.tabulate([found])
+
+
 def test_advice_takes_what_costs_least_first():
   config = tiny_config()
   config.batch_size = 64 * 2

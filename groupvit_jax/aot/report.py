@@ -37,21 +37,25 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
   if step.memory is None:
     return report
   report['hbm_gib'] |= {name: per_chip(size) for name, size in step.memory._asdict().items()}
-  times = {
-    'arithmetic': step.flops / topology.num_chips / chip.peak_flops,
-    'memory': devices * step.traffic.hbm_bytes / chip.hbm_bandwidth,
-    'collectives': (devices * sum(step.traffic.sent.values()) / (chip.link_bandwidth / 2)
-                    + _LATENCY * sum(step.traffic.counts.values())),
-  }
+  times = {'arithmetic': step.flops / topology.num_chips / chip.peak_flops}
+  report['gflop'] = round(step.flops / topology.num_chips / 1e9, 1)
+  if step.traffic is not None:
+    times |= {
+      'memory': devices * step.traffic.hbm_bytes / chip.hbm_bandwidth,
+      'collectives': (devices * sum(step.traffic.sent.values()) / (chip.link_bandwidth / 2)
+                      + _LATENCY * sum(step.traffic.counts.values())),
+    }
+    report |= {
+      'hbm_traffic_gib': per_chip(step.traffic.hbm_bytes),
+      'collectives': {kind: {'count': step.traffic.counts[kind], 'sent_mib': round(devices * size / 2**20, 2)}
+                      for kind, size in sorted(step.traffic.sent.items())},
+      'estimated_cycles': step.traffic.cycles,
+    }
   seconds = max(times.values())
   return report | {
-    'gflop': round(step.flops / topology.num_chips / 1e9, 1),
-    'hbm_traffic_gib': per_chip(step.traffic.hbm_bytes),
-    'collectives': {kind: {'count': step.traffic.counts[kind], 'sent_mib': round(devices * size / 2**20, 2)}
-                    for kind, size in sorted(step.traffic.sent.items())},
-    'estimated_cycles': step.traffic.cycles,
     'roofline_s': {name: round(value, 6) for name, value in times.items()},
-    'limited_by': max(times, key=times.get), 'step_s': round(seconds, 6),
+    'limited_by': max(times, key=times.get) + (', as far as is known' if step.traffic is None else ''),
+    'step_s': round(seconds, 6),
     'images_per_s': round(config.batch_size / seconds),
     'days': round(config.total_steps * seconds / _DAY, 3),
   }
@@ -71,10 +75,13 @@ def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> st
   add('state', f'{state["whole"]:.2f} GiB of parameters and optimiser, of which a chip holds {state["of_a_chip"]:.2f}')
   if 'gflop' in report:
     add('arithmetic', f'{report["gflop"]:,} GFLOP a chip and step')
-    add('traffic', f'{report["hbm_traffic_gib"]:,} GiB to and from a chip\'s memory')
-    for kind, found in report['collectives'].items():
-      add('collective', f'{kind}: {found["count"]} in which a chip sends {found["sent_mib"]:,} MiB')
-    add('estimate', f'{report["estimated_cycles"] / 1e6:,.1f} million cycles of a device, by the compiler')
+    if 'hbm_traffic_gib' in report:
+      add('traffic', f'{report["hbm_traffic_gib"]:,} GiB to and from a chip\'s memory')
+      for kind, found in report['collectives'].items():
+        add('collective', f'{kind}: {found["count"]} in which a chip sends {found["sent_mib"]:,} MiB')
+      add('estimate', f'{report["estimated_cycles"] / 1e6:,.1f} million cycles of a device, by the compiler')
+    else:
+      add('traffic', 'not known, nor what is sent: jaxlib cannot read the program that libtpu made; try a newer jax')
     add('at best', ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in report['roofline_s'].items())
         + f'; limited by {report["limited_by"]}')
     add('so at most', f'{report["images_per_s"]:,} images/s; {config.total_steps:,} steps in {report["days"]:.2f} days')
@@ -91,7 +98,8 @@ def tabulate(reports: Sequence[Mapping[str, object]]) -> str:
     hbm, pairs = report['hbm_gib'], report['batch_size'] / report['chips']
     start = f'| {report["topology"]} | {report["chips"]} | {pairs:,.4g} | {hbm["together"]:.1f} of {hbm["chip"]:.0f} | '
     if 'roofline_s' in report:
-      times = ' | '.join(f'{1e3 * report["roofline_s"][name]:.1f}' for name in ('arithmetic', 'memory', 'collectives'))
+      names, known = ('arithmetic', 'memory', 'collectives'), report['roofline_s']
+      times = ' | '.join(f'{1e3 * known[name]:.1f}' if name in known else '?' for name in names)
       hours = 24 * report['days'] * report['chips']
       start += f'{times} | {report["limited_by"]} | {report["images_per_s"]:,} | {report["days"]:.2f} | {hours:,.0f} | '
     else:

@@ -42,7 +42,7 @@ class CompiledStep(NamedTuple):
 
   memory: Memory | None  # None: the compiler found no way to fit it in
   wanted_bytes: float  # of a device's main memory
-  traffic: Traffic | None  # of a device
+  traffic: Traffic | None  # of a device; None also where this jaxlib cannot read libtpu's program
   flops: float  # of all devices
   compile_s: float
   compile_cpu_s: float  # of all processors together
@@ -93,8 +93,11 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   found = compiled.memory_analysis()
   memory = Memory(found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes,
                   found.temp_size_in_bytes, found.generated_code_size_in_bytes)
-  return CompiledStep(memory, memory.together, read_traffic(compiled.as_text()), flops, *seconds, rows,
-                      _size(state))
+  try:
+    traffic = read_traffic(compiled.as_text())
+  except jax.errors.JaxRuntimeError:  # it has operations that jaxlib's version of XLA does not know
+    traffic = None
+  return CompiledStep(memory, memory.together, traffic, flops, *seconds, rows, _size(state))
 
 
 def _size(state: train_state.TrainState) -> State:
