@@ -330,8 +330,10 @@ def test_what_saves_nothing_is_ended_by_a_signal(tmp_path, monkeypatch):
   """A dry run, after the processes have met and agreed: JAX does not keep the signal to itself."""
   processes = start_launched(SLURM, monkeypatch, f'--workdir={tmp_path / "run"}', '--config.dry_run=True',
                              staged=f'signal:warm-up:{signal.SIGTERM:d}')
-  (code, text), (other, _) = finish(processes)
-  assert code == other == -signal.SIGTERM, text
+  (code, text), (other, its_text) = finish(processes)
+  assert code == -signal.SIGTERM, text
+  # The runtime may end it first, because process 0, which it asks how all are, is gone.
+  assert other in (-signal.SIGTERM, -signal.SIGABRT, cli.EXIT_PEER_LOST), its_text
   assert '2 process(es) on 1 host(s), 8 device(s)' in text and 'compiling the step' in text
 
 
