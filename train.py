@@ -22,6 +22,7 @@ def main() -> int:
 
 def start() -> int:
   from groupvit_jax import compiled_programs, dry_run, train_loop, workdir
+  workdir.check_place(WORKDIR.value)
   with workdir.complete_config('the config', 'give it one; configs/quickstart.py shows what every config has'):
     if CONFIG.value.dry_run:
       return dry_run.check(CONFIG.value, WORKDIR.value)

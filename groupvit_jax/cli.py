@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import os
 import pathlib
+import re
 import sys
 import traceback
 
@@ -59,10 +60,27 @@ def _parse_flags(args: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(args)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    sys.exit(fail(str(error)))
+    sys.exit(fail(_unknown_entry(error, args) or str(error)))
+  try:
+    if 'config' in flags.FLAGS:
+      getattr(flags.FLAGS['config'].value, 'to_dict', None)  # here ml_collections says that it could not read the file
+  except OSError as error:
+    sys.exit(fail(f'--config: {str(error).splitlines()[-1].strip()}; configs/ holds those that come along'))
   if len(rest) > 1:
     sys.exit(fail(f'unexpected argument {rest[1]!r}; options look like --name=value'))
   return rest
+
+
+def _unknown_entry(error: Exception, args: Sequence[str]) -> str | None:
+  """What to say of an override that a config has no entry for; of it ml_collections says but the last name."""
+  reason = error
+  while isinstance(reason, Exception):  # one may hold another
+    reason = reason.args[0] if reason.args else ''
+  name, _, hint = str(reason).partition('\n')
+  name = name.strip('\'"')
+  override = re.compile(rf'--config\.([\w.]+\.)?{re.escape(name)}(=|$)')
+  found = next(filter(override.match, args), None) if isinstance(error, KeyError | AttributeError) else None
+  return found and f'{found}: the config has no such entry. {hint or "Its file lists all that there are."}'
 
 
 def raised_here(error: BaseException) -> bool:

@@ -28,6 +28,7 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   Raises:
     ValueError: there is no such folder, no run in it, or weights of another form.
   """
+  check_place(workdir)
   workdir = epath.Path(workdir)
   importing = f'make a workdir of it: python -m groupvit_jax.interop.import_weights --from={workdir} --workdir=...'
   if workdir.exists() and not workdir.is_dir():

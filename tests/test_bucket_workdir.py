@@ -3,6 +3,8 @@
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from groupvit_jax.run_log import RunLog
 from tests import folder_bucket
 from tests.folder_bucket import FolderBucket
 from tests.test_checkpoint import abstract, raw, save_steps, state  # noqa: F401
-from tests.test_distributed import finish, start, start_two
+from tests.test_distributed import finish, ROOT, start, start_two
 from tests.tiny import tiny_config
 
 RUN = 's3://bucket/run'
@@ -173,6 +175,15 @@ def test_a_run_is_stopped_killed_and_finished(bucket, monkeypatch):
   assert not list(temporary.glob('groupvit-*'))  # what the killed one left included
   steps = [line['step'] for line in logged(bucket) if 'train/loss' in line]
   assert steps == list(range(1, 9))
+
+
+def test_no_such_place_is_one_line_for_every_command(monkeypatch):
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')  # so that the run keeps its programs there
+  for command in (['train.py', '--config=tests/tiny_run.py'], ['eval.py']):
+    done = subprocess.run([sys.executable, *command, '--workdir=az://bucket/run'], cwd=ROOT, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == cli.EXIT_USAGE, done.stderr
+    assert done.stderr.splitlines()[-1].startswith('error: --workdir=az://bucket/run: a run is kept on a disk, or')
 
 
 def test_where_a_run_cannot_be_kept(monkeypatch):

@@ -111,7 +111,11 @@ def test_recipes_build_the_released_model(recipe, prompts):
 
 @pytest.mark.parametrize('flags, message', [
     (['--config=configs/groupvit_vits16_gcc_redcaps.py:2gpu'], "no variant '2gpu'"),
-    (['--config=configs/groupvit_vits16_gcc_yfcc.py:1gpu', '--config.optim.momentum=0.9'], 'momentum'),
+    (['--config=configs/groupvit_vits16_gcc_yfcc.py:1gpu', '--config.optim.momentum=0.9'],
+     '--config.optim.momentum=0.9: the config has no such entry'),
+    (['--config=configs/none.py'], "--config: [Errno 2] No such file or directory: 'configs/none.py'; configs/ holds"),
+    (['--config=configs/quickstart.py', '--config.batch_sze=8'],
+     '--config.batch_sze=8: the config has no such entry. Did you mean "batch_size" instead of "batch_sze"?'),
     (['--config=configs/groupvit_vits16_gcc_yfcc.py'], 'data.sets.cc12m: 1243 of 1243 shards are missing'),
 ])
 def test_unknown_keys_and_other_mistakes_take_one_line(flags, message, tmp_path):
