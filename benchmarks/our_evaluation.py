@@ -14,7 +14,7 @@ from PIL import Image
 
 from benchmarks import our_model, rounds, voc_pictures
 from groupvit_jax import sharding
-from groupvit_jax.attention_choice import choose_attention
+from groupvit_jax.attention_choice import with_fastest_attention
 from groupvit_jax.evals import evaluator, labelled_sets, protocols, semantic_seg, windows
 from groupvit_jax.evals.benchmarks import find_benchmark
 from groupvit_jax.evals.picture_scores import PictureScores
@@ -65,8 +65,7 @@ def make_evaluate(folder: pathlib.Path, config: str, dtype: str, mesh: jax.shard
   spec = huggingface.from_huggingface_config(json.loads(config))
   spec.config.dtype = dtype
   model, batch_size = spec.build(), evaluator.windows_per_batch(mesh, voc_pictures.WINDOW)
-  attention = choose_attention(model.vision, batch_size, mesh, train=False)
-  model = model.clone(vision=model.vision.clone(attention=attention.implementation))
+  model = with_fastest_attention(model, mesh)
   with np.load(folder / 'weights.npz') as weights:
     variables = huggingface.from_huggingface(dict(weights), state_dicts.abstract_variables(model))
   variables = jax.device_put(variables, sharding.replicated(mesh))

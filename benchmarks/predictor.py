@@ -21,6 +21,7 @@ import optax
 
 from configs import groupvit_vits16_gcc_yfcc, quickstart
 from groupvit_jax import sharding, train_state
+from groupvit_jax.attention_choice import with_fastest_attention
 from groupvit_jax.data.scenes import ALL_STUFF, ALL_THINGS
 from groupvit_jax.data.sources import build_source, sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
@@ -50,7 +51,7 @@ def _predictor() -> Predictor:
   shape = 1, model.text.context_length
   variables = train_state.init_state(model, optax.identity(), 0, shape, mesh).variables
   protocol = protocols.find_protocol('groupvit', model.vision.image_size)
-  return Predictor(model, variables, tokenizer, mesh, protocol=protocol)
+  return Predictor(with_fastest_attention(model, mesh), variables, tokenizer, mesh, protocol=protocol)
 
 
 def main() -> None:

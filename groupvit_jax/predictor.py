@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax import sharding, trained_run
+from groupvit_jax.attention_choice import with_fastest_attention
 from groupvit_jax.data.pictures import read_picture
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.evals import groups, semantic_seg, visualize, windows
@@ -150,7 +151,7 @@ class Predictor:
       tokenizer, vocab_size=found.spec.vocab_size, eos_id=found.spec.eos_id, remedy=f'put that into {path}'
     )
     variables = jax.device_put(found.variables, sharding.replicated(mesh))
-    return cls(found.spec.build(), variables, tokenizer, mesh, protocol=protocol)
+    return cls(with_fastest_attention(found.spec.build(), mesh), variables, tokenizer, mesh, protocol=protocol)
 
   @classmethod
   def from_run(

@@ -15,7 +15,7 @@ import optax
 
 import groupvit_jax
 from groupvit_jax import best_checkpoint, sharding, train_state, workdir as workdir_lib
-from groupvit_jax.attention_choice import choose_attention
+from groupvit_jax.attention_choice import with_fastest_attention
 from groupvit_jax.checkpoint import Checkpoints
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.models.build import build_model
@@ -23,7 +23,6 @@ from groupvit_jax.models.image_text import ImageTextModel
 
 Weights = Literal['best', 'ema', 'trained']
 NEWEST, BEST = 'newest', 'best'  # checkpoints of a run
-_SAMPLES = 16  # of a device, that attention is timed on
 
 
 class TrainedRun(NamedTuple):
@@ -86,8 +85,7 @@ def open_run(
       multi_label=config.data.num_prompts > 0,
     )
   mesh = sharding.make_mesh()
-  attention = choose_attention(model.vision, _SAMPLES * sharding.batch_ways(mesh), mesh, train=False)
-  model = model.clone(vision=model.vision.clone(attention=attention.implementation))
+  model = with_fastest_attention(model, mesh)
   state = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh, average=weights == 'ema')
   shapes = state.variables if state.ema is None else {'ema': state.ema}
   if checkpoint == BEST and not (epath.Path(workdir) / best_checkpoint.FOLDER).exists():

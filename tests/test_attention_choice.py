@@ -54,6 +54,14 @@ def test_every_stage_is_measured():
       'xla', 'cuDNN is for NVIDIA GPUs, this is a cpu', False)
 
 
+def test_one_cpu_device_encodes_in_parts():
+  """Several would have to hand each other theirs."""
+  one, tower = sharding.make_mesh(devices=jax.devices()[:1]), tiny_model().vision
+  assert attention_choice.with_fastest_attention(tiny_model(), one).vision.attention == 'xla_in_parts'
+  assert choose_attention(tower, 8, one, train=True).implementation == 'xla'
+  assert choose_attention(tower, 8, sharding.make_mesh(), train=False).implementation == 'xla'
+
+
 def test_a_run_keeps_what_was_measured(tmp_path):
   """A second start elsewhere measures again; what is known without measuring leaves nothing behind."""
   prepare = lambda place, *choice: workdir.prepare_attention(tmp_path, place, lambda: Choice(*choice))

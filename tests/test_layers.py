@@ -44,6 +44,15 @@ def test_attention_is_softmax_attention(dtype, tolerance, size, masked):
     assert_same(lambda *args: attend(*args, mask), plain, query, key, value, tolerance=tolerance)
 
 
+@pytest.mark.parametrize('batch, parts', [(1, 3), (8, 8), (7, 7), (1, 1)])
+def test_attention_in_parts_is_the_same(batch, parts):
+  heads = 1 if parts == 1 else 3
+  args = normal(0, batch, 5, heads, 4), normal(1, batch, 7, heads, 4), normal(2, batch, 7, heads, 4)
+  in_parts = functools.partial(attend, implementation='xla_in_parts')
+  assert str(jax.make_jaxpr(in_parts)(*args)).count('custom_vjp_call[') == parts
+  assert_same(in_parts, attend, *args)
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_layer_norm_is_flaxs(dtype):
   params = {'scale': normal(1, 6), 'bias': normal(2, 6)}

@@ -156,17 +156,6 @@ def test_attention_masks_and_scales():
   np.testing.assert_allclose(attention.attend(query, key, value, causal).ravel(), [8.0, 7.0], rtol=1e-6)
 
 
-def test_attention_to_many_tokens_is_the_same_head_by_head():
-  """What a CPU does with the tokens of a large picture, and its gradient."""
-  inputs = [jax.random.normal(jax.random.key(i), (2, 512, 3, 4)) for i in range(3)]
-  by_head = str(jax.make_jaxpr(attention.attend)(*inputs))
-  assert 'scan' in by_head and 'scan' not in str(jax.make_jaxpr(attention.attend)(*(x[:, :500] for x in inputs)))
-  weighted = lambda attend: jax.jit(jax.value_and_grad(lambda *x: (attend(*x) * inputs[0]).sum(), (0, 1, 2)))(*inputs)
-  plain = functools.partial(jax.nn.dot_product_attention, implementation='xla')
-  for found, want in zip(*map(jax.tree.leaves, (weighted(attention.attend), weighted(plain)))):
-    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
-
-
 def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
   x = jnp.ones((4000, 2, 3))
   keys = layers.sample_keys(jax.random.key(0), 4000)
