@@ -57,7 +57,7 @@ class Predictor:
 
   `encode` and `find` are its two halves: other words and thresholds need only the second one. Each is
   compiled once for all pictures and numbers of words of about one size: batches of 1, 4 and 16 windows
-  (on a CPU only as many as its cache holds), up to 16, 32, 64, 128 and 256 words. Embeddings of the last
+  (on a CPU fewer of large ones), up to 16, 32, 64, 128 and 256 words. Embeddings of the last
   words are kept.
   """
 
