@@ -5,13 +5,14 @@ import contextlib
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 from PIL import Image
 import pytest
 
-from groupvit_jax import predictor as predictor_lib, trained_run
+from groupvit_jax import predictor as predictor_lib, sharding, trained_run
 from groupvit_jax.evals import protocols, scene_eval, semantic_seg, window_encoder
 from groupvit_jax.evals.evaluator import Evaluator
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
@@ -213,6 +214,14 @@ def test_compiled_once_per_bucket_of_sizes_and_of_numbers_of_words(predictor, im
     with traces() as names:
       predictor.encode([image] * 17)
     assert names == traced
+
+
+@pytest.mark.parametrize('total, batch_size', [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4)])
+def test_one_cpu_device_does_not_encode_more_padding_than_it_must(total, batch_size):
+  one = sharding.make_mesh(devices=jax.devices()[:1])
+  large = Predictor(tiny_model(), {}, None, one, protocol='groupvit')  # four windows at a time
+  pictures = iter([types.SimpleNamespace(windows=[None] * total)])
+  assert large._fit_encoder(pictures)[0].batch_size == batch_size
 
 
 @pytest.mark.parametrize(
