@@ -6,7 +6,7 @@ import sys
 import pytest
 
 # In a process of its own, which keeps what it is told. The product of this program has 64 MiB, more than an arena of
-# a thread.
+# a thread. The heap grows for some calls, while what is small settles between what is large: the last calls count.
 PROGRAM = '''
 import resource
 import jax
@@ -22,11 +22,11 @@ def program(x):
 
 x = jnp.ones((4096, 16))
 faults = []
-for _ in range(8):
+for _ in range(40):
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   program(x).block_until_ready()
   faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(sorted(faults)[3])
+print(sorted(faults[-20:])[10])
 '''
 
 
