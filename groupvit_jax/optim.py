@@ -1,6 +1,7 @@
 """AdamW with the paper's schedule, clipping and decay mask."""
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -40,9 +41,48 @@ def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_si
       config.warmup_lr * factor, config.peak_lr * factor, config.warmup_steps, total_steps, config.end_lr * factor)
 
 
-def build_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-  """AdamW after clipping by global norm, once per optimiser step."""
-  return optax.chain(
-      optax.clip_by_global_norm(config.clip_norm),
-      optax.adamw(schedule, b1=config.beta1, b2=config.beta2, eps=config.eps, weight_decay=config.weight_decay,
-                  mask=decay_mask))
+def select(chosen: jax.Array, new: object, old: object) -> object:
+  """The new tree if `chosen`, bool [], else the old one."""
+  return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), new, old)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+  """Adam (Kingma and Ba, 2015, algorithm 1) as `optax.scale_by_adam`, with its state, which `finite=False` keeps.
+
+  Updates are computed from the moments that are kept, whichever these are. Where they are computed from new moments
+  and the old ones are selected afterwards, compilers for CPUs copy the old ones before replacing them.
+  """
+  adam = optax.scale_by_adam(b1, b2, eps)
+
+  def update(grads: object, state: optax.ScaleByAdamState, params: object = None, *, finite: jax.Array,
+             **_) -> tuple[object, optax.ScaleByAdamState]:
+    del params
+    state = select(finite, optax.ScaleByAdamState(
+        optax.safe_increment(state.count), optax.tree.update_moment(grads, state.mu, b1, 1),
+        optax.tree.update_moment(grads, state.nu, b2, 2)), state)
+    mu, nu = (optax.tree.bias_correction(moment, decay, state.count)
+              for moment, decay in ((state.mu, b1), (state.nu, b2)))
+    return jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + eps), mu, nu), state
+  return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def keep_unless_finite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """The same transformation, whose state `finite=False` keeps."""
+  def update(updates: object, state: object, params: object = None, *, finite: jax.Array, **_) -> tuple[object, object]:
+    updates, new = tx.update(updates, state, params)
+    return updates, select(finite, new, state)
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def build_optimizer(config: ml_collections.ConfigDict,
+                    schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+  """`optax.adamw` after clipping by global norm, once per optimiser step.
+
+  Its update takes `finite`, bool []: whether the gradients are. If not, its state stays as it was, and the updates are
+  not to be applied.
+  """
+  adamw = optax.chain(
+      scale_by_adam(config.beta1, config.beta2, config.eps),
+      optax.add_decayed_weights(config.weight_decay, decay_mask),
+      keep_unless_finite(optax.scale_by_learning_rate(schedule)))
+  return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

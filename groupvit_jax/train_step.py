@@ -9,7 +9,7 @@ from jax.sharding import NamedSharding
 import numpy as np
 import optax
 
-from groupvit_jax import losses, metrics, sharding
+from groupvit_jax import losses, metrics, optim, sharding
 from groupvit_jax.accumulation import map_micro_batches
 from groupvit_jax.models.image_text import ImageTextModel, Projected
 from groupvit_jax.models.layers import sample_keys
@@ -116,9 +116,9 @@ def average_variables(state: TrainState, decay: float) -> dict[str, object]:
   return optax.incremental_update(state.variables, state.ema, weight)
 
 
-def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: optax.GradientTransformation,
-               multi_label_weight: float, grad_accum_steps: int, text_budget: int,
-               random_erasing: RandomErasing | None, place: NamedSharding | None,
+def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel,
+               tx: optax.GradientTransformationExtraArgs, multi_label_weight: float, grad_accum_steps: int,
+               text_budget: int, random_erasing: RandomErasing | None, place: NamedSharding | None,
                ema_decay: float = 0.0) -> tuple[TrainState, Figures]:
   """Applies one update.
 
@@ -129,7 +129,7 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
     state: the state, which may be donated.
     batch: images and tokens.
     model: the model (static).
-    tx: the optimiser (static).
+    tx: the optimiser, of `optim.build_optimizer` (static).
     multi_label_weight: weight of the multi-label loss (static).
     grad_accum_steps: micro-batches in which the towers see the batch (static); divides B.
     text_budget: tokens an image that the text tower computes at once (static); 0 for padded texts.
@@ -146,10 +146,9 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel, tx: op
   with jax.named_scope('optimizer'):
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    updated = (optax.apply_updates(state.params, updates), out.batch_stats, opt_state)
-    kept = (state.params, state.batch_stats, state.opt_state)
-    params, batch_stats, opt_state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, kept)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
+    updated = (optax.apply_updates(state.params, updates), out.batch_stats)
+    params, batch_stats = optim.select(finite, updated, (state.params, state.batch_stats))
 
   bad = 1 - finite.astype(jnp.int32)
   state = state.replace(

@@ -24,7 +24,7 @@ def test_what_decays():
   """Without gradients AdamW does nothing but decay: by rate times weight decay, or not at all."""
   params = random_variables(tiny_model())['params']
   tx = optim.build_optimizer(CONFIG, optax.constant_schedule(0.5))
-  updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params)
+  updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params, finite=True)
   decayed = set()
   for name, update in flat(updates).items():
     if update.any():
@@ -43,10 +43,28 @@ def test_gradients_are_clipped_at_a_norm_of_five(norm, share):
   params = {'a': np.ones(16, np.float32), 'b': {'kernel': np.ones((3, 3), np.float32)}}
   grads = jax.tree.map(lambda p: np.full_like(p, norm / 5), params)  # 25 equal elements
   tx = optim.build_optimizer(CONFIG, optax.constant_schedule(0.5))
-  _, state = tx.update(grads, tx.init(params), params)
+  _, state = tx.update(grads, tx.init(params), params, finite=True)
   moments = optax.tree.get(state, 'mu')
   for moment, grad in zip(jax.tree.leaves(moments), jax.tree.leaves(grads), strict=True):
     np.testing.assert_allclose(moment, 0.1 * share * grad, rtol=1e-5)
+
+
+def test_finite_updates_are_those_of_optax_and_others_leave_the_state():
+  """Of clipping and `optax.adamw`, bit for bit, with their state; a step that is not finite is as if there were none."""
+  schedule = optim.build_schedule(CONFIG, total_steps=6, batch_size=4096)
+  theirs = optax.chain(
+      optax.clip_by_global_norm(5.0), optax.adamw(schedule, weight_decay=0.05, mask=optim.decay_mask))
+  ours, rng = optim.build_optimizer(CONFIG, schedule), np.random.default_rng(0)
+  params = {'kernel': rng.normal(size=(3, 16)).astype('f'), 'norm': {'scale': np.ones(3, 'f')}}
+  states = [ours.init(params), theirs.init(params)]
+  for scale in (0.1, np.nan, 3.0, np.inf, 0.1):
+    grads = jax.tree.map(lambda p: (scale * rng.normal(size=p.shape)).astype('f'), params)
+    found, state = ours.update(grads, states[0], params, finite=np.isfinite(scale))
+    if np.isfinite(scale):
+      expected, states[1] = theirs.update(grads, states[1], params)
+      jax.tree.map(np.testing.assert_array_equal, found, expected)
+    states[0] = state
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_rates_scale_with_the_batch_and_can_be_had_all_at_once():

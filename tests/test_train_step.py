@@ -5,11 +5,11 @@ import numpy as np
 import optax
 import pytest
 
-from groupvit_jax import train_state, train_step
+from groupvit_jax import optim, train_state, train_step
 from groupvit_jax.models.vision import StageSpec
 from tests.test_checkpoint import raw
 from tests.test_sharding import EFFORTLESS, random_batch
-from tests.tiny import tiny_model
+from tests.tiny import tiny_config, tiny_model
 from tests.weights import random_variables
 
 # Weights of the prompts' loss. The last leaves the loss finite, and the norm of its gradient overflows.
@@ -19,7 +19,8 @@ GOOD, BAD_LOSS, BAD_GRADIENT = 1.0, float('nan'), 1e37
 @pytest.fixture(scope='module')
 def history():
   """(state, figures) before any step and after a good one, one of each bad kind, and a good one again."""
-  model, tx, zero = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))), optax.adamw(1e-3), np.int32(0)
+  model, zero = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))), np.int32(0)
+  tx = optim.build_optimizer(tiny_config().optim, optax.constant_schedule(1e-3))
   variables = random_variables(model)
   state = train_state.TrainState(
       step=zero, opt_state=tx.init(variables['params']), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero,
