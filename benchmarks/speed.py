@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 from benchmarks import caption_lengths, model_flops, our_model, rounds
 
+COMPILE, LONGEST, KEEP = '--compile=default', '--longest', '--keep_freed_memory'
 TRAINING_MODES = {
-    'eager': [], 'torch.compile': ['--compile=default'],
-    'eager, padded to the longest': ['--longest'],
-    'torch.compile, padded to the longest': ['--longest', '--compile=default']}
+    'eager': [], 'torch.compile': [COMPILE],
+    'eager, padded to the longest': [LONGEST], 'torch.compile, padded to the longest': [LONGEST, COMPILE],
+    'eager, freed memory kept': [KEEP],
+    'torch.compile, padded to the longest, freed memory kept': [LONGEST, COMPILE, KEEP]}
 INFERENCE_MODES = {
-    'eager': [], 'torch.compile': ['--compile=default'],
-    'torch.compile, reduce-overhead': ['--compile=reduce-overhead']}
+    'eager': [], 'torch.compile': [COMPILE], 'torch.compile, reduce-overhead': ['--compile=reduce-overhead'],
+    'eager, freed memory kept': [KEEP], 'torch.compile, freed memory kept': [COMPILE, KEEP]}
 PEER_MODES = {'train': TRAINING_MODES, 'encode': INFERENCE_MODES, 'windows': INFERENCE_MODES}
 # Published, of dense products in bfloat16, FLOPs a second (nvidia.com/en-us/data-center/h100, /h200, /a100).
 PUBLISHED = {'NVIDIA H100 80GB HBM3': 989.4e12, 'NVIDIA H200': 989.4e12, 'NVIDIA A100-SXM4-80GB': 312e12}
@@ -35,7 +37,6 @@ def measure(work: str, description: str, size: int, batches: Sequence[int], size
     sizes: of pictures at the compared batch, ours alone.
   """
   parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
-  modes = [mode for mode in PEER_MODES[work] if mode != 'torch.compile, reduce-overhead']
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--steps', type=int, default=3, help='of each round')
   parser.add_argument('--batch', type=int, default=8)
@@ -44,7 +45,7 @@ def measure(work: str, description: str, size: int, batches: Sequence[int], size
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--remat', choices=('none', 'dots', 'blocks'), default='none', help='of ours')
   parser.add_argument('--text_budget', type=int, default=80, help='of ours; 64 is enough from a batch of 64 on')
-  parser.add_argument('--peer_modes', nargs='*', choices=list(PEER_MODES[work]), default=modes)
+  parser.add_argument('--peer_modes', nargs='*', choices=list(PEER_MODES[work]))
   parser.add_argument('--one_core', action='store_true', help=(
       'One core and thread for each side, timed by its own clock, which other programs hardly disturb.'))
   parser.add_argument('--growth', action='store_true', help='Ours at other batches and sizes as well.')
@@ -52,6 +53,8 @@ def measure(work: str, description: str, size: int, batches: Sequence[int], size
   parser.add_argument('--output', type=pathlib.Path, required=True, help='JSON file.')
   parser.set_defaults(hold=False)
   args = parser.parse_args()
+  if args.peer_modes is None:
+    args.peer_modes = usual_modes(work, args.device)
   load = os.getloadavg()[0]
   written = report(work, args, run_sides(work, args), load)
   if args.growth:
@@ -60,6 +63,12 @@ def measure(work: str, description: str, size: int, batches: Sequence[int], size
   text = json.dumps(written, indent=2) + '\n'
   args.output.write_text(text, encoding='utf-8')
   print(text, end='')
+
+
+def usual_modes(work: str, device: str) -> list[str]:
+  """Of the peer, where none are asked for; what memory a process keeps matters on CPUs alone."""
+  return [mode for mode, arguments in PEER_MODES[work].items()
+          if 'reduce-overhead' not in mode and (device == 'cpu' or KEEP not in arguments)]
 
 
 class Found(NamedTuple):

@@ -50,7 +50,7 @@ def test_gradients_are_clipped_at_a_norm_of_five(norm, share):
 
 
 def test_finite_updates_are_those_of_optax_and_others_leave_the_state():
-  """Of clipping and `optax.adamw`, bit for bit, with their state; a step that is not finite is as if there were none."""
+  """Those of clipping and `optax.adamw`, bit for bit, with their state, as if other steps had not been."""
   schedule = optim.build_schedule(CONFIG, total_steps=6, batch_size=4096)
   theirs = optax.chain(
       optax.clip_by_global_norm(5.0), optax.adamw(schedule, weight_decay=0.05, mask=optim.decay_mask))
@@ -58,7 +58,7 @@ def test_finite_updates_are_those_of_optax_and_others_leave_the_state():
   params = {'kernel': rng.normal(size=(3, 16)).astype('f'), 'norm': {'scale': np.ones(3, 'f')}}
   states = [ours.init(params), theirs.init(params)]
   for scale in (0.1, np.nan, 3.0, np.inf, 0.1):
-    grads = jax.tree.map(lambda p: (scale * rng.normal(size=p.shape)).astype('f'), params)
+    grads = jax.tree.map(lambda p, scale=scale: (scale * rng.normal(size=p.shape)).astype('f'), params)
     found, state = ours.update(grads, states[0], params, finite=np.isfinite(scale))
     if np.isfinite(scale):
       expected, states[1] = theirs.update(grads, states[1], params)

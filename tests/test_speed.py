@@ -106,6 +106,12 @@ def test_reports_hold_every_round_and_what_did_not_run(report):
   assert gpu['utilisation_of_published']['ours'] == pytest.approx(4 * gpu['model_gflop'] / 8 / 989.4e3)
 
 
+def test_modes_of_the_peer():
+  kept = [mode for mode in speed.usual_modes('train', 'cpu') if mode not in speed.usual_modes('train', 'gpu')]
+  assert kept == [mode for mode in speed.TRAINING_MODES if 'freed memory kept' in mode] != []
+  assert speed.usual_modes('windows', 'gpu') == ['eager', 'torch.compile']
+
+
 def test_a_gpu_is_measured_with_what_is_ready(monkeypatch, tmp_path, capsys):
   started = []
   def start(work, args, name, wait):
