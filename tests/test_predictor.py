@@ -196,6 +196,7 @@ def traces() -> Iterator[list[str]]:
 
 def test_compiled_once_per_bucket_of_sizes_and_of_numbers_of_words(predictor, image, monkeypatch):
   large, many = image.repeat(2, axis=0).repeat(2, axis=1), [f'a{i}' for i in range(33)]
+  predictor.embed_words(parse_words(many))  # how these are compiled, the test of words says
   for threshold in (None, 0.5):
     predictor(image, WORDS, threshold=threshold)
   with traces() as names:
