@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import itertools
 import pathlib
 import sys
 import time
@@ -83,15 +84,17 @@ def abstract_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> t
 
 
 def make_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> tuple[
-    Callable, train_state.TrainState, dict[str, jax.Array]]:
-  """The training step with a state and a batch."""
+    Callable, train_state.TrainState, list[dict[str, jax.Array]]]:
+  """The training step with a state and batches, whose texts differ."""
   prompts, place = config.data.num_prompts, sharding.batch_sharding(one_device())
   step, tx = build_step(config, model)
   state = train_state.init_state(plain(model), tx, 0, (1 + prompts, CONTEXT), a_cpu())
-  batch = {
-      'image': draw_images(config.batch_size, *config.model.vision.image_size),
-      'tokens': caption_lengths.draw_tokens(config.batch_size, prompts, CONTEXT, VOCAB)}
-  return step, jax.device_put(state, sharding.replicated(one_device())), jax.device_put(batch, place)
+  images = jax.device_put(draw_images(config.batch_size, *config.model.vision.image_size), place)
+  batches = [
+      {'image': images, 'tokens': jax.device_put(
+          caption_lengths.draw_tokens(config.batch_size, prompts, CONTEXT, VOCAB, seed), place)}
+      for seed in range(caption_lengths.BATCHES)]
+  return step, jax.device_put(state, sharding.replicated(one_device())), batches
 
 
 def one_device() -> jax.sharding.Mesh:
@@ -127,14 +130,15 @@ def train(args: argparse.Namespace) -> Work:
   """Compiles the step."""
   model, facts = make_model(args, args.size)
   config = make_config(args.batch, args.dtype, args.text_budget, args.size, args.remat)
-  step, state, batch = make_step(config, model)
-  compiled, seconds = compile_timed(step, state, batch)
+  step, state, batches = make_step(config, model)
+  compiled, seconds = compile_timed(step, state, batches[0])
+  batches = itertools.cycle(batches)
   facts |= {'compile_s': seconds, 'temporaries_mb': compiled.memory_analysis().temp_size_in_bytes / 2**20,
             'remat': args.remat, 'text_budget': args.text_budget}
 
   def dispatch() -> object:
     nonlocal state
-    state, figures = compiled(state, batch)
+    state, figures = compiled(state, next(batches))
     return figures
   return Work(facts, dispatch, compiled)
 
@@ -217,7 +221,7 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--remat', choices=('none', 'dots', 'blocks'), default='none')
-  parser.add_argument('--text_budget', type=int, default=80)
+  parser.add_argument('--text_budget', type=int, default=64)
   parser.add_argument('--hold', action='store_true', help='Wait for a line before the first step, which takes memory.')
   parser.add_argument('--trace', help='Folder for a profile of a few steps, and for the program.')
   return parser.parse_args()
@@ -229,7 +233,7 @@ def main() -> None:
   jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda,cpu'}[args.device])
   jax.config.update('jax_enable_compilation_cache', False)
   if args.device == 'cpu':
-    keep_freed_memory()  # as train.py and eval.py do; the peer does so, too
+    keep_freed_memory()  # as train.py and eval.py do
   work = {'train': train, 'encode': encode, 'windows': windows}[args.work](args)
   if args.hold:
     sys.stdin.readline()

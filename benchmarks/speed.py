@@ -38,13 +38,14 @@ def measure(work: str, description: str, size: int, batches: Sequence[int], size
   """
   parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('--rounds', type=int, default=7)
-  parser.add_argument('--steps', type=int, default=3, help='of each round')
+  parser.add_argument('--steps', type=int, default=caption_lengths.BATCHES if work == 'train' else 3, help=(
+      'of each round; of training a multiple of 8, whose texts differ'))
   parser.add_argument('--batch', type=int, default=8)
   parser.add_argument('--size', type=int, default=size)
   parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--remat', choices=('none', 'dots', 'blocks'), default='none', help='of ours')
-  parser.add_argument('--text_budget', type=int, default=80, help='of ours; 64 is enough from a batch of 64 on')
+  parser.add_argument('--text_budget', type=int, default=64, help='of ours')
   parser.add_argument('--peer_modes', nargs='*', choices=list(PEER_MODES[work]))
   parser.add_argument('--one_core', action='store_true', help=(
       'One core and thread for each side, timed by its own clock, which other programs hardly disturb.'))
@@ -161,8 +162,10 @@ def needed_flops(work: str, batch: int, size: int) -> float:
   if work != 'train':
     return {'encode': model_flops.encode_images, 'windows': model_flops.encode_windows}[work](
         config.model, batch, size)
-  lengths = caption_lengths.draw_lengths(batch, config.data.num_prompts, our_model.CONTEXT)
-  return model_flops.train_step(config.model, lengths.tolist())
+  return statistics.mean(
+      model_flops.train_step(config.model, caption_lengths.draw_lengths(
+          batch, config.data.num_prompts, our_model.CONTEXT, seed).tolist())
+      for seed in range(caption_lengths.BATCHES))
 
 
 def processor() -> str:

@@ -26,7 +26,7 @@ from tests.tiny import tiny_config
 # Of one device's program: floating-point operations, bytes read and written, bytes of temporaries, arrays copied.
 RECORDED = {'flops': 16.84e6, 'bytes accessed': 12.78e6, 'temporaries': 756_976, 'copies': 322}
 # Before the compiler, the body of the loop for texts that do not fit counted once.
-RECORDED_OF_THE_PAPER = {'flops': 233.0e9, 'bytes accessed': 42.69e9}
+RECORDED_OF_THE_PAPER = {'flops': 225.1e9, 'bytes accessed': 41.79e9}
 TOLERANCE = 0.15  # versions of the compiler differ by less
 
 
@@ -142,7 +142,7 @@ def test_the_profile_reads_like_the_paper(watched, program):
 
 def test_cost_of_the_step_of_the_papers_model():
   """GroupViT-S/16 at batch 8, as it is handed to the compiler, and what of it the model needs."""
-  config = our_model.make_config(8, 'float32', text_budget=80)
+  config = our_model.make_config(8, 'float32', text_budget=64)
   model = build_model(config.model, vocab_size=our_model.VOCAB, eos_id=1, multi_label=True)
   step, state, batch = our_model.abstract_step(config, model)
   cost = step.lower(state, batch).cost_analysis()
