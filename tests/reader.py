@@ -1,6 +1,7 @@
 """Reads batches with two workers, as a run does: python -m tests.reader PATTERN NUMBER (for test_workers)."""
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -8,6 +9,17 @@ import time
 from groupvit_jax.data import image_ops, pipeline
 from groupvit_jax.data.sources import build_source
 from tests.tars import Words, data_config, set_config
+
+resize = os.ftruncate
+
+
+def resize_slowly(file: int, size: int) -> None:
+  """As on a busy machine: much happens between the making of shared memory and its registration."""
+  time.sleep(0.05)
+  resize(file, size)
+
+
+os.ftruncate = resize_slowly  # in workers too, which import this module
 
 
 def main(pattern: str, num_batches: int) -> None:

@@ -16,8 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 SHARED_MEMORY = pathlib.Path('/dev/shm')
 
 
-def segments() -> set[str]:
-  return {path.name for path in SHARED_MEMORY.glob('psm_*')}
+def segments(run: int) -> set[str]:
+  """The shared memory that a run's workers made."""
+  return {path.name for path in SHARED_MEMORY.glob(f'groupvit-{run}-*')}
 
 
 def group(leader: int) -> dict[int, str]:
@@ -44,18 +45,17 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 def reader(tmp_path, request) -> Iterator[subprocess.Popen]:
   """A process that reads with two workers, in a group of its own, after its first batch; a test may limit batches."""
   pattern = write_tar(tmp_path / 'a.tar', samples(range(64)) | {'00009.jpg': b'no picture'})
-  before, number = segments(), str(getattr(request, 'param', 10**6))
+  number = str(getattr(request, 'param', 10**6))
   process = subprocess.Popen(
       [sys.executable, '-m', 'tests.reader', pattern, number], cwd=ROOT, text=True, start_new_session=True,
       env=os.environ | {'XDG_CACHE_HOME': str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   try:
     assert process.stdout.readline() == 'batch\n', process.communicate()[1]
     process.workers = [pid for pid, line in group(process.pid).items() if 'spawn_main' in line]
-    assert len(process.workers) == 2
+    assert len(process.workers) == 2 and wait_until(lambda: segments(process.pid), 20)
     yield process
     assert wait_until(lambda: not group(process.pid), 20), group(process.pid)
-    left = segments() - before
-    assert wait_until(lambda: not left & segments(), 20), left & segments()
+    assert not segments(process.pid)
   finally:
     if group(process.pid):
       os.killpg(process.pid, signal.SIGKILL)

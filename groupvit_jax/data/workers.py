@@ -4,10 +4,11 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
+import secrets
 import signal
 import threading
 from collections.abc import Iterator
-from multiprocessing import resource_tracker
+from multiprocessing import resource_tracker, shared_memory
 from typing import TypeVar
 
 import grain
@@ -64,10 +65,27 @@ def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterat
 def _init_worker(index: int, count: int) -> None:
   """Runs first in each worker."""
   del index, count
+  shared_memory.SharedMemory = _SharedMemory  # Grain makes it by this name, for each array of a batch
   threading.Thread(target=_end_with_parent, name='end-with-parent', daemon=True).start()
 
 
 def _end_with_parent() -> None:
   """Waits for the parent's end, which may be a kill that it cannot see coming, and ends this process."""
   multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+  _SharedMemory.creating.acquire()
   os._exit(1)  # also past threads that wait for a remote store
+
+
+class _SharedMemory(shared_memory.SharedMemory):
+  """Shared memory that is named after the run's process, and that this process does not end in the midst of creating.
+
+  It exists before the resource tracker, which removes what a killed run leaves, hears of it.
+  """
+
+  creating = threading.Lock()
+
+  def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
+    if create and name is None:
+      name = f'groupvit-{multiprocessing.parent_process().pid}-{secrets.token_hex(8)}'
+    with self.creating:
+      super().__init__(name, create, size)
