@@ -23,7 +23,7 @@ from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import caption_lengths
-from groupvit_jax import optim, sharding, train_state, train_step
+from groupvit_jax import huge_pages, optim, sharding, train_state, train_step
 from groupvit_jax.attention_choice import choose_attention
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
@@ -147,4 +147,5 @@ def _time(compiled: list[jax.stages.Compiled], config: ml_collections.ConfigDict
 
 
 if __name__ == '__main__':
+  huge_pages.restart()  # as train.py does
   app.run(main)

@@ -12,7 +12,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from groupvit_jax import train_loop, train_state
+from groupvit_jax import huge_pages, train_loop, train_state
 from groupvit_jax.data import pipeline
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
@@ -65,4 +65,5 @@ def _to_devices(batch: dict[str, np.ndarray], *, mesh: jax.sharding.Mesh) -> dic
 
 
 if __name__ == '__main__':
+  huge_pages.restart()  # as train.py does
   app.run(main)

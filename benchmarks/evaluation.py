@@ -39,7 +39,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     flags = [f'--folder={folder}', f'--device={args.device}', f'--dtype={args.dtype}']
     start = lambda module, *more: rounds.Side(
-        sys.executable, f'benchmarks.{module}', [*flags, *more], None, threads=cores)
+        sys.executable, f'benchmarks.{module}', [*flags, *more], None, threads=cores, huge=True)
     peer = start('peer_evaluation')
     ours = start('our_evaluation', f'--config={config}')
     agreement = _agreement(pathlib.Path(folder))

@@ -18,7 +18,6 @@ from groupvit_jax.attention_choice import with_fastest_attention
 from groupvit_jax.evals import evaluator, labelled_sets, protocols, semantic_seg, windows
 from groupvit_jax.evals.benchmarks import find_benchmark
 from groupvit_jax.evals.picture_scores import PictureScores
-from groupvit_jax.freed_memory import keep_freed_memory
 from groupvit_jax.interop import huggingface, state_dicts
 
 _QUALITY = 95  # of JPEGs; VOC's files are of about this size
@@ -86,8 +85,6 @@ def main() -> None:
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   args = parser.parse_args()
   jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda'}[args.device])
-  if args.device == 'cpu':
-    keep_freed_memory()  # as eval.py does; the peer does so, too
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   evaluate = make_evaluate(args.folder, args.config, args.dtype, mesh)
   maps = {}

@@ -20,7 +20,6 @@ from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax import optim, sharding, train_state, train_step
 from groupvit_jax.attention_choice import choose_attention
 from groupvit_jax.evals import window_encoder
-from groupvit_jax.freed_memory import keep_freed_memory
 from groupvit_jax.models.build import build_model
 from groupvit_jax.models.image_text import ImageTextModel
 from groupvit_jax.random_erasing import build_random_erasing
@@ -232,8 +231,6 @@ def main() -> None:
   args = parse()
   jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda,cpu'}[args.device])
   jax.config.update('jax_enable_compilation_cache', False)
-  if args.device == 'cpu':
-    keep_freed_memory()  # as train.py and eval.py do
   work = {'train': train, 'encode': encode, 'windows': windows}[args.work](args)
   if args.hold:
     sys.stdin.readline()

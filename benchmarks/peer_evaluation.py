@@ -13,7 +13,6 @@ from torch.nn import functional
 import transformers
 
 from benchmarks import rounds, voc_pictures
-from groupvit_jax.freed_memory import keep_freed_memory
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _PATCH = 16
@@ -27,8 +26,6 @@ def main() -> None:
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   args = parser.parse_args()
   folder, device = args.folder, {'cpu': 'cpu', 'gpu': 'cuda'}[args.device]
-  if device == 'cpu':
-    keep_freed_memory()  # as we do
   torch.manual_seed(0)
   model = transformers.GroupViTModel(transformers.GroupViTConfig()).eval()
   with torch.no_grad():  # an untrained assignment is a tie: make it decisive, as a trained one is

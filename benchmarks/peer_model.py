@@ -3,8 +3,7 @@
 Training: its caption loss; the multi-label loss on top, on the same embeddings; its Gumbel noise; AdamW as one
 operation. It has neither stochastic depth nor random erasing, and clips no gradient. Texts are padded to 77 tokens with
 a mask, or with --longest to the longest of the batch, which is what `padding=True` of its processor does: always the
-same batch here, so that torch.compile has one length to compile for. In bfloat16 it runs under autocast. With
---keep_freed_memory a CPU's memory is kept as ours keeps it, which PyTorch does not by itself.
+same batch here, so that torch.compile has one length to compile for. In bfloat16 it runs under autocast.
 
 Windows: one pass for the pooled feature and the assignments, many windows at once, and the last stage's map alone
 resized: less than its own `output_segmentation` computes.
@@ -19,7 +18,6 @@ import torch
 import transformers
 
 from benchmarks import caption_lengths, rounds
-from groupvit_jax.freed_memory import keep_freed_memory
 
 VOCAB, CONTEXT, PROMPTS = 49_408, 77, 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -136,7 +134,6 @@ def parse() -> argparse.Namespace:
   parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--longest', action='store_true', help='Pad texts to the longest of the batch.')
-  parser.add_argument('--keep_freed_memory', action='store_true', help='On a CPU.')
   parser.add_argument('--compile', choices=('default', 'reduce-overhead'), help='Mode of torch.compile.')
   args = parser.parse_args()
   args.device = {'cpu': 'cpu', 'gpu': 'cuda'}[args.device]
@@ -146,8 +143,6 @@ def parse() -> argparse.Namespace:
 def main() -> None:
   """Serves rounds."""
   args = parse()
-  if args.keep_freed_memory:
-    keep_freed_memory()
   model = make_model(args.size).to(args.device)
   run = {'train': train, 'encode': encode, 'windows': windows}[args.work](model, args)
   started = time.perf_counter()

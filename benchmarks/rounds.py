@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+from groupvit_jax import huge_pages
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -27,9 +29,10 @@ class Side:
   """A process that works when asked to, and waits for the other side's turn otherwise."""
 
   def __init__(self, python: str, module: str, arguments: Sequence[str],
-               cores: set[int] | None, threads: int = 1, wait: bool = True):
-    """Starts the process; waits until it is ready to work, unless told not to."""
+               cores: set[int] | None, threads: int = 1, wait: bool = True, huge: bool = False):
+    """Starts the process, with huge pages if told so; waits until it is ready to work, unless told not to."""
     environment = os.environ | {'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
+    environment |= huge_pages.environment() if huge else {}
     self._process = subprocess.Popen(
         [python, '-m', module, *arguments], cwd=ROOT, env=environment, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE)

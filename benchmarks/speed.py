@@ -12,15 +12,15 @@ from typing import NamedTuple
 
 from benchmarks import caption_lengths, model_flops, our_model, rounds
 
-COMPILE, LONGEST, KEEP = '--compile=default', '--longest', '--keep_freed_memory'
+COMPILE, LONGEST = '--compile=default', '--longest'
+HUGE = 'huge pages'  # not an argument: it matters how the process is started
 TRAINING_MODES = {
     'eager': [], 'torch.compile': [COMPILE],
     'eager, padded to the longest': [LONGEST], 'torch.compile, padded to the longest': [LONGEST, COMPILE],
-    'eager, freed memory kept': [KEEP],
-    'torch.compile, padded to the longest, freed memory kept': [LONGEST, COMPILE, KEEP]}
+    'eager, huge pages': [HUGE], 'torch.compile, padded to the longest, huge pages': [LONGEST, COMPILE, HUGE]}
 INFERENCE_MODES = {
     'eager': [], 'torch.compile': [COMPILE], 'torch.compile, reduce-overhead': ['--compile=reduce-overhead'],
-    'eager, freed memory kept': [KEEP], 'torch.compile, freed memory kept': [COMPILE, KEEP]}
+    'eager, huge pages': [HUGE], 'torch.compile, huge pages': [COMPILE, HUGE]}
 PEER_MODES = {'train': TRAINING_MODES, 'encode': INFERENCE_MODES, 'windows': INFERENCE_MODES}
 # Published, of dense products in bfloat16, FLOPs a second (nvidia.com/en-us/data-center/h100, /h200, /a100).
 PUBLISHED = {'NVIDIA H100 80GB HBM3': 989.4e12, 'NVIDIA H200': 989.4e12, 'NVIDIA A100-SXM4-80GB': 312e12}
@@ -67,9 +67,9 @@ def measure(work: str, description: str, size: int, batches: Sequence[int], size
 
 
 def usual_modes(work: str, device: str) -> list[str]:
-  """Of the peer, where none are asked for; what memory a process keeps matters on CPUs alone."""
+  """Of the peer, where none are asked for; pages matter on CPUs alone."""
   return [mode for mode, arguments in PEER_MODES[work].items()
-          if 'reduce-overhead' not in mode and (device == 'cpu' or KEEP not in arguments)]
+          if 'reduce-overhead' not in mode and (device == 'cpu' or HUGE not in arguments)]
 
 
 class Found(NamedTuple):
@@ -142,12 +142,14 @@ def grow(work: str, args: argparse.Namespace, batch: int, size: int) -> dict[str
 
 
 def start(work: str, args: argparse.Namespace, name: str, wait: bool = True) -> rounds.Side:
-  """A process of ours or of a mode of the peer, on one core or on all."""
+  """A process of ours, with huge pages as train.py has them, or of a mode of the peer; on one core or on all."""
   arguments = [work, f'--batch={args.batch}', f'--size={args.size}', f'--device={args.device}', f'--dtype={args.dtype}']
-  arguments += our_options(args) if name == 'ours' else PEER_MODES[work][name]
+  options = [*our_options(args), HUGE] if name == 'ours' else PEER_MODES[work][name]
+  arguments += [option for option in options if option != HUGE]
   cores = sorted(os.sched_getaffinity(0))
   return rounds.Side(sys.executable, f'benchmarks.{"our" if name == "ours" else "peer"}_model', arguments,
-                     {cores[0]} if args.one_core else None, threads=1 if args.one_core else len(cores), wait=wait)
+                     {cores[0]} if args.one_core else None, threads=1 if args.one_core else len(cores), wait=wait,
+                     huge=HUGE in options)
 
 
 def our_options(args: argparse.Namespace) -> list[str]:

@@ -22,7 +22,6 @@ import orbax.checkpoint as ocp
 
 from groupvit_jax import cli
 from groupvit_jax.cluster import check_nobody_else, Cluster, sees_its_own_gpus
-from groupvit_jax.freed_memory import keep_freed_memory
 
 # What a collective or a barrier says when one of its processes is gone.
 _PEER_LOST = re.compile('gloo|nccl|connection|socket|unavailable|deadline|heartbeat|coordination|barrier', re.I)
@@ -55,8 +54,6 @@ def run(cluster: Cluster, facts: Mapping[str, str], main: Callable[[], int], *, 
     _join(cluster)
     if jax.distributed.is_initialized():
       _ending(lambda: _agree(facts))
-  if jax.default_backend() == 'cpu':
-    keep_freed_memory()
   return main() if jax.process_count() == 1 else _ending(main)
 
 
