@@ -45,7 +45,7 @@ def main() -> None:
     agreement = _agreement(pathlib.Path(folder))
     load = os.getloadavg()[0]  # of whatever else there is
     works = [('ours', 'labels'), ('ours', 'as_eval_py'), ('peer', 'labels'), ('ours', 'multiply')]
-    found = rounds.record_turns({'ours': ours, 'peer': peer}, works, args.rounds, args.pictures)
+    found = rounds.record_turns({'ours': ours, 'peer': peer}, works, args.rounds, args.pictures, before=4)
     report = _report(args, ours, peer, found, agreement, load)
     ours.close(), peer.close()
   text = json.dumps(report, indent=2)

@@ -56,9 +56,9 @@ class Side:
     self._process.stdin.write('\n')
     self._process.stdin.flush()
 
-  def run(self, work: str, pictures: int) -> Rate:
-    """Does some work once, on at least so many pictures."""
-    self._process.stdin.write(json.dumps([work, pictures]) + '\n')
+  def run(self, work: str, pictures: int, before: int = 0) -> Rate:
+    """Does some work once, on at least so many pictures; on others before, which are not timed."""
+    self._process.stdin.write(json.dumps([work, pictures, before]) + '\n')
     self._process.stdin.flush()
     answer = self._answer()
     self.peak_mb = answer['peak_mb']
@@ -92,7 +92,9 @@ def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]],
   answers, sys.stdout = sys.stdout, sys.stderr
   print(json.dumps(facts), file=answers, flush=True)
   for line in sys.stdin:
-    work, pictures = json.loads(line)
+    work, pictures, before = json.loads(line)
+    if before:
+      works[work](before)
     wall, cpu = time.perf_counter(), time.process_time()
     done = works[work](pictures)
     spent = {'cpu_s': time.process_time() - cpu, 'wall_s': time.perf_counter() - wall}
@@ -100,12 +102,16 @@ def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]],
 
 
 def record_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int,
-                 pictures: int) -> dict[tuple[str, str], list[Rate]]:
-  """Runs each (side, work) once a round, and once before; returns the rates of each round."""
+                 pictures: int, before: int = 0) -> dict[tuple[str, str], list[Rate]]:
+  """Runs each (side, work) once a round, and once before the first; returns the rates of each round.
+
+  With `before`, so many pictures open each turn without being timed. What a side has freed goes to others meanwhile, or
+  from a virtual machine to its host, and to get it back takes a second or more for each GiB.
+  """
   found = {pair: [] for pair in works}
   for number in range(rounds + 1):
     for side, work in works:
-      rate = sides[side].run(work, pictures)
+      rate = sides[side].run(work, pictures, before)
       if number:
         found[side, work].append(rate)
   return found

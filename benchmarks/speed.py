@@ -83,7 +83,7 @@ class Found(NamedTuple):
   def take_turns(self, sides: Mapping[str, rounds.Side], work: str, args: argparse.Namespace) -> None:
     """Adds rounds of some sides, and ends them."""
     order = [(name, work) for name in sides] + [('ours', 'multiply')] * ('ours' in sides)
-    self.rates.update(rounds.record_turns(sides, order, args.rounds, args.steps * args.batch))
+    self.rates.update(rounds.record_turns(sides, order, args.rounds, args.steps * args.batch, before=args.batch))
     for name, side in sides.items():
       self.facts[name], self.peak_mb[name] = side.facts, side.peak_mb
       side.close()
@@ -132,7 +132,7 @@ def grow(work: str, args: argparse.Namespace, batch: int, size: int) -> dict[str
   """Ours alone."""
   args = argparse.Namespace(**vars(args) | dict(batch=batch, size=size, trace=None))
   side = start(work, args, 'ours')
-  found = rounds.record_turns({'ours': side}, [('ours', work)], args.rounds, args.steps * batch)
+  found = rounds.record_turns({'ours': side}, [('ours', work)], args.rounds, args.steps * batch, before=batch)
   side.close()
   clock = 'per_cpu_s' if args.one_core else 'per_wall_s'
   values = [getattr(rate, clock) for rate in found['ours', work]]

@@ -61,8 +61,8 @@ class FakeSide:
     self.name, self.peak_mb, self.running = name, 2048, True
     self.facts |= {'compile_s': 2.0, 'temporaries_mb': 512} if name == 'ours' else {}
 
-  def run(self, work: str, pictures: int) -> rounds.Rate:
-    assert self.running
+  def run(self, work: str, pictures: int, before: int) -> rounds.Rate:
+    assert self.running and pictures % before == 0  # a step of the batch
     if self.name == 'eager, padded to the longest':
       raise SystemExit('out of memory')
     return rounds.Rate(0.0, 100.0 if work == 'multiply' else {'ours': 4.0, 'eager': 2.0}[self.name])
