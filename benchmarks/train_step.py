@@ -1,6 +1,6 @@
 """Times GroupViT-S/16's training step beside transformers' in PyTorch and prints JSON:
 
-  python -m benchmarks.train_step --growth --rounds=5 --steps=2 --output=docs/speed_train.json
+  python -m benchmarks.train_step --growth --rounds=5 --output=docs/speed_train.json
   python -m benchmarks.train_step --device=gpu --dtype=bfloat16 --batch=256 --output=gpu_train.json
 
 Ours is the paper's whole recipe; benchmarks/peer_model.py says what the peer's is. Each side is a process of its own

@@ -2,7 +2,7 @@
 
 A step's temporaries are one array, of GiB on a CPU, which XLA allocates and frees anew each step: the system maps its
 pages, clears them and is interrupted at the first touch of each. Of huge pages there are 512 times fewer, and the
-processor finds them faster. Linux gives them on request by default, and glibc (2.35 or newer) asks for them when an
+processor finds them faster. Where Linux gives them on request, glibc (2.35 or newer) asks for them when an
 environment variable says so as a program starts.
 """
 
