@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import faulthandler
 import hashlib
 import importlib.metadata
 import itertools
@@ -104,6 +105,7 @@ def _join(cluster: Cluster) -> None:
   if cluster.alone:
     return
   told = (cluster.coordinator, cluster.num_processes, cluster.process_id)
+  print_no_foreign_stacks()
   try:
     jax.distributed.initialize(
       *told,
@@ -126,6 +128,15 @@ def _join(cluster: Cluster) -> None:
   if sees_its_own_gpus(os.environ):
     for platform in ('cuda', 'rocm'):
       jax.config.update(f'jax_{platform}_visible_devices', 'all')
+
+
+def print_no_foreign_stacks() -> None:
+  """Lets a process that is aborted print the Python stack of the thread that aborts, and of no other.
+
+  The runtime aborts a process whose peer is gone, from a thread of its own. absl's handler prints every thread's stack
+  then, while they change: it may fault, and SIGSEGV is not what a launcher takes for a lost process.
+  """
+  faulthandler.enable(all_threads=False)
 
 
 @contextlib.contextmanager

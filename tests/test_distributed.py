@@ -392,6 +392,30 @@ def test_what_means_that_a_process_is_gone():
   assert distributed._lost_peer(raised(ValueError('no socket'))) is None
 
 
+# What the runtime does to a process whose peer is gone, while its main thread is busy: an abort from a thread of C's.
+ABORTED = """
+import ctypes, sys
+from absl import app
+from groupvit_jax import distributed
+
+def main(_):
+  distributed.print_no_foreign_stacks()
+  libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
+  libc.pthread_create(ctypes.byref(thread), None, ctypes.cast(libc.abort, ctypes.c_void_p), None)
+  while True:
+    pass
+
+app.run(main)
+"""
+
+
+def test_a_process_that_is_aborted_leaves_the_stacks_of_busy_threads_alone():
+  """Reading them may fault, and SIGSEGV is no code of a lost process."""
+  ended = subprocess.run([sys.executable, '-c', ABORTED], capture_output=True, text=True, timeout=TIMEOUT)
+  assert ended.returncode == -signal.SIGABRT, ended.stderr
+  assert 'Fatal Python error: Aborted' in ended.stderr and 'most recent call first' not in ended.stderr
+
+
 def test_facts_that_one_process_alone_has():
   assert distributed._differences({'workdir': 'a'}, {'workdir': 'a', 'config': '{"x": 1}'}) == [
     'config.x is None in one and 1 in the other']
