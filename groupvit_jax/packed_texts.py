@@ -113,8 +113,20 @@ def _encode_packed(encoders: Encoders, num_rows: int, params: object, packing: P
 
 def _add_rest(encode: Encode, num_rows: int, params: object, packing: Packing, features: jax.Array) -> jax.Array:
   count, first_row = _rest(num_rows)
-  body = lambda i, features: features + _encode_some(encode, params, packing, first_row(i), count)
+
+  def body(i, features):
+    here = _only_here(params, i)
+    return features + _encode_some(encode, here, packing, first_row(i), count)
+
   return lax.fori_loop(0, _num_turns(num_rows, packing), body, features)
+
+
+def _only_here(params: object, turn: jax.Array) -> object:
+  """The same, in a loop: what is computed of parameters alone, as stacking those of all blocks, stays in its turns.
+
+  Compilers move it out of the loop, where it is computed also when there is no turn.
+  """
+  return lax.optimization_barrier((params, turn))[0]
 
 
 def _rest(num_rows: int) -> tuple[int, Callable[[jax.Array], jax.Array]]:
@@ -139,7 +151,8 @@ def _backward(encoders: Encoders, num_rows: int, saved: tuple, grad: jax.Array) 
   count, first_row = _rest(num_rows)
 
   def body(i, grads):
-    _, pull = jax.vjp(lambda params: _encode_some(encoders.rest, params, packing, first_row(i), count), params)
+    encode = lambda params: _encode_some(encoders.rest, params, packing, first_row(i), count)
+    _, pull = jax.vjp(encode, _only_here(params, i))
     return jax.tree.map(jnp.add, grads, *pull(grad))
 
   return lax.fori_loop(0, _num_turns(num_rows, packing), body, *pull(grad)), None

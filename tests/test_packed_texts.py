@@ -82,6 +82,11 @@ def test_features_and_gradients_are_those_of_padded_texts(monkeypatch):
       for ours, theirs in zip(jax.tree.leaves(packed_grads), jax.tree.leaves(grads), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
+  # The loop's blocks have their parameters stacked: where all texts fit, nobody does that.
+  stacking = 'text_features/text/stack"'
+  loop, always = features_and_grads.lower(params, 6, 1).compile().as_text().rsplit('\nENTRY ', 1)
+  assert stacking in loop and stacking not in always
+
 
 def test_no_text_is_cut_at_lengths_of_cc12m():
   """A budget of 64 tokens an image pays for 256 images a device; never do they need 68."""
