@@ -10,7 +10,7 @@ import pytest
 
 from groupvit_jax.models import assignment
 from groupvit_jax.models.attention import attend
-from groupvit_jax.models.layers import unfuse
+from groupvit_jax.models.layers import exact_gelu, quick_gelu, unfuse
 from groupvit_jax.models.norm import LayerNorm
 from groupvit_jax.models.projection import project
 from groupvit_jax.models.vision import PatchEmbed
@@ -71,6 +71,29 @@ def test_projections_are_flaxs(axis, features):
   params = module().init(jax.random.key(1), x)
   apply = lambda module: lambda x, params: module.apply(params, x)
   assert_same(apply(module(dot_general=project)), apply(module()), x, params)
+
+
+@pytest.mark.parametrize('ours, theirs', [
+  (exact_gelu, functools.partial(jax.nn.gelu, approximate=False)),
+  (quick_gelu, lambda x: x * jax.nn.sigmoid(1.702 * x)),
+])
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
+def test_activations_and_their_gradients(ours, theirs, dtype, tolerance):
+  x = jnp.concatenate([jnp.linspace(-12, 12, 2001), jnp.array([-1e4, 0, 1e4])])
+  expected, pull = jax.vjp(theirs, x.astype(dtype).astype(jnp.float32))
+  found, our_pull = jax.vjp(ours, x.astype(dtype))
+  assert found.dtype == dtype
+  np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance)
+  grad = jnp.cos(x)
+  np.testing.assert_allclose(our_pull(grad.astype(dtype))[0].astype(jnp.float32), *pull(grad), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('activation, dear', [(exact_gelu, ' erf('), (quick_gelu, ' exponential(')])
+def test_no_more_than_its_input_waits_for_an_activations_gradient(activation, dear):
+  """What is dear in it is computed twice, where a compiler would keep an array as large as the input."""
+  loss = lambda x, kernel: jnp.square(activation(x @ kernel) @ kernel).sum()
+  x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+  assert jax.jit(jax.grad(loss)).lower(x, x).compile().as_text().count(dear) == 2
 
 
 def test_a_fused_projection_is_taken_apart():

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 from flax import linen as nn
@@ -21,14 +22,43 @@ Activation = Callable[[jax.Array], jax.Array]
 Remat = Literal['none', 'dots', 'blocks']
 
 
-def exact_gelu(x: jax.Array) -> jax.Array:
+def _from_its_input(function: Activation, slope: Activation) -> Activation:
+  """The function, of whose arrays x alone waits for the backward pass.
+
+  Args:
+    function: of x.
+    slope: its derivative at x, which shares no dear operation with it: compilers would compute that once, in the
+      forward pass, and keep what it gives as well as x.
+  """
+  activation = jax.custom_vjp(function)
+  activation.defvjp(lambda x: (function(x), x), lambda x, grad: (grad * slope(x),))
+  return functools.wraps(function)(activation)
+
+
+def _exact_gelu(x: jax.Array) -> jax.Array:
   """The erf form; Flax's default is the tanh approximation, and its erf form is computed by the slower erfc."""
   return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
+def _exact_gelu_slope(x: jax.Array) -> jax.Array:
+  """The normal distribution function, by erf(-x) = -erf(x), and x times its density."""
+  density = jnp.exp(-0.5 * x * x) * (2 * math.pi)**-0.5
+  return 0.5 * (1 - jax.lax.erf(-x * 0.5**0.5)) + x * density
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
   """CLIP's activation, x * sigmoid(1.702 x), for an array of any shape."""
   return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _quick_gelu_slope(x: jax.Array) -> jax.Array:
+  """By sigmoid(-x) = 1 - sigmoid(x)."""
+  rest = jax.nn.sigmoid(-1.702 * x)
+  return (1 - rest) * (1 + 1.702 * x * rest)
+
+
+exact_gelu = _from_its_input(_exact_gelu, _exact_gelu_slope)
+quick_gelu = _from_its_input(_quick_gelu, _quick_gelu_slope)
 
 
 def sample_keys(key: jax.Array, batch: int) -> jax.Array:
