@@ -21,15 +21,19 @@ def project(x: jax.Array, kernel: jax.Array, dimension_numbers: lax.DotDimension
   Returns:
     [..., *F].
   """
-  axes = len(dimension_numbers[0][0])
-  kept = x.shape[:x.ndim - axes]
-  out = _project(x.reshape(math.prod(kept), *x.shape[x.ndim - axes:]), kernel, axes, precision)
-  return out.reshape(*kept, *kernel.shape[axes:])
+  return _project(x, kernel, len(dimension_numbers[0][0]), precision)
 
 
 def _multiply(x: jax.Array, kernel: jax.Array, axes: int, precision: lax.PrecisionLike) -> jax.Array:
+  kept = x.shape[:x.ndim - axes]
   contracted = tuple(range(1, 1 + axes)), tuple(range(axes))
-  return lax.dot_general(x, kernel, (contracted, ((), ())), precision)
+  out = lax.dot_general(_rows(x, axes), kernel, (contracted, ((), ())), precision)
+  return out.reshape(*kept, *kernel.shape[axes:])
+
+
+def _rows(x: jax.Array, axes: int) -> jax.Array:
+  """All but the last axes as one."""
+  return x.reshape(math.prod(x.shape[:x.ndim - axes]), *x.shape[x.ndim - axes:])
 
 
 _project = jax.custom_vjp(_multiply, nondiff_argnums=(2, 3))
@@ -43,9 +47,12 @@ def _backward(axes, precision, saved, grad):
   x, kernel = saved
   # Two products read the gradient. On CPUs each would compute again, with strides, what leads to it.
   grad = lax.platform_dependent(grad, cpu=lax.optimization_barrier, default=lambda grad: grad)
+  grad = _rows(grad, kernel.ndim - axes)
   features = tuple(range(1, grad.ndim)), tuple(range(axes, kernel.ndim))
-  return (lax.dot_general(grad, kernel, (features, ((), ())), precision),
-          lax.dot_general(x, grad, (((0,), (0,)), ((), ())), precision))
+  grad_x = lax.dot_general(grad, kernel, (features, ((), ())), precision)
+  # With all that is contracted in one axis x is read as it lies; else it would be turned around first.
+  grad_kernel = lax.dot_general(x.reshape(len(grad), -1), grad, (((0,), (0,)), ((), ())), precision)
+  return grad_x.reshape(x.shape), grad_kernel.reshape(kernel.shape)
 
 
 _project.defvjp(_forward, _backward)
