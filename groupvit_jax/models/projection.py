@@ -48,9 +48,10 @@ def _backward(axes, precision, saved, grad):
   # Two products read the gradient. On CPUs each would compute again, with strides, what leads to it.
   grad = lax.platform_dependent(grad, cpu=lax.optimization_barrier, default=lambda grad: grad)
   grad = _rows(grad, kernel.ndim - axes)
-  features = tuple(range(1, grad.ndim)), tuple(range(axes, kernel.ndim))
-  grad_x = lax.dot_general(grad, kernel, (features, ((), ())), precision)
-  # With all that is contracted in one axis x is read as it lies; else it would be turned around first.
+  # With all that x and the kernel share in one axis both are read as they lie; else they would be turned around first.
+  flat = kernel.reshape(-1, *kernel.shape[axes:])
+  features = tuple(range(1, grad.ndim))
+  grad_x = lax.dot_general(grad, flat, ((features, features), ((), ())), precision)
   grad_kernel = lax.dot_general(x.reshape(len(grad), -1), grad, (((0,), (0,)), ((), ())), precision)
   return grad_x.reshape(x.shape), grad_kernel.reshape(kernel.shape)
 
