@@ -24,9 +24,9 @@ from groupvit_jax.models.text_rows import pack
 from tests.tiny import tiny_config
 
 # Of one device's program: floating-point operations, bytes read and written, bytes of temporaries, arrays copied.
-RECORDED = {'flops': 16.84e6, 'bytes accessed': 12.78e6, 'temporaries': 756_976, 'copies': 322}
+RECORDED = {'flops': 16.76e6, 'bytes accessed': 12.01e6, 'temporaries': 722_928, 'copies': 313}
 # Before the compiler, the body of the loop for texts that do not fit counted once.
-RECORDED_OF_THE_PAPER = {'flops': 225.1e9, 'bytes accessed': 41.79e9}
+RECORDED_OF_THE_PAPER = {'flops': 225.0e9, 'bytes accessed': 42.01e9}
 TOLERANCE = 0.15  # versions of the compiler differ by less
 
 
