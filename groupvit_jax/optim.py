@@ -51,7 +51,13 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
 
   There each number is divided by the norm. A division is too dear for compilers for CPUs to do it twice, once for each
   moment; so they do it in a pass of its own, and write down what it gives.
+
+  Raises:
+    ValueError: `most`, `optim.clip_norm` of a config, is not positive.
   """
+  if not most > 0:
+    raise ValueError(f'optim.clip_norm={most} must be positive; inf clips nothing')
+
   def update(grads: object, state: optax.EmptyState, params: object = None) -> tuple[object, optax.EmptyState]:
     del params
     factor = jnp.minimum(1, most / optax.tree.norm(grads))

@@ -1,7 +1,5 @@
 """AdamW as the paper has it: what decays, how much is clipped, and when the rate is what."""
 
-import functools
-
 import flax.traverse_util
 import jax
 import ml_collections
@@ -51,12 +49,26 @@ def test_gradients_are_clipped_at_a_norm_of_five(norm, share):
     np.testing.assert_allclose(moment, 0.1 * share * grad, rtol=1e-5)
 
 
+@pytest.mark.parametrize('scale', [0.1, 0.0, 3.0, 1e9])
+def test_clipping_is_optaxs_but_for_rounding(scale):
+  """Below the norm bit for bit."""
+  grads = {'a': (scale * np.random.default_rng(0).normal(size=(3, 16))).astype('f'), 'b': np.ones(1, 'f')}
+  ours, theirs = (clip.update(grads, clip.init(grads))[0]
+                  for clip in (optim.clip_by_global_norm(5.0), optax.clip_by_global_norm(5.0)))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7 if scale > 1 else 0), ours, theirs)
+
+
+@pytest.mark.parametrize('norm', [0.0, -1.0, float('nan')])
+def test_a_norm_to_clip_at_is_positive(norm):
+  with pytest.raises(ValueError, match=f'optim.clip_norm={norm} must be positive'):
+    optim.build_optimizer(ml_collections.ConfigDict(dict(CONFIG, clip_norm=norm)), optax.constant_schedule(0.1))
+
+
 def test_finite_updates_are_those_of_optax_and_others_leave_the_state():
-  """Those of clipping and `optax.adamw` but for rounding, with their state, as if other steps had not been."""
-  same = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+  """Those of `optax.adamw` after clipping, bit for bit, with their state, as if other steps had not been."""
   schedule = optim.build_schedule(CONFIG, total_steps=6, batch_size=4096)
   theirs = optax.chain(
-      optax.clip_by_global_norm(5.0), optax.adamw(schedule, weight_decay=0.05, mask=optim.decay_mask))
+      optim.clip_by_global_norm(5.0), optax.adamw(schedule, weight_decay=0.05, mask=optim.decay_mask))
   ours, rng = optim.build_optimizer(CONFIG, schedule), np.random.default_rng(0)
   params = {'kernel': rng.normal(size=(3, 16)).astype('f'), 'norm': {'scale': np.ones(3, 'f')}}
   states = [ours.init(params), theirs.init(params)]
@@ -65,9 +77,9 @@ def test_finite_updates_are_those_of_optax_and_others_leave_the_state():
     found, state = ours.update(grads, states[0], params, finite=np.isfinite(scale))
     if np.isfinite(scale):
       expected, states[1] = theirs.update(grads, states[1], params)
-      jax.tree.map(same, found, expected)
+      jax.tree.map(np.testing.assert_array_equal, found, expected)
     states[0] = state
-    jax.tree.map(same, *states)
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 def test_rates_scale_with_the_batch_and_can_be_had_all_at_once():
