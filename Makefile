@@ -20,6 +20,7 @@ test-long: $(VENV)/test
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 
 $(VENV)/run: requirements.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v < (3, 11) and sys.exit("error: $(PYTHON) is Python %d.%d; \

@@ -1,8 +1,8 @@
 """Scores a trained run on its held-out scenes or on a benchmark, or segments anyone's pictures with it.
 
-  python eval.py --workdir=runs/quickstart --output=runs/quickstart/eval
-  python eval.py --workdir=runs/groupvit --benchmark=voc21 --data_dir=data --output=out
-  python eval.py --workdir=runs/quickstart --images='*.png' --classes='dog,banana,grass' --output=out
+python eval.py --workdir=runs/quickstart --output=runs/quickstart/eval
+python eval.py --workdir=runs/groupvit --benchmark=voc21 --data_dir=data --output=out
+python eval.py --workdir=runs/quickstart --images='*.png' --classes='dog,banana,grass' --output=out
 """
 
 import json
@@ -19,20 +19,28 @@ OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Also accept an --output that 
 IMAGES = flags.DEFINE_string('images', None, "Pictures to segment: a path or a pattern, as in '*.png'.")
 CLASSES = flags.DEFINE_string('classes', None, "Words to look for in --images: 'dog|puppy,banana,grass'.")
 PROTOCOL = flags.DEFINE_string(
-    'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published figure, or native.')
-WEIGHTS = flags.DEFINE_enum('weights', 'best', ['best', 'ema', 'trained'],
-                            'best: the moving average, where the run keeps one.')
-CHANGES = {name: flags.DEFINE_string(f'protocol.{name}', None, 'Changes that part of the protocol.')
-           for name in protocols.PARAMETERS}
+  'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published figure, or native.'
+)
+WEIGHTS = flags.DEFINE_enum(
+  'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'
+)
+CHANGES = {
+  name: flags.DEFINE_string(f'protocol.{name}', None, 'Changes that part of the protocol.')
+  for name in protocols.PARAMETERS
+}
 CLUSTER = cluster.define_flags()
 BENCHMARK = flags.DEFINE_string(
-    'benchmark', None, 'voc21, voc20, context60, context59, coco_object, coco_stuff, ade20k, cityscapes, folder, '
-    "imagenet or scenes (the run's own, held out for testing; the default): see docs/evaluation.md.")
+  'benchmark',
+  None,
+  'voc21, voc20, context60, context59, coco_object, coco_stuff, ade20k, cityscapes, folder, '
+  "imagenet or scenes (the run's own, held out for testing; the default): see docs/evaluation.md.",
+)
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the benchmark's data set is; of --benchmark=folder the folder.")
 NUM_PICTURES = flags.DEFINE_integer('num_pictures', 0, 'So many of the benchmark, spread evenly; 0 for all.')
 THRESHOLDS = flags.DEFINE_string('thresholds', '', 'Background thresholds to count along: 0.05:0.95:0.05 or 0.3,0.5.')
 CHECKPOINT = flags.DEFINE_enum(
-    'checkpoint', 'newest', ['newest', 'best'], 'Which one of --workdir; best is the one that scored best in training.')
+  'checkpoint', 'newest', ['newest', 'best'], 'Which one of --workdir; best is the one that scored best in training.'
+)
 MASKS = flags.DEFINE_bool('masks', False, 'Write every label map of the benchmark as an indexed PNG.')
 REPORT = flags.DEFINE_string('report', None, 'A page for people about the benchmark: out/report.html.')
 flags.mark_flag_as_required('workdir')
@@ -44,18 +52,30 @@ def main() -> int:
     return cli.fail(mistake)
   from groupvit_jax import distributed  # after the flags: a mistake there should not wait for JAX to load
   from groupvit_jax.evals import request, run_benchmark, run_eval
-  options = dict(output=OUTPUT.value, overwrite=OVERWRITE.value, protocol=PROTOCOL.value, checkpoint=CHECKPOINT.value,
-                 weights=WEIGHTS.value,
-                 changes={key: flag.value for key, flag in CHANGES.items() if flag.value is not None})
+
+  options = dict(
+    output=OUTPUT.value,
+    overwrite=OVERWRITE.value,
+    protocol=PROTOCOL.value,
+    checkpoint=CHECKPOINT.value,
+    weights=WEIGHTS.value,
+    changes={key: flag.value for key, flag in CHANGES.items() if flag.value is not None},
+  )
   if IMAGES.value is None:
-    options |= dict(benchmark=BENCHMARK.value or request.SCENES, data_dir=DATA_DIR.value,
-                    num_pictures=NUM_PICTURES.value, thresholds=THRESHOLDS.value, masks=MASKS.value,
-                    report=REPORT.value)
+    options |= dict(
+      benchmark=BENCHMARK.value or request.SCENES,
+      data_dir=DATA_DIR.value,
+      num_pictures=NUM_PICTURES.value,
+      thresholds=THRESHOLDS.value,
+      masks=MASKS.value,
+      report=REPORT.value,
+    )
     evaluate = lambda: run_benchmark.evaluate_benchmark(WORKDIR.value, request.Request(**options))
   else:
     options['protocol'] = PROTOCOL.value or protocols.NATIVE
     evaluate = lambda: run_eval.label_pictures(
-        WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options)
+      WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options
+    )
   facts = {'workdir': WORKDIR.value, 'request': json.dumps(options)}
   return distributed.run(CLUSTER(), facts, evaluate, saves=False)
 

@@ -9,19 +9,22 @@ from groupvit_jax import cluster
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Checkpoints, logs and pictures go here; a run in it is resumed.')
 PROGRAMS = flags.DEFINE_string(
-  'programs', 'WORKDIR/programs', "Compiled programs are kept here, for restarts; '' keeps none.")
+  'programs', 'WORKDIR/programs', "Compiled programs are kept here, for restarts; '' keeps none."
+)
 CLUSTER = cluster.define_flags()
 flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main() -> int:
   from groupvit_jax import distributed  # after the flags: a mistake should not wait for JAX
+
   facts = {'workdir': WORKDIR.value, 'config': CONFIG.value.to_json()}
   return distributed.run(CLUSTER(), facts, start, saves=not CONFIG.value.dry_run)
 
 
 def start() -> int:
   from groupvit_jax import compiled_programs, dry_run, train_loop, workdir
+
   workdir.check_place(WORKDIR.value)
   with workdir.complete_config('the config', 'give it one; configs/quickstart.py shows what every config has'):
     if CONFIG.value.dry_run:

@@ -50,8 +50,10 @@ class Variant(NamedTuple):
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 STEPS = flags.DEFINE_integer('steps', 0, 'Timed steps of each variant; 0 runs none.')
 VARIANTS = flags.DEFINE_list(
-  'variants', ['1:none', '2:none', '8:none', '1:dots', '1:dots:loop', '1:blocks', '8:blocks'],
-  'Micro-batches, policy, and `loop` for a loop over blocks.')
+  'variants',
+  ['1:none', '2:none', '8:none', '1:dots', '1:dots:loop', '1:blocks', '8:blocks'],
+  'Micro-batches, policy, and `loop` for a loop over blocks.',
+)
 flags.mark_flag_as_required('config')
 
 
@@ -61,8 +63,10 @@ def main(_) -> None:
   mesh = sharding.make_mesh(**config.mesh)
   batch = _batch(config, mesh)
   forward = _forward_flops(config, batch)
-  print(f'batch {config.batch_size} on {mesh.size} x {mesh.devices.flat[0].device_kind}, JAX {jax.__version__}; '
-        f'one forward pass of the towers: {forward / 1e9:.2f} GFLOP\n')
+  print(
+    f'batch {config.batch_size} on {mesh.size} x {mesh.devices.flat[0].device_kind}, JAX {jax.__version__}; '
+    f'one forward pass of the towers: {forward / 1e9:.2f} GFLOP\n'
+  )
   variants, rows, base = list(map(Variant.parse, VARIANTS.value)), [], None
   compiled = []
   for variant in variants:
@@ -73,19 +77,24 @@ def main(_) -> None:
     compiled.append(step.lower(state, batch).compile())
     seconds = time.perf_counter() - started
     temporaries = compiled[-1].memory_analysis().temp_size_in_bytes / 2**20
-    rows.append(f'{variant.micro_batches} | {variant.remat} | {"loop" if variant.scan_layers else "unrolled"} | '
-                f'{flops / 1e9:.2f} | {(flops - base) / forward:.2f} | {temporaries:,.0f} | {seconds:.0f}')
+    rows.append(
+      f'{variant.micro_batches} | {variant.remat} | {"loop" if variant.scan_layers else "unrolled"} | '
+      f'{flops / 1e9:.2f} | {(flops - base) / forward:.2f} | {temporaries:,.0f} | {seconds:.0f}'
+    )
   times = _time(compiled, config, mesh, batch) if STEPS.value else [''] * len(rows)
-  print('| micro-batches | remat | blocks | GFLOP a step | extra tower forwards | temporaries, MiB a device '
-        '| compiled in, s | ms a step |\n|--:|:--|:--|--:|--:|--:|--:|--:|')
+  print(
+    '| micro-batches | remat | blocks | GFLOP a step | extra tower forwards | temporaries, MiB a device '
+    '| compiled in, s | ms a step |\n|--:|:--|:--|--:|--:|--:|--:|--:|'
+  )
   for row, found in zip(rows, times):
     print(f'| {row} | {found} |')
 
 
 def _model(config: ml_collections.ConfigDict, variant: Variant | None = None) -> ImageTextModel:
   options = {} if variant is None else dict(remat=variant.remat, scan_layers=variant.scan_layers)
-  return build_model(config.model, vocab_size=config.tokenizer.vocab_size, eos_id=1,
-                     multi_label=config.data.num_prompts > 0, **options)
+  return build_model(
+    config.model, vocab_size=config.tokenizer.vocab_size, eos_id=1, multi_label=config.data.num_prompts > 0, **options
+  )
 
 
 def _batch(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
@@ -100,10 +109,10 @@ def _forward_flops(config: ml_collections.ConfigDict, batch: dict[str, jax.Array
   model, texts = _model(config), batch['tokens'].reshape(-1, batch['tokens'].shape[-1])
   apply = lambda params: (
     model.apply({'params': params}, train_step.normalize_images(batch['image']), method='vision_features'),
-    model.apply({'params': params}, one_a_row(texts, 1), method='text_features'))
+    model.apply({'params': params}, one_a_row(texts, 1), method='text_features'),
+  )
   one = lambda name, dtype: jnp.zeros((1, *batch[name].shape[1:]), dtype)
-  shapes = jax.eval_shape(
-    lambda: model.init(jax.random.key(0), one('image', jnp.float32), one('tokens', jnp.int32)))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), one('image', jnp.float32), one('tokens', jnp.int32)))
   return matmul_flops(jax.make_jaxpr(apply)(shapes['params']).jaxpr)
 
 
@@ -111,8 +120,9 @@ def _optimizer(config: ml_collections.ConfigDict):
   return optim.build_optimizer(config.optim, optim.build_schedule(config.optim, config.total_steps, config.batch_size))
 
 
-def _step(config: ml_collections.ConfigDict, variant: Variant,
-          mesh: jax.sharding.Mesh) -> tuple[Callable, train_state.TrainState]:
+def _step(
+  config: ml_collections.ConfigDict, variant: Variant, mesh: jax.sharding.Mesh
+) -> tuple[Callable, train_state.TrainState]:
   """A training step with the attention that suits the hardware, and the shapes of its state."""
   model, tx = _model(config, variant), _optimizer(config)
   choice = choose_attention(model.vision, config.batch_size // variant.micro_batches, mesh, train=True)
@@ -120,15 +130,25 @@ def _step(config: ml_collections.ConfigDict, variant: Variant,
   text_shape = 1 + config.data.num_prompts, config.model.text.context_length
   state = train_state.abstract_state(model, tx, text_shape, mesh)
   step = functools.partial(
-    train_step.train_step, model=model, tx=tx, multi_label_weight=config.multi_label_weight,
-    grad_accum_steps=variant.micro_batches, text_budget=config.text_budget,
-    random_erasing=build_random_erasing(config.data.augment), place=sharding.batch_sharding(mesh))
+    train_step.train_step,
+    model=model,
+    tx=tx,
+    multi_label_weight=config.multi_label_weight,
+    grad_accum_steps=variant.micro_batches,
+    text_budget=config.text_budget,
+    random_erasing=build_random_erasing(config.data.augment),
+    place=sharding.batch_sharding(mesh),
+  )
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
   return jax.jit(step, donate_argnums=0, out_shardings=(places, None)), state
 
 
-def _time(compiled: list[jax.stages.Compiled], config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh,
-          batch: dict[str, jax.Array]) -> list[str]:
+def _time(
+  compiled: list[jax.stages.Compiled],
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+  batch: dict[str, jax.Array],
+) -> list[str]:
   """Medians in ms, each with the range of its rounds; variants take turns."""
   # Variables are drawn on a CPU: compiling that for a GPU takes a minute.
   cpu = sharding.make_mesh(devices=jax.devices('cpu')[:1])

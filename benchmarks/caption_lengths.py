@@ -31,8 +31,9 @@ def draw_lengths(images: int, prompts: int, context_length: int, seed: int = 0) 
   spread = np.sqrt(np.log1p((WORDS_STD / WORDS_MEAN) ** 2))
   words = np.maximum(rng.lognormal(np.log(WORDS_MEAN) - spread**2 / 2, spread, (images, 1)), 1)
   captions = 2 + np.ceil(TOKENS_A_WORD * words)
-  templates = np.array([len(text.replace('{}', '').replace('.', ' .').split())
-                        for text in text_ops.template_set('full')])
+  templates = np.array(
+    [len(text.replace('{}', '').replace('.', ' .').split()) for text in text_ops.template_set('full')]
+  )
   nouns = 1 + rng.choice(len(NOUN_TOKENS), (images, prompts), p=NOUN_TOKENS)
   prompted = 2 + templates[rng.integers(len(templates), size=(images, prompts))] + nouns
   has_noun = np.arange(prompts)[None] < np.floor(TAGGED_SHARE * words)

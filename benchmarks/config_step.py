@@ -45,18 +45,23 @@ def main(_) -> None:
   alone = statistics.median(timed(lambda: batch) for _ in range(STEPS.value))
   fed = statistics.median(timed(lambda: next(batches)) for _ in range(STEPS.value))
   cost, memory = step.cost_analysis(), step.memory_analysis()
-  print(json.dumps({
-      'jax': jax.__version__,
-      'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
-      'batch_size': config.batch_size,
-      'compile_s': round(compile_s, 2),
-      'step_ms': round(1e3 * alone, 2),
-      'steps_per_s': round(1 / alone, 2),
-      'images_per_s': round(config.batch_size / alone, 1),
-      'images_per_s_with_input': round(config.batch_size / fed, 1),
-      'gflop_per_step': round(cost['flops'] / 1e9, 3),
-      'temporaries_mb': round(memory.temp_size_in_bytes / 2**20, 1),
-  }, indent=2))
+  print(
+    json.dumps(
+      {
+        'jax': jax.__version__,
+        'devices': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+        'batch_size': config.batch_size,
+        'compile_s': round(compile_s, 2),
+        'step_ms': round(1e3 * alone, 2),
+        'steps_per_s': round(1 / alone, 2),
+        'images_per_s': round(config.batch_size / alone, 1),
+        'images_per_s_with_input': round(config.batch_size / fed, 1),
+        'gflop_per_step': round(cost['flops'] / 1e9, 3),
+        'temporaries_mb': round(memory.temp_size_in_bytes / 2**20, 1),
+      },
+      indent=2,
+    )
+  )
 
 
 def _to_devices(batch: dict[str, np.ndarray], *, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

@@ -19,13 +19,25 @@ import time
 
 from benchmarks import rounds, speed, trace_summary
 
-COMMON = dict(device='gpu', dtype='bfloat16', rounds=7, steps=10, one_core=False, remat='none', text_budget=64,
-              size=224, trace=None, hold=True, peer_modes=['eager', 'torch.compile'])
+COMMON = dict(
+  device='gpu',
+  dtype='bfloat16',
+  rounds=7,
+  steps=10,
+  one_core=False,
+  remat='none',
+  text_budget=64,
+  size=224,
+  trace=None,
+  hold=True,
+  peer_modes=['eager', 'torch.compile'],
+)
 PLANS = {
-    'windows': ('windows', dict(batch=64, size=448)),
-    'inference': ('encode', dict(batch=256)),
-    'train_256': ('train', dict(batch=256)),
-    'train_1024': ('train', dict(batch=1024, steps=5, peer_modes=[]))}
+  'windows': ('windows', dict(batch=64, size=448)),
+  'inference': ('encode', dict(batch=256)),
+  'train_256': ('train', dict(batch=256)),
+  'train_1024': ('train', dict(batch=1024, steps=5, peer_modes=[])),
+}
 TRACED = 'train_1024'  # the last to start
 
 
@@ -40,8 +52,11 @@ def main() -> None:
   deadline, load = time.monotonic() + args.seconds, os.getloadavg()[0]
   os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'  # processes share the memory
   trace = tempfile.mkdtemp()
-  plans = {name: (work, argparse.Namespace(**COMMON | options)) for name, (work, options) in PLANS.items()
-           if name in args.plans}
+  plans = {
+    name: (work, argparse.Namespace(**COMMON | options))
+    for name, (work, options) in PLANS.items()
+    if name in args.plans
+  }
   found = {name: speed.Found({}, {}, {}, {}) for name in plans}
   for name, (work, options) in plans.items():
     if 'eager' in options.peer_modes:
@@ -50,8 +65,9 @@ def main() -> None:
   for name, (work, options) in plans.items():
     if name == TRACED:
       options.trace, os.environ['XLA_FLAGS'] = trace, '--xla_gpu_enable_command_buffer='  # whose kernels have no names
-    started[name] = {side: speed.start(work, options, side, wait=False)
-                     for side in ['ours', *options.peer_modes] if side != 'eager'}
+    started[name] = {
+      side: speed.start(work, options, side, wait=False) for side in ['ours', *options.peer_modes] if side != 'eager'
+    }
   for name, (work, options) in plans.items():
     take_turns(found[name], started[name], work, options, deadline)
     if 'ours' in found[name].facts:
@@ -59,12 +75,15 @@ def main() -> None:
       (args.folder / f'{name}.json').write_text(text, encoding='utf-8')
       print(name, speed.report(work, options, found[name], load)['pictures_per_s'], flush=True)
   if (pathlib.Path(trace) / 'program.txt').exists():
-    subprocess.run([sys.executable, '-m', trace_summary.__name__, trace, '--steps=3',
-                    f'--json={args.folder}/trace_1024.json'], check=False)
+    subprocess.run(
+      [sys.executable, '-m', trace_summary.__name__, trace, '--steps=3', f'--json={args.folder}/trace_1024.json'],
+      check=False,
+    )
 
 
-def take_turns(found: speed.Found, sides: dict[str, rounds.Side], work: str, options: argparse.Namespace,
-               deadline: float) -> None:
+def take_turns(
+  found: speed.Found, sides: dict[str, rounds.Side], work: str, options: argparse.Namespace, deadline: float
+) -> None:
   """Rounds of those sides that are ready in time, and have not ended."""
   ready = {}
   for name, side in sides.items():

@@ -54,6 +54,7 @@ def needs(remat: str, batch: int) -> dict[str, float]:
   """What a step needs of a device."""
   from configs import groupvit_vits16_gcc_yfcc  # after the platform is chosen
   from groupvit_jax.aot import chips, step
+
   config = groupvit_vits16_gcc_yfcc.get_config('1gpu')
   config.batch_size, config.grad_accum_steps, config.remat = batch, 1, remat
   topology = chips.find_topology('v5p:1x1x1')

@@ -36,9 +36,7 @@ def temporaries_mb(loss: Callable, batch: int, place: NamedSharding) -> float:
     shape((batch, 1 + PROMPTS, WIDTH), sharding=place),
     shape((2,), sharding=NamedSharding(place.mesh, PartitionSpec())),
   )
-  step = jax.jit(
-    jax.value_and_grad(total, argnums=(0, 1, 2)), out_shardings=(None, (place, place, None))
-  )
+  step = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), out_shardings=(None, (place, place, None)))
   return step.lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
@@ -46,13 +44,9 @@ def main() -> None:
   """One line of a table per batch size."""
   place = sharding.batch_sharding(sharding.make_mesh())
   streamed = functools.partial(losses.multi_label_loss, place=place)
-  print(
-    '| batch | of a device | streamed, MiB a device | one matrix, MiB a device |\n|--:|--:|--:|--:|'
-  )
+  print('| batch | of a device | streamed, MiB a device | one matrix, MiB a device |\n|--:|--:|--:|--:|')
   for batch in BATCH_SIZES:
-    ours, plain = (
-      temporaries_mb(loss, batch, place) for loss in (streamed, plain_losses.multi_label_loss)
-    )
+    ours, plain = (temporaries_mb(loss, batch, place) for loss in (streamed, plain_losses.multi_label_loss))
     print(f'| {batch:,} | {batch // place.mesh.size:,} | {ours:,.0f} | {plain:,.0f} |', flush=True)
 
 

@@ -67,10 +67,12 @@ def encode_windows(model: ml_collections.ConfigDict, batch: int, size: int) -> f
   """Embeddings of square windows and of their segments; finding each pixel's segment is left out."""
   segments = [count for groups, count in zip(model.vision.num_group_tokens, model.vision.num_segments) if groups][-1]
   return encode_images(model, batch, size) + batch * segments * projector(
-      model.vision.width, model.projector_dim, model.embed_dim)
+    model.vision.width, model.projector_dim, model.embed_dim
+  )
 
 
 def encode_images(model: ml_collections.ConfigDict, batch: int, size: int) -> float:
   """Embeddings of square pictures."""
-  return batch * (image_tower(model.vision, size, size)
-                  + projector(model.vision.width, model.projector_dim, model.embed_dim))
+  return batch * (
+    image_tower(model.vision, size, size) + projector(model.vision.width, model.projector_dim, model.embed_dim)
+  )

@@ -71,8 +71,18 @@ def make_evaluate(folder: pathlib.Path, config: str, dtype: str, mesh: jax.shard
 
   def evaluate(source: semantic_seg.LabelledSource, **options: Any) -> int:
     return semantic_seg.evaluate(
-        model, variables, source, voc_pictures.text_embeds(), find_benchmark('voc21'), protocols.GROUPVIT,
-        batch_size=batch_size, mesh=mesh, num_threads=windows.decode_threads(), **options).num_images
+      model,
+      variables,
+      source,
+      voc_pictures.text_embeds(),
+      find_benchmark('voc21'),
+      protocols.GROUPVIT,
+      batch_size=batch_size,
+      mesh=mesh,
+      num_threads=windows.decode_threads(),
+      **options,
+    ).num_images
+
   return evaluate
 
 
@@ -102,11 +112,14 @@ def main() -> None:
       product()
     return number
 
-  facts = {'jax': jax.__version__, 'devices': mesh.size, 'kind': jax.devices()[0].device_kind,
-           'windows_a_batch': evaluator.windows_per_batch(mesh, voc_pictures.WINDOW),
-           'product_flop': our_model.SQUARES[jax.default_backend()].flops}
-  works = {'labels': lambda number: evaluate(Pictures(number), oracle=False), 'as_eval_py': whole,
-           'multiply': multiply}
+  facts = {
+    'jax': jax.__version__,
+    'devices': mesh.size,
+    'kind': jax.devices()[0].device_kind,
+    'windows_a_batch': evaluator.windows_per_batch(mesh, voc_pictures.WINDOW),
+    'product_flop': our_model.SQUARES[jax.default_backend()].flops,
+  }
+  works = {'labels': lambda number: evaluate(Pictures(number), oracle=False), 'as_eval_py': whole, 'multiply': multiply}
   rounds.serve(facts, works, our_model.device_peak_mb)
 
 

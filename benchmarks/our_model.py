@@ -50,8 +50,9 @@ class Work(NamedTuple):
   compiled: jax.stages.Compiled
 
 
-def make_config(batch: int, dtype: str, text_budget: int, size: int = 224,
-                remat: str = 'none') -> ml_collections.ConfigDict:
+def make_config(
+  batch: int, dtype: str, text_budget: int, size: int = 224, remat: str = 'none'
+) -> ml_collections.ConfigDict:
   """The paper's experiment, everything kept for the backward pass unless told otherwise."""
   config = groupvit_vits16_gcc_yfcc.get_config()
   config.batch_size, config.remat, config.text_budget = batch, remat, text_budget
@@ -59,40 +60,55 @@ def make_config(batch: int, dtype: str, text_budget: int, size: int = 224,
   return config
 
 
-def build_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> tuple[
-    Callable, optax.GradientTransformation]:
+def build_step(
+  config: ml_collections.ConfigDict, model: ImageTextModel
+) -> tuple[Callable, optax.GradientTransformation]:
   """The training step, not compiled, and its optimiser."""
-  tx = optim.build_optimizer(
-      config.optim, optim.build_schedule(config.optim, config.total_steps, config.batch_size))
+  tx = optim.build_optimizer(config.optim, optim.build_schedule(config.optim, config.total_steps, config.batch_size))
   step = functools.partial(
-      train_step.train_step, model=model, tx=tx, multi_label_weight=config.multi_label_weight,
-      grad_accum_steps=config.grad_accum_steps, text_budget=config.text_budget,
-      random_erasing=build_random_erasing(config.data.augment), place=sharding.batch_sharding(one_device()))
+    train_step.train_step,
+    model=model,
+    tx=tx,
+    multi_label_weight=config.multi_label_weight,
+    grad_accum_steps=config.grad_accum_steps,
+    text_budget=config.text_budget,
+    random_erasing=build_random_erasing(config.data.augment),
+    place=sharding.batch_sharding(one_device()),
+  )
   return jax.jit(step, donate_argnums=0), tx
 
 
-def abstract_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> tuple[
-    Callable, train_state.TrainState, dict[str, jax.ShapeDtypeStruct]]:
+def abstract_step(
+  config: ml_collections.ConfigDict, model: ImageTextModel
+) -> tuple[Callable, train_state.TrainState, dict[str, jax.ShapeDtypeStruct]]:
   """The training step, and the shapes of what it takes: a state and a batch."""
   step, tx = build_step(config, model)
   texts = 1 + config.data.num_prompts, CONTEXT
   array = lambda *shape, dtype: jax.ShapeDtypeStruct(
-      (config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(one_device()))
-  return step, train_state.abstract_state(model, tx, texts, one_device()), {
-      'image': array(*config.model.vision.image_size, 3, dtype=jnp.uint8), 'tokens': array(*texts, dtype=jnp.int32)}
+    (config.batch_size, *shape), dtype, sharding=sharding.batch_sharding(one_device())
+  )
+  return (
+    step,
+    train_state.abstract_state(model, tx, texts, one_device()),
+    {'image': array(*config.model.vision.image_size, 3, dtype=jnp.uint8), 'tokens': array(*texts, dtype=jnp.int32)},
+  )
 
 
-def make_step(config: ml_collections.ConfigDict, model: ImageTextModel) -> tuple[
-    Callable, train_state.TrainState, list[dict[str, jax.Array]]]:
+def make_step(
+  config: ml_collections.ConfigDict, model: ImageTextModel
+) -> tuple[Callable, train_state.TrainState, list[dict[str, jax.Array]]]:
   """The training step with a state and batches, whose texts differ."""
   prompts, place = config.data.num_prompts, sharding.batch_sharding(one_device())
   step, tx = build_step(config, model)
   state = train_state.init_state(plain(model), tx, 0, (1 + prompts, CONTEXT), a_cpu())
   images = jax.device_put(draw_images(config.batch_size, *config.model.vision.image_size), place)
   batches = [
-      {'image': images, 'tokens': jax.device_put(
-          caption_lengths.draw_tokens(config.batch_size, prompts, CONTEXT, VOCAB, seed), place)}
-      for seed in range(caption_lengths.BATCHES)]
+    {
+      'image': images,
+      'tokens': jax.device_put(caption_lengths.draw_tokens(config.batch_size, prompts, CONTEXT, VOCAB, seed), place),
+    }
+    for seed in range(caption_lengths.BATCHES)
+  ]
   return step, jax.device_put(state, sharding.replicated(one_device())), batches
 
 
@@ -132,13 +148,18 @@ def train(args: argparse.Namespace) -> Work:
   step, state, batches = make_step(config, model)
   compiled, seconds = compile_timed(step, state, batches[0])
   batches = itertools.cycle(batches)
-  facts |= {'compile_s': seconds, 'temporaries_mb': compiled.memory_analysis().temp_size_in_bytes / 2**20,
-            'remat': args.remat, 'text_budget': args.text_budget}
+  facts |= {
+    'compile_s': seconds,
+    'temporaries_mb': compiled.memory_analysis().temp_size_in_bytes / 2**20,
+    'remat': args.remat,
+    'text_budget': args.text_budget,
+  }
 
   def dispatch() -> object:
     nonlocal state
     state, figures = compiled(state, next(batches))
     return figures
+
   return Work(facts, dispatch, compiled)
 
 
@@ -147,9 +168,9 @@ def encode(args: argparse.Namespace) -> Work:
   model, facts = make_model(args, 224)
   variables = init_variables(model)
   images = jax.device_put(
-      train_step.normalize_images(draw_images(args.batch, args.size, args.size)), sharding.batch_sharding(one_device()))
-  compiled, seconds = compile_timed(
-      jax.jit(functools.partial(model.apply, method='encode_image')), variables, images)
+    train_step.normalize_images(draw_images(args.batch, args.size, args.size)), sharding.batch_sharding(one_device())
+  )
+  compiled, seconds = compile_timed(jax.jit(functools.partial(model.apply, method='encode_image')), variables, images)
   return Work(facts | {'compile_s': seconds}, lambda: compiled(variables, images), compiled)
 
 
@@ -158,8 +179,7 @@ def windows(args: argparse.Namespace) -> Work:
   model, facts = make_model(args, 224)
   place = sharding.batch_sharding(one_device())
   variables = init_variables(model)
-  pixels, mask = jax.device_put(
-      (draw_images(args.batch, args.size, args.size), np.ones(args.batch, np.int32)), place)
+  pixels, mask = jax.device_put((draw_images(args.batch, args.size, args.size), np.ones(args.batch, np.int32)), place)
   encode_windows = functools.partial(window_encoder.encode_windows.lower, model=model, mesh=one_device())
   started = time.perf_counter()
   compiled = encode_windows(variables, pixels, mask).compile()
@@ -249,11 +269,13 @@ def main() -> None:
     steps = -(-pictures // args.batch)
     repeat(work.dispatch, steps)
     return steps * args.batch
+
   device, square = jax.devices()[0], SQUARES[args.device]
   rounds.serve(
-      work.facts | {'first_s': first, 'jax': jax.__version__, 'device': device.device_kind,
-                    'product_flop': square.flops},
-      {args.work: timed, 'multiply': multiplied}, device_peak_mb)
+    work.facts | {'first_s': first, 'jax': jax.__version__, 'device': device.device_kind, 'product_flop': square.flops},
+    {args.work: timed, 'multiply': multiplied},
+    device_peak_mb,
+  )
 
 
 if __name__ == '__main__':

@@ -23,8 +23,7 @@ from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer  # noqa: E402
 from groupvit_jax.data.webdataset import open_webdataset, WebDataset  # noqa: E402
 
 BATCH, LENGTH, PROMPTS = 64, 77, 3
-PLAIN = Augment((224, 224), (0.08, 1.0), (3 / 4, 4 / 3), flip=0.5, rand_augment=None, min_side=16,
-                max_pixels=10**8)
+PLAIN = Augment((224, 224), (0.08, 1.0), (3 / 4, 4 / 3), flip=0.5, rand_augment=None, min_side=16, max_pixels=10**8)
 FULL = dataclasses.replace(PLAIN, rand_augment=RandAugment(2, 0.5, 9.0, 0.5))
 
 
@@ -32,8 +31,17 @@ def examples(source: WebDataset, tokenizer: Tokenizer, augment: Augment) -> pipe
   """An endless run over the shards."""
   mixture = Mixture((DataSet('benchmark', source, source.index.digest, len(source.shards), 0.0),))
   return pipeline.Examples(
-      mixture, augment, tokenizer, seed=0, batch_size=BATCH, num_prompts=PROMPTS,
-      text_length=LENGTH, first_batch=0, num_batches=10**6, rows=range(BATCH))
+    mixture,
+    augment,
+    tokenizer,
+    seed=0,
+    batch_size=BATCH,
+    num_prompts=PROMPTS,
+    text_length=LENGTH,
+    first_batch=0,
+    num_batches=10**6,
+    rows=range(BATCH),
+  )
 
 
 def main() -> None:
@@ -47,15 +55,21 @@ def main() -> None:
   tokenizer = build_tokenizer(args.tokenizer)
 
   def whole(augment: Augment) -> Callable[[int], int]:
-    batches = pipeline.iterate(examples(source, tokenizer, augment), num_threads=0,
-                               num_workers=args.workers, prefetch_batches=2)
+    batches = pipeline.iterate(
+      examples(source, tokenizer, augment), num_threads=0, num_workers=args.workers, prefetch_batches=2
+    )
     return lambda count: sum(len(next(batches)['image']) for _ in range(-(-count // BATCH)))
 
   works = {'full': whole(FULL), 'plain': whole(PLAIN)} | _pictures(source)
   stages = _stages(source, tokenizer)
-  facts = {'opencv': cv2.__version__, 'simplejpeg': simplejpeg.__version__, 'jax': jax.__version__,
-           'pictures': len(source), 'stages': list(stages),
-           'mean_kb': sum(len(source[i]['image']) for i in range(128)) / 128e3}
+  facts = {
+    'opencv': cv2.__version__,
+    'simplejpeg': simplejpeg.__version__,
+    'jax': jax.__version__,
+    'pictures': len(source),
+    'stages': list(stages),
+    'mean_kb': sum(len(source[i]['image']) for i in range(128)) / 128e3,
+  }
   rounds.serve(facts, works | stages)
 
 
@@ -63,8 +77,10 @@ def _pictures(source: WebDataset) -> dict[str, Callable[[int], int]]:
   """Pictures alone: whole ones decoded by libjpeg-turbo, and crops and flips of ours."""
   data = [source[i]['image'] for i in range(512)]
   rng = np.random.default_rng(0)
-  return {'bare decode': over(data, lambda one: simplejpeg.decode_jpeg(one, 'RGB')),
-          'crop and flip': over(data, lambda one: PLAIN(one, rng, ''))}
+  return {
+    'bare decode': over(data, lambda one: simplejpeg.decode_jpeg(one, 'RGB')),
+    'crop and flip': over(data, lambda one: PLAIN(one, rng, '')),
+  }
 
 
 def _stages(source: WebDataset, tokenizer: Tokenizer) -> dict[str, Callable[[int], int]]:
@@ -75,8 +91,7 @@ def _stages(source: WebDataset, tokenizer: Tokenizer) -> dict[str, Callable[[int
   parts = [FULL.read_crop(record['image'], rng, '') for record in records]
   crops = [image_ops.resize_box(*part, FULL.size) for part in parts]
   texts = [[one, *text_ops.noun_prompts(one, PROMPTS, rng)] for one in captions]
-  rows = [{'image': crop, 'tokens': tokenizer.encode(text, LENGTH)}
-          for crop, text in zip(crops, texts)]
+  rows = [{'image': crop, 'tokens': tokenizer.encode(text, LENGTH)} for crop, text in zip(crops, texts)]
   mesh = sharding.make_mesh(data=1, fsdp=1, model=1)
   batch = _stack(rows[:BATCH])
 
@@ -86,16 +101,15 @@ def _stages(source: WebDataset, tokenizer: Tokenizer) -> dict[str, Callable[[int
     return count
 
   return {
-      'read': over(range(512), lambda i: source[i]),
-      'decode': over(records, lambda record: FULL.read_crop(record['image'], rng, '')),
-      'crop and resize': over(parts, lambda part: image_ops.resize_box(*part, FULL.size)),
-      'flip': over(crops, lambda crop: cv2.flip(crop, 1) if rng.random() < 0.5 else crop),
-      'RandAugment': over(crops, lambda crop: FULL.rand_augment(crop, rng)),
-      'tag': over(captions, lambda text: text_ops.noun_prompts(text, PROMPTS, rng)),
-      'tokenise': over(texts, lambda text: tokenizer.encode(text, LENGTH)),
-      'batch': lambda count: sum(
-          len(_stack(rows[i:i + BATCH])['image']) for i in range(0, count, BATCH)),
-      'transfer': transfer,
+    'read': over(range(512), lambda i: source[i]),
+    'decode': over(records, lambda record: FULL.read_crop(record['image'], rng, '')),
+    'crop and resize': over(parts, lambda part: image_ops.resize_box(*part, FULL.size)),
+    'flip': over(crops, lambda crop: cv2.flip(crop, 1) if rng.random() < 0.5 else crop),
+    'RandAugment': over(crops, lambda crop: FULL.rand_augment(crop, rng)),
+    'tag': over(captions, lambda text: text_ops.noun_prompts(text, PROMPTS, rng)),
+    'tokenise': over(texts, lambda text: tokenizer.encode(text, LENGTH)),
+    'batch': lambda count: sum(len(_stack(rows[i : i + BATCH])['image']) for i in range(0, count, BATCH)),
+    'transfer': transfer,
   }
 
 

@@ -48,8 +48,10 @@ def main() -> None:
 
   maps = {str(i): label(voc_pictures.picture(i)[0]) for i in range(4)}
   np.savez(folder / 'peer_maps.npz', **maps)
-  rounds.serve({'torch': torch.__version__, 'transformers': transformers.__version__,
-                'threads': torch.get_num_threads()}, {'labels': evaluate})
+  rounds.serve(
+    {'torch': torch.__version__, 'transformers': transformers.__version__, 'threads': torch.get_num_threads()},
+    {'labels': evaluate},
+  )
 
 
 def enlarge(model: transformers.GroupViTModel) -> transformers.GroupViTModel:
@@ -69,7 +71,7 @@ def enlarge(model: transformers.GroupViTModel) -> transformers.GroupViTModel:
 
 @torch.no_grad()
 def label_picture(
-    model: transformers.GroupViTModel, image: np.ndarray, text: torch.Tensor, dtype: torch.dtype
+  model: transformers.GroupViTModel, image: np.ndarray, text: torch.Tensor, dtype: torch.dtype
 ) -> np.ndarray:
   """Label map [H, W] of a picture uint8 [H, W, 3]."""
   side, stride = voc_pictures.WINDOW, voc_pictures.STRIDE
@@ -83,9 +85,9 @@ def label_picture(
   overlap = torch.zeros(1, 1, rows, columns, device=place)
   for top in _starts(rows, side, stride):
     for left in _starts(columns, side, stride):
-      window = resized[:, :, top:top + side, left:left + side]
-      scores[:, :, top:top + side, left:left + side] += _window_scores(model, window, text, dtype)
-      overlap[:, :, top:top + side, left:left + side] += 1
+      window = resized[:, :, top : top + side, left : left + side]
+      scores[:, :, top : top + side, left : left + side] += _window_scores(model, window, text, dtype)
+      overlap[:, :, top : top + side, left : left + side] += 1
   scores = functional.interpolate(scores / overlap, image.shape[:2], mode='bilinear', align_corners=False)
   return scores.argmax(dim=1)[0].cpu().numpy()
 
@@ -96,7 +98,7 @@ def _starts(length: int, side: int, stride: int) -> list[int]:
 
 
 def _window_scores(
-    model: transformers.GroupViTModel, window: torch.Tensor, text: torch.Tensor, dtype: torch.dtype
+  model: transformers.GroupViTModel, window: torch.Tensor, text: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
   """Scores [1, 1 + C, h, w] of a window, the background first."""
   with torch.autocast(window.device.type, dtype, enabled=dtype != torch.float32):

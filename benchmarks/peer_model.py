@@ -26,12 +26,29 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def make_model(size: int) -> transformers.GroupViTModel:
   """GroupViT-S/16, random weights, with positions for pictures of `size` pixels."""
   config = transformers.GroupViTConfig(
-      text_config=dict(vocab_size=VOCAB, hidden_size=256, intermediate_size=1024, num_hidden_layers=12,
-                       num_attention_heads=4, max_position_embeddings=CONTEXT, bos_token_id=0, eos_token_id=1,
-                       pad_token_id=1),
-      vision_config=dict(image_size=size, hidden_size=384, intermediate_size=1536, depths=[6, 3, 3],
-                         num_group_tokens=[64, 8, 0], num_output_groups=[64, 8, 0], num_attention_heads=6),
-      projection_dim=256, projection_intermediate_dim=4096)
+    text_config=dict(
+      vocab_size=VOCAB,
+      hidden_size=256,
+      intermediate_size=1024,
+      num_hidden_layers=12,
+      num_attention_heads=4,
+      max_position_embeddings=CONTEXT,
+      bos_token_id=0,
+      eos_token_id=1,
+      pad_token_id=1,
+    ),
+    vision_config=dict(
+      image_size=size,
+      hidden_size=384,
+      intermediate_size=1536,
+      depths=[6, 3, 3],
+      num_group_tokens=[64, 8, 0],
+      num_output_groups=[64, 8, 0],
+      num_attention_heads=6,
+    ),
+    projection_dim=256,
+    projection_intermediate_dim=4096,
+  )
   torch.manual_seed(0)
   return transformers.GroupViTModel(config)
 
@@ -63,6 +80,7 @@ def train(model: transformers.GroupViTModel, args: argparse.Namespace) -> Callab
     logits = model(input_ids=texts, pixel_values=images, attention_mask=mask).logits_per_text
     logits = logits.reshape(-1, 1 + PROMPTS, args.batch)
     return caption_loss(logits[:, 0]) + multi_label_loss(logits[:, 1:].reshape(-1, args.batch))
+
   loss = compiled(loss, args)
 
   def run() -> None:
@@ -71,6 +89,7 @@ def train(model: transformers.GroupViTModel, args: argparse.Namespace) -> Callab
       total = loss(images, flat, mask)
     total.backward()
     optimizer.step()
+
   return run
 
 
@@ -92,11 +111,13 @@ def windows(model: transformers.GroupViTModel, args: argparse.Namespace) -> Call
     maps = torch.nn.functional.interpolate(grid, (args.size, args.size), mode='bilinear', align_corners=False)
     segments = model.visual_projection(out.last_hidden_state.flatten(0, 1))
     return maps.argmax(dim=1).to(torch.uint8), segments, model.visual_projection(out.pooler_output)
+
   return inference(model, segment, pixels, args)
 
 
-def inference(model: transformers.GroupViTModel, apply: Callable, inputs: torch.Tensor,
-              args: argparse.Namespace) -> Callable[[], None]:
+def inference(
+  model: transformers.GroupViTModel, apply: Callable, inputs: torch.Tensor, args: argparse.Namespace
+) -> Callable[[], None]:
   """What applies something to its inputs once."""
   model.eval()
   apply = compiled(apply, args)
@@ -105,6 +126,7 @@ def inference(model: transformers.GroupViTModel, apply: Callable, inputs: torch.
   def run() -> None:
     with precision(args):
       apply(inputs)
+
   return run
 
 
@@ -156,10 +178,19 @@ def main() -> None:
       run()
     wait(args)
     return steps * args.batch
+
   on_gpu = args.device == 'cuda'
   peak_mb = (lambda: torch.cuda.max_memory_allocated() / 2**20) if on_gpu else rounds.process_peak_mb
-  rounds.serve({'torch': torch.__version__, 'transformers': transformers.__version__, 'first_s': first,
-                'threads': torch.get_num_threads()}, {args.work: work}, peak_mb)
+  rounds.serve(
+    {
+      'torch': torch.__version__,
+      'transformers': transformers.__version__,
+      'first_s': first,
+      'threads': torch.get_num_threads(),
+    },
+    {args.work: work},
+    peak_mb,
+  )
 
 
 if __name__ == '__main__':

@@ -37,8 +37,17 @@ BATCH, LENGTH, PROMPTS = 64, 77, 3
 def transform() -> Callable[[Image.Image], torch.Tensor]:
   """The paper's augmentation."""
   return create_transform(
-      224, is_training=True, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation='bilinear',
-      hflip=0.5, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.25, re_mode='pixel', re_count=1)
+    224,
+    is_training=True,
+    scale=(0.08, 1.0),
+    ratio=(3 / 4, 4 / 3),
+    interpolation='bilinear',
+    hflip=0.5,
+    auto_augment='rand-m9-mstd0.5-inc1',
+    re_prob=0.25,
+    re_mode='pixel',
+    re_count=1,
+  )
 
 
 def open_picture(data: bytes) -> Image.Image:
@@ -69,9 +78,12 @@ def main() -> None:
 
   # Newer Pillows refuse what timm asks of them at magnitude 10 (posterize to 0 bits): left out.
   batches = iter(
-      samples().decode('pil').to_tuple('jpg', 'txt')
-      .map_tuple(augment, tokens, handler=webdataset.ignore_and_continue)
-      .batched(BATCH, partial=False))
+    samples()
+    .decode('pil')
+    .to_tuple('jpg', 'txt')
+    .map_tuple(augment, tokens, handler=webdataset.ignore_and_continue)
+    .batched(BATCH, partial=False)
+  )
 
   def full(pictures: int) -> int:
     return sum(len(next(batches)[0]) for _ in range(-(-pictures // BATCH)))
@@ -83,15 +95,20 @@ def main() -> None:
   endless = iter(samples())
   read = lambda count: sum(1 for _ in itertools.islice(endless, count))
   stages = _stages(read, data, texts, augment, tokens)
-  facts = {'pillow': PIL.__version__, 'timm': timm.__version__, 'torch': torch.__version__,
-           'torchvision': torchvision.__version__, 'webdataset': webdataset.__version__,
-           'stages': list(stages)}
+  facts = {
+    'pillow': PIL.__version__,
+    'timm': timm.__version__,
+    'torch': torch.__version__,
+    'torchvision': torchvision.__version__,
+    'webdataset': webdataset.__version__,
+    'stages': list(stages),
+  }
   rounds.serve(facts, {'full': full} | stages)
 
 
-def _stages(read: Callable[[int], int], data: list[bytes], texts: list[str], augment: Callable,
-            tokens: Callable,
-            ) -> dict[str, Callable[[int], int]]:
+def _stages(
+  read: Callable[[int], int], data: list[bytes], texts: list[str], augment: Callable, tokens: Callable
+) -> dict[str, Callable[[int], int]]:
   """Each stage alone, on what the stage before it made."""
   images = [open_picture(one) for one in data]
   stages: dict[str, Callable[[int], int]] = {'read': read, 'decode': over(data, open_picture)}
@@ -99,8 +116,7 @@ def _stages(read: Callable[[int], int], data: list[bytes], texts: list[str], aug
     stages[type(step).__name__] = over(images, step, tolerant=True)
     images = [_apply(step, image) for image in images]
   stages['tag and tokenise'] = over(texts, tokens)
-  stages['batch'] = lambda count: sum(
-      len(torch.stack(images[i:i + BATCH])) for i in range(0, count, BATCH))
+  stages['batch'] = lambda count: sum(len(torch.stack(images[i : i + BATCH])) for i in range(0, count, BATCH))
   return stages
 
 

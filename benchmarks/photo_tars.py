@@ -28,8 +28,9 @@ def encode(path: pathlib.Path) -> tuple[bytes, tuple[int, int]]:
   return buffer.getvalue(), picture.size
 
 
-def write_tars(photos: pathlib.Path, captions: dict[str, list[str]], folders: list[pathlib.Path],
-               per_shard: int) -> list[int]:
+def write_tars(
+  photos: pathlib.Path, captions: dict[str, list[str]], folders: list[pathlib.Path], per_shard: int
+) -> list[int]:
   """Writes the pairs into `00000.tar`, `00001.tar`, ... of several folders in turns.
 
   Args:
@@ -53,8 +54,14 @@ def write_tars(photos: pathlib.Path, captions: dict[str, list[str]], folders: li
     picture, (width, height) = encode(path)
     for caption in captions[path.stem]:
       turn = number % len(folders)
-      facts = {'caption': caption, 'url': path.name, 'key': f'{number:09}', 'status': 'success', 'width': width,
-               'height': height}
+      facts = {
+        'caption': caption,
+        'url': path.name,
+        'key': f'{number:09}',
+        'status': 'success',
+        'width': width,
+        'height': height,
+      }
       shard = folders[turn] / f'{counts[turn] // per_shard:05}.tar'
       shard.parent.mkdir(parents=True, exist_ok=True)
       with tarfile.open(shard, 'a' if counts[turn] % per_shard else 'w') as tar:

@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from groupvit_jax.losses import clamped_scale, ContrastiveLoss, l2_normalize
 
 
-def multi_label_loss(
-  image_embeds: jax.Array, prompt_embeds: jax.Array, log_scale: jax.Array
-) -> ContrastiveLoss:
+def multi_label_loss(image_embeds: jax.Array, prompt_embeds: jax.Array, log_scale: jax.Array) -> ContrastiveLoss:
   """`losses.multi_label_loss` of [B, E] and [B, M, E]; M = 1 is the contrastive loss."""
   batch, prompts, _ = prompt_embeds.shape
   logits = clamped_scale(log_scale) * jnp.einsum(

@@ -46,8 +46,12 @@ def _tokenizer() -> Tokenizer:
 
 def _predictor() -> Predictor:
   tokenizer, mesh = _tokenizer(), sharding.make_mesh()
-  model = build_model(groupvit_vits16_gcc_yfcc.get_config().model, vocab_size=tokenizer.vocab_size,
-                      eos_id=tokenizer.eos_id, multi_label=True)
+  model = build_model(
+    groupvit_vits16_gcc_yfcc.get_config().model,
+    vocab_size=tokenizer.vocab_size,
+    eos_id=tokenizer.eos_id,
+    multi_label=True,
+  )
   shape = 1, model.text.context_length
   variables = train_state.init_state(model, optax.identity(), 0, shape, mesh).variables
   protocol = protocols.find_protocol('groupvit', model.vision.image_size)
@@ -75,9 +79,20 @@ def main() -> None:
         seconds[f'{name}: both'].append(end - start)
         seconds[f'{name}: groups'].append(groups - end)
   medians = {name: round(1000 * float(np.median(values)), 1) for name, values in seconds.items()}
-  print(json.dumps(dict(milliseconds=medians, device=jax.devices()[0].device_kind, devices=len(jax.devices()),
-                        cores=len(os.sched_getaffinity(0)), python=platform.python_version(), jax=jax.__version__,
-                        rounds=_ROUNDS), indent=2))
+  print(
+    json.dumps(
+      dict(
+        milliseconds=medians,
+        device=jax.devices()[0].device_kind,
+        devices=len(jax.devices()),
+        cores=len(os.sched_getaffinity(0)),
+        python=platform.python_version(),
+        jax=jax.__version__,
+        rounds=_ROUNDS,
+      ),
+      indent=2,
+    )
+  )
 
 
 if __name__ == '__main__':

@@ -23,8 +23,9 @@ from groupvit_jax.data.webdataset import open_webdataset
 from benchmarks.rounds import Rate
 from benchmarks.shards import write_shards
 
-_AUGMENT = image_ops.Augment((224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, RandAugment(2, 0.5, 9.0, 0.5), min_side=16,
-                             max_pixels=10**8)
+_AUGMENT = image_ops.Augment(
+  (224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, RandAugment(2, 0.5, 9.0, 0.5), min_side=16, max_pixels=10**8
+)
 
 
 def open_mixture(pattern: str) -> Mixture:
@@ -33,12 +34,20 @@ def open_mixture(pattern: str) -> Mixture:
   return Mixture((DataSet('tars', source, source.index.digest, len(source.shards), 0.0),))
 
 
-def time_batches(source: Mixture, tokenizer: Tokenizer, flags: argparse.Namespace, num_threads: int,
-                 seed: int) -> Rate:
+def time_batches(source: Mixture, tokenizer: Tokenizer, flags: argparse.Namespace, num_threads: int, seed: int) -> Rate:
   """Pictures per second over some batches, the first not counted."""
   examples = pipeline.Examples(
-      source, _AUGMENT, tokenizer, seed=seed, batch_size=flags.batch, num_prompts=3, text_length=77, first_batch=0,
-      num_batches=flags.batches + 1, rows=range(flags.batch))
+    source,
+    _AUGMENT,
+    tokenizer,
+    seed=seed,
+    batch_size=flags.batch,
+    num_prompts=3,
+    text_length=77,
+    first_batch=0,
+    num_batches=flags.batches + 1,
+    rows=range(flags.batch),
+  )
   batches = pipeline.iterate(examples, num_threads=num_threads, num_workers=flags.workers, prefetch_batches=2)
   next(batches)
   wall, cpu = time.perf_counter(), time.process_time()
@@ -61,8 +70,10 @@ def main() -> None:
   flags = parser.parse_args()
   pattern = write_shards(flags.folder, flags.photos)
   server = subprocess.Popen(
-      [sys.executable, '-m', 'benchmarks.range_server', str(flags.folder), f'--delay={flags.delay}'],
-      stdout=subprocess.PIPE, text=True)
+    [sys.executable, '-m', 'benchmarks.range_server', str(flags.folder), f'--delay={flags.delay}'],
+    stdout=subprocess.PIPE,
+    text=True,
+  )
   try:
     address = server.stdout.readline().strip()
     local, remote = open_mixture(pattern), open_mixture(pattern.replace(str(flags.folder), address))
@@ -75,14 +86,24 @@ def main() -> None:
     server.kill()
     server.wait()
   median = {side: Rate(*map(statistics.median, zip(*values))) for side, values in rates.items()}
-  print(json.dumps({
-      'delay_s': flags.delay, 'batch': flags.batch, 'workers': flags.workers, 'local_threads': flags.local_threads,
-      'remote_threads': flags.remote_threads,
-      'pictures_per_s': {side: [round(rate.per_wall_s, 1) for rate in values] for side, values in rates.items()},
-      'pictures_per_cpu_s': {side: round(rate.per_cpu_s, 1) for side, rate in median.items()},
-      'remote_share_of_local': {
+  print(
+    json.dumps(
+      {
+        'delay_s': flags.delay,
+        'batch': flags.batch,
+        'workers': flags.workers,
+        'local_threads': flags.local_threads,
+        'remote_threads': flags.remote_threads,
+        'pictures_per_s': {side: [round(rate.per_wall_s, 1) for rate in values] for side, values in rates.items()},
+        'pictures_per_cpu_s': {side: round(rate.per_cpu_s, 1) for side, rate in median.items()},
+        'remote_share_of_local': {
           'by_wall_clock': round(median['remote'].per_wall_s / median['local'].per_wall_s, 3),
-          'by_cpu_clock': round(median['remote'].per_cpu_s / median['local'].per_cpu_s, 3)}}, indent=2))
+          'by_cpu_clock': round(median['remote'].per_cpu_s / median['local'].per_cpu_s, 3),
+        },
+      },
+      indent=2,
+    )
+  )
 
 
 if __name__ == '__main__':

@@ -28,14 +28,27 @@ class Rate(NamedTuple):
 class Side:
   """A process that works when asked to, and waits for the other side's turn otherwise."""
 
-  def __init__(self, python: str, module: str, arguments: Sequence[str],
-               cores: set[int] | None, threads: int = 1, wait: bool = True, huge: bool = False):
+  def __init__(
+    self,
+    python: str,
+    module: str,
+    arguments: Sequence[str],
+    cores: set[int] | None,
+    threads: int = 1,
+    wait: bool = True,
+    huge: bool = False,
+  ):
     """Starts the process, with huge pages if told so; waits until it is ready to work, unless told not to."""
     environment = os.environ | {'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
     environment |= huge_pages.environment() if huge else {}
     self._process = subprocess.Popen(
-        [python, '-m', module, *arguments], cwd=ROOT, env=environment, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+      [python, '-m', module, *arguments],
+      cwd=ROOT,
+      env=environment,
+      text=True,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+    )
     if cores and hasattr(os, 'sched_setaffinity'):
       os.sched_setaffinity(self._process.pid, cores)
     if wait:
@@ -86,8 +99,9 @@ def process_peak_mb() -> float:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]],
-          peak_mb: Callable[[], float] = process_peak_mb) -> None:
+def serve(
+  facts: dict[str, object], works: Mapping[str, Callable[[int], int]], peak_mb: Callable[[], float] = process_peak_mb
+) -> None:
   """The other end of a `Side`: each work takes a number of pictures and returns how many it did."""
   answers, sys.stdout = sys.stdout, sys.stderr
   print(json.dumps(facts), file=answers, flush=True)
@@ -101,8 +115,9 @@ def serve(facts: dict[str, object], works: Mapping[str, Callable[[int], int]],
     print(json.dumps({'pictures': done, 'peak_mb': peak_mb()} | spent), file=answers, flush=True)
 
 
-def record_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int,
-                 pictures: int, before: int = 0) -> dict[tuple[str, str], list[Rate]]:
+def record_turns(
+  sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int, pictures: int, before: int = 0
+) -> dict[tuple[str, str], list[Rate]]:
   """Runs each (side, work) once a round, and once before the first; returns the rates of each round.
 
   With `before`, so many pictures open each turn without being timed. What a side has freed goes to others meanwhile, or
@@ -117,8 +132,9 @@ def record_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], ro
   return found
 
 
-def take_turns(sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int,
-               pictures: int) -> dict[tuple[str, str], Rate]:
+def take_turns(
+  sides: Mapping[str, Side], works: Sequence[tuple[str, str]], rounds: int, pictures: int
+) -> dict[tuple[str, str], Rate]:
   """The medians of `record_turns`."""
   found = record_turns(sides, works, rounds, pictures)
   return {pair: Rate(*map(statistics.median, zip(*rates))) for pair, rates in found.items()}

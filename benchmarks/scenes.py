@@ -34,18 +34,31 @@ def time_scenes(size: int) -> dict[str, float]:
       source[index]
     rates.append(COUNT / (time.perf_counter() - start))
   steady = rates[5:]  # by then nearly every pose and texture has been met
-  return {'first_scene_s': round(first, 4), 'cold_per_s': round(rates[0]),
-          'median_per_s': round(statistics.median(steady)), 'slowest_per_s': round(min(steady)),
-          'fastest_per_s': round(max(steady))}
+  return {
+    'first_scene_s': round(first, 4),
+    'cold_per_s': round(rates[0]),
+    'median_per_s': round(statistics.median(steady)),
+    'slowest_per_s': round(min(steady)),
+    'fastest_per_s': round(max(steady)),
+  }
 
 
 def main() -> None:
   """Runs every size in turn, in this one process, on one core where the system lets it."""
   if hasattr(os, 'sched_setaffinity'):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-  print(json.dumps({'things': len(quickstart.THINGS['']), 'stuff': len(quickstart.STUFF),
-                    'scenes_per_repeat': COUNT, 'repeats': REPEATS,
-                    'sizes': {str(size): time_scenes(size) for size in SIZES}}, indent=2))
+  print(
+    json.dumps(
+      {
+        'things': len(quickstart.THINGS['']),
+        'stuff': len(quickstart.STUFF),
+        'scenes_per_repeat': COUNT,
+        'repeats': REPEATS,
+        'sizes': {str(size): time_scenes(size) for size in SIZES},
+      },
+      indent=2,
+    )
+  )
 
 
 if __name__ == '__main__':

@@ -14,8 +14,30 @@ LONGER_SIDE, QUALITY = 512, 95
 SHARDS, SAMPLES = 8, 256  # samples of a shard; all shards hold the same
 MADE_UP = 64  # different pictures, where they are made up
 
-_WORDS = ('a', 'man', 'with', 'the', 'small', 'dog', 'on', 'red', 'bicycle', 'in', 'front', 'of',
-          'old', 'house', 'people', 'walking', 'street', 'city', 'sitting', 'table', 'and', 'view')
+_WORDS = (
+  'a',
+  'man',
+  'with',
+  'the',
+  'small',
+  'dog',
+  'on',
+  'red',
+  'bicycle',
+  'in',
+  'front',
+  'of',
+  'old',
+  'house',
+  'people',
+  'walking',
+  'street',
+  'city',
+  'sitting',
+  'table',
+  'and',
+  'view',
+)
 
 
 def write_shards(folder: pathlib.Path, photos: str) -> str:

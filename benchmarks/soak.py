@@ -68,8 +68,17 @@ def main() -> int:
   tokenizer = train_sentencepiece(sample_captions(source, 800), flags.folder / 'tokenizer.model', 400)
   augment = image_ops.Augment((64, 64), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=16, max_pixels=10**8)
   examples = pipeline.Examples(
-      source, augment, tokenizer, seed=0, batch_size=flags.batch, num_prompts=3, text_length=77, first_batch=0,
-      num_batches=flags.steps, rows=range(flags.batch))
+    source,
+    augment,
+    tokenizer,
+    seed=0,
+    batch_size=flags.batch,
+    num_prompts=3,
+    text_length=77,
+    first_batch=0,
+    num_batches=flags.steps,
+    rows=range(flags.batch),
+  )
   every, memory, files, started = max(flags.steps // _LOOKS, 1), [], [], time.perf_counter()
   batches = pipeline.iterate(examples, num_threads=flags.threads, num_workers=flags.workers, prefetch_batches=4)
   for step, batch in enumerate(batches):
@@ -77,14 +86,28 @@ def main() -> int:
     if step % every == 0:
       memory.append(memory_mb())
       files.append(len(os.listdir('/proc/self/fd')))
-  after = memory[max(len(memory) // 10, 1):]
+  after = memory[max(len(memory) // 10, 1) :]
   grown = growth(after)
-  print(json.dumps({
-      'steps': flags.steps, 'batch': flags.batch, 'workers': flags.workers, 'threads': flags.threads,
-      'batches_per_s': round(flags.steps / (time.perf_counter() - started), 1),
-      'memory_mb': {'first': round(memory[0]), 'after_warm_up': round(after[0]), 'last': round(after[-1]),
-                    'most': round(max(after))},
-      'growth_after_warm_up': round(grown, 4), 'open_files': {'least': min(files), 'most': max(files)}}, indent=2))
+  print(
+    json.dumps(
+      {
+        'steps': flags.steps,
+        'batch': flags.batch,
+        'workers': flags.workers,
+        'threads': flags.threads,
+        'batches_per_s': round(flags.steps / (time.perf_counter() - started), 1),
+        'memory_mb': {
+          'first': round(memory[0]),
+          'after_warm_up': round(after[0]),
+          'last': round(after[-1]),
+          'most': round(max(after)),
+        },
+        'growth_after_warm_up': round(grown, 4),
+        'open_files': {'least': min(files), 'most': max(files)},
+      },
+      indent=2,
+    )
+  )
   return int(grown > _ALLOWED)
 
 

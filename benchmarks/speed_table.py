@@ -1,6 +1,6 @@
 """Writes the figures of speed benchmarks into README.md, and how they grow into docs/performance.md, between marks:
 
-  python -m benchmarks.speed_table docs/speed_train.json docs/speed_inference.json docs/speed_windows.json
+python -m benchmarks.speed_table docs/speed_train.json docs/speed_inference.json docs/speed_windows.json
 """
 
 import argparse
@@ -27,16 +27,20 @@ def machine(report: dict) -> str:
 
 
 def _machine_table(reports: list[dict]) -> str:
-  lines = [f'| {machine(reports[0])} | | pictures/s | ours to theirs | peak memory | of the machine\'s FLOPs | '
-           'first step after |', '|:--|:--|--:|--:|--:|--:|--:|']
+  lines = [
+    f"| {machine(reports[0])} | | pictures/s | ours to theirs | peak memory | of the machine's FLOPs | "
+    'first step after |',
+    '|:--|:--|--:|--:|--:|--:|--:|',
+  ]
   for report in reports:
     work = f'{WORKS[report["work"]]}, {report["size"]} px, batch {report["batch"]}'
     for side, rate in report['pictures_per_s'].items():
       name, ratio = 'ours' if side == 'ours' else f'transformers, {side}', report['ratio_to'].get(side)
       lines.append(
-          f'| {work} | {name} | {rate:,.{_digits(rate)}f} | {f"**{ratio:.2f}x**" if ratio else ""} | '
-          f'{report["peak_mb"][side] / 1024:.1f} GiB | {_share(report, side)} | '
-          f'{report["facts"][side]["first_s"]:.0f} s |')
+        f'| {work} | {name} | {rate:,.{_digits(rate)}f} | {f"**{ratio:.2f}x**" if ratio else ""} | '
+        f'{report["peak_mb"][side] / 1024:.1f} GiB | {_share(report, side)} | '
+        f'{report["facts"][side]["first_s"]:.0f} s |'
+      )
     lines += [f'| {work} | transformers, {mode} | did not run | | | | |' for mode in report['failed']]
   return '\n'.join([*lines, '', *dict.fromkeys(_footnote(report) for report in reports)])
 
@@ -59,22 +63,27 @@ def _footnote(report: dict) -> str:
   peak = f'{report["machine_gflop_per_s"] / 1e3:,.{_digits(report["machine_gflop_per_s"] / 1e3)}f} TFLOP/s in a product'
   if report['published_gflop_per_s']:
     peak += f' (published: {report["published_gflop_per_s"] / 1e3:,.0f})'
-  return (f'{WORKS[report["work"]].capitalize()}: GroupViT-S/16, medians of {report["rounds"]} rounds of '
-          f'{report["steps"]} steps{turns}; {peak}; {", ".join(versions)}; load average before '
-          f'{report["load_average"]:.1f}.  ')
+  return (
+    f'{WORKS[report["work"]].capitalize()}: GroupViT-S/16, medians of {report["rounds"]} rounds of '
+    f'{report["steps"]} steps{turns}; {peak}; {", ".join(versions)}; load average before '
+    f'{report["load_average"]:.1f}.  '
+  )
 
 
 def growth_table(reports: list[dict]) -> str:
   """Markdown: ours at other batches and sizes, one row each."""
-  lines = ['| | batch | pixels | pictures/s | GFLOP a picture | GFLOP/s | peak memory | temporaries | compiled in |',
-           '|:--|--:|--:|--:|--:|--:|--:|--:|--:|']
+  lines = [
+    '| | batch | pixels | pictures/s | GFLOP a picture | GFLOP/s | peak memory | temporaries | compiled in |',
+    '|:--|--:|--:|--:|--:|--:|--:|--:|--:|',
+  ]
   for report in reports:
     for point in report.get('growth', []):
       rate, flops = point['pictures_per_s'], point['model_gflop'] / point['batch']
       temporaries = f'{point["temporaries_mb"] / 1024:.2f} GiB' if 'temporaries_mb' in point else ''
       lines.append(
-          f'| {WORKS[report["work"]]} | {point["batch"]} | {point["size"]} | {rate:,.{_digits(rate)}f} | {flops:.1f} | '
-          f'{rate * flops:,.0f} | {point["peak_mb"] / 1024:.1f} GiB | {temporaries} | {point["compile_s"]:.0f} s |')
+        f'| {WORKS[report["work"]]} | {point["batch"]} | {point["size"]} | {rate:,.{_digits(rate)}f} | {flops:.1f} | '
+        f'{rate * flops:,.0f} | {point["peak_mb"] / 1024:.1f} GiB | {temporaries} | {point["compile_s"]:.0f} s |'
+      )
   return '\n'.join(lines)
 
 
@@ -96,8 +105,10 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('reports', nargs='+', type=pathlib.Path)
   reports = [json.loads(path.read_text(encoding='utf-8')) for path in parser.parse_args().reports]
-  for page, name, text in (('README.md', 'speed', table(reports)),
-                           ('docs/performance.md', 'growth', growth_table(reports))):
+  for page, name, text in (
+    ('README.md', 'speed', table(reports)),
+    ('docs/performance.md', 'growth', growth_table(reports)),
+  ):
     path = ROOT / page
     path.write_text(insert(path.read_text(encoding='utf-8'), name, text), encoding='utf-8')
 

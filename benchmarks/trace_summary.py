@@ -18,18 +18,26 @@ from typing import NamedTuple
 
 # The first that matches says what an operation belongs to; paths are those of modules and named scopes.
 PARTS = (
-    ('losses', r'(caption|multi_label)_loss'),
-    ('optimizer', r"optimizer|^state\.(params|opt_state)"),
-    ('projectors', r'_projector/|/project/'),
-    ('packing texts', r'pack_texts'),
-    ('text: attention', r'\btext/.*attn\b'), ('text: MLPs', r'\btext/.*mlp\b'), ('text: norms', r'\btext/.*norm'),
-    ('text: the rest', r'\btext\b|text_features'),
-    ('grouping blocks', r'_grouping\b'),
-    ('pictures: attention', r'\bvision/.*attn\b'), ('pictures: MLPs', r'\bvision/.*mlp\b'),
-    ('pictures: norms', r'\bvision/.*norm'), ('pictures: patches', r'patch_embed'),
-    ('pictures: the rest', r'\bvision\b|vision_features'))
-KINDS = (('fused attention', r'fmha'), ('products', r'gemm|matmul|\bdot\b|dot_|cublas|conv_|convolution'),
-         ('copies', r'^copy|transpose'))
+  ('losses', r'(caption|multi_label)_loss'),
+  ('optimizer', r'optimizer|^state\.(params|opt_state)'),
+  ('projectors', r'_projector/|/project/'),
+  ('packing texts', r'pack_texts'),
+  ('text: attention', r'\btext/.*attn\b'),
+  ('text: MLPs', r'\btext/.*mlp\b'),
+  ('text: norms', r'\btext/.*norm'),
+  ('text: the rest', r'\btext\b|text_features'),
+  ('grouping blocks', r'_grouping\b'),
+  ('pictures: attention', r'\bvision/.*attn\b'),
+  ('pictures: MLPs', r'\bvision/.*mlp\b'),
+  ('pictures: norms', r'\bvision/.*norm'),
+  ('pictures: patches', r'patch_embed'),
+  ('pictures: the rest', r'\bvision\b|vision_features'),
+)
+KINDS = (
+  ('fused attention', r'fmha'),
+  ('products', r'gemm|matmul|\bdot\b|dot_|cublas|conv_|convolution'),
+  ('copies', r'^copy|transpose'),
+)
 REST = 'the rest'
 
 
@@ -120,8 +128,11 @@ def table(found: dict[str, object]) -> str:
   rows = list(found['parts'].items())
   rows.append(('**together**', {key: sum(row[key] for _, row in rows) for key in ['ms', 'backward_ms', *kinds]}))
   for part, row in rows:
-    lines.append(f'| {part} | {row["ms"]:.1f} | {row["ms"] / found["ms_a_step"]:.0%} | {row["backward_ms"]:.1f} | '
-                 + ' | '.join(f'{row[kind]:.1f}' for kind in kinds) + ' |')
+    lines.append(
+      f'| {part} | {row["ms"]:.1f} | {row["ms"] / found["ms_a_step"]:.0%} | {row["backward_ms"]:.1f} | '
+      + ' | '.join(f'{row[kind]:.1f}' for kind in kinds)
+      + ' |'
+    )
   return '\n'.join(lines)
 
 

@@ -23,9 +23,9 @@ EPOCHS, WARMUP_EPOCHS = 30, 2
 # What a step needs for a pair on an H100, beside parameters: 36 MiB (53 with XLA's attention), with remat='dots' 19.
 # Workers are those of each host.
 MACHINES = {
-    '': dict(grad_accum_steps=1, num_workers=8),  # at most 256 pairs a device, 5 GiB
-    '8gpu': dict(grad_accum_steps=1, num_workers=12),  # 512 a device, 10 GiB
-    '1gpu': dict(grad_accum_steps=16, num_workers=4),  # 4096, of which 256 at a time: 5 GiB
+  '': dict(grad_accum_steps=1, num_workers=8),  # at most 256 pairs a device, 5 GiB
+  '8gpu': dict(grad_accum_steps=1, num_workers=12),  # 512 a device, 10 GiB
+  '1gpu': dict(grad_accum_steps=16, num_workers=4),  # 4096, of which 256 at a time: 5 GiB
 }
 
 
@@ -40,7 +40,8 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
   """
   if machine not in MACHINES:
     raise ValueError(f"no variant {machine!r}; end the config's path in '.py', '.py:8gpu' or '.py:1gpu'")
-  config = ml_collections.ConfigDict(dict(
+  config = ml_collections.ConfigDict(
+    dict(
       seed=0,
       profile=False,  # True writes a trace of three steps to the workdir: docs/performance.md
       dry_run=False,  # True checks data, tokenizer, shapes and memory instead of training
@@ -52,60 +53,99 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
       multi_label_weight=1.0,
       init_from='',
       ema_decay=0.0,
-  ))
+    )
+  )
 
   config.log_every = 50
   config.max_skipped_in_a_row = 10
   config.eval = ml_collections.ConfigDict(dict(every_steps=5000))
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=1000, keep=3, best=''))  # or best='eval/voc21/miou'
-  config.evals = ml_collections.ConfigDict(dict(
-      voc21=benchmark('voc21'), context60=benchmark('context60'), coco_object=benchmark('coco_object'),
-      imagenet=benchmark('imagenet')))
+  config.evals = ml_collections.ConfigDict(
+    dict(
+      voc21=benchmark('voc21'),
+      context60=benchmark('context60'),
+      coco_object=benchmark('coco_object'),
+      imagenet=benchmark('imagenet'),
+    )
+  )
 
-  config.data = ml_collections.ConfigDict(dict(
+  config.data = ml_collections.ConfigDict(
+    dict(
       source='sets',
       sets=dict(
-          cc3m=tars('/data/cc3m/{00000..00331}.tar', expected=2_891_445),
-          cc12m=tars('/data/cc12m/{00000..01242}.tar', expected=11_156_203),
-          yfcc14m=records('/data/tfds/yfcc14m/1.0.0', expected=14_615_499)),
+        cc3m=tars('/data/cc3m/{00000..00331}.tar', expected=2_891_445),
+        cc12m=tars('/data/cc12m/{00000..01242}.tar', expected=11_156_203),
+        yfcc14m=records('/data/tfds/yfcc14m/1.0.0', expected=14_615_499),
+      ),
       index_dir='',
       num_prompts=3,
       noun_phrases=False,  # prompts of words, as in the paper; True: of whole noun phrases
       # The paper's: RandAugment m9 mstd0.5 inc1 after crop and flip, random erasing in the step.
-      augment=dict(name='rand_augment', area=(0.08, 1.0), ratio=(3 / 4, 4 / 3), flip=0.5, num_ops=2,
-                   op_probability=0.5, magnitude=9.0, magnitude_std=0.5, erase=0.25, min_side=16,
-                   max_pixels=100_000_000),
+      augment=dict(
+        name='rand_augment',
+        area=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+        flip=0.5,
+        num_ops=2,
+        op_probability=0.5,
+        magnitude=9.0,
+        magnitude_std=0.5,
+        erase=0.25,
+        min_side=16,
+        max_pixels=100_000_000,
+      ),
       max_fault_share=0.05,
-      num_threads=4, num_workers=MACHINES[machine]['num_workers'], prefetch_batches=8,
-  ))
-  config.tokenizer = ml_collections.ConfigDict(dict(
+      num_threads=4,
+      num_workers=MACHINES[machine]['num_workers'],
+      prefetch_batches=8,
+    )
+  )
+  config.tokenizer = ml_collections.ConfigDict(
+    dict(
       path='',  # '' trains a SentencePiece model on the captions; the authors' is CLIP's BPE, of 49,408
       vocab_size=32_000,
       num_captions=300_000,
-  ))
-  config.model = ml_collections.ConfigDict(dict(
+    )
+  )
+  config.model = ml_collections.ConfigDict(
+    dict(
       dtype='bfloat16',  # parameters, norms, softmaxes and losses stay float32
       embed_dim=256,
       projector_dim=4096,
       vision=dict(
-          image_size=(224, 224),
-          patch_size=16,
-          width=384,
-          num_heads=6,
-          depths=(6, 3, 3),
-          num_group_tokens=(64, 8, 0),
-          num_segments=(64, 8, 0),
-          mlp_ratio=4.0,
-          drop_path=0.1,
-          assignment='gumbel',
-          init=dict(kernel='normal:0.02', assign_kernel='normal:0.02', value_kernel='normal:0.02', tokens_std=0.02,
-                    positions_std=0.02),
+        image_size=(224, 224),
+        patch_size=16,
+        width=384,
+        num_heads=6,
+        depths=(6, 3, 3),
+        num_group_tokens=(64, 8, 0),
+        num_segments=(64, 8, 0),
+        mlp_ratio=4.0,
+        drop_path=0.1,
+        assignment='gumbel',
+        init=dict(
+          kernel='normal:0.02',
+          assign_kernel='normal:0.02',
+          value_kernel='normal:0.02',
+          tokens_std=0.02,
+          positions_std=0.02,
+        ),
       ),
       text=dict(context_length=77, width=256, depth=12, num_heads=4, mlp_ratio=4.0),
-  ))
-  config.optim = ml_collections.ConfigDict(dict(
-      warmup_lr=4e-6, peak_lr=1.6e-3, end_lr=4e-5,  # at batch 4096: they scale linearly with the batch
-      beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05, clip_norm=5.0))
+    )
+  )
+  config.optim = ml_collections.ConfigDict(
+    dict(
+      warmup_lr=4e-6,
+      peak_lr=1.6e-3,
+      end_lr=4e-5,  # at batch 4096: they scale linearly with the batch
+      beta1=0.9,
+      beta2=0.999,
+      eps=1e-8,
+      weight_decay=0.05,
+      clip_norm=5.0,
+    )
+  )
   set_epochs(config)
   config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=1, model=1))
   return config

@@ -28,16 +28,21 @@ from PIL import Image
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-_SHORT_RUN = ['--config.total_steps=40', '--config.optim.warmup_steps=10', '--config.checkpoint.every_steps=20',
-              '--config.eval.every_steps=40', '--config.data.scenes.num_heldout=8',
-              '--config.tokenizer.num_captions=500']
+_SHORT_RUN = [
+  '--config.total_steps=40',
+  '--config.optim.warmup_steps=10',
+  '--config.checkpoint.every_steps=20',
+  '--config.eval.every_steps=40',
+  '--config.data.scenes.num_heldout=8',
+  '--config.tokenizer.num_captions=500',
+]
 
 # Why a block is not run.
 REASONS = {
-    'needs-network': 'it installs or downloads something',
-    'needs-data': 'it reads data sets, photographs or weights that do not come with this project',
-    'needs-minutes': 'it trains or compiles for longer than such a check may take',
-    'needs-quiet-machine': 'it measures, and writes what these pages quote',
+  'needs-network': 'it installs or downloads something',
+  'needs-data': 'it reads data sets, photographs or weights that do not come with this project',
+  'needs-minutes': 'it trains or compiles for longer than such a check may take',
+  'needs-quiet-machine': 'it measures, and writes what these pages quote',
 }
 
 
@@ -63,6 +68,7 @@ def prepare(folder: pathlib.Path) -> None:
   """Links to the project, and what commands speak of but for trained runs."""
   import torch
   from tests import huggingface_models, official_layouts
+
   for path in ROOT.iterdir():
     if path.name not in ('runs', '.git'):
       (folder / path.name).symlink_to(path)
@@ -82,8 +88,13 @@ def prepare(folder: pathlib.Path) -> None:
 def run(script: str, folder: pathlib.Path) -> subprocess.CompletedProcess[str]:
   """Runs a script with this Python, as a shell would, up to the first command that fails."""
   path = os.pathsep.join([str(pathlib.Path(sys.executable).parent), os.environ['PATH']])
-  return subprocess.run(['bash', '-euo', 'pipefail', '-c', script], cwd=folder, text=True, capture_output=True,
-                        env=os.environ | {'PATH': path})
+  return subprocess.run(
+    ['bash', '-euo', 'pipefail', '-c', script],
+    cwd=folder,
+    text=True,
+    capture_output=True,
+    env=os.environ | {'PATH': path},
+  )
 
 
 def check(documents: Sequence[pathlib.Path]) -> Iterator[str]:
@@ -95,8 +106,10 @@ def check(documents: Sequence[pathlib.Path]) -> Iterator[str]:
     staged = pathlib.Path(scratch) / 'staged'
     staged.mkdir()
     prepare(staged)
-    for command in (['python train.py --config=configs/quickstart.py --workdir=runs/quickstart', *_SHORT_RUN],
-                    ['python -m groupvit_jax.interop.import_weights --from=groupvit-gcc-yfcc --workdir=runs/groupvit']):
+    for command in (
+      ['python train.py --config=configs/quickstart.py --workdir=runs/quickstart', *_SHORT_RUN],
+      ['python -m groupvit_jax.interop.import_weights --from=groupvit-gcc-yfcc --workdir=runs/groupvit'],
+    ):
       done = run(' '.join(command), staged)
       if done.returncode:
         yield f'what the commands speak of cannot be made:\n{done.stderr}'

@@ -1,7 +1,7 @@
 """Groups the patches of a picture and names each segment, with jax and Pillow and none of this project's code.
 
-  python -m groupvit_jax.interop.export --workdir=runs/quickstart --format=stablehlo --output=exported
-  python examples/run_exported.py exported picture.jpg
+python -m groupvit_jax.interop.export --workdir=runs/quickstart --format=stablehlo --output=exported
+python examples/run_exported.py exported picture.jpg
 """
 
 import json
@@ -14,7 +14,8 @@ from PIL import Image
 
 folder, picture = map(pathlib.Path, sys.argv[1:])
 image_tower, text_tower = (
-    export.deserialize((folder / f'{side}.stablehlo').read_bytes()) for side in ('image', 'text'))
+  export.deserialize((folder / f'{side}.stablehlo').read_bytes()) for side in ('image', 'text')
+)
 facts = json.loads((folder / 'bundle.json').read_text())
 height, width = facts['image_size']  # or any other multiples of facts['patch_size']
 out = image_tower.call(np.asarray(Image.open(picture).convert('RGB').resize((width, height)))[None])
@@ -26,7 +27,9 @@ for row in first.argmax(axis=0).reshape(height // facts['patch_size'], -1):  # t
   print(' '.join(f'{segment:2d}' for segment in row))
 
 names, ids = zip(*facts['trial_texts'].items())  # ids of other texts: with the tokenizer in the folder
-segments, texts = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (
-    np.asarray(out['segment_embeds'][0]), np.asarray(text_tower.call(np.array(ids, np.int32)))))
+segments, texts = (
+  x / np.linalg.norm(x, axis=-1, keepdims=True)
+  for x in (np.asarray(out['segment_embeds'][0]), np.asarray(text_tower.call(np.array(ids, np.int32))))
+)
 for segment, best in enumerate((segments @ texts.T).argmax(axis=1)):
   print(f'segment {segment}: {names[best]}')

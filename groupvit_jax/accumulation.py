@@ -8,9 +8,7 @@ import jax.numpy as jnp
 
 
 def map_micro_batches(
-  function: Callable[[dict[str, jax.Array]], tuple[object, object]],
-  batch: dict[str, jax.Array],
-  num_steps: int,
+  function: Callable[[dict[str, jax.Array]], tuple[object, object]], batch: dict[str, jax.Array], num_steps: int
 ) -> tuple[object, object]:
   """Applies `function`, in which samples do not meet, to a batch in micro-batches.
 
@@ -30,9 +28,7 @@ def map_micro_batches(
   if num_steps == 1:
     return function(batch)
   split = jax.tree.map(lambda x: x.reshape(-1, num_steps, *x.shape[1:]), batch)
-  pick = lambda i: jax.tree.map(
-    lambda x: lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), split
-  )
+  pick = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), split)
   # The compiler cannot merge the two computations across loops, so it need not be kept from it.
   apply = jax.checkpoint(lambda i: function(pick(i)), prevent_cse=False)
   rows, sums = lax.map(apply, jnp.arange(num_steps))  # [num_steps, B / num_steps, ...] and [num_steps, ...]

@@ -59,7 +59,8 @@ def choose_attention(tower: VisionTower, samples: int, mesh: Mesh, *, train: boo
   place = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, heads))
   of_stages = stage_shapes(tower, samples)
   measure = lambda implementation: sum(
-      depth * seconds(implementation, shape, tower.dtype, place, train) for depth, shape in of_stages)
+    depth * seconds(implementation, shape, tower.dtype, place, train) for depth, shape in of_stages
+  )
   return fastest(measure, 'forward and backward' if train else 'forward')
 
 
@@ -105,8 +106,9 @@ def _try(measure: Measure, implementation: Implementation) -> tuple[float, str]:
     return math.inf, ' '.join(str(error).split())[:200]
 
 
-def seconds(implementation: Implementation, shape: tuple[int, int, int, int], dtype: jnp.dtype,
-            place: NamedSharding, train: bool) -> float:
+def seconds(
+  implementation: Implementation, shape: tuple[int, int, int, int], dtype: jnp.dtype, place: NamedSharding, train: bool
+) -> float:
   """Median time of attention, with its gradients in training, among arrays [B, N, h, k] that lie in some place."""
   draw = lambda key: tuple(jax.random.normal(key, (3, *shape), dtype))
   arrays = jax.jit(draw, out_shardings=place)(jax.random.key(0))
@@ -115,6 +117,7 @@ def seconds(implementation: Implementation, shape: tuple[int, int, int, int], dt
   def both(*args):
     out, pull = jax.vjp(forward, *args)
     return out, pull(out)
+
   run = jax.jit(both if train else forward)
   jax.block_until_ready(run(*arrays))
   found = []

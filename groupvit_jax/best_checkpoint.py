@@ -33,8 +33,13 @@ class BestCheckpoint:
       if kept['metric'] == metric and kept['step'] in self._checkpoints.steps():
         self.value, self.step = kept['value'], kept['step']
 
-  def offer(self, figures: Mapping[str, float], state: TrainState, config: ml_collections.ConfigDict,
-            settings: Mapping[str, object]) -> bool:
+  def offer(
+    self,
+    figures: Mapping[str, float],
+    state: TrainState,
+    config: ml_collections.ConfigDict,
+    settings: Mapping[str, object],
+  ) -> bool:
     """Keeps a state if its figure is among these and higher than ever.
 
     Args:

@@ -73,8 +73,13 @@ class Board:
     self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=values))
 
 
-def write_board(folder: epath.PathLike, step: int, figures: Mapping[str, float], texts: Mapping[str, str],
-                pictures: Mapping[str, np.ndarray]) -> None:
+def write_board(
+  folder: epath.PathLike,
+  step: int,
+  figures: Mapping[str, float],
+  texts: Mapping[str, str],
+  pictures: Mapping[str, np.ndarray],
+) -> None:
   """Writes a TensorBoard file at once: figures, texts and pictures by name; see `Board`."""
   board = Board(folder)
   for add, values in ((board.figure, figures), (board.text, texts), (board.picture, pictures)):

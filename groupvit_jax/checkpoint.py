@@ -59,8 +59,12 @@ class Checkpoints:
     self.folder = self.folder.resolve()
     with _quiet():
       options = ocp.CheckpointManagerOptions(
-          max_to_keep=None if read_only else keep, create=not read_only, read_only=read_only,
-          cleanup_tmp_directories=not read_only, enable_async_checkpointing=not read_only)
+        max_to_keep=None if read_only else keep,
+        create=not read_only,
+        read_only=read_only,
+        cleanup_tmp_directories=not read_only,
+        enable_async_checkpointing=not read_only,
+      )
       self._manager = DiskManager(self.folder, options=options)
     if not read_only:
       with _disk_errors(self.folder):
@@ -82,8 +86,12 @@ class Checkpoints:
     with _disk_errors(self.folder):
       self._manager.check_for_errors()
       self._check_writable()
-      self._manager.save(step, args=ocp.args.Composite(
-          state=ocp.args.StandardSave(_entries(state)), config=ocp.args.JsonSave(json.loads(config.to_json()))))
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(_entries(state)), config=ocp.args.JsonSave(json.loads(config.to_json()))
+        ),
+      )
 
   def check(self) -> None:
     """Waits for nothing, but raises OSError when a save in the background has failed."""
@@ -123,8 +131,11 @@ class Checkpoints:
     Raises:
       ValueError: there are checkpoints and none of them can be read.
     """
-    return self._newest(ocp.args.PyTreeRestore(
-        abstract_variables, ocp.checkpoint_utils.construct_restore_args(abstract_variables), partial_restore=True))
+    return self._newest(
+      ocp.args.PyTreeRestore(
+        abstract_variables, ocp.checkpoint_utils.construct_restore_args(abstract_variables), partial_restore=True
+      )
+    )
 
   def _check_writable(self) -> None:
     """Makes a folder here, as a save will: where Orbax may not, it waits for ever instead of saying so."""
@@ -143,12 +154,14 @@ class Checkpoints:
           self._set_aside(failures)
           return Restored(state, step, tuple(failures))
       failures[step] = error or OSError('another process cannot read it')
-      logging.warning('checkpoint %d in %s is damaged and was passed over: %s', step, self.folder,
-                      _line(failures[step]))
+      logging.warning(
+        'checkpoint %d in %s is damaged and was passed over: %s', step, self.folder, _line(failures[step])
+      )
     if failures:
       step, error = next(iter(failures.items()))
-      raise ValueError(f'none of the checkpoints {sorted(failures)} in {self.folder} can be read; '
-                       f'{step} says: {_line(error)}')
+      raise ValueError(
+        f'none of the checkpoints {sorted(failures)} in {self.folder} can be read; {step} says: {_line(error)}'
+      )
     return None
 
   def _read(self, step: int, restore_args: ocp.args.CheckpointArgs) -> tuple[object, Exception | None]:
@@ -177,8 +190,7 @@ class Checkpoints:
 
 def _entries(state: TrainState) -> dict[str, object]:
   """The entries of a state that are there: Orbax would otherwise keep a place for an average that is not."""
-  return {field.name: value for field in dataclasses.fields(state)
-          if (value := getattr(state, field.name)) is not None}
+  return {field.name: value for field in dataclasses.fields(state) if (value := getattr(state, field.name)) is not None}
 
 
 @contextlib.contextmanager
@@ -212,8 +224,9 @@ def _disk_errors(folder: epath.Path) -> Iterator[None]:
     yield
   except Exception as error:
     kind = cli.Unavailable if isinstance(error, cli.Unavailable) else OSError
-    raise kind(f'cannot save a checkpoint in {folder}: {_line(error)}; the checkpoints already there are untouched'
-               ) from error
+    raise kind(
+      f'cannot save a checkpoint in {folder}: {_line(error)}; the checkpoints already there are untouched'
+    ) from error
 
 
 def _line(error: Exception) -> str:

@@ -53,8 +53,10 @@ class BucketManager:
     self._keep, self._process = keep, jax.process_index()
     self._disk = local_folder.make('read' if read_only else 'checkpoints', None if read_only else url)
     self._alone = ocp.options.MultiprocessingOptions(
-        primary_host=self._process, active_processes={self._process},
-        barrier_sync_key_prefix=f'{self._process}-{self._disk.name}')
+      primary_host=self._process,
+      active_processes={self._process},
+      barrier_sync_key_prefix=f'{self._process}-{self._disk.name}',
+    )
     self._writer = None if read_only or self._process else _make_writer(self._disk, self._alone)
     self._thread = concurrent.futures.ThreadPoolExecutor(1, 'upload')
     self._upload: concurrent.futures.Future | None = None
@@ -76,7 +78,7 @@ class BucketManager:
     """Copies the state to the host, and in the background to the disk and to the bucket; all processes take part."""
     self.wait_until_finished()
     state = jax.tree.map(_gathered, args['state'].item)
-    self._steps = [*self._steps, step][-self._keep:]
+    self._steps = [*self._steps, step][-self._keep :]
     if self._process == 0:
       taken = self._writer.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=args['config']))
       assert taken, step  # Orbax may decline
@@ -101,8 +103,9 @@ class BucketManager:
     try:
       for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      shards.tried(self._system.get, [f'{self._root}/{step}/{name}' for name in names],
-                   [str(folder / name) for name in names])
+      shards.tried(
+        self._system.get, [f'{self._root}/{step}/{name}' for name in names], [str(folder / name) for name in names]
+      )
       options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=self._alone)
       with contextlib.closing(DiskManager(self._disk, options=options)) as reader:
         return reader.restore(step, args=args)
@@ -128,7 +131,7 @@ class BucketManager:
     self._system.invalidate_cache()
     found: dict[int, set[str]] = {}
     for path in self._system.find(self._root):
-      step, _, name = path[len(self._root):].strip('/').partition('/')
+      step, _, name = path[len(self._root) :].strip('/').partition('/')
       if step.isdigit():
         found.setdefault(int(step), set()).add(name)
     return found
@@ -159,11 +162,17 @@ def _make_writer(disk: pathlib.Path, alone: ocp.options.MultiprocessingOptions) 
   """For the process that writes alone what all of them have: Orbax would have each of them write a part."""
   arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
   kinds = ocp.type_handlers.create_type_handler_registry(
-      (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler()))
+    (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+  )
   options = ocp.CheckpointManagerOptions(max_to_keep=1, create=False, multiprocessing_options=alone)
-  return DiskManager(disk, options=options, item_handlers={
+  return DiskManager(
+    disk,
+    options=options,
+    item_handlers={
       'state': ocp.PyTreeCheckpointHandler(type_handler_registry=kinds, multiprocessing_options=alone),
-      'config': ocp.JsonCheckpointHandler(multiprocessing_options=alone)})
+      'config': ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+    },
+  )
 
 
 def _gathered(leaf: jax.Array) -> jax.Array | np.ndarray | None:

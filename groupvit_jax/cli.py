@@ -49,6 +49,7 @@ def run(main: Callable[[], int | None]) -> None:
       if not raised_here(error):
         raise
       return fail(error)
+
   app.run(guarded, flags_parser=_parse_flags)
 
 

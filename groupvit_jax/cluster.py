@@ -88,5 +88,7 @@ def check_nobody_else(environment: Mapping[str, str]) -> None:
   for name, remedy in _LAUNCHERS.items():
     value = environment.get(name, '')
     if value and not (name in _COUNTS and value == '1'):
-      raise ValueError(f'{name}={value} speaks of several processes, and this one finds no others: {remedy}; '
-                       'or, if it is alone, --num_processes=1')
+      raise ValueError(
+        f'{name}={value} speaks of several processes, and this one finds no others: {remedy}; '
+        'or, if it is alone, --num_processes=1'
+      )

@@ -90,7 +90,7 @@ def gather(value: object) -> list:
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
   lengths = multihost_utils.process_allgather(np.array(len(data), np.int32))
   padded = np.zeros(lengths.max(), np.uint8)
-  padded[:len(data)] = data
+  padded[: len(data)] = data
   rows = multihost_utils.process_allgather(padded)
   return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
 
@@ -142,9 +142,11 @@ def print_no_foreign_stacks() -> None:
 @contextlib.contextmanager
 def _deadline(cluster: Cluster) -> Iterator[None]:
   """Ends the process with one line when what is inside takes longer than the start-up may."""
+
   def end():
     cli.fail(f'{_why_nobody_came(cluster)} (--startup_timeout={cluster.startup_timeout})')
     _leave(cli.EXIT_PEER_LOST)
+
   timer = threading.Timer(cluster.startup_timeout, end)
   timer.daemon = True
   timer.start()
@@ -166,8 +168,10 @@ def _why_nobody_came(cluster: Cluster) -> str:
   except socket.gaierror:
     return f'no host is called {host}; correct --coordinator={address}'
   except OSError as error:
-    return (f'nobody answers at --coordinator={address} ({error.strerror or error}); it must name the host of process '
-            '0 as this one sees it, and a port that no firewall closes')
+    return (
+      f'nobody answers at --coordinator={address} ({error.strerror or error}); it must name the host of process '
+      '0 as this one sees it, and a port that no firewall closes'
+    )
   return missing
 
 
@@ -181,8 +185,11 @@ def _agree(facts: Mapping[str, str]) -> None:
   for i, other in enumerate(everyone):
     differences = _differences(everyone[0]['facts'], other['facts'])
     if differences:
-      raise ValueError(f'process 0 ({everyone[0]["host"]}) and process {i} ({other["host"]}) would not run the same: '
-                       + '; '.join(differences) + '; start all with the same code and flags')
+      raise ValueError(
+        f'process 0 ({everyone[0]["host"]}) and process {i} ({other["host"]}) would not run the same: '
+        + '; '.join(differences)
+        + '; start all with the same code and flags'
+      )
   if jax.process_index() == 0:
     print(_table(everyone), file=sys.stderr, flush=True)
 
@@ -190,8 +197,12 @@ def _agree(facts: Mapping[str, str]) -> None:
 def _introduction(facts: Mapping[str, str]) -> dict[str, object]:
   devices = jax.local_devices()
   versions = {'jax': jax.__version__, 'jaxlib': importlib.metadata.version('jaxlib'), 'code': _code_digest()}
-  return {'host': socket.gethostname(), 'devices': len(devices), 'kind': devices[0].device_kind,
-          'facts': versions | dict(facts)}
+  return {
+    'host': socket.gethostname(),
+    'devices': len(devices),
+    'kind': devices[0].device_kind,
+    'facts': versions | dict(facts),
+  }
 
 
 def _code_digest() -> str:
@@ -207,8 +218,11 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str
   found = []
   for name in first | other:
     here, there = (_entries(name, facts.get(name)) for facts in (first, other))
-    found += [f'{key} is {here.get(key)} in one and {there.get(key)} in the other'
-              for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+    found += [
+      f'{key} is {here.get(key)} in one and {there.get(key)} in the other'
+      for key in sorted(here.keys() | there.keys())
+      if here.get(key) != there.get(key)
+    ]
   return found
 
 

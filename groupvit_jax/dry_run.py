@@ -1,6 +1,6 @@
 """All that a run needs, before its first step: data, tokenizer, shapes and memory. Nothing is trained or kept.
 
-  python train.py --config=configs/EXPERIMENT.py --workdir=runs/EXPERIMENT --config.dry_run=True
+python train.py --config=configs/EXPERIMENT.py --workdir=runs/EXPERIMENT --config.dry_run=True
 """
 
 import contextlib
@@ -88,8 +88,10 @@ def measure_memory(run: Run, batch: dict[str, np.ndarray]) -> Memory:
   """
   state = train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh, run.averages)
   place = sharding.batch_sharding(run.mesh)
-  rows = {name: jax.ShapeDtypeStruct((run.config.batch_size, *value.shape[1:]), value.dtype, sharding=place)
-          for name, value in batch.items()}
+  rows = {
+    name: jax.ShapeDtypeStruct((run.config.batch_size, *value.shape[1:]), value.dtype, sharding=place)
+    for name, value in batch.items()
+  }
   try:
     step = train_loop.jit_step(run, state).lower(state, rows).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -103,8 +105,9 @@ def measure_memory(run: Run, batch: dict[str, np.ndarray]) -> Memory:
 def check_memory(memory: Memory) -> None:
   """Raises ValueError when a step needs more than a device has."""
   if memory.limit is not None and memory.together > memory.limit:
-    raise ValueError(f'a step needs {memory.together / _GIB:.1f} GiB of a device, which has '
-                     f'{memory.limit / _GIB:.1f}; {_ADVICE}')
+    raise ValueError(
+      f'a step needs {memory.together / _GIB:.1f} GiB of a device, which has {memory.limit / _GIB:.1f}; {_ADVICE}'
+    )
 
 
 _ADVICE = "set remat='dots' or 'blocks', raise grad_accum_steps, or use more devices: docs/large_batches.md"
@@ -168,10 +171,17 @@ def _text_line(run: Run, tokens: np.ndarray) -> str:
   groups = run.config.grad_accum_steps * len(tokens) // of_a_device
   load = packed_texts.text_load(tokens, eos_id=eos_id, budget=budget, groups=groups)
   needed = packed_texts.needed_budget(tokens, eos_id=eos_id, groups=groups)
-  verdict = ('pads them' if not budget else 'holds them' if not load.turns else
-             f'does not hold them: {load.turns} turns of a loop compute the rest')
-  return (f'texts      {load.tokens / len(tokens):.1f} tokens an image on average; text_budget={budget} {verdict}; '
-          f'text_budget={needed} would do for this batch')
+  verdict = (
+    'pads them'
+    if not budget
+    else 'holds them'
+    if not load.turns
+    else f'does not hold them: {load.turns} turns of a loop compute the rest'
+  )
+  return (
+    f'texts      {load.tokens / len(tokens):.1f} tokens an image on average; text_budget={budget} {verdict}; '
+    f'text_budget={needed} would do for this batch'
+  )
 
 
 def _data_lines(run: Run) -> list[str]:
@@ -182,8 +192,10 @@ def _data_lines(run: Run) -> list[str]:
     share = f' of {expected:,} expected ({records / expected:.1%})' if expected else ''
     lines.append(f'data       {part.name}: {records:,} records{share} in {part.num_shards:,} shards')
   epochs = config.total_steps * config.batch_size / len(run.source)
-  lines.append(f'data       {config.total_steps:,} steps of {config.batch_size:,} pairs: {epochs:.3g} epochs; '
-               f'fingerprint {run.source.facts()["fingerprint"]}')
+  lines.append(
+    f'data       {config.total_steps:,} steps of {config.batch_size:,} pairs: {epochs:.3g} epochs; '
+    f'fingerprint {run.source.facts()["fingerprint"]}'
+  )
   origin = 'of the config' if config.tokenizer.path else f'tried on {_CAPTIONS:,} captions at most'
   return [*lines, f'tokenizer  {type(run.tokenizer).__name__}, {run.tokenizer.vocab_size:,} pieces, {origin}']
 
@@ -197,10 +209,11 @@ def _model_lines(run: Run, batch: dict[str, np.ndarray], memory: Memory) -> list
   mib = lambda size: f'{size / 2**20:,.1f} MiB'
   limit = 'unknown' if memory.limit is None else mib(memory.limit)
   return [
-      f'model      {parameters:,} parameters on {dict(run.mesh.shape)} x {run.mesh.devices.flat[0].device_kind}',
-      f'memory     of a device: state {mib(memory.state)}, batch {mib(memory.batch)}, temporaries of a step '
-      f'{mib(memory.temporaries)}: {mib(memory.together)} of {limit}',
-      f'memory     of this host: up to {mib(waiting)} of batches that wait']
+    f'model      {parameters:,} parameters on {dict(run.mesh.shape)} x {run.mesh.devices.flat[0].device_kind}',
+    f'memory     of a device: state {mib(memory.state)}, batch {mib(memory.batch)}, temporaries of a step '
+    f'{mib(memory.temporaries)}: {mib(memory.together)} of {limit}',
+    f'memory     of this host: up to {mib(waiting)} of batches that wait',
+  ]
 
 
 def _bytes(tree: object) -> int:

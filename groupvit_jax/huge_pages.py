@@ -41,12 +41,16 @@ def restart() -> None:
 
 def _on_request() -> bool:
   library, version = platform.libc_ver()
-  return (library == 'glibc' and tuple(map(int, version.split('.')[:2])) >= (2, 35)
-          and _SYSTEM.exists() and '[madvise]' in _SYSTEM.read_text())
+  return (
+    library == 'glibc'
+    and tuple(map(int, version.split('.')[:2])) >= (2, 35)
+    and _SYSTEM.exists()
+    and '[madvise]' in _SYSTEM.read_text()
+  )
 
 
 def _is_command() -> bool:
   """Whether what runs is what the process was started for, and not a guest in a notebook or a debugger."""
   module = sys.modules['__main__'].__spec__
   name = module.name.removesuffix('.__main__') if module else sys.argv[0]
-  return sys.gettrace() is None and sys.orig_argv[-len(sys.argv):] == [name, *sys.argv[1:]]
+  return sys.gettrace() is None and sys.orig_argv[-len(sys.argv) :] == [name, *sys.argv[1:]]

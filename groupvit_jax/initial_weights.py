@@ -30,8 +30,16 @@ class Source(NamedTuple):
   licence: Licence
 
 
-def initial_state(model: ImageTextModel, tx: optax.GradientTransformation, seed: int, text_shape: tuple[int, int],
-                  mesh: jax.sharding.Mesh, *, init_from: str, average: bool = False) -> TrainState:
+def initial_state(
+  model: ImageTextModel,
+  tx: optax.GradientTransformation,
+  seed: int,
+  text_shape: tuple[int, int],
+  mesh: jax.sharding.Mesh,
+  *,
+  init_from: str,
+  average: bool = False,
+) -> TrainState:
   """The state at step 0.
 
   Args:
@@ -134,8 +142,11 @@ def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel
   try:
     fit_variables(source.variables, state_dicts.abstract_variables(model))
     weights_folder.check_tokenizer(
-        tokenizer, vocab_size=tokenizer.vocab_size, eos_id=source.eos_id,
-        remedy='name the one they were trained with in tokenizer.path')
+      tokenizer,
+      vocab_size=tokenizer.vocab_size,
+      eos_id=source.eos_id,
+      remedy='name the one they were trained with in tokenizer.path',
+    )
   except ValueError as error:
     raise ValueError(f'{name}: {error}') from error
   return source.licence

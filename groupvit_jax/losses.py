@@ -38,8 +38,14 @@ def clamped_scale(log_scale: jax.Array) -> jax.Array:
   return jnp.minimum(jnp.exp(log_scale), MAX_SCALE)
 
 
-def contrastive_loss(image_embeds: jax.Array, text_embeds: jax.Array, log_scale: jax.Array, *,
-                     place: NamedSharding | None = None, block: int = BLOCK) -> ContrastiveLoss:
+def contrastive_loss(
+  image_embeds: jax.Array,
+  text_embeds: jax.Array,
+  log_scale: jax.Array,
+  *,
+  place: NamedSharding | None = None,
+  block: int = BLOCK,
+) -> ContrastiveLoss:
   """Symmetric InfoNCE over a batch of pairs (paper eqs. 8-9), mean of the two directions.
 
   It is the multi-label loss of one label an image.
@@ -57,8 +63,14 @@ def contrastive_loss(image_embeds: jax.Array, text_embeds: jax.Array, log_scale:
   return multi_label_loss(image_embeds, text_embeds[:, None], log_scale, place=place, block=block)
 
 
-def multi_label_loss(image_embeds: jax.Array, prompt_embeds: jax.Array, log_scale: jax.Array, *,
-                     place: NamedSharding | None = None, block: int = BLOCK) -> ContrastiveLoss:
+def multi_label_loss(
+  image_embeds: jax.Array,
+  prompt_embeds: jax.Array,
+  log_scale: jax.Array,
+  *,
+  place: NamedSharding | None = None,
+  block: int = BLOCK,
+) -> ContrastiveLoss:
   """Contrast of images with the prompts made from their captions (paper eqs. 10-11).
 
   An image's target puts 1/M on each of its own M prompts among all B*M; a prompt's target is its image.
@@ -88,6 +100,7 @@ def multi_label_loss(image_embeds: jax.Array, prompt_embeds: jax.Array, log_scal
   text_to_image = (all_pairs.columns.reshape(batch, prompts) - own).mean()
   labels = jnp.arange(batch)
   return ContrastiveLoss(
-      (image_to_text + text_to_image) / 2,
-      jnp.mean(all_pairs.best_columns // prompts == labels),
-      jnp.mean(all_pairs.best_rows.reshape(batch, prompts) == labels[:, None]))
+    (image_to_text + text_to_image) / 2,
+    jnp.mean(all_pairs.best_columns // prompts == labels),
+    jnp.mean(all_pairs.best_rows.reshape(batch, prompts) == labels[:, None]),
+  )

@@ -73,9 +73,7 @@ class ConfusionMatrix(metrics.Metric):
     return cls(zeros, zeros)
 
   @classmethod
-  def from_labels(
-    cls, truth: jax.Array, predicted: jax.Array, num_classes: int
-  ) -> 'ConfusionMatrix':
+  def from_labels(cls, truth: jax.Array, predicted: jax.Array, num_classes: int) -> 'ConfusionMatrix':
     """Counts pixels.
 
     Args:
@@ -87,14 +85,10 @@ class ConfusionMatrix(metrics.Metric):
     truth, predicted = truth.ravel().astype(jnp.int32), predicted.ravel().astype(jnp.int32)
     cell = jnp.where(_counted(truth, num_classes), truth * num_classes + predicted, num_classes**2)
     counts = jnp.zeros(num_classes**2 + 1, jnp.int32).at[cell].add(1)[:-1]
-    return cls(
-      counts.reshape(num_classes, num_classes), jnp.zeros((num_classes, num_classes), jnp.int32)
-    )
+    return cls(counts.reshape(num_classes, num_classes), jnp.zeros((num_classes, num_classes), jnp.int32))
 
   @classmethod
-  def oracle(
-    cls, truth: jax.Array, segments: jax.Array, *, num_segments: int, num_classes: int
-  ) -> 'ConfusionMatrix':
+  def oracle(cls, truth: jax.Array, segments: jax.Array, *, num_segments: int, num_classes: int) -> 'ConfusionMatrix':
     """Counts what perfect naming would give: each segment is called by its majority label.
 
     The distance to the score of the predictions is what naming loses; the distance to 1 is what
@@ -112,9 +106,7 @@ class ConfusionMatrix(metrics.Metric):
       overlap = jnp.zeros((num_segments, num_classes), jnp.int32).at[segments, truth].add(weight)
       return overlap.argmax(axis=1)[segments]
 
-    return cls.from_labels(
-      truth, jax.vmap(best_names)(truth.astype(jnp.int32), segments), num_classes
-    )
+    return cls.from_labels(truth, jax.vmap(best_names)(truth.astype(jnp.int32), segments), num_classes)
 
   def merge(self, other: 'ConfusionMatrix') -> 'ConfusionMatrix':
     """The sum of both, carried."""
@@ -140,9 +132,7 @@ def scores_from_counts(counts: np.ndarray) -> SegmentationScores:
   hits, true, predicted = counts.diagonal(), counts.sum(axis=1), counts.sum(axis=0)
   iou = _ratio(hits, true + predicted - hits)
   accuracy = _ratio(hits, true)
-  return SegmentationScores(
-    iou, accuracy, _nan_mean(iou), _nan_mean(accuracy), float(_ratio(hits.sum(), counts.sum()))
-  )
+  return SegmentationScores(iou, accuracy, _nan_mean(iou), _nan_mean(accuracy), float(_ratio(hits.sum(), counts.sum())))
 
 
 def best_constant_scores(counts: np.ndarray) -> tuple[int, SegmentationScores]:
@@ -155,10 +145,7 @@ def best_constant_scores(counts: np.ndarray) -> tuple[int, SegmentationScores]:
     That class and its scores.
   """
   true = counts.sum(axis=1)
-  scores = [
-    scores_from_counts(np.where(np.arange(len(true)) == c, true[:, None], 0))
-    for c in range(len(true))
-  ]
+  scores = [scores_from_counts(np.where(np.arange(len(true)) == c, true[:, None], 0)) for c in range(len(true))]
   best = int(np.argmax([np.nan_to_num(score.miou) for score in scores]))
   return best, scores[best]
 
@@ -197,9 +184,7 @@ class GroupingHealth(metrics.Metric):
     return cls(zeros, zeros, zeros, jnp.zeros((), jnp.float32))
 
   @classmethod
-  def from_assignments(
-    cls, assignments: Sequence[jax.Array], mask: jax.Array | None = None
-  ) -> 'GroupingHealth':
+  def from_assignments(cls, assignments: Sequence[jax.Array], mask: jax.Array | None = None) -> 'GroupingHealth':
     """Sums over a batch.
 
     Args:

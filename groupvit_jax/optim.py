@@ -17,7 +17,8 @@ def decay_mask(params: object) -> object:
   That is every tensor with two or more axes in the reference, and the two scalar log temperatures.
   """
   return jax.tree_util.tree_map_with_path(
-      lambda path, _: path_name(path).rsplit('/', 1)[-1] not in ('bias', 'scale'), params)
+    lambda path, _: path_name(path).rsplit('/', 1)[-1] not in ('bias', 'scale'), params
+  )
 
 
 def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_size: int) -> optax.Schedule:
@@ -38,7 +39,8 @@ def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_si
     raise ValueError(f'optim.warmup_steps={config.warmup_steps} must be less than total_steps={total_steps}')
   factor = batch_size / REFERENCE_BATCH
   return optax.warmup_cosine_decay_schedule(
-      config.warmup_lr * factor, config.peak_lr * factor, config.warmup_steps, total_steps, config.end_lr * factor)
+    config.warmup_lr * factor, config.peak_lr * factor, config.warmup_steps, total_steps, config.end_lr * factor
+  )
 
 
 def select(chosen: jax.Array, new: object, old: object) -> object:
@@ -62,6 +64,7 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
     del params
     factor = jnp.minimum(1, most / optax.tree.norm(grads))
     return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads), state
+
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
@@ -73,35 +76,48 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
   """
   adam = optax.scale_by_adam(b1, b2, eps)
 
-  def update(grads: object, state: optax.ScaleByAdamState, params: object = None, *, finite: jax.Array,
-             **_) -> tuple[object, optax.ScaleByAdamState]:
+  def update(
+    grads: object, state: optax.ScaleByAdamState, params: object = None, *, finite: jax.Array, **_
+  ) -> tuple[object, optax.ScaleByAdamState]:
     del params
-    state = select(finite, optax.ScaleByAdamState(
-        optax.safe_increment(state.count), optax.tree.update_moment(grads, state.mu, b1, 1),
-        optax.tree.update_moment(grads, state.nu, b2, 2)), state)
-    mu, nu = (optax.tree.bias_correction(moment, decay, state.count)
-              for moment, decay in ((state.mu, b1), (state.nu, b2)))
+    state = select(
+      finite,
+      optax.ScaleByAdamState(
+        optax.safe_increment(state.count),
+        optax.tree.update_moment(grads, state.mu, b1, 1),
+        optax.tree.update_moment(grads, state.nu, b2, 2),
+      ),
+      state,
+    )
+    mu, nu = (
+      optax.tree.bias_correction(moment, decay, state.count) for moment, decay in ((state.mu, b1), (state.nu, b2))
+    )
     return jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + eps), mu, nu), state
+
   return optax.GradientTransformationExtraArgs(adam.init, update)
 
 
 def keep_unless_finite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
   """The same transformation, whose state `finite=False` keeps."""
+
   def update(updates: object, state: object, params: object = None, *, finite: jax.Array, **_) -> tuple[object, object]:
     updates, new = tx.update(updates, state, params)
     return updates, select(finite, new, state)
+
   return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def build_optimizer(config: ml_collections.ConfigDict,
-                    schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+def build_optimizer(
+  config: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
   """`optax.adamw` after clipping by global norm, once per optimiser step.
 
   Its update takes `finite`, bool []: whether the gradients are. If not, its state stays as it was, and the updates are
   not to be applied.
   """
   adamw = optax.chain(
-      scale_by_adam(config.beta1, config.beta2, config.eps),
-      optax.add_decayed_weights(config.weight_decay, decay_mask),
-      keep_unless_finite(optax.scale_by_learning_rate(schedule)))
+    scale_by_adam(config.beta1, config.beta2, config.eps),
+    optax.add_decayed_weights(config.weight_decay, decay_mask),
+    keep_unless_finite(optax.scale_by_learning_rate(schedule)),
+  )
   return optax.chain(clip_by_global_norm(config.clip_norm), adamw)

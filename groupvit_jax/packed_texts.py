@@ -31,8 +31,9 @@ class Encoders(NamedTuple):
 def check_budget(budget: int) -> None:
   """Raises ValueError for a number of tokens that is none."""
   if budget < 0:
-    raise ValueError(f'text_budget={budget} is negative; use 0 to pad texts, or about a fifth more than the tokens an '
-                     'image has')
+    raise ValueError(
+      f'text_budget={budget} is negative; use 0 to pad texts, or about a fifth more than the tokens an image has'
+    )
 
 
 class TextLoad(flax.struct.PyTreeNode):
@@ -58,8 +59,9 @@ def needed_budget(tokens: jax.Array, *, eos_id: int, groups: int) -> int:
   return -(-int(packing.num_rows.max()) * packing.row_length * groups // len(tokens))
 
 
-def text_features(encoders: Encoders, params: object, tokens: jax.Array, *, eos_id: int, budget: int,
-                  groups: int) -> jax.Array:
+def text_features(
+  encoders: Encoders, params: object, tokens: jax.Array, *, eos_id: int, budget: int, groups: int
+) -> jax.Array:
   """Features of the texts of each image.
 
   Texts are packed into rows in which none sees another. Each group of images (those of one device) has the rows that
@@ -97,8 +99,9 @@ def _rows_of(tokens: int, packing: Packing) -> int:
   return -(-tokens // packing.row_length)
 
 
-def _encode_some(encode: Encode, params: object, packing: Packing, first_row: jax.Array | int,
-                 num_rows: int) -> jax.Array:
+def _encode_some(
+  encode: Encode, params: object, packing: Packing, first_row: jax.Array | int, num_rows: int
+) -> jax.Array:
   """Features [P * n, D] of the texts that begin in these rows, zeros for the others."""
   rows, here = take_rows(packing, first_row, num_rows)
   return jnp.where(here.reshape(-1, 1), encode(params, rows), 0)

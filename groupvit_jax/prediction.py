@@ -63,14 +63,14 @@ class Prediction:
     Raises:
       ValueError: no such class was looked for.
     """
-    words = self.classes[self.background:]
+    words = self.classes[self.background :]
     if name not in words:
       raise ValueError(f'{name!r} was not looked for; there are {", ".join(words)}')
     scores = self.class_scores[:, :, words.index(name)]
     picture = self.windows.picture
     total, covers = np.zeros((2, *picture.resized), np.float32)
     for top, left, segments, score in zip(picture.tops, picture.lefts, self.windows.segments, scores):
-      here = np.s_[top:top + segments.shape[0], left:left + segments.shape[1]]
+      here = np.s_[top : top + segments.shape[0], left : left + segments.shape[1]]
       total[here] += score[segments]
       covers[here] += 1
     return cv2.resize(total / covers, picture.original[::-1], interpolation=cv2.INTER_LINEAR)

@@ -85,9 +85,7 @@ class Predictor:
       ValueError: there is more than one process, or no protocol of that name.
     """
     if jax.process_count() > 1:
-      raise ValueError(
-        f'pictures are labelled by one process and there are {jax.process_count()}; start only one'
-      )
+      raise ValueError(f'pictures are labelled by one process and there are {jax.process_count()}; start only one')
     if not isinstance(protocol, Protocol):
       protocol = find_protocol(NATIVE if protocol is None else protocol, model.vision.image_size)
     self.protocol = protocol
@@ -154,18 +152,12 @@ class Predictor:
     return cls(with_fastest_attention(found.spec.build(), mesh), variables, tokenizer, mesh, protocol=protocol)
 
   @classmethod
-  def from_run(
-    cls, run: trained_run.TrainedRun, *, protocol: Protocol | str | None = None
-  ) -> 'Predictor':
+  def from_run(cls, run: trained_run.TrainedRun, *, protocol: Protocol | str | None = None) -> 'Predictor':
     """The predictor of a run that has been opened."""
     return cls(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol)
 
   def __call__(
-    self,
-    pictures: Picture | Sequence[Picture],
-    words: Sequence[str],
-    *,
-    threshold: float | None = None,
+    self, pictures: Picture | Sequence[Picture], words: Sequence[str], *, threshold: float | None = None
   ) -> Prediction | list[Prediction]:
     """Segments pictures.
 
@@ -207,18 +199,12 @@ class Predictor:
       encoded.windows.picture = dataclasses.replace(encoded.windows.picture, key=key)
     return found
 
-  def find(
-    self, encoded: EncodedImage, words: Sequence[str], *, threshold: float | None = None
-  ) -> Prediction:
+  def find(self, encoded: EncodedImage, words: Sequence[str], *, threshold: float | None = None) -> Prediction:
     """Looks for words in an encoded picture; arguments and errors as for `__call__`."""
     return self._finder(words, threshold)(encoded)
 
   def stream(
-    self,
-    images: Iterable[tuple[str, np.ndarray]],
-    words: Sequence[str],
-    *,
-    threshold: float | None = None,
+    self, images: Iterable[tuple[str, np.ndarray]], words: Sequence[str], *, threshold: float | None = None
   ) -> Iterator[Prediction]:
     """Segments any number of pictures, holding only a few of them.
 
@@ -235,9 +221,7 @@ class Predictor:
     """
     return map(self._finder(words, threshold), self._encode(images))
 
-  def _finder(
-    self, words: Sequence[str], threshold: float | None
-  ) -> Callable[[EncodedImage], Prediction]:
+  def _finder(self, words: Sequence[str], threshold: float | None) -> Callable[[EncodedImage], Prediction]:
     """What finds the words in encoded pictures."""
     found_words = parse_words(words, reserved=() if threshold is None else (BACKGROUND,))
     benchmark = _benchmark(found_words, background=threshold is not None)
@@ -271,9 +255,7 @@ class Predictor:
     found = {name: self._embeds.pop(name) for name in wanted if name in self._embeds}
     new = [name for name in wanted if name not in found]
     if new:
-      embeds = semantic_seg.embed_classes(
-        self._model, self._variables, self._tokenizer, new, self.protocol.templates
-      )
+      embeds = semantic_seg.embed_classes(self._model, self._variables, self._tokenizer, new, self.protocol.templates)
       found.update(zip(new, embeds))
     self._embeds.update(found)  # at the end: the first ones have not been asked for the longest
     for name in list(self._embeds)[:-_MOST_EMBEDDINGS]:
@@ -281,17 +263,13 @@ class Predictor:
     means = [np.mean([found[name] for name in word.synonyms], axis=0) for word in words]
     return np.stack([mean / np.linalg.norm(mean) for mean in means])
 
-  def _cut(
-    self, images: Iterable[tuple[str, np.ndarray]], waiting: dict[str, np.ndarray]
-  ) -> Iterator[windows.Picture]:
+  def _cut(self, images: Iterable[tuple[str, np.ndarray]], waiting: dict[str, np.ndarray]) -> Iterator[windows.Picture]:
     """Cuts pictures into windows, and notes each under its key until it is done."""
     for key, image in images:
       waiting[key] = image
       yield windows.cut_picture(image, self.protocol, self._model.vision.patch_size, key=key)
 
-  def _fit_encoder(
-    self, pictures: Iterator[windows.Picture]
-  ) -> tuple[WindowEncoder, Iterator[windows.Picture]]:
+  def _fit_encoder(self, pictures: Iterator[windows.Picture]) -> tuple[WindowEncoder, Iterator[windows.Picture]]:
     """An encoder with batches no larger than the work, and the pictures, of which some were looked at."""
     ways, ahead, total = sharding.batch_ways(self._mesh), [], 0
     most = windows_per_batch(self._mesh, self.protocol.window)

@@ -42,8 +42,14 @@ class Scheduled(NamedTuple):
     return self.every_steps > 0 and step > 0 and (step % self.every_steps == 0 or step == total_steps)
 
 
-def schedule(config: ml_collections.ConfigDict, source: Mixture, opened: Sequence[in_training.OpenedEval],
-             model: ImageTextModel, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> list[Scheduled]:
+def schedule(
+  config: ml_collections.ConfigDict,
+  source: Mixture,
+  opened: Sequence[in_training.OpenedEval],
+  model: ImageTextModel,
+  tokenizer: Tokenizer,
+  mesh: jax.sharding.Mesh,
+) -> list[Scheduled]:
   """Everything that a run's config asks for; it compiles at the first call only.
 
   Args:
@@ -71,8 +77,15 @@ def schedule(config: ml_collections.ConfigDict, source: Mixture, opened: Sequenc
 class RunEvals:
   """Does what is scheduled, logs it, and keeps the best checkpoint."""
 
-  def __init__(self, scheduled: Sequence[Scheduled], config: ml_collections.ConfigDict, log: RunLog,
-               best: BestCheckpoint, interrupts: Interrupts, facts: Callable[..., Mapping[str, str]]):
+  def __init__(
+    self,
+    scheduled: Sequence[Scheduled],
+    config: ml_collections.ConfigDict,
+    log: RunLog,
+    best: BestCheckpoint,
+    interrupts: Interrupts,
+    facts: Callable[..., Mapping[str, str]],
+  ):
     """Holds on to its arguments.
 
     Args:

@@ -162,9 +162,7 @@ def background_scores(scores: jax.Array, thresholds: jax.Array, *, per_window: b
   return (best[:, :, None] < bound).astype(jnp.float32)
 
 
-def pixel_shares(
-  segments: jax.Array, num_segments: int, placement: Placement, pixels: jax.Array
-) -> jax.Array:
+def pixel_shares(segments: jax.Array, num_segments: int, placement: Placement, pixels: jax.Array) -> jax.Array:
   """How much of each pixel of a picture is in each segment of each window.
 
   Summing windows, dividing by their number and bilinear resizing to the original size are linear in
@@ -217,9 +215,7 @@ def stitch(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -> jax.
   return jax.lax.fori_loop(0, num_windows, add, total)
 
 
-def best_classes(
-  shares: jax.Array, scores: jax.Array, num_windows: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def best_classes(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -> tuple[jax.Array, jax.Array]:
   """The argmax and the maximum over classes of `stitch`.
 
   Only classes that score somewhere in the picture are looked at, a few at a time: the class filter
@@ -251,9 +247,7 @@ def best_classes(
   return jax.lax.fori_loop(0, blocks, improve, (none.astype(jnp.int32), none))
 
 
-def segment_overlap(
-  shares: jax.Array, truth: jax.Array, num_windows: jax.Array, num_classes: int
-) -> jax.Array:
+def segment_overlap(shares: jax.Array, truth: jax.Array, num_windows: jax.Array, num_classes: int) -> jax.Array:
   """How many pixels of each label are in each segment.
 
   Args:
@@ -274,9 +268,7 @@ def segment_overlap(
   return jax.lax.fori_loop(0, num_windows, add, overlap)
 
 
-def _neighbours(
-  placement: Placement, pixels: jax.Array
-) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
+def _neighbours(placement: Placement, pixels: jax.Array) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
   """Rows, columns and weights of the four resized pixels that each original pixel mixes."""
   height, width = placement.original[0], placement.original[1]
   y = jnp.minimum(pixels // width, height - 1)

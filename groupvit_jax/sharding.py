@@ -14,14 +14,14 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 # First match wins. A path reads like `params/vision/stage0_block1/mlp/fc1/kernel`; the optimiser's moments end in the
 # same names and so follow their parameter. An axis that a dimension cannot be divided over is left out.
 DEFAULT_RULES: Rules = (
-    (r'attn/qkv/kernel$', PartitionSpec('fsdp', None, 'model')),  # [D, 3, h, k]
-    (r'attn/(query|key|value)/kernel$', PartitionSpec('fsdp', 'model')),  # [D, h, k]
-    (r'attn/out/kernel$', PartitionSpec('model', None, 'fsdp')),  # [h, k, D]
-    (r'(mlp|projector)/fc1/kernel$', PartitionSpec('fsdp', 'model')),
-    (r'(mlp|projector)/fc2/kernel$', PartitionSpec('model', 'fsdp')),
-    (r'assign_\w+/kernel$', PartitionSpec('fsdp', 'model')),
-    (r'token_embedding$', PartitionSpec('fsdp', 'model')),
-    (r'', PartitionSpec()),
+  (r'attn/qkv/kernel$', PartitionSpec('fsdp', None, 'model')),  # [D, 3, h, k]
+  (r'attn/(query|key|value)/kernel$', PartitionSpec('fsdp', 'model')),  # [D, h, k]
+  (r'attn/out/kernel$', PartitionSpec('model', None, 'fsdp')),  # [h, k, D]
+  (r'(mlp|projector)/fc1/kernel$', PartitionSpec('fsdp', 'model')),
+  (r'(mlp|projector)/fc2/kernel$', PartitionSpec('model', 'fsdp')),
+  (r'assign_\w+/kernel$', PartitionSpec('fsdp', 'model')),
+  (r'token_embedding$', PartitionSpec('fsdp', 'model')),
+  (r'', PartitionSpec()),
 )
 
 
@@ -45,8 +45,10 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[j
     data = len(devices) // (fsdp * model)
   shape = (data, fsdp, model)
   if min(shape) < 1 or int(np.prod(shape)) != len(devices):
-    raise ValueError(f'mesh data={data} x fsdp={fsdp} x model={model} does not cover {len(devices)} devices; '
-                     'make the product equal, or set mesh.data=-1')
+    raise ValueError(
+      f'mesh data={data} x fsdp={fsdp} x model={model} does not cover {len(devices)} devices; '
+      'make the product equal, or set mesh.data=-1'
+    )
   return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
@@ -90,14 +92,14 @@ def assemble_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
   size = len(rows) // len(_local_parts(batch_ways(mesh), mesh))  # of a device
   parts = _local_parts(size * batch_ways(mesh), mesh)
   offsets = {start: size * i for i, start in enumerate(sorted(parts))}
-  part = lambda index: rows[offsets[index[0].start or 0]:][:size]
+  part = lambda index: rows[offsets[index[0].start or 0] :][:size]
   return jax.make_array_from_callback((size * batch_ways(mesh), *rows.shape[1:]), batch_sharding(mesh), part)
 
 
 def _local_parts(batch_size: int, mesh: Mesh) -> dict[int, int]:
   """Where the parts of a batch start and end that lie on this process's devices."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-  return {index.start or 0: batch_size if index.stop is None else index.stop for index, in indices}
+  return {index.start or 0: batch_size if index.stop is None else index.stop for (index,) in indices}
 
 
 def evaluation_mesh(mesh: Mesh) -> Mesh:
@@ -109,8 +111,10 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
   """Raises ValueError when the devices do not divide a batch."""
   ways = batch_ways(mesh)
   if batch_size < 1 or batch_size % ways:
-    raise ValueError(f'{name}={batch_size} is not a positive multiple of the {ways} devices it is divided over; '
-                     f'use {max(1, batch_size // ways) * ways} or {(batch_size // ways + 1) * ways}')
+    raise ValueError(
+      f'{name}={batch_size} is not a positive multiple of the {ways} devices it is divided over; '
+      f'use {max(1, batch_size // ways) * ways} or {(batch_size // ways + 1) * ways}'
+    )
 
 
 def check_micro_batches(batch_size: int, num_steps: int, mesh: Mesh) -> None:
@@ -119,8 +123,10 @@ def check_micro_batches(batch_size: int, num_steps: int, mesh: Mesh) -> None:
   if num_steps < 1 or rows % num_steps:
     fitting = [steps for steps in range(1, rows + 1) if rows % steps == 0]
     nearest = min(fitting, key=lambda steps: abs(steps - num_steps))
-    raise ValueError(f'grad_accum_steps={num_steps} does not divide the {rows} samples that each device has of '
-                     f'batch_size={batch_size}; use {nearest}')
+    raise ValueError(
+      f'grad_accum_steps={num_steps} does not divide the {rows} samples that each device has of '
+      f'batch_size={batch_size}; use {nearest}'
+    )
 
 
 def state_shardings(abstract_state: object, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> object:
@@ -134,9 +140,11 @@ def state_shardings(abstract_state: object, mesh: Mesh, rules: Rules = DEFAULT_R
   Returns:
     A tree of NamedSharding.
   """
+
   def sharding_of(path, leaf):
     spec = next(spec for pattern, spec in rules if re.search(pattern, path_name(path)))
     return NamedSharding(mesh, _fitting(spec, leaf.shape, mesh))
+
   return jax.tree_util.tree_map_with_path(sharding_of, abstract_state)
 
 

@@ -98,8 +98,8 @@ class _Devices(NamedTuple):
     """Likewise, but all rows come to each device, whose sums [R] of them are only its own part."""
     at_once = max(n for n in range(1, self.size + 1) if self.size % n == 0 and (n == 1 or n * len(rows[0]) <= block))
     chunks = jax.tree.map(
-      lambda x: lax.all_gather(x, self.axes, tiled=True).reshape(
-        self.size // at_once, -1, *x.shape[1:]), rows)
+      lambda x: lax.all_gather(x, self.axes, tiled=True).reshape(self.size // at_once, -1, *x.shape[1:]), rows
+    )
 
     def step(staying, chunk):
       sums, staying = visit(chunk, start(len(chunk[0])), staying)
@@ -110,9 +110,7 @@ class _Devices(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def logsumexp(
-  rows: jax.Array, columns: jax.Array, place: NamedSharding | None, block: int
-) -> LogSumExp:
+def logsumexp(rows: jax.Array, columns: jax.Array, place: NamedSharding | None, block: int) -> LogSumExp:
   """Reduces the logits `rows @ columns.T`, block by block.
 
   Args:
@@ -133,9 +131,7 @@ def _logsumexp_fwd(rows, columns, place, block):
 
 
 def _logsumexp_bwd(place, block, residuals, grads):
-  return _on_devices(functools.partial(_backward, block=block), place)(
-    *residuals, grads.rows, grads.columns
-  )
+  return _on_devices(functools.partial(_backward, block=block), place)(*residuals, grads.rows, grads.columns)
 
 
 logsumexp.defvjp(_logsumexp_fwd, _logsumexp_bwd)
@@ -149,11 +145,7 @@ def _on_devices(function: Callable, place: NamedSharding | None) -> Callable:
   devices = _Devices(axes, math.prod(place.mesh.shape[axis] for axis in axes))
   spec = PartitionSpec(axes)
   return jax.shard_map(
-    functools.partial(function, devices=devices),
-    mesh=place.mesh,
-    in_specs=spec,
-    out_specs=spec,
-    check_vma=False,
+    functools.partial(function, devices=devices), mesh=place.mesh, in_specs=spec, out_specs=spec, check_vma=False
   )
 
 
@@ -209,10 +201,7 @@ def _backward(
     def add_block(d_rows, inputs):
       part, ids, lse, grad, d_part = inputs
       logits = _logits(rows, part, ids)
-      d_logits = (
-        jnp.exp(logits - row_lse[:, None]) * row_grad[:, None]
-        + jnp.exp(logits - lse[None, :]) * grad[None, :]
-      )
+      d_logits = jnp.exp(logits - row_lse[:, None]) * row_grad[:, None] + jnp.exp(logits - lse[None, :]) * grad[None, :]
       return (
         d_rows + jnp.einsum('rc,ce->re', d_logits, part, precision='highest'),
         d_part + jnp.einsum('rc,re->ce', d_logits, rows, precision='highest'),
@@ -261,9 +250,7 @@ def _merge(a: _Sums, b: _Sums) -> _Sums:
   peak = jnp.maximum(a.peak, b.peak)
   at_peak = lambda sums: jnp.where(sums.peak == peak, sums.best, _NOWHERE)
   return _Sums(
-    peak,
-    a.total * jnp.exp(a.peak - peak) + b.total * jnp.exp(b.peak - peak),
-    jnp.minimum(at_peak(a), at_peak(b)),
+    peak, a.total * jnp.exp(a.peak - peak) + b.total * jnp.exp(b.peak - peak), jnp.minimum(at_peak(a), at_peak(b))
   )
 
 

@@ -20,9 +20,7 @@ def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
       total += 2 * out * math.prod(shapes[1]) // kernel_out
     inner = [
       getattr(x, 'jaxpr', x)
-      for x in jax.tree.leaves(
-        tuple(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr')
-      )
+      for x in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr'))
     ]
     counts = [matmul_flops(x) for x in inner if hasattr(x, 'eqns')]
     # Of a conditional's branches one is run: they differ by platform here, and compute the same.

@@ -15,8 +15,18 @@ import numpy as np
 import optax
 
 from groupvit_jax import (
-    cli, distributed, initial_weights, optim, packed_texts, run_evals, sharding, train_state, train_step, trained_run,
-    workdir as workdir_lib)
+  cli,
+  distributed,
+  initial_weights,
+  optim,
+  packed_texts,
+  run_evals,
+  sharding,
+  train_state,
+  train_step,
+  trained_run,
+  workdir as workdir_lib,
+)
 from groupvit_jax.attention_choice import choose_attention, Choice
 from groupvit_jax.best_checkpoint import BestCheckpoint
 from groupvit_jax.checkpoint import Checkpoints
@@ -103,8 +113,12 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   image_ops.build_augment(config.data.augment, tuple(config.model.vision.image_size))
   build_random_erasing(config.data.augment)
   build = functools.partial(
-      build_model, config.model, multi_label=config.data.num_prompts > 0, remat=config.remat,
-      scan_layers=config.scan_layers)
+    build_model,
+    config.model,
+    multi_label=config.data.num_prompts > 0,
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+  )
   evals = in_training.open_evals(config.evals, tuple(config.model.vision.image_size))
   scenes = config.data.source == 'scenes' and config.eval.every_steps > 0
   in_training.check_best(config.checkpoint.best, evals, (run_evals.SCENES,) if scenes else ())
@@ -120,8 +134,10 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
   samples = config.batch_size // config.grad_accum_steps
   attention = workdir_lib.prepare_attention(
-      workdir, f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {samples} samples, {config.model.dtype}',
-      lambda: choose_attention(model.vision, samples, mesh, train=True))
+    workdir,
+    f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {samples} samples, {config.model.dtype}',
+    lambda: choose_attention(model.vision, samples, mesh, train=True),
+  )
   model = model.clone(vision=model.vision.clone(attention=attention.implementation))
   tx = optim.build_optimizer(config.optim, schedule)
   return Run(config, mesh, source, tokenizer, model, tx, schedule, changed, evals, attention)
@@ -129,8 +145,12 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
 
 def _check_rhythm(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a number of steps that nothing can happen after."""
-  counts = {'log_every': config.log_every, 'checkpoint.every_steps': config.checkpoint.every_steps,
-            'checkpoint.keep': config.checkpoint.keep, 'max_skipped_in_a_row': config.max_skipped_in_a_row}
+  counts = {
+    'log_every': config.log_every,
+    'checkpoint.every_steps': config.checkpoint.every_steps,
+    'checkpoint.keep': config.checkpoint.keep,
+    'max_skipped_in_a_row': config.max_skipped_in_a_row,
+  }
   for key, value in counts.items():
     if value < 1:
       raise ValueError(f'{key}={value}: use 1 or more')
@@ -145,35 +165,47 @@ def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
   2. Otherwise the weights that `config.init_from` names, at step 0 and without the optimiser's moments.
   3. Otherwise the config's seed.
   """
-  restored = checkpoints.restore(
-      train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh, run.averages))
+  restored = checkpoints.restore(train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh, run.averages))
   if restored is not None:
     return restored.state
-  return initial_weights.initial_state(run.model, run.tx, run.config.seed, run.text_shape, run.mesh,
-                                       init_from=run.config.init_from, average=run.averages)
+  return initial_weights.initial_state(
+    run.model, run.tx, run.config.seed, run.text_shape, run.mesh, init_from=run.config.init_from, average=run.averages
+  )
 
 
 def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, train_step.Figures]]:
   """The training step, compiled for the places where `state` lies; it takes over the state it is given."""
   step = functools.partial(
-      train_step.train_step, model=run.model, tx=run.tx, multi_label_weight=run.config.multi_label_weight,
-      grad_accum_steps=run.config.grad_accum_steps, text_budget=run.config.text_budget,
-      random_erasing=build_random_erasing(run.config.data.augment),
-      place=sharding.batch_sharding(run.mesh), ema_decay=run.config.ema_decay)
+    train_step.train_step,
+    model=run.model,
+    tx=run.tx,
+    multi_label_weight=run.config.multi_label_weight,
+    grad_accum_steps=run.config.grad_accum_steps,
+    text_budget=run.config.text_budget,
+    random_erasing=build_random_erasing(run.config.data.augment),
+    place=sharding.batch_sharding(run.mesh),
+    ema_decay=run.config.ema_decay,
+  )
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 
 
 def read_batches(run: Run, first_batch: int) -> Iterator[dict[str, np.ndarray]]:
   """This process's rows of the run's batches, from the given one to the last."""
   config = run.config
-  examples = pipeline.build_examples(config, run.source, run.tokenizer, first_batch=first_batch,
-                                     rows=sharding.local_rows(config.batch_size, run.mesh))
-  return pipeline.iterate(examples, num_threads=config.data.num_threads, num_workers=config.data.num_workers,
-                          prefetch_batches=config.data.prefetch_batches)
+  examples = pipeline.build_examples(
+    config, run.source, run.tokenizer, first_batch=first_batch, rows=sharding.local_rows(config.batch_size, run.mesh)
+  )
+  return pipeline.iterate(
+    examples,
+    num_threads=config.data.num_threads,
+    num_workers=config.data.num_workers,
+    prefetch_batches=config.data.prefetch_batches,
+  )
 
 
-def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.PathLike,
-          interrupts: Interrupts) -> int:
+def _loop(
+  run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.PathLike, interrupts: Interrupts
+) -> int:
   """Evaluates what an earlier start left, then steps until the end or a signal.
 
   Figures are fetched while the next step runs, so no step waits for them.
@@ -182,14 +214,17 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
   log = RunLog(workdir, first_step=first_step, total_steps=config.total_steps, batch_size=config.batch_size)
   with contextlib.closing(log):  # whatever ends the run: what was logged can be read
     _announce(log, run, state)
-    scheduled = run_evals.schedule(config, run.source, run.evals, run.model, run.tokenizer,
-                                   sharding.evaluation_mesh(run.mesh))
-    facts = functools.partial(trained_run.provenance, workdir, weights='ema' if run.averages else 'trained',
-                              model=run.model, mesh=run.mesh)
+    scheduled = run_evals.schedule(
+      config, run.source, run.evals, run.model, run.tokenizer, sharding.evaluation_mesh(run.mesh)
+    )
+    facts = functools.partial(
+      trained_run.provenance, workdir, weights='ema' if run.averages else 'trained', model=run.model, mesh=run.mesh
+    )
     best = BestCheckpoint(workdir, config.checkpoint.best)
     evals = RunEvals(scheduled, config, log, best, interrupts, facts)
-    tally = FaultTally(workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share,
-                       mesh=run.mesh)
+    tally = FaultTally(
+      workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share, mesh=run.mesh
+    )
     log_step = functools.partial(_log_step, log, tally, _learning_rates(run), config.max_skipped_in_a_row)
     whole = evals.run(evals.left(first_step), state)  # whether all that was due is evaluated
     step_fn = jit_step(run, state)
@@ -245,8 +280,9 @@ def _loop(run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.
     return cli.EXIT_PREEMPTED
 
 
-def _save(log: RunLog, tally: FaultTally, checkpoints: Checkpoints, state: TrainState,
-          config: ml_collections.ConfigDict) -> None:
+def _save(
+  log: RunLog, tally: FaultTally, checkpoints: Checkpoints, state: TrainState, config: ml_collections.ConfigDict
+) -> None:
   """Starts to save a state, after what was logged up to it."""
   with log.paused():
     tally.save(int(state.step))
@@ -265,8 +301,10 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
   log.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   if not jax.distributed.is_initialized():
     log.say(distributed.table_of_one())
-  log.say(f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
-          f'{len(run.source):,} records; vocabulary {run.tokenizer.vocab_size:,}')
+  log.say(
+    f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
+    f'{len(run.source):,} records; vocabulary {run.tokenizer.vocab_size:,}'
+  )
   for part in run.source.sets:
     if part.num_shards:
       log.say(f'{part.name}: {len(part.source):,} records in {part.num_shards:,} shards, weight {part.weight:g}')
@@ -276,8 +314,15 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
     log.say(f'changed since the first start: {line}')
 
 
-def _log_step(log: RunLog, tally: FaultTally, rates: np.ndarray, max_skipped_in_a_row: int, step: int,
-              figures: train_step.Figures, faults: jax.Array | None) -> None:
+def _log_step(
+  log: RunLog,
+  tally: FaultTally,
+  rates: np.ndarray,
+  max_skipped_in_a_row: int,
+  step: int,
+  figures: train_step.Figures,
+  faults: jax.Array | None,
+) -> None:
   """Waits for a step, logs its figures when it is their turn (then there are `faults`).
 
   Nothing is computed on devices, which are at the next step already. Ends the run when updates keep being skipped, or
@@ -297,5 +342,6 @@ def _log_step(log: RunLog, tally: FaultTally, rates: np.ndarray, max_skipped_in_
     tally.check(step, counts)
   if hopeless:
     raise ValueError(
-        f'the loss or its gradient was not finite in {in_a_row} steps in a row up to step {step}; lower optim.peak_lr, '
-        f'or raise max_skipped_in_a_row={max_skipped_in_a_row}; the last checkpoint is from before')
+      f'the loss or its gradient was not finite in {in_a_row} steps in a row up to step {step}; lower optim.peak_lr, '
+      f'or raise max_skipped_in_a_row={max_skipped_in_a_row}; the last checkpoint is from before'
+    )

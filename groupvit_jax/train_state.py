@@ -36,8 +36,14 @@ class TrainState(flax.struct.PyTreeNode):
     return self.replace(ema=jax.tree.map(jnp.copy, self.variables))  # copies: a step donates both
 
 
-def init_state(model: ImageTextModel, tx: optax.GradientTransformation, seed: int, text_shape: tuple[int, int],
-               mesh: jax.sharding.Mesh, average: bool = False) -> TrainState:
+def init_state(
+  model: ImageTextModel,
+  tx: optax.GradientTransformation,
+  seed: int,
+  text_shape: tuple[int, int],
+  mesh: jax.sharding.Mesh,
+  average: bool = False,
+) -> TrainState:
   """Initialises a state whose arrays are born in their places.
 
   Args:
@@ -56,21 +62,35 @@ def init_state(model: ImageTextModel, tx: optax.GradientTransformation, seed: in
   return jax.jit(init, out_shardings=shardings)()
 
 
-def abstract_state(model: ImageTextModel, tx: optax.GradientTransformation, text_shape: tuple[int, int],
-                   mesh: jax.sharding.Mesh, average: bool = False) -> TrainState:
+def abstract_state(
+  model: ImageTextModel,
+  tx: optax.GradientTransformation,
+  text_shape: tuple[int, int],
+  mesh: jax.sharding.Mesh,
+  average: bool = False,
+) -> TrainState:
   """Shapes, dtypes and shardings of the state, without computing it; what a checkpoint is restored onto."""
   shapes = jax.eval_shape(lambda: _init(model, tx, 0, text_shape, average))
-  return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-                      shapes, sharding.state_shardings(shapes, mesh))
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    shapes,
+    sharding.state_shardings(shapes, mesh),
+  )
 
 
-def _init(model: ImageTextModel, tx: optax.GradientTransformation, seed: int,
-          text_shape: tuple[int, int], average: bool) -> TrainState:
+def _init(
+  model: ImageTextModel, tx: optax.GradientTransformation, seed: int, text_shape: tuple[int, int], average: bool
+) -> TrainState:
   init_key, root_key = jax.random.split(jax.random.key(seed))
-  variables = model.init(
-      init_key, jnp.zeros((1, *model.vision.image_size, 3)), jnp.zeros((1, *text_shape), jnp.int32))
+  variables = model.init(init_key, jnp.zeros((1, *model.vision.image_size, 3)), jnp.zeros((1, *text_shape), jnp.int32))
   zero = jnp.zeros((), jnp.int32)
   state = TrainState(
-      step=zero, params=variables['params'], batch_stats=variables['batch_stats'],
-      opt_state=tx.init(variables['params']), rng=root_key, skipped=zero, skipped_in_a_row=zero)
+    step=zero,
+    params=variables['params'],
+    batch_stats=variables['batch_stats'],
+    opt_state=tx.init(variables['params']),
+    rng=root_key,
+    skipped=zero,
+    skipped_in_a_row=zero,
+  )
   return state.start_average() if average else state

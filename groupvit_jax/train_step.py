@@ -43,29 +43,43 @@ def normalize_images(images: jax.Array) -> jax.Array:
   return (images.astype(jnp.float32) / 255 - IMAGE_MEAN) / IMAGE_STD
 
 
-def total_loss(out: Projected, multi_label_weight: float,
-               place: NamedSharding | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+def total_loss(
+  out: Projected, multi_label_weight: float, place: NamedSharding | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Caption loss plus weighted multi-label loss (paper section 3.3), and everything worth logging about them."""
   with jax.named_scope('caption_loss'):
     caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, place=place)
   loss = caption.loss
   logged = {
-      'caption_loss': caption.loss, 'image_to_text_accuracy': caption.image_to_text_accuracy,
-      'text_to_image_accuracy': caption.text_to_image_accuracy,
-      'logit_scale': losses.clamped_scale(out.logit_scale)}
+    'caption_loss': caption.loss,
+    'image_to_text_accuracy': caption.image_to_text_accuracy,
+    'text_to_image_accuracy': caption.text_to_image_accuracy,
+    'logit_scale': losses.clamped_scale(out.logit_scale),
+  }
   if out.multi_label_logit_scale is not None:
     with jax.named_scope('multi_label_loss'):
       prompts = losses.multi_label_loss(
-          out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, place=place)
+        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, place=place
+      )
     loss = loss + multi_label_weight * prompts.loss
-    logged |= {'multi_label_loss': prompts.loss,
-               'multi_label_logit_scale': losses.clamped_scale(out.multi_label_logit_scale)}
+    logged |= {
+      'multi_label_loss': prompts.loss,
+      'multi_label_logit_scale': losses.clamped_scale(out.multi_label_logit_scale),
+    }
   return loss, logged | {'loss': loss}
 
 
-def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, multi_label_weight: float,
-                   grad_accum_steps: int, text_budget: int, random_erasing: RandomErasing | None,
-                   place: NamedSharding | None) -> tuple[LossOutput, object]:
+def loss_and_grads(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: ImageTextModel,
+  multi_label_weight: float,
+  grad_accum_steps: int,
+  text_budget: int,
+  random_erasing: RandomErasing | None,
+  place: NamedSharding | None,
+) -> tuple[LossOutput, object]:
   """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss.
 
   The towers see the batch in `grad_accum_steps` micro-batches, projectors and losses see it whole; so neither result
@@ -89,9 +103,11 @@ def loss_and_grads(state: TrainState, batch: Batch, *, model: ImageTextModel, mu
 
   def loss_fn(params):
     features, (health, load) = map_micro_batches(
-        functools.partial(encode, params), batch | {'keys': keys}, grad_accum_steps)
+      functools.partial(encode, params), batch | {'keys': keys}, grad_accum_steps
+    )
     out, updated = model.apply(
-        state.variables | {'params': params}, *features, train=True, method='project', mutable=['batch_stats'])
+      state.variables | {'params': params}, *features, train=True, method='project', mutable=['batch_stats']
+    )
     loss, logged = total_loss(out, multi_label_weight, place)
     logged |= {'text_tokens': load.tokens / len(batch['image']), 'text_turns': load.turns}
     return loss, LossOutput(updated['batch_stats'], Figures(logged, health))
@@ -116,10 +132,19 @@ def average_variables(state: TrainState, decay: float) -> dict[str, object]:
   return optax.incremental_update(state.variables, state.ema, weight)
 
 
-def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel,
-               tx: optax.GradientTransformationExtraArgs, multi_label_weight: float, grad_accum_steps: int,
-               text_budget: int, random_erasing: RandomErasing | None, place: NamedSharding | None,
-               ema_decay: float = 0.0) -> tuple[TrainState, Figures]:
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: ImageTextModel,
+  tx: optax.GradientTransformationExtraArgs,
+  multi_label_weight: float,
+  grad_accum_steps: int,
+  text_budget: int,
+  random_erasing: RandomErasing | None,
+  place: NamedSharding | None,
+  ema_decay: float = 0.0,
+) -> tuple[TrainState, Figures]:
   """Applies one update.
 
   An update with a non-finite loss or gradient is skipped and counted: parameters, statistics and optimiser stay as
@@ -141,8 +166,15 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel,
     The next state and the step's figures.
   """
   out, grads = loss_and_grads(
-      state, batch, model=model, multi_label_weight=multi_label_weight, grad_accum_steps=grad_accum_steps,
-      text_budget=text_budget, random_erasing=random_erasing, place=place)
+    state,
+    batch,
+    model=model,
+    multi_label_weight=multi_label_weight,
+    grad_accum_steps=grad_accum_steps,
+    text_budget=text_budget,
+    random_erasing=random_erasing,
+    place=place,
+  )
   with jax.named_scope('optimizer'):
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
@@ -152,10 +184,18 @@ def train_step(state: TrainState, batch: Batch, *, model: ImageTextModel,
 
   bad = 1 - finite.astype(jnp.int32)
   state = state.replace(
-      step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state,
-      skipped=state.skipped + bad, skipped_in_a_row=(state.skipped_in_a_row + 1) * bad)
+    step=state.step + 1,
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    skipped=state.skipped + bad,
+    skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+  )
   if state.ema is not None:
     state = state.replace(ema=average_variables(state, ema_decay))
   scalars = out.figures.scalars | {
-      'grad_norm': grad_norm, 'skipped': state.skipped, 'skipped_in_a_row': state.skipped_in_a_row}
+    'grad_norm': grad_norm,
+    'skipped': state.skipped,
+    'skipped_in_a_row': state.skipped_in_a_row,
+  }
   return state, Figures(scalars, out.figures.health)

@@ -58,9 +58,7 @@ def provenance(
   }
 
 
-def open_run(
-  workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best'
-) -> TrainedRun:
+def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best') -> TrainedRun:
   """Opens a checkpoint of a workdir, on all devices; nothing is written there.
 
   Args:
@@ -79,10 +77,7 @@ def open_run(
   tokenizer = workdir_lib.load_tokenizer(workdir)
   with complete_config(workdir):
     model = build_model(
-      config.model,
-      vocab_size=tokenizer.vocab_size,
-      eos_id=tokenizer.eos_id,
-      multi_label=config.data.num_prompts > 0,
+      config.model, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, multi_label=config.data.num_prompts > 0
     )
   mesh = sharding.make_mesh()
   model = with_fastest_attention(model, mesh)
@@ -110,7 +105,7 @@ def _choose_weights(workdir: epath.PathLike, config: ml_collections.ConfigDict, 
     raise ValueError(f'weights={weights!r}: use {", ".join(get_args(Weights))}')
   kept = workdir_lib.keeps_average(config)
   if weights == 'ema' and not kept:
-    raise ValueError(f"the run in {workdir} keeps no moving average; use weights=trained, or train with ema_decay")
+    raise ValueError(f'the run in {workdir} keeps no moving average; use weights=trained, or train with ema_decay')
   return 'ema' if kept and weights != 'trained' else 'trained'
 
 

@@ -37,8 +37,10 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     raise ValueError(f'there is no workdir {workdir}; train one with train.py --config=... --workdir={workdir}')
   path = workdir / 'config.json'
   if (workdir / 'bundle.json').exists():
-    raise ValueError(f'{workdir} is a bundle of export --format=stablehlo and no workdir; groupvit_jax.Predictor.open '
-                     'takes it; name the workdir that it was exported from')
+    raise ValueError(
+      f'{workdir} is a bundle of export --format=stablehlo and no workdir; groupvit_jax.Predictor.open '
+      'takes it; name the workdir that it was exported from'
+    )
   if not path.exists():
     raise ValueError(f'{workdir} holds no run (it has no config.json); name the folder train.py wrote')
   try:
@@ -84,8 +86,10 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
   changed = compare(workdir, config)
   if not (workdir / 'config.json').exists():
     if jax.process_index():
-      raise ValueError(f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
-                       'that all hosts share: a network disk, or a bucket')
+      raise ValueError(
+        f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
+        'that all hosts share: a network disk, or a bucket'
+      )
     shards.write_whole(str(workdir / 'config.json'), (config.to_json(indent=2) + '\n').encode())
   return changed
 
@@ -96,8 +100,9 @@ def check_place(workdir: epath.PathLike) -> None:
   if not bucket:
     return
   if scheme not in _BUCKETS:
-    raise ValueError(f'--workdir={workdir}: a run is kept on a disk, or in a bucket, '
-                     f'{" or ".join(f"{name}://" for name in _BUCKETS)}')
+    raise ValueError(
+      f'--workdir={workdir}: a run is kept on a disk, or in a bucket, {" or ".join(f"{name}://" for name in _BUCKETS)}'
+    )
   if importlib.util.find_spec(_BUCKETS[scheme]) is None:
     raise ValueError(f'--workdir={workdir} needs {_BUCKETS[scheme]}: pip install {_BUCKETS[scheme]}')
 
@@ -122,8 +127,11 @@ def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[
   if (before.data.num_prompts > 0) != (config.data.num_prompts > 0):  # prompts have a temperature of their own
     unfit.append(differences['data.num_prompts'])
   if unfit:
-    raise ValueError(f'the config does not fit the run in {workdir}: ' + '; '.join(unfit)
-                     + '; use another --workdir, or the values of that run')
+    raise ValueError(
+      f'the config does not fit the run in {workdir}: '
+      + '; '.join(unfit)
+      + '; use another --workdir, or the values of that run'
+    )
   return list(differences.values())
 
 
@@ -182,12 +190,18 @@ def _differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict)
   """Keys whose values differ, with a sentence each. Compared as JSON: tuples and lists are the same thing."""
   before, after = (_flatten(json.loads(config.to_json())) for config in (old, new))
   text = lambda values, key: repr(values[key]) if key in values else 'absent'
-  return {key: f'{key} is {text(after, key)} here and {text(before, key)} there'
-          for key in sorted(before.keys() | after.keys()) if text(before, key) != text(after, key)}
+  return {
+    key: f'{key} is {text(after, key)} here and {text(before, key)} there'
+    for key in sorted(before.keys() | after.keys())
+    if text(before, key) != text(after, key)
+  }
 
 
 def _flatten(tree: object, prefix: str = '') -> dict[str, object]:
   if not isinstance(tree, dict):
     return {prefix: tree}
-  return {path: value for key, child in tree.items()
-          for path, value in _flatten(child, f'{prefix}.{key}' if prefix else key).items()}
+  return {
+    path: value
+    for key, child in tree.items()
+    for path, value in _flatten(child, f'{prefix}.{key}' if prefix else key).items()
+  }

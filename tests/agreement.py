@@ -23,5 +23,6 @@ def assert_agree(one, other, share: float, what: object = '') -> None:
   nothing = _NOTHING * max(np.abs(leaf).max() for leaf in jax.tree.leaves(one))
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True):
     scale = np.abs(a).max()
-    np.testing.assert_allclose(a, b, rtol=0, atol=share * scale if scale > nothing else nothing,
-                               err_msg=f'{what} {sharding.path_name(path)}')
+    np.testing.assert_allclose(
+      a, b, rtol=0, atol=share * scale if scale > nothing else nothing, err_msg=f'{what} {sharding.path_name(path)}'
+    )

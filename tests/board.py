@@ -11,13 +11,13 @@ from tensorboardX.proto import event_pb2
 
 def read_board(folder: pathlib.Path) -> dict[str, tuple[int, float | str | np.ndarray]]:
   """Tag -> (step, figure, text or picture) of the one file in a folder; of each tag the last."""
-  file, = folder.iterdir()
+  (file,) = folder.iterdir()
   data, found = file.read_bytes(), {}
   while data:  # a length, its checksum, the event, its checksum
     size = int.from_bytes(data[:8], 'little')
-    event = event_pb2.Event.FromString(data[12:12 + size])
+    event = event_pb2.Event.FromString(data[12 : 12 + size])
     found |= {value.tag: (event.step, _read(value)) for value in event.summary.value}
-    data = data[16 + size:]
+    data = data[16 + size :]
   return found
 
 

@@ -13,9 +13,14 @@ os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 os.environ['NPROC'] = '64'
 # Eight devices on two busy cores may wait long for each other; the default of 40 s aborts the process.
 # Most of a test's time goes into compiling what then runs for milliseconds: LLVM optimises nothing here.
-os.environ['XLA_FLAGS'] = ' '.join([
-    os.environ.get('XLA_FLAGS', ''), '--xla_cpu_collective_call_terminate_timeout_seconds=900',
-    '--xla_cpu_collective_timeout_seconds=900', '--xla_backend_optimization_level=0'])
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_cpu_collective_call_terminate_timeout_seconds=900',
+    '--xla_cpu_collective_timeout_seconds=900',
+    '--xla_backend_optimization_level=0',
+  ]
+)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
 

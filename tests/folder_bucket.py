@@ -42,8 +42,12 @@ class FolderBucket(fsspec.AbstractFileSystem):
 
   def _describe(self, path: pathlib.Path) -> dict[str, object]:
     name = path.relative_to(self.folder).as_posix()
-    return {'name': name, 'size': path.stat().st_size if path.is_file() else 0,
-            'type': 'file' if path.is_file() else 'directory', 'ETag': str(path.stat().st_mtime_ns)}
+    return {
+      'name': name,
+      'size': path.stat().st_size if path.is_file() else 0,
+      'type': 'file' if path.is_file() else 'directory',
+      'ETag': str(path.stat().st_mtime_ns),
+    }
 
   def mkdir(self, path, create_parents=True, **kwargs):
     """There are no folders."""

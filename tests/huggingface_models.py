@@ -16,21 +16,44 @@ VOCAB_SIZE = 2 * 256 + 2
 def small_config(**vision) -> transformers.GroupViTConfig:
   """A narrow three-stage model of 224-px images; text of `write_clip_folder`'s vocabulary."""
   fields = dict(
-      hidden_size=24, intermediate_size=60, num_attention_heads=3, depths=[1, 1, 1], num_hidden_layers=3,
-      num_group_tokens=[7, 3, 0], num_output_groups=[7, 5, 5], assign_mlp_ratio=[0.5, 2.5])
+    hidden_size=24,
+    intermediate_size=60,
+    num_attention_heads=3,
+    depths=[1, 1, 1],
+    num_hidden_layers=3,
+    num_group_tokens=[7, 3, 0],
+    num_output_groups=[7, 5, 5],
+    assign_mlp_ratio=[0.5, 2.5],
+  )
   return transformers.GroupViTConfig(
-      projection_dim=10, projection_intermediate_dim=22, vision_config=fields | vision,
-      text_config=dict(
-          hidden_size=20, intermediate_size=50, num_attention_heads=5, num_hidden_layers=2, vocab_size=VOCAB_SIZE,
-          max_position_embeddings=9, bos_token_id=VOCAB_SIZE - 2, eos_token_id=VOCAB_SIZE - 1))
+    projection_dim=10,
+    projection_intermediate_dim=22,
+    vision_config=fields | vision,
+    text_config=dict(
+      hidden_size=20,
+      intermediate_size=50,
+      num_attention_heads=5,
+      num_hidden_layers=2,
+      vocab_size=VOCAB_SIZE,
+      max_position_embeddings=9,
+      bos_token_id=VOCAB_SIZE - 2,
+      eos_token_id=VOCAB_SIZE - 1,
+    ),
+  )
 
 
 def authors_config(**vision) -> transformers.GroupViTConfig:
   """Another narrow one, with heads of 64 as the authors' checkpoints have them."""
   config = small_config(hidden_size=64, num_attention_heads=1, intermediate_size=160, **vision)
   config.text_config = transformers.GroupViTTextConfig(
-      hidden_size=128, num_attention_heads=2, intermediate_size=256, num_hidden_layers=2, max_position_embeddings=9,
-      vocab_size=VOCAB_SIZE, eos_token_id=VOCAB_SIZE - 1)
+    hidden_size=128,
+    num_attention_heads=2,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    max_position_embeddings=9,
+    vocab_size=VOCAB_SIZE,
+    eos_token_id=VOCAB_SIZE - 1,
+  )
   return config
 
 
@@ -63,28 +86,28 @@ def authors_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     elif not re.search(r'\.self_attn\.[qv]_proj\.', name):
       renamed[name] = value
   substitutions = (
-      (r'^vision_model\.encoder\.stages\.(\d+)\.layers', r'img_encoder.layers.\1.blocks'),
-      (r'^vision_model\.encoder\.stages', 'img_encoder.layers'),
-      (r'^vision_model\.embeddings\.position_embeddings', 'img_encoder.pos_embed'),
-      (r'^vision_model\.embeddings\.patch_embeddings\.projection', 'img_encoder.patch_embed.proj'),
-      (r'^vision_model\.embeddings\.layernorm', 'img_encoder.patch_embed.norm'),
-      (r'^vision_model\.layernorm', 'img_encoder.norm'),
-      (r'^(img.*blocks.*)\.self_attn\.out_proj', r'\1.attn.proj'),
-      (r'^(img.*blocks.*)\.self_attn', r'\1.attn'),
-      (r'^(img.*blocks.*)\.layer_norm', r'\1.norm'),
-      (r'pre_assign_attn\.attn\.out_proj', 'pre_assign_attn.attn.proj'),
-      (r'^text_model\.embeddings\.token_embedding', 'text_encoder.token_embedding'),
-      (r'^text_model\.embeddings\.position_embedding\.weight', 'text_encoder.positional_embedding'),
-      (r'^text_model\.final_layer_norm', 'text_encoder.ln_final'),
-      (r'^text_model\.encoder\.layers', 'text_encoder.transformer.resblocks'),
-      (r'^(text_encoder.*)\.self_attn', r'\1.attn'),
-      (r'^(text_encoder.*)\.layer_norm(\d)', r'\1.ln_\2'),
-      (r'^(text_encoder.*mlp)\.fc1', r'\1.c_fc'),
-      (r'^(text_encoder.*mlp)\.fc2', r'\1.c_proj'),
-      (r'^visual_projection\.3', 'img_projector.linear_out'),
-      (r'^visual_projection', 'img_projector.linear_hidden'),
-      (r'^text_projection\.3', 'text_projector.linear_out'),
-      (r'^text_projection', 'text_projector.linear_hidden'),
+    (r'^vision_model\.encoder\.stages\.(\d+)\.layers', r'img_encoder.layers.\1.blocks'),
+    (r'^vision_model\.encoder\.stages', 'img_encoder.layers'),
+    (r'^vision_model\.embeddings\.position_embeddings', 'img_encoder.pos_embed'),
+    (r'^vision_model\.embeddings\.patch_embeddings\.projection', 'img_encoder.patch_embed.proj'),
+    (r'^vision_model\.embeddings\.layernorm', 'img_encoder.patch_embed.norm'),
+    (r'^vision_model\.layernorm', 'img_encoder.norm'),
+    (r'^(img.*blocks.*)\.self_attn\.out_proj', r'\1.attn.proj'),
+    (r'^(img.*blocks.*)\.self_attn', r'\1.attn'),
+    (r'^(img.*blocks.*)\.layer_norm', r'\1.norm'),
+    (r'pre_assign_attn\.attn\.out_proj', 'pre_assign_attn.attn.proj'),
+    (r'^text_model\.embeddings\.token_embedding', 'text_encoder.token_embedding'),
+    (r'^text_model\.embeddings\.position_embedding\.weight', 'text_encoder.positional_embedding'),
+    (r'^text_model\.final_layer_norm', 'text_encoder.ln_final'),
+    (r'^text_model\.encoder\.layers', 'text_encoder.transformer.resblocks'),
+    (r'^(text_encoder.*)\.self_attn', r'\1.attn'),
+    (r'^(text_encoder.*)\.layer_norm(\d)', r'\1.ln_\2'),
+    (r'^(text_encoder.*mlp)\.fc1', r'\1.c_fc'),
+    (r'^(text_encoder.*mlp)\.fc2', r'\1.c_proj'),
+    (r'^visual_projection\.3', 'img_projector.linear_out'),
+    (r'^visual_projection', 'img_projector.linear_hidden'),
+    (r'^text_projection\.3', 'text_projector.linear_out'),
+    (r'^text_projection', 'text_projector.linear_hidden'),
   )
   result = {'multi_label_logit_scale': torch.tensor(1.25)}
   for name, value in renamed.items():
@@ -113,16 +136,28 @@ def write_released_folder(folder: pathlib.Path) -> None:
   config = model.config.to_dict()
   config['text_config'] |= dict(bos_token_id=0, pad_token_id=1, eos_token_id=2)
   config |= dict(text_config_dict=None, vision_config_dict=None, torch_dtype='float32', transformers_version=None)
-  special = dict(bos_token='<|startoftext|>', eos_token='<|endoftext|>', unk_token='<|endoftext|>',
-                 pad_token='<|endoftext|>')
+  special = dict(
+    bos_token='<|startoftext|>', eos_token='<|endoftext|>', unk_token='<|endoftext|>', pad_token='<|endoftext|>'
+  )
   files = {
-      'config.json': config, 'special_tokens_map.json': special,
-      'tokenizer_config.json': special | dict(add_prefix_space=False, do_lower_case=True, errors='replace',
-                                              model_max_length=9, tokenizer_class='CLIPTokenizer'),
-      'preprocessor_config.json': dict(
-          crop_size=224, do_center_crop=False, do_normalize=True, do_resize=True, resample=2, size=224,
-          feature_extractor_type='CLIPFeatureExtractor', image_mean=[0.485, 0.456, 0.406],
-          image_std=[0.229, 0.224, 0.225])}
+    'config.json': config,
+    'special_tokens_map.json': special,
+    'tokenizer_config.json': special
+    | dict(
+      add_prefix_space=False, do_lower_case=True, errors='replace', model_max_length=9, tokenizer_class='CLIPTokenizer'
+    ),
+    'preprocessor_config.json': dict(
+      crop_size=224,
+      do_center_crop=False,
+      do_normalize=True,
+      do_resize=True,
+      resample=2,
+      size=224,
+      feature_extractor_type='CLIPFeatureExtractor',
+      image_mean=[0.485, 0.456, 0.406],
+      image_std=[0.229, 0.224, 0.225],
+    ),
+  }
   for name, values in files.items():
     (folder / name).write_text(json.dumps(values, indent=2))
   card = '---\nlicense: other\nlicense_name: stand-in-licence\ntags:\n- vision\n---\n# GroupViT\n'

@@ -73,7 +73,7 @@ def pascal_context(root: pathlib.Path) -> list[np.ndarray]:
 
 
 def coco_stuff(
-    root: pathlib.Path, images='val2017', labels='stuffthingmaps/val2017', ending='.png'
+  root: pathlib.Path, images='val2017', labels='stuffthingmaps/val2017', ending='.png'
 ) -> list[np.ndarray]:
   """Raw ids: person 0, stop sign 12, banner 91, wood 181, unlabelled 255."""
   save_pictures([root / images / f'{n:012}.jpg' for n in range(3)])
@@ -113,5 +113,3 @@ def folder(root: pathlib.Path) -> list[np.ndarray]:
     save_indices(root / 'labels' / f'{name}.png', labels)
   (root / 'classes.txt').write_text('background\ndog\ngrass\n')
   return maps
-
-

@@ -29,8 +29,18 @@ def main(pattern: str, num_batches: int) -> None:
     signal.signal(number, lambda *_: asked.append(1))
   source = build_source(data_config(a=set_config(pattern)), (64, 64))
   augment = image_ops.Augment((64, 64), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
-  examples = pipeline.Examples(source, augment, Words(), seed=0, batch_size=8, num_prompts=1, text_length=4,
-                               first_batch=0, num_batches=num_batches, rows=range(8))
+  examples = pipeline.Examples(
+    source,
+    augment,
+    Words(),
+    seed=0,
+    batch_size=8,
+    num_prompts=1,
+    text_length=4,
+    first_batch=0,
+    num_batches=num_batches,
+    rows=range(8),
+  )
   left = 3
   for batch in pipeline.iterate(examples, num_threads=2, num_workers=2, prefetch_batches=4):
     del batch

@@ -103,9 +103,7 @@ def label_picture(image, encode, text, log_temperature, threshold=None, sizes=Si
   for top in starts(height, sizes):
     for left in starts(width, sizes):
       rows, columns = slice(top, top + sizes.window), slice(left, left + sizes.window)
-      scores = window_scores(
-        resized[rows, columns], encode, text, log_temperature, threshold, sizes.patch
-      )
+      scores = window_scores(resized[rows, columns], encode, text, log_temperature, threshold, sizes.patch)
       if isinstance(total, int):
         total = np.zeros((height, width, scores.shape[-1]))
       total[rows, columns] += scores

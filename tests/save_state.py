@@ -12,6 +12,7 @@ CLUSTER = cluster.define_flags()
 
 def main() -> int:
   from groupvit_jax import distributed
+
   return distributed.run(CLUSTER(), {}, save, saves=False)
 
 
@@ -21,9 +22,11 @@ def save() -> int:
   from groupvit_jax.checkpoint import Checkpoints
   from tests import test_checkpoint
   from tests.tiny import tiny_config
+
   mesh = sharding.make_mesh(fsdp=jax.device_count())
   state = train_state.init_state(
-    test_checkpoint.MODEL, test_checkpoint.TX, seed=3, text_shape=test_checkpoint.TEXT_SHAPE, mesh=mesh)
+    test_checkpoint.MODEL, test_checkpoint.TX, seed=3, text_shape=test_checkpoint.TEXT_SHAPE, mesh=mesh
+  )
   kernel = state.params['vision']['stage0_block0']['mlp']['fc1']['kernel']
   if kernel.is_fully_replicated or kernel.is_fully_addressable:
     sys.exit('no parameter is divided over processes')

@@ -38,21 +38,26 @@ def signal_in(phase: str, number: str) -> None:
     os.kill(os.getpid(), int(number))
     time.sleep(3)  # JAX looks every second
     return result
+
   setattr(owner, name, signalled)
 
 
 def note_rows(folder: str) -> None:
   """Writes down the digests of the rows that this process takes, a line of JSON for each step, in a file of its own."""
   from groupvit_jax import train_loop
+
   read = train_loop.read_batches
 
   def noted(run, first_batch):
     for step, batch in enumerate(read(run, first_batch), start=first_batch + 1):
-      rows = [hashlib.sha256(b''.join(part.tobytes() for part in row)).hexdigest()[:12]
-              for row in zip(batch['image'], batch['tokens'])]
+      rows = [
+        hashlib.sha256(b''.join(part.tobytes() for part in row)).hexdigest()[:12]
+        for row in zip(batch['image'], batch['tokens'])
+      ]
       with (pathlib.Path(folder) / f'{os.getpid()}.rows').open('a') as file:
         file.write(json.dumps([step, rows]) + '\n')
       yield batch
+
   train_loop.read_batches = noted
 
 
@@ -65,24 +70,30 @@ def full_disk() -> None:
 def gke() -> None:
   """A pod of an indexed job, as the cluster's API describes it."""
   job = types.SimpleNamespace(
-    metadata=types.SimpleNamespace(name='groupvit', labels={}), spec=types.SimpleNamespace(parallelism=2))
+    metadata=types.SimpleNamespace(name='groupvit', labels={}), spec=types.SimpleNamespace(parallelism=2)
+  )
   owner = types.SimpleNamespace(controller=True, kind='Job')
   pod = types.SimpleNamespace(
     metadata=types.SimpleNamespace(name='groupvit-0-abc', labels={'job-name': 'groupvit'}, owner_references=[owner]),
-    spec=types.SimpleNamespace(subdomain='groupvit'))
+    spec=types.SimpleNamespace(subdomain='groupvit'),
+  )
   api = types.SimpleNamespace(
     list_namespaced_pod=lambda namespace, field_selector: types.SimpleNamespace(items=[pod]),
-    read_namespaced_job=lambda name, namespace: job)
-  client = types.SimpleNamespace(CoreV1Api=lambda: api, BatchV1Api=lambda: api,
-                                 exceptions=types.SimpleNamespace(ApiException=OSError))
+    read_namespaced_job=lambda name, namespace: job,
+  )
+  client = types.SimpleNamespace(
+    CoreV1Api=lambda: api, BatchV1Api=lambda: api, exceptions=types.SimpleNamespace(ApiException=OSError)
+  )
   sys.modules['kubernetes'] = types.SimpleNamespace(
-    config=types.SimpleNamespace(load_incluster_config=lambda: None), client=client)
+    config=types.SimpleNamespace(load_incluster_config=lambda: None), client=client
+  )
   os.environ |= {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'HOSTNAME': 'groupvit-0'}
   socket.gethostbyname = lambda host: '127.0.0.1'
   k8s_cluster.K8sCluster._namespace = staticmethod(lambda: 'default')
   address = k8s_cluster.K8sCluster.get_coordinator_address  # which the runtime resolves beyond Python
   k8s_cluster.K8sCluster.get_coordinator_address = staticmethod(
-    lambda **options: address(**options).replace('groupvit-0.groupvit', 'localhost'))
+    lambda **options: address(**options).replace('groupvit-0.groupvit', 'localhost')
+  )
 
 
 def tpu_gke() -> None:
@@ -93,8 +104,9 @@ def tpu_gke() -> None:
 def tpu(worker: str) -> None:
   """A host of a TPU pod slice, as its metadata describe it."""
   os.environ.pop('TPU_SKIP_MDS_QUERY', None)
-  serve_metadata({
-    'agent-worker-number': worker, 'worker-network-endpoints': 'x:0:127.0.0.1,y:1:127.0.0.2', 'tpu-env': ''})
+  serve_metadata(
+    {'agent-worker-number': worker, 'worker-network-endpoints': 'x:0:127.0.0.1,y:1:127.0.0.2', 'tpu-env': ''}
+  )
 
 
 def serve_metadata(metadata: dict[str, str]) -> None:
@@ -102,8 +114,15 @@ def serve_metadata(metadata: dict[str, str]) -> None:
   cloud_tpu_cluster.get_metadata = lambda key: (metadata[key], 200)
 
 
-SITUATIONS = {'signal': signal_in, 'full-disk': full_disk, 'gke': gke, 'tpu': tpu, 'tpu-gke': tpu_gke,
-              'bucket': folder_bucket.install, 'rows': note_rows}
+SITUATIONS = {
+  'signal': signal_in,
+  'full-disk': full_disk,
+  'gke': gke,
+  'tpu': tpu,
+  'tpu-gke': tpu_gke,
+  'bucket': folder_bucket.install,
+  'rows': note_rows,
+}
 
 
 if __name__ == '__main__':

@@ -22,12 +22,13 @@ def encode(number: int, size: tuple[int, int] = (40, 32), kind: str = 'JPEG') ->
   return buffer.getvalue()
 
 
-def write_tar(path: pathlib.Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]],
-              tar_format: int = tarfile.USTAR_FORMAT) -> str:
+def write_tar(
+  path: pathlib.Path, members: Mapping[str, bytes] | Iterable[tuple[str, bytes]], tar_format: int = tarfile.USTAR_FORMAT
+) -> str:
   """Writes files into a tar in the order given; returns its path."""
   path.parent.mkdir(parents=True, exist_ok=True)
   with tarfile.open(path, 'w', format=tar_format) as tar:
-    for name, data in (members.items() if isinstance(members, Mapping) else members):
+    for name, data in members.items() if isinstance(members, Mapping) else members:
       info = tarfile.TarInfo(name)
       info.size = len(data)
       tar.addfile(info, io.BytesIO(data))
@@ -38,8 +39,11 @@ def samples(numbers: Iterable[int]) -> dict[str, bytes]:
   """Members as img2dataset writes them: picture, JSON and caption 'a dog number N' of each number."""
   members = {}
   for n in numbers:
-    members |= {f'{n:05}.jpg': encode(n), f'{n:05}.json': b'{"caption": "json %d"}' % n,
-                f'{n:05}.txt': b'a dog number %d' % n}
+    members |= {
+      f'{n:05}.jpg': encode(n),
+      f'{n:05}.json': b'{"caption": "json %d"}' % n,
+      f'{n:05}.txt': b'a dog number %d' % n,
+    }
   return members
 
 
@@ -58,10 +62,19 @@ def set_config(path: str, **changes: object) -> dict[str, object]:
 
 def data_config(**sets: dict[str, object]) -> ml_collections.ConfigDict:
   """A config's `data` part over some sets, for pictures of 16 x 16."""
-  return ml_collections.ConfigDict(dict(
-      source='sets', sets=sets, index_dir='', num_prompts=1, max_fault_share=0.5,
+  return ml_collections.ConfigDict(
+    dict(
+      source='sets',
+      sets=sets,
+      index_dir='',
+      num_prompts=1,
+      max_fault_share=0.5,
       augment=dict(name='plain', area=(0.5, 1.0), ratio=(0.75, 4 / 3), flip=0.5, min_side=8, max_pixels=10_000),
-      num_threads=0, num_workers=0, prefetch_batches=2))
+      num_threads=0,
+      num_workers=0,
+      prefetch_batches=2,
+    )
+  )
 
 
 class Words(Tokenizer):

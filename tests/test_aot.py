@@ -90,16 +90,29 @@ def test_traffic_counts_loops_and_only_what_is_taken():
   assert traffic.cycles == 5 * 9 + 70
   assert traffic.counts == {'collective-permute': 5, 'all-reduce': 1, 'reduce-scatter': 1, 'all-gather': 2}
   # Of four devices each sends 3/4 of a sum twice; of two, half of what is scattered or gathered once.
-  assert traffic.sent == {'collective-permute': 5 * 1024, 'all-reduce': 1.5 * 2048, 'reduce-scatter': 2048 / 2,
-                          'all-gather': 512 / 2 + 0.75 * 1024}
+  assert traffic.sent == {
+    'collective-permute': 5 * 1024,
+    'all-reduce': 1.5 * 2048,
+    'reduce-scatter': 2048 / 2,
+    'all-gather': 512 / 2 + 0.75 * 1024,
+  }
   # Each turn reads a row and its index into memory beside the processor; the sum is read and written.
   assert traffic.hbm_bytes == 5 * (1024 + 4) + 2 * 2048
 
 
-@pytest.mark.parametrize('groups, size', [
-  ('replica_groups={{0,2,4},{1,3,5}}', 3), ('replica_groups=[4,2]<=[8]', 2), ('replica_groups=[2,4]<=[4,2]T(1,0)', 4),
-  ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4), ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
-  ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}", 4), ('replica_groups={}', 8), ('channel_id=1', 8)])
+@pytest.mark.parametrize(
+  'groups, size',
+  [
+    ('replica_groups={{0,2,4},{1,3,5}}', 3),
+    ('replica_groups=[4,2]<=[8]', 2),
+    ('replica_groups=[2,4]<=[4,2]T(1,0)', 4),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}", 4),
+    ('replica_groups={}', 8),
+    ('channel_id=1', 8),
+  ],
+)
 def test_how_many_devices_a_collective_joins(groups, size):
   assert program._group_size(f'channel_id=1, {groups}, dimensions={{0}}', 8) == size
 
@@ -122,8 +135,9 @@ def topology(count: int) -> chips.Topology:
 def compiled(gib: float) -> step.CompiledStep:
   traffic = program.Traffic(819e9 / 2, 10**9, {'all-reduce': 100e9}, {'all-reduce': 300})
   size = int(gib * 2**30)
-  return step.CompiledStep(step.Memory(size, 0, 0, 0), size, traffic, 64 * 197e12 * 2, 1.0, 2.0, 2,
-                           step.State(2**30, 2**30))
+  return step.CompiledStep(
+    step.Memory(size, 0, 0, 0), size, traffic, 64 * 197e12 * 2, 1.0, 2.0, 2, step.State(2**30, 2**30)
+  )
 
 
 def test_figures():
@@ -186,6 +200,7 @@ def test_a_loop_over_blocks_changes_nothing(remat, micro_batches):
     def loss(params):
       features, _ = map_micro_batches(functools.partial(encode, params), batch, micro_batches)
       return sum((x**2).sum() for x in features), features
+
     return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
   with jax.default_matmul_precision('highest'):
@@ -210,8 +225,15 @@ def compile_for(topologies: str, folder: pathlib.Path, *flags: str) -> tuple[int
   """Exit code, reports and output of the command."""
   if importlib.util.find_spec('libtpu') is None:
     pytest.skip('needs libtpu')
-  command = [sys.executable, '-m', 'groupvit_jax.aot', '--config=tests/tiny_run.py', f'--topology={topologies}',
-             f'--json={folder / "out.json"}', *flags]
+  command = [
+    sys.executable,
+    '-m',
+    'groupvit_jax.aot',
+    '--config=tests/tiny_run.py',
+    f'--topology={topologies}',
+    f'--json={folder / "out.json"}',
+    *flags,
+  ]
   done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
   assert (folder / 'out.json').exists(), done.stderr
   return done.returncode, json.loads((folder / 'out.json').read_text()), done.stdout

@@ -18,7 +18,10 @@ def place() -> NamedSharding:
 
 def test_the_faster_one_is_chosen():
   assert fastest({'xla': 2e-3, 'cudnn': 1e-3}.get, 'steps') == (
-      'cudnn', 'steps take 1.00 ms with cuDNN, 2.00 ms with XLA', True)
+    'cudnn',
+    'steps take 1.00 ms with cuDNN, 2.00 ms with XLA',
+    True,
+  )
   assert fastest({'xla': 1e-3, 'cudnn': 2e-3}.get, '').implementation == 'xla'
   assert fastest({'xla': 1e-3, 'cudnn': 0.99e-3}.get, '').implementation == 'xla'  # no more than noise
 
@@ -32,6 +35,7 @@ def test_what_does_not_run_is_left_alone(place):
     if name == 'xla':
       raise RuntimeError('out of\n memory')
     return 1e-3
+
   assert fastest(no_room, '') == ('cudnn', "XLA's does not run: out of memory", True)
 
 
@@ -39,7 +43,8 @@ def test_all_processes_come_to_one_choice(monkeypatch):
   """Another one is slower, or has no cuDNN."""
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
   others = lambda *times: monkeypatch.setattr(
-      attention_choice.multihost_utils, 'process_allgather', lambda own: jnp.stack([own, jnp.array(times)]))
+    attention_choice.multihost_utils, 'process_allgather', lambda own: jnp.stack([own, jnp.array(times)])
+  )
   others(1e-3, 3e-3)
   assert fastest({'xla': 2e-3, 'cudnn': 1e-3}.get, '').implementation == 'xla'
   others(1e-3, jnp.inf)
@@ -48,10 +53,16 @@ def test_all_processes_come_to_one_choice(monkeypatch):
 
 def test_every_stage_is_measured():
   assert attention_choice.stage_shapes(tiny_model().vision, 8) == [
-      (1, (8, 20, 2, 4)), (1, (8, 6, 2, 4)), (1, (8, 2, 2, 4))]
+    (1, (8, 20, 2, 4)),
+    (1, (8, 6, 2, 4)),
+    (1, (8, 2, 2, 4)),
+  ]
   mesh = sharding.make_mesh()
   assert choose_attention(tiny_model().vision, 8, mesh, train=True) == (
-      'xla', 'cuDNN is for NVIDIA GPUs, this is a cpu', False)
+    'xla',
+    'cuDNN is for NVIDIA GPUs, this is a cpu',
+    False,
+  )
 
 
 def test_one_cpu_device_encodes_in_parts():

@@ -37,14 +37,25 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def config(tmp_path):
   good = samples(range(40)) | {
-      '00001.jpg': encode(0), '00002.jpg': encode(0),  # three times the same picture
-      '00005.txt': b'a dog number 4',  # twice the same caption
-      '00007.jpg': b'', '00008.jpg': b'no picture', '00009.txt': b'caf\xe9',
-      '00010.txt': b'dogs ' * 200}
-  return make_config(dict(
-      source='sets', index_dir='', augment=AUGMENT,
-      sets=dict(first=set_config(write_tar(tmp_path / 'a.tar', good), expected=50),
-                second=set_config(write_tar(tmp_path / 'b.tar', samples(range(100, 110))), weight=0.0))))
+    '00001.jpg': encode(0),
+    '00002.jpg': encode(0),  # three times the same picture
+    '00005.txt': b'a dog number 4',  # twice the same caption
+    '00007.jpg': b'',
+    '00008.jpg': b'no picture',
+    '00009.txt': b'caf\xe9',
+    '00010.txt': b'dogs ' * 200,
+  }
+  return make_config(
+    dict(
+      source='sets',
+      index_dir='',
+      augment=AUGMENT,
+      sets=dict(
+        first=set_config(write_tar(tmp_path / 'a.tar', good), expected=50),
+        second=set_config(write_tar(tmp_path / 'b.tar', samples(range(100, 110))), weight=0.0),
+      ),
+    )
+  )
 
 
 def test_an_audit_finds_what_is_there(config, tmp_path):
@@ -55,7 +66,10 @@ def test_an_audit_finds_what_is_there(config, tmp_path):
   assert first['unusable'] == {'image_missing': 1, 'image_corrupt': 1, 'caption_unreadable': 1}
   assert first['unusable_share'] == 3 / 40
   assert sorted(key.split('/')[-1] for key in first['unusable_keys']) == [
-      '00007: image_missing', '00008: image_corrupt', '00009: caption_unreadable']
+    '00007: image_missing',
+    '00008: image_corrupt',
+    '00009: caption_unreadable',
+  ]
   assert (first['duplicate_pictures'], first['duplicate_captions']) == (2, 1)
   assert first['captions_cut'] == 1 / 37 and first['tokens_percentiles'][-1] > 200
   assert first['words_percentiles'][2] == len(nouns('a dog number 4')) and first['words_percentiles'][-1] == 200
@@ -80,11 +94,15 @@ def test_scenes_can_be_audited_too(tmp_path):
 
 def test_command_says_it_in_lines_and_fails_on_a_bad_set(config, tmp_path):
   (tmp_path / 'config.py').write_text(
-      'import json, ml_collections\n'
-      f'def get_config(): return ml_collections.ConfigDict(json.loads({config.to_json()!r}))\n')
+    'import json, ml_collections\n'
+    f'def get_config(): return ml_collections.ConfigDict(json.loads({config.to_json()!r}))\n'
+  )
   done = subprocess.run(
-      [sys.executable, '-m', 'groupvit_jax.data.audit', f'--config={tmp_path}/config.py', f'--output={tmp_path}/out'],
-      cwd=ROOT, capture_output=True, text=True)
+    [sys.executable, '-m', 'groupvit_jax.data.audit', f'--config={tmp_path}/config.py', f'--output={tmp_path}/out'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 1, done.stderr
   assert 'first: 40 records of 50 expected (80.0%) in 1 shards, digest' in done.stdout
   assert '7.50% (image_missing 1, image_corrupt 1, caption_unreadable 1)' in done.stdout

@@ -29,9 +29,7 @@ def test_all_eight_are_there_with_names_and_colours():
 
 def test_prompts_leave_out_the_background_and_use_the_spelling_asked_for():
   voc = benchmarks.find_benchmark('voc21')
-  assert len(voc.prompt_names('groupvit')) == 20 and 'background' not in voc.prompt_names(
-    'groupvit'
-  )
+  assert len(voc.prompt_names('groupvit')) == 20 and 'background' not in voc.prompt_names('groupvit')
   assert 'plant' in voc.prompt_names('groupvit')
   assert 'pottedplant' in voc.prompt_names('benchmark')
   city = benchmarks.find_benchmark('cityscapes')
@@ -49,21 +47,30 @@ def test_thresholds_are_those_of_benchmark_and_protocol():
   assert fix('voc21', protocols.TCL) == 0.5
   assert fix('ade20k', protocols.TCL) is None
   assert fix('voc21', protocols.override(protocols.GROUPVIT, {'threshold': 0.8})) == 0.8
-  changed = lambda name, value: benchmarks.find_benchmark(name).fix_threshold(
-    protocols.override(protocols.GROUPVIT, {'threshold': value, 'stride': 448})).changed
+  changed = lambda name, value: (
+    benchmarks.find_benchmark(name)
+    .fix_threshold(protocols.override(protocols.GROUPVIT, {'threshold': value, 'stride': 448}))
+    .changed
+  )
   assert changed('voc21', None) == changed('voc21', 0.95) == ('stride',)  # its own
   assert changed('voc21', 0.8) == ('stride', 'threshold') and changed('ade20k', 0.8) == ('stride',)
   mine = benchmarks.make_benchmark('mine', ['background', 'cat'], background=True)
-  with pytest.raises(
-    ValueError, match="mine has a background .* 'groupvit'; set protocol.threshold"
-  ):
+  with pytest.raises(ValueError, match="mine has a background .* 'groupvit'; set protocol.threshold"):
     mine.fix_threshold(protocols.GROUPVIT)
 
 
 def test_how_many_pictures_figures_are_about():
   found = {name: benchmark.num_images for name, benchmark in benchmarks.load_benchmarks().items()}
-  assert found == dict(voc21=1449, voc20=1449, context60=5105, context59=5105, coco_object=5000, coco_stuff=5000,
-                       ade20k=2000, cityscapes=500)
+  assert found == dict(
+    voc21=1449,
+    voc20=1449,
+    context60=5105,
+    context59=5105,
+    coco_object=5000,
+    coco_stuff=5000,
+    ade20k=2000,
+    cityscapes=500,
+  )
   assert all(f'({count} images' in benchmarks.find_benchmark(name).split for name, count in found.items())
 
 

@@ -128,6 +128,7 @@ def test_what_fails_once_is_tried_again(state, bucket, monkeypatch):  # noqa: F8
         failed.append(name)
         raise OSError('the store is busy')
       return original(self, *args, **options)
+
     monkeypatch.setattr(FolderBucket, name, request)
 
   save_steps(RUN, state, 1)
@@ -161,15 +162,20 @@ def test_a_run_is_stopped_killed_and_finished(bucket, monkeypatch):
   temporary.mkdir()
   monkeypatch.setenv('TMPDIR', str(temporary))
   staged, flags = f'bucket:{bucket.parent}', [f'--workdir={RUN}', '--config.total_steps=8']
-  stopped = start_two(*flags, '--config.mesh.fsdp=2', devices=1, staged=staged,
-                      second={'staged': f'{staged},signal:save:{signal.SIGTERM:d}'})
+  stopped = start_two(
+    *flags,
+    '--config.mesh.fsdp=2',
+    devices=1,
+    staged=staged,
+    second={'staged': f'{staged},signal:save:{signal.SIGTERM:d}'},
+  )
   for code, text in finish(stopped):
     assert code == cli.EXIT_PREEMPTED, text
   assert complete(bucket)[-1] == 3 and not list(temporary.glob('groupvit-*'))
-  (code, text), = finish([start(*flags, devices=2, staged=f'{staged},signal:save:{signal.SIGKILL:d}')])
+  ((code, text),) = finish([start(*flags, devices=2, staged=f'{staged},signal:save:{signal.SIGKILL:d}')])
   assert code == -signal.SIGKILL and 'goes on after step 3' in text, text
   last = complete(bucket)[-1]
-  (code, text), = finish([start(*flags, devices=2, staged=staged)])
+  ((code, text),) = finish([start(*flags, devices=2, staged=staged)])
   assert code == 0 and f'goes on after step {last}' in text, text
   assert complete(bucket)[-1] == 8 and len(complete(bucket)) == 2
   assert not list(temporary.glob('groupvit-*'))  # what the killed one left included
@@ -180,8 +186,9 @@ def test_a_run_is_stopped_killed_and_finished(bucket, monkeypatch):
 def test_no_such_place_is_one_line_for_every_command(monkeypatch):
   monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')  # so that the run keeps its programs there
   for command in (['train.py', '--config=tests/tiny_run.py'], ['eval.py']):
-    done = subprocess.run([sys.executable, *command, '--workdir=az://bucket/run'], cwd=ROOT, text=True,
-                          capture_output=True, check=False)
+    done = subprocess.run(
+      [sys.executable, *command, '--workdir=az://bucket/run'], cwd=ROOT, text=True, capture_output=True, check=False
+    )
     assert done.returncode == cli.EXIT_USAGE, done.stderr
     assert done.stderr.splitlines()[-1].startswith('error: --workdir=az://bucket/run: a run is kept on a disk, or')
 

@@ -39,8 +39,18 @@ def write_yfcc(folder: pathlib.Path, in_subset: range) -> None:
         if key[:2] == prefix:
           archive.writestr(f'data/images/{key[:3]}/{key[3:6]}/{key}.jpg', encode(n))
       archive.writestr('data/readme.txt', 'no picture')
-  rows = [[str(n), str(1000 + n), key, *'abcde', f'Dog+{n}', f'%3Cb%3Eon%3C%2Fb%3E+gr%C3%A4ss%0A{n}' if n != 3 else '',
-           *['x'] * 15] for n, key in enumerate(HASHES)]
+  rows = [
+    [
+      str(n),
+      str(1000 + n),
+      key,
+      *'abcde',
+      f'Dog+{n}',
+      f'%3Cb%3Eon%3C%2Fb%3E+gr%C3%A4ss%0A{n}' if n != 3 else '',
+      *['x'] * 15,
+    ]
+    for n, key in enumerate(HASHES)
+  ]
   (folder / 'yfcc100m_dataset.bz2').write_bytes(bz2.compress('\n'.join(map('\t'.join, rows)).encode() + b'\n'))
   (folder / 'yfcc100m_subset_data.tsv').write_text(''.join(f'{n}\t{1000 + n}\t{HASHES[n]}\n' for n in in_subset))
 
@@ -48,8 +58,17 @@ def write_yfcc(folder: pathlib.Path, in_subset: range) -> None:
 def write_redcaps(folder: pathlib.Path) -> None:
   (folder / 'annotations').mkdir(parents=True)
   for subreddit in ('cats', 'dogs'):
-    listed = [dict(image_id=f'{subreddit}{n}', subreddit=subreddit, raw_caption='RAW', url='http://x', author='y',
-                   caption=f'{subreddit} number {n}' if n != 2 else ' ') for n in range(5)]
+    listed = [
+      dict(
+        image_id=f'{subreddit}{n}',
+        subreddit=subreddit,
+        raw_caption='RAW',
+        url='http://x',
+        author='y',
+        caption=f'{subreddit} number {n}' if n != 2 else ' ',
+      )
+      for n in range(5)
+    ]
     (folder / 'annotations' / f'{subreddit}_2019.json').write_text(json.dumps({'info': {}, 'annotations': listed}))
     (folder / 'images' / subreddit).mkdir(parents=True)
     for n in range(4):
@@ -65,15 +84,22 @@ def test_tars_become_files_of_the_same_bytes_read_by_the_pipeline(tmp_path, caps
   assert 'cc3m: 22 records (the paper: 2,891,445) in 4 files' in capsys.readouterr().out
   assert json.loads((folder / 'build.json').read_text())['left_out'] == {'image_missing': 1, 'caption_empty': 1}
   assert sorted(path.name for path in folder.iterdir()) == sorted(
-      ['build.json', 'dataset_info.json', 'features.json', 'inputs.json',
-       *(f'cc3m-train.array_record-{n:05}-of-00004' for n in range(4))])
+    [
+      'build.json',
+      'dataset_info.json',
+      'features.json',
+      'inputs.json',
+      *(f'cc3m-train.array_record-{n:05}-of-00004' for n in range(4)),
+    ]
+  )
   built = records(folder)
   assert built.keys() == {f'tars/{n // 8 if n < 20 else 3:04}.tar/{n:05}' for n in range(24) if n not in (21, 22)}
   for key, (image, text) in built.items():
     number = int(key[-5:])
     assert image == encode(number) and text == f'a dog number {number}'
-  described = dict(format='tfds', path=str(folder), split='train', image='image', caption='caption', weight=0.0,
-                   expected=22)
+  described = dict(
+    format='tfds', path=str(folder), split='train', image='image', caption='caption', weight=0.0, expected=22
+  )
   source = build_source(data_config(a=described), (16, 16))
   assert len(source) == 22 and source.sets[0].num_shards == 4
 
@@ -95,8 +121,9 @@ def test_yfcc_from_the_metadata_that_are_offered(tmp_path):
   (tmp_path / 'yfcc' / 'yfcc100m_dataset.bz2').unlink()
   with sqlite3.connect(tmp_path / 'yfcc' / 'yfcc100m_dataset.sql') as database:
     database.execute('CREATE TABLE yfcc100m_dataset (photoid integer, title text, description text)')
-    database.executemany('INSERT INTO yfcc100m_dataset VALUES (?, ?, ?)',
-                         [(1000 + n, f'Cat+{n}', None) for n in reversed(range(12))])
+    database.executemany(
+      'INSERT INTO yfcc100m_dataset VALUES (?, ?, ?)', [(1000 + n, f'Cat+{n}', None) for n in reversed(range(12))]
+    )
   folder = caption_sets.build('yfcc14m', str(tmp_path / 'yfcc'), str(tmp_path / 'tfds'), workers=0)
   assert records(folder) == {HASHES[n]: (encode(n), f'Cat {n}') for n in range(2, 9)}
 
@@ -113,8 +140,11 @@ def test_redcaps_is_what_was_fetched(tmp_path):
   folder = caption_sets.build('redcaps12m', str(tmp_path / 'redcaps'), str(tmp_path / 'tfds'), workers=0)
   assert records(folder) == {f'{s}/{s}{n}': (encode(n), f'{s} number {n}') for s in ('cats', 'dogs') for n in (0, 1, 3)}
   assert json.loads((folder / 'build.json').read_text()) == {
-      'records': 6, 'files': 2, 'bytes': sum(p.stat().st_size for p in folder.glob('*record*')),
-      'left_out': {'caption_empty': 2, 'image_missing': 2}}
+    'records': 6,
+    'files': 2,
+    'bytes': sum(p.stat().st_size for p in folder.glob('*record*')),
+    'left_out': {'caption_empty': 2, 'image_missing': 2},
+  }
 
 
 def test_a_file_without_records_is_no_obstacle(tmp_path):
@@ -159,7 +189,9 @@ def test_goes_on_with_its_own_files_only(tmp_path, monkeypatch):
     caption_sets.build('redcaps12m', str(tmp_path / 'redcaps'), str(tmp_path), 0)
 
 
-@pytest.mark.parametrize('name, files, message', [
+@pytest.mark.parametrize(
+  'name, files, message',
+  [
     ('cc12m', {'notes.txt': b''}, 'nothing matches'),
     ('cc12m', {'0000.tar': b'no tar'}, '0000.tar'),
     ('yfcc14m', {'x': b''}, 'no zips in .*fetch those of YFCC100M'),
@@ -167,12 +199,16 @@ def test_goes_on_with_its_own_files_only(tmp_path, monkeypatch):
     ('yfcc14m', {'000.zip': b'none', 'yfcc100m_dataset': b'\t'.join([b'0'] * 25)}, '000.zip is damaged'),
     ('yfcc14m', {'000.zip': b'', 'yfcc100m_dataset': b'1\t2\n'}, 'line 1 has 2 columns, not 10 or more'),
     ('yfcc14m', {'000.zip': b'', 'yfcc100m_dataset.sql': b''}, 'no hashes: fetch yfcc100m_subset_data.tsv'),
-    ('yfcc14m', {'000.zip': b'', 'yfcc100m_dataset.sql': b'none' * 100, 'yfcc100m_subset_data.tsv': b'1\t2\t3'},
-     'yfcc100m_dataset.sql is not the metadata of YFCC100M'),
+    (
+      'yfcc14m',
+      {'000.zip': b'', 'yfcc100m_dataset.sql': b'none' * 100, 'yfcc100m_subset_data.tsv': b'1\t2\t3'},
+      'yfcc100m_dataset.sql is not the metadata of YFCC100M',
+    ),
     ('redcaps12m', {'x': b''}, 'no annotations in'),
     ('redcaps12m', {'annotations/a.json': b'{}'}, 'no folder .*images'),
     ('redcaps12m', {'annotations/a.json': b'{}', 'images/x': b''}, 'a.json holds no annotations of RedCaps'),
-])
+  ],
+)
 def test_mistakes_take_one_line(name, files, message, tmp_path, capsys):
   for file, data in files.items():
     (tmp_path / 'in' / file).parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def test_round_trip_onto_another_mesh(state, tmp_path):
 @pytest.mark.parametrize('axes', [{'data': 1}, {'fsdp': 2}, {'data': 2, 'model': 2}])
 def test_saved_on_eight_devices_restored_on_fewer(state, tmp_path, axes):
   save_steps(tmp_path, state, 7)
-  mesh = sharding.make_mesh(**axes, devices=jax.devices()[:int(np.prod(list(axes.values())))])
+  mesh = sharding.make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
   restored = Checkpoints(tmp_path, keep=5).restore(train_state.abstract_state(MODEL, TX, TEXT_SHAPE, mesh))
   assert {device for leaf in jax.tree.leaves(restored.state) for device in leaf.devices()} == set(mesh.devices.flat)
   for saved, read in zip(raw(state.replace(step=state.step + 7)), raw(restored.state), strict=True):
@@ -77,7 +77,7 @@ def damage(folder: pathlib.Path, how: str) -> None:
     if how == 'removed':
       path.unlink()
     else:
-      path.write_bytes(data[:len(data) // 2] if how == 'cut' else b'')
+      path.write_bytes(data[: len(data) // 2] if how == 'cut' else b'')
 
 
 @pytest.mark.parametrize('how', ['cut', 'emptied', 'removed'])
@@ -118,7 +118,7 @@ def test_no_cut_file_ever_gives_wrong_numbers(state, tmp_path):
   expected, outcomes = raw(state.replace(step=state.step + 2)), []
   for path in [p for p in (tmp_path / 'checkpoints' / '2').rglob('*') if p.is_file()]:
     data = path.read_bytes()
-    path.write_bytes(data[:len(data) // 2])
+    path.write_bytes(data[: len(data) // 2])
     restored = Checkpoints(tmp_path, keep=5, read_only=True).restore(abstract())
     path.write_bytes(data)
     outcomes.append(restored.step)

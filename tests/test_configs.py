@@ -45,12 +45,14 @@ def shrink(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collec
   config.data.max_fault_share = 0.5
   with config.unlocked():
     config.data.sets = dict(
-        a=set_config(write_set(folder / 'a', 20)),
-        b=set_config(write_tar(folder / 'b.tar', samples(range(20, 32)) | {'00021.jpg': b'none', '00022.txt': b' '})))
+      a=set_config(write_set(folder / 'a', 20)),
+      b=set_config(write_tar(folder / 'b.tar', samples(range(20, 32)) | {'00021.jpg': b'none', '00022.txt': b' '})),
+    )
   config.tokenizer.vocab_size = 300
   config.model.update(embed_dim=8, projector_dim=16, dtype='float32')
-  config.model.vision.update(image_size=(32, 32), width=16, num_heads=2, depths=(1, 1),
-                             num_group_tokens=(4, 0), num_segments=(4, 0))
+  config.model.vision.update(
+    image_size=(32, 32), width=16, num_heads=2, depths=(1, 1), num_group_tokens=(4, 0), num_segments=(4, 0)
+  )
   config.model.text.update(context_length=24, width=16, depth=1, num_heads=2)
   return config
 
@@ -58,8 +60,7 @@ def shrink(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collec
 @pytest.mark.parametrize('machine', MACHINES)
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_every_key_of_the_quickstart_is_there(recipe, machine):
-  other = lambda key: key.startswith(
-      ('data.scenes', 'data.sets', 'data.augment', 'data.index_dir', 'evals'))
+  other = lambda key: key.startswith(('data.scenes', 'data.sets', 'data.augment', 'data.index_dir', 'evals'))
   keys = {key for key in flat(recipe.get_config(machine)) if not other(key)}
   assert keys == {key for key in flat(quickstart.get_config()) if not other(key)}
 
@@ -80,10 +81,12 @@ def test_recipes_are_the_papers():
   for config in (yfcc, redcaps):
     schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
     two_epochs = config.total_steps // 15
-    np.testing.assert_allclose([schedule(0), schedule(two_epochs), schedule(config.total_steps)], [4e-6, 1.6e-3, 4e-5],
-                               rtol=1e-4)
+    np.testing.assert_allclose(
+      [schedule(0), schedule(two_epochs), schedule(config.total_steps)], [4e-6, 1.6e-3, 4e-5], rtol=1e-4
+    )
     assert image_ops.build_augment(config.data.augment, config.model.vision.image_size) == image_ops.Augment(
-        (224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, rand_augment.RandAugment(2, 0.5, 9.0, 0.5), 16, 10**8)
+      (224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, rand_augment.RandAugment(2, 0.5, 9.0, 0.5), 16, 10**8
+    )
     assert build_random_erasing(config.data.augment) == RandomErasing(0.25)
     assert config.model.dtype == 'bfloat16'
 
@@ -97,30 +100,47 @@ def test_recipes_build_the_released_model(recipe, prompts):
   state = train_state.abstract_state(model, tx, (1 + prompts, 77), mesh)
   assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == 55_726_609 + (prompts > 0)
   assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
-  batch = {'image': jax.ShapeDtypeStruct((4096, 224, 224, 3), jnp.uint8),
-           'tokens': jax.ShapeDtypeStruct((4096, 1 + prompts, 77), jnp.int32)}
+  batch = {
+    'image': jax.ShapeDtypeStruct((4096, 224, 224, 3), jnp.uint8),
+    'tokens': jax.ShapeDtypeStruct((4096, 1 + prompts, 77), jnp.int32),
+  }
   step = functools.partial(
-      train_step.train_step, model=model, tx=tx, multi_label_weight=1.0, grad_accum_steps=config.grad_accum_steps,
-      text_budget=config.text_budget,
-      random_erasing=build_random_erasing(config.data.augment), place=sharding.batch_sharding(mesh))
+    train_step.train_step,
+    model=model,
+    tx=tx,
+    multi_label_weight=1.0,
+    grad_accum_steps=config.grad_accum_steps,
+    text_budget=config.text_budget,
+    random_erasing=build_random_erasing(config.data.augment),
+    place=sharding.batch_sharding(mesh),
+  )
   after, figures = jax.eval_shape(step, state, batch)
   assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
-      lambda leaf: (leaf.shape, leaf.dtype), state)
+    lambda leaf: (leaf.shape, leaf.dtype), state
+  )
   assert ('multi_label_loss' in figures.scalars) == (prompts > 0)
 
 
-@pytest.mark.parametrize('flags, message', [
+@pytest.mark.parametrize(
+  'flags, message',
+  [
     (['--config=configs/groupvit_vits16_gcc_redcaps.py:2gpu'], "no variant '2gpu'"),
-    (['--config=configs/groupvit_vits16_gcc_yfcc.py:1gpu', '--config.optim.momentum=0.9'],
-     '--config.optim.momentum=0.9: the config has no such entry'),
+    (
+      ['--config=configs/groupvit_vits16_gcc_yfcc.py:1gpu', '--config.optim.momentum=0.9'],
+      '--config.optim.momentum=0.9: the config has no such entry',
+    ),
     (['--config=configs/none.py'], "--config: [Errno 2] No such file or directory: 'configs/none.py'; configs/ holds"),
-    (['--config=configs/quickstart.py', '--config.batch_sze=8'],
-     '--config.batch_sze=8: the config has no such entry. Did you mean "batch_size" instead of "batch_sze"?'),
+    (
+      ['--config=configs/quickstart.py', '--config.batch_sze=8'],
+      '--config.batch_sze=8: the config has no such entry. Did you mean "batch_size" instead of "batch_sze"?',
+    ),
     (['--config=configs/groupvit_vits16_gcc_yfcc.py'], 'data.sets.cc12m: 1243 of 1243 shards are missing'),
-])
+  ],
+)
 def test_unknown_keys_and_other_mistakes_take_one_line(flags, message, tmp_path):
-  done = subprocess.run([sys.executable, 'train.py', *flags, f'--workdir={tmp_path}/run'], cwd=ROOT, text=True,
-                        capture_output=True)
+  done = subprocess.run(
+    [sys.executable, 'train.py', *flags, f'--workdir={tmp_path}/run'], cwd=ROOT, text=True, capture_output=True
+  )
   assert done.returncode == cli.EXIT_USAGE and message in done.stderr.splitlines()[-1], done.stderr
   assert not (tmp_path / 'run').exists()
 

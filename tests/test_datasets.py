@@ -44,14 +44,14 @@ def data_dir(raw, tmp_path_factory) -> pathlib.Path:
 def expected(benchmark: str, labels: np.ndarray) -> np.ndarray:
   """What a benchmark makes of the raw labels in `layouts`, written out."""
   table = {
-      'voc21': {0: 0, 255: 255, 1: 1, 2: 2, 3: 3, 20: 20},
-      'voc20': {0: 255, 255: 255, 1: 0, 2: 1, 3: 2, 20: 19},
-      'context60': {0: 0, 1: 1, 37: 37, 59: 59},
-      'context59': {0: 255, 1: 0, 37: 36, 59: 58},
-      'coco_stuff': {0: 0, 12: 11, 255: 255, 91: 80, 181: 170},
-      'coco_object': {0: 1, 12: 12, 255: 0, 91: 0, 181: 0},
-      'ade20k': {0: 255, 1: 0, 150: 149},
-      'cityscapes': {7: 0, 23: 10, 33: 18, 0: 255, 5: 255},
+    'voc21': {0: 0, 255: 255, 1: 1, 2: 2, 3: 3, 20: 20},
+    'voc20': {0: 255, 255: 255, 1: 0, 2: 1, 3: 2, 20: 19},
+    'context60': {0: 0, 1: 1, 37: 37, 59: 59},
+    'context59': {0: 255, 1: 0, 37: 36, 59: 58},
+    'coco_stuff': {0: 0, 12: 11, 255: 255, 91: 80, 181: 170},
+    'coco_object': {0: 1, 12: 12, 255: 0, 91: 0, 181: 0},
+    'ade20k': {0: 255, 1: 0, 150: 149},
+    'cityscapes': {7: 0, 23: 10, 33: 18, 0: 255, 5: 255},
   }[benchmark]
   return np.vectorize(table.__getitem__)(labels).astype(np.uint8)
 
@@ -89,10 +89,13 @@ def test_derived_benchmarks_are_not_stored_twice(data_dir):
   assert sorted(path.name for path in data_dir.iterdir() if path.name != 'downloads') == sorted(SETS)
 
 
-@pytest.mark.parametrize('options', [
+@pytest.mark.parametrize(
+  'options',
+  [
     dict(images='images/val2017', labels='annotations/val2017'),
     dict(images='images/val2017', labels='annotations/val2017', ending='_labelTrainIds.png'),
-])
+  ],
+)
 def test_coco_stuff_as_mmsegmentation_lays_it_out(options, tmp_path):
   maps = layouts.coco_stuff(tmp_path, **options)
   if 'ending' in options:  # what its converter writes
@@ -183,41 +186,76 @@ def empty(folder):
 
 # What is done to which file of a good layout, and what is said then.
 FAULTS = [
-    ('voc2012', V12, shutil.rmtree, r'there is no .*VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt nor '),
-    ('voc2012', f'{V12}/ImageSets/Segmentation/val.txt', lambda p: p.write_text('\n'), 'names no pictures'),
-    ('voc2012', f'{V12}/SegmentationClass/{layouts.KEYS[1]}.png', pathlib.Path.unlink,
-     rf'there is no .*SegmentationClass/{layouts.KEYS[1]}.png; '),
-    ('voc2012', f'{V12}/JPEGImages', shutil.rmtree,
-     rf'there is no .*JPEGImages/{layouts.KEYS[0]}.jpg, and 2 more files'),
-    ('voc2012', f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
-    ('voc2012', f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png',
-     lambda p: layouts.save(p, np.zeros((20, 30, 3), np.uint8)), 'picture of mode RGB; it must be a PNG of indices'),
-    ('voc2012', f'{V12}/JPEGImages/{layouts.KEYS[2]}.jpg', lambda p: p.write_bytes(p.read_bytes()[:150]),
-     rf'picture .*{layouts.KEYS[2]}.jpg. is (damaged|not a picture)'),
-    ('pascal_context', f'{V10}/trainval_merged.json', pathlib.Path.unlink,
-     'there is no .*VOCdevkit/VOC2010/trainval_merged.json nor '),
-    ('pascal_context', f'{V10}/trainval_merged.json', lambda p: p.write_text('{"images": []}'), 'is not the trainval'),
-    ('pascal_context', f'{V10}/trainval_merged.json',
-     lambda p: p.write_text(p.read_text().replace('"category_id": 284', '"category_id": 285')), 'has the category 285'),
-    ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[1]}.jpg', pathlib.Path.unlink, 'there is no .*000042.jpg;'),
-    ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[0]}.jpg', wrong_size, 'is 5 x 6 px, its label map 20 x 30'),
-    ('pascal_context', f'{V10}/trainval_merged.json',
-     lambda p: p.write_text(p.read_text().replace('"phase": "val"', '"phase": "test"')), 'names no pictures'),
-    ('coco_stuff', 'val2017', empty, 'val2017 names no pictures'),
-    ('coco_stuff', f'stuffthingmaps/val2017/{0:012}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
-    ('coco_stuff', 'stuffthingmaps', shutil.rmtree,
-     'there is no .*stuffthingmaps/val2017 nor .*annotations/val2017 nor .*; unzip .* -d .*/stuffthingmaps$'),
-    ('coco_stuff', f'stuffthingmaps/val2017/{1:012}.png', pathlib.Path.unlink, f'there is no .*{1:012}.png;'),
-    ('ade20k', f'{ADE}/annotations', shutil.rmtree, 'there is no .*annotations/validation/ADE_val_00000000.png'),
-    ('ade20k', f'{ADE}/annotations/validation/ADE_val_00000001.png', pathlib.Path.unlink,
-     'there is no .*annotations/validation/ADE_val_00000001.png;'),
-    ('ade20k', f'{ADE}/annotations/validation/ADE_val_00000000.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
-    ('ade20k', f'{ADE}/images/validation', empty, 'names no pictures'),
-    ('cityscapes_fine', 'leftImg8bit', shutil.rmtree, 'there is no .*leftImg8bit/val; unpack'),
-    ('cityscapes_fine', 'gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png', pathlib.Path.unlink,
-     'there is no .*ulm_000001_000019_gtFine_labelIds.png'),
-    ('cityscapes_fine', 'gtFine/val/bonn/bonn_000000_000019_gtFine_labelIds.png', wrong_size, 'its label map 5 x 6'),
-    ('cityscapes_fine', 'leftImg8bit/val', empty, 'leftImg8bit/val names no pictures'),
+  ('voc2012', V12, shutil.rmtree, r'there is no .*VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt nor '),
+  ('voc2012', f'{V12}/ImageSets/Segmentation/val.txt', lambda p: p.write_text('\n'), 'names no pictures'),
+  (
+    'voc2012',
+    f'{V12}/SegmentationClass/{layouts.KEYS[1]}.png',
+    pathlib.Path.unlink,
+    rf'there is no .*SegmentationClass/{layouts.KEYS[1]}.png; ',
+  ),
+  ('voc2012', f'{V12}/JPEGImages', shutil.rmtree, rf'there is no .*JPEGImages/{layouts.KEYS[0]}.jpg, and 2 more files'),
+  ('voc2012', f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
+  (
+    'voc2012',
+    f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png',
+    lambda p: layouts.save(p, np.zeros((20, 30, 3), np.uint8)),
+    'picture of mode RGB; it must be a PNG of indices',
+  ),
+  (
+    'voc2012',
+    f'{V12}/JPEGImages/{layouts.KEYS[2]}.jpg',
+    lambda p: p.write_bytes(p.read_bytes()[:150]),
+    rf'picture .*{layouts.KEYS[2]}.jpg. is (damaged|not a picture)',
+  ),
+  (
+    'pascal_context',
+    f'{V10}/trainval_merged.json',
+    pathlib.Path.unlink,
+    'there is no .*VOCdevkit/VOC2010/trainval_merged.json nor ',
+  ),
+  ('pascal_context', f'{V10}/trainval_merged.json', lambda p: p.write_text('{"images": []}'), 'is not the trainval'),
+  (
+    'pascal_context',
+    f'{V10}/trainval_merged.json',
+    lambda p: p.write_text(p.read_text().replace('"category_id": 284', '"category_id": 285')),
+    'has the category 285',
+  ),
+  ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[1]}.jpg', pathlib.Path.unlink, 'there is no .*000042.jpg;'),
+  ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[0]}.jpg', wrong_size, 'is 5 x 6 px, its label map 20 x 30'),
+  (
+    'pascal_context',
+    f'{V10}/trainval_merged.json',
+    lambda p: p.write_text(p.read_text().replace('"phase": "val"', '"phase": "test"')),
+    'names no pictures',
+  ),
+  ('coco_stuff', 'val2017', empty, 'val2017 names no pictures'),
+  ('coco_stuff', f'stuffthingmaps/val2017/{0:012}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
+  (
+    'coco_stuff',
+    'stuffthingmaps',
+    shutil.rmtree,
+    'there is no .*stuffthingmaps/val2017 nor .*annotations/val2017 nor .*; unzip .* -d .*/stuffthingmaps$',
+  ),
+  ('coco_stuff', f'stuffthingmaps/val2017/{1:012}.png', pathlib.Path.unlink, f'there is no .*{1:012}.png;'),
+  ('ade20k', f'{ADE}/annotations', shutil.rmtree, 'there is no .*annotations/validation/ADE_val_00000000.png'),
+  (
+    'ade20k',
+    f'{ADE}/annotations/validation/ADE_val_00000001.png',
+    pathlib.Path.unlink,
+    'there is no .*annotations/validation/ADE_val_00000001.png;',
+  ),
+  ('ade20k', f'{ADE}/annotations/validation/ADE_val_00000000.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
+  ('ade20k', f'{ADE}/images/validation', empty, 'names no pictures'),
+  ('cityscapes_fine', 'leftImg8bit', shutil.rmtree, 'there is no .*leftImg8bit/val; unpack'),
+  (
+    'cityscapes_fine',
+    'gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png',
+    pathlib.Path.unlink,
+    'there is no .*ulm_000001_000019_gtFine_labelIds.png',
+  ),
+  ('cityscapes_fine', 'gtFine/val/bonn/bonn_000000_000019_gtFine_labelIds.png', wrong_size, 'its label map 5 x 6'),
+  ('cityscapes_fine', 'leftImg8bit/val', empty, 'leftImg8bit/val names no pictures'),
 ]
 
 
@@ -235,7 +273,9 @@ def test_a_wrong_layout_is_one_line(name, path, damage, message, tmp_path, capsy
     labelled_sets.open_benchmark(benchmark, tmp_path / 'data')
 
 
-@pytest.mark.parametrize('damage, message', [
+@pytest.mark.parametrize(
+  'damage, message',
+  [
     (lambda p: (p / 'labels' / 'b.png').unlink(), 'there is no .*labels/b.png, the label map of images/b.jpg .1 of 3'),
     (lambda p: shutil.rmtree(p / 'labels'), 'there is no folder .*labels; put a PNG'),
     (lambda p: (p / 'classes.txt').unlink(), 'there is no .*classes.txt nor .*classes.json'),
@@ -243,7 +283,8 @@ def test_a_wrong_layout_is_one_line(name, path, damage, message, tmp_path, capsy
     (lambda p: (p / 'classes.json').write_text('{}'), 'not a list of names'),
     (lambda p: empty(p / 'images'), 'holds no pictures'),
     (lambda p: shutil.copy(p / 'images' / 'a.jpg', p / 'images' / 'a.png'), 'a.jpg and a.png, which share'),
-])
+  ],
+)
 def test_a_folder_with_a_mistake(damage, message, tmp_path):
   layouts.folder(tmp_path)
   damage(tmp_path)
@@ -272,5 +313,8 @@ def test_run_lengths_are_those_of_cocos_own_tools():
 
 
 def test_tensorflow_is_not_needed(raw, tmp_path):
-  run_without('from groupvit_jax.datasets import build\n'
-              f'build.main(["ade20k", "--manual_dir={raw["ade20k"][0]}", "--data_dir={tmp_path}"])\n', tmp_path)
+  run_without(
+    'from groupvit_jax.datasets import build\n'
+    f'build.main(["ade20k", "--manual_dir={raw["ade20k"][0]}", "--data_dir={tmp_path}"])\n',
+    tmp_path,
+  )

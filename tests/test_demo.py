@@ -76,10 +76,12 @@ def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_pat
   (tmp_path / 'no.png').write_bytes(b'not a picture')
   Image.new('RGB', (101, 100)).save(tmp_path / 'large.png')
   for path, text, message in (
-      (None, WORDS, 'There is no picture yet'), (picture, ' , ', 'There are no words to look for'),
-      (picture, 'dog, dog', "the class 'dog' is named twice"),
-      (str(tmp_path / 'no.png'), WORDS, "^picture 'no.png' is not a picture"),
-      (str(tmp_path / 'large.png'), WORDS, 'large.png has 101 x 100 pixels; this page takes up to 0.01 million')):
+    (None, WORDS, 'There is no picture yet'),
+    (picture, ' , ', 'There are no words to look for'),
+    (picture, 'dog, dog', "the class 'dog' is named twice"),
+    (str(tmp_path / 'no.png'), WORDS, "^picture 'no.png' is not a picture"),
+    (str(tmp_path / 'large.png'), WORDS, 'large.png has 101 x 100 pixels; this page takes up to 0.01 million'),
+  ):
     with pytest.raises(ValueError, match=message):
       viewer.look(path, text, 0, None)
 
@@ -136,8 +138,14 @@ def imported(tmp_path_factory) -> pathlib.Path:
 def served(workdir: pathlib.Path, *options: str):
   """The address of the page, served by the command that people give, on a machine behind a proxy."""
   command = [sys.executable, '-m', 'groupvit_jax.demo', f'--workdir={workdir}', '--port=0', *options]
-  process = subprocess.Popen(command, cwd=ROOT, env=os.environ | PROXY | {'JAX_NUM_CPU_DEVICES': '1'}, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  process = subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=os.environ | PROXY | {'JAX_NUM_CPU_DEVICES': '1'},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
   try:
     line = process.stdout.readline()
     found = re.fullmatch(r'the page is at (\S+)\n', line)
@@ -161,7 +169,8 @@ def encoded(image: np.ndarray) -> str:
 def changed(page: sync_api.Page, before: str) -> str:
   """Waits for another overlay; returns it."""
   page.wait_for_function(
-      "old => { const i = document.querySelector('#overlay img'); return i && i.src && i.src !== old }", arg=before)
+    "old => { const i = document.querySelector('#overlay img'); return i && i.src && i.src !== old }", arg=before
+  )
   return page.locator('#overlay img').get_attribute('src')
 
 
@@ -199,8 +208,12 @@ def test_in_a_browser(tmp_path):
   with served(trained_workdir(), *options) as address, opened(address) as page:
     page.context.grant_permissions(['clipboard-read', 'clipboard-write'], origin=address.rstrip('/'))
     elsewhere = []
-    page.on('request', lambda request: elsewhere.append(request.url)
-            if not request.url.startswith((address, 'data:', 'blob:')) else None)
+    page.on(
+      'request',
+      lambda request: (
+        elsewhere.append(request.url) if not request.url.startswith((address, 'data:', 'blob:')) else None
+      ),
+    )
     page.reload()
     message, legend, words = page.locator('#message'), page.locator('#legend'), page.locator('#words textarea')
     upload = page.locator('#picture input[type=file]')
@@ -268,8 +281,11 @@ def test_in_a_browser(tmp_path):
 
 
 def test_one_line_for_mistakes():
-  for options, message in ((['--workdir=/nowhere/at/all'], 'there is no workdir /nowhere/at/all'),
-                           (['--workdir=x', '--port=-1'], 'port')):
-    done = subprocess.run([sys.executable, '-m', 'groupvit_jax.demo', *options], cwd=ROOT, text=True,
-                          capture_output=True)
+  for options, message in (
+    (['--workdir=/nowhere/at/all'], 'there is no workdir /nowhere/at/all'),
+    (['--workdir=x', '--port=-1'], 'port'),
+  ):
+    done = subprocess.run(
+      [sys.executable, '-m', 'groupvit_jax.demo', *options], cwd=ROOT, text=True, capture_output=True
+    )
     assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr

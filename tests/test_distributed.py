@@ -30,15 +30,16 @@ TIMEOUT = 200
 CHEAP = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 
 
-def start(*flags: str, program: str = 'train.py', devices: int = 4, staged: str = '',
-          cwd: pathlib.Path = ROOT) -> subprocess.Popen:
+def start(
+  *flags: str, program: str = 'train.py', devices: int = 4, staged: str = '', cwd: pathlib.Path = ROOT
+) -> subprocess.Popen:
   """A process of a command on the tiny run; `staged` as `tests.staged` takes it."""
   config = ['--config=tests/tiny_run.py'] if program == 'train.py' else []
-  environment = os.environ | {
-    'JAX_NUM_CPU_DEVICES': str(devices), 'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {CHEAP}'}
+  environment = os.environ | {'JAX_NUM_CPU_DEVICES': str(devices), 'XLA_FLAGS': f'{os.environ["XLA_FLAGS"]} {CHEAP}'}
   command = [sys.executable, *(('-m', 'tests.staged', staged) if staged else ()), program, *config, *flags]
-  return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                          text=True)
+  return subprocess.Popen(
+    command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
 
 
 def free_port() -> int:
@@ -47,8 +48,9 @@ def free_port() -> int:
     return sock.getsockname()[1]
 
 
-def start_two(*flags: str, first: dict[str, object] | None = None, second: dict[str, object] | None = None,
-              **options) -> list[subprocess.Popen]:
+def start_two(
+  *flags: str, first: dict[str, object] | None = None, second: dict[str, object] | None = None, **options
+) -> list[subprocess.Popen]:
   """Two processes that will meet; `first` and `second` are options of one of them."""
   meeting = [f'--coordinator=localhost:{free_port()}', '--num_processes=2', f'--startup_timeout={TIMEOUT}', *flags]
   return [start(*meeting, f'--process_id={i}', **(options | (own or {}))) for i, own in enumerate((first, second))]
@@ -164,16 +166,17 @@ def test_parameters_split_over_processes_change_nothing(phases, scenario):
   """Both processes read all rows of a batch; losses are those of one process that is not split."""
   steps = range(1, 12)
   assert [phases['losses'][step] for step in steps] == pytest.approx(
-    [scenario['losses'][step] for step in steps], rel=0.01)
+    [scenario['losses'][step] for step in steps], rel=0.01
+  )
 
 
 def test_one_process_goes_on_with_what_two_began(scenario, tmp_path):
   """Every step was taken once, on the batch that one process takes there."""
-  (code, text), = scenario['alone']
+  ((code, text),) = scenario['alone']
   assert code == 0, text
   assert 'goes on after step' in text and '1 process(es) on 1 host(s), 8 device(s)' in text
   assert sorted(scenario['losses']) == list(range(1, 25)) and sorted(scenario['mious']) == [6, 12, 18, 24]
-  (code, text), = finish([start(f'--workdir={tmp_path}', *SCENARIO, devices=8, staged=f'rows:{tmp_path}')])
+  ((code, text),) = finish([start(f'--workdir={tmp_path}', *SCENARIO, devices=8, staged=f'rows:{tmp_path}')])
   assert code == 0, text
   assert taken(scenario['workdir']) == taken(tmp_path)
   assert scenario['losses'] == pytest.approx(logged(tmp_path), rel=0.01)
@@ -184,13 +187,25 @@ def test_two_processes_evaluate_as_one(scenario, tmp_path):
   layouts.folder(tmp_path / 'mine')
   layouts.save(tmp_path / 'mine/images/d.png', photo(200, 20))
   layouts.save_indices(tmp_path / 'mine/labels/d.png', np.arange(4000, dtype=np.uint8).reshape(200, 20) // 100 % 3)
-  flags = [f'--workdir={scenario["workdir"]}', '--benchmark=folder', f'--data_dir={tmp_path / "mine"}', '--masks',
-           '--thresholds=0.2,0.4', '--protocol=groupvit', '--protocol.short_side=32', '--protocol.max_long_side=128',
-           '--protocol.window=32', '--protocol.stride=16', '--protocol.threshold=0.3']
+  flags = [
+    f'--workdir={scenario["workdir"]}',
+    '--benchmark=folder',
+    f'--data_dir={tmp_path / "mine"}',
+    '--masks',
+    '--thresholds=0.2,0.4',
+    '--protocol=groupvit',
+    '--protocol.short_side=32',
+    '--protocol.max_long_side=128',
+    '--protocol.window=32',
+    '--protocol.stride=16',
+    '--protocol.threshold=0.3',
+  ]
   output = lambda name: [f'--output={tmp_path / name}', f'--report={tmp_path / name}.html']
   two, one = tmp_path / 'two', tmp_path / 'one'
-  processes = [*start_two(*flags, *output('two'), program='eval.py'),
-               start(*flags, *output('one'), program='eval.py', devices=8)]
+  processes = [
+    *start_two(*flags, *output('two'), program='eval.py'),
+    start(*flags, *output('one'), program='eval.py', devices=8),
+  ]
   for code, text in finish(processes):
     assert code == 0, text
   for name in ('confusion.csv', 'pictures.json', *(f'masks/{key}.png' for key in ('a', 'b', 'c.d', 'd'))):
@@ -206,14 +221,20 @@ def test_two_processes_evaluate_as_one(scenario, tmp_path):
     assert code == cli.EXIT_USAGE and "picture 'b' is" in text, text
 
 
-@pytest.mark.parametrize('flags, message', [
-  (['--coordinator=localhost:1', '--num_processes=2', '--process_id=1'], 'nobody answers at --coordinator=localhost:1'),
-  (['--coordinator=no-such-host.invalid:1', '--num_processes=2', '--process_id=1'], 'no host is called no-such-host'),
-  (['--coordinator=localhost:0', '--num_processes=2', '--process_id=0'], 'not all of 2 processes came'),
-])
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (
+      ['--coordinator=localhost:1', '--num_processes=2', '--process_id=1'],
+      'nobody answers at --coordinator=localhost:1',
+    ),
+    (['--coordinator=no-such-host.invalid:1', '--num_processes=2', '--process_id=1'], 'no host is called no-such-host'),
+    (['--coordinator=localhost:0', '--num_processes=2', '--process_id=0'], 'not all of 2 processes came'),
+  ],
+)
 def test_nobody_to_meet(flags, message, tmp_path):
   began = time.monotonic()
-  (code, text), = finish([start(*flags, f'--workdir={tmp_path / "run"}', '--startup_timeout=2')])
+  ((code, text),) = finish([start(*flags, f'--workdir={tmp_path / "run"}', '--startup_timeout=2')])
   assert (code, message in text.splitlines()[-1]) == (cli.EXIT_PEER_LOST, True), text
   assert time.monotonic() - began < 100 and not (tmp_path / 'run').exists()
 
@@ -285,34 +306,47 @@ def test_processes_start_together_from_a_runs_weights(scenario, tmp_path):
   assert logged(tmp_path / 'run')[1] < scenario['losses'][1]
 
 
-@pytest.mark.parametrize('flags, message', [
-  (dict(coordinator='localhost'), '--coordinator=localhost is not HOST:PORT'),
-  (dict(num_processes=0), '--num_processes=0 must be at least 1'),
-  (dict(num_processes=2, process_id=2), '--process_id=2 is not one of 0 to 2 - 1'),
-  (dict(startup_timeout=0), '--startup_timeout=0'),
-])
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (dict(coordinator='localhost'), '--coordinator=localhost is not HOST:PORT'),
+    (dict(num_processes=0), '--num_processes=0 must be at least 1'),
+    (dict(num_processes=2, process_id=2), '--process_id=2 is not one of 0 to 2 - 1'),
+    (dict(startup_timeout=0), '--startup_timeout=0'),
+  ],
+)
 def test_mistakes_in_the_flags(flags, message):
   with pytest.raises(ValueError, match=message):
-    Cluster(**(dict(coordinator=None, num_processes=None, process_id=None, startup_timeout=1, peer_timeout=1) | flags)
-            ).check()
+    Cluster(
+      **(dict(coordinator=None, num_processes=None, process_id=None, startup_timeout=1, peer_timeout=1) | flags)
+    ).check()
 
 
-@pytest.mark.parametrize('environment, own', [
-  ({}, False),
-  ({'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}, True),  # a process per node
-  ({'SLURM_STEP_TASKS_PER_NODE': '1'}, True),
-  ({'SLURM_STEP_TASKS_PER_NODE': '8(x4)', 'CUDA_VISIBLE_DEVICES': '0,1,2,3,4,5,6,7'}, False),  # a process per GPU
-  ({'SLURM_STEP_TASKS_PER_NODE': '8(x4)', 'CUDA_VISIBLE_DEVICES': '0'}, True),  # the same, each bound to its GPU
-  ({'SLURM_STEP_TASKS_PER_NODE': '2,1'}, False),
-  ({'OMPI_COMM_WORLD_LOCAL_SIZE': '1'}, True),
-  ({'OMPI_COMM_WORLD_LOCAL_SIZE': '4'}, False),
-])
+@pytest.mark.parametrize(
+  'environment, own',
+  [
+    ({}, False),
+    ({'SLURM_STEP_TASKS_PER_NODE': '1(x4)'}, True),  # a process per node
+    ({'SLURM_STEP_TASKS_PER_NODE': '1'}, True),
+    ({'SLURM_STEP_TASKS_PER_NODE': '8(x4)', 'CUDA_VISIBLE_DEVICES': '0,1,2,3,4,5,6,7'}, False),  # a process per GPU
+    ({'SLURM_STEP_TASKS_PER_NODE': '8(x4)', 'CUDA_VISIBLE_DEVICES': '0'}, True),  # the same, each bound to its GPU
+    ({'SLURM_STEP_TASKS_PER_NODE': '2,1'}, False),
+    ({'OMPI_COMM_WORLD_LOCAL_SIZE': '1'}, True),
+    ({'OMPI_COMM_WORLD_LOCAL_SIZE': '4'}, False),
+  ],
+)
 def test_which_gpus_are_a_processs_own(environment, own):
   assert cluster.sees_its_own_gpus(environment) == own
 
 
-SLURM = {'SLURM_JOB_ID': '1', 'SLURM_STEP_NODELIST': '127.0.0.1', 'SLURM_NTASKS': '2', 'SLURM_PROCID': '{}',
-         'SLURM_LOCALID': '{}', 'SLURM_STEP_TASKS_PER_NODE': '2'}
+SLURM = {
+  'SLURM_JOB_ID': '1',
+  'SLURM_STEP_NODELIST': '127.0.0.1',
+  'SLURM_NTASKS': '2',
+  'SLURM_PROCID': '{}',
+  'SLURM_LOCALID': '{}',
+  'SLURM_STEP_TASKS_PER_NODE': '2',
+}
 
 
 def start_launched(environment: dict[str, str], monkeypatch, *flags: str, staged: str = '') -> list[subprocess.Popen]:
@@ -328,8 +362,13 @@ def start_launched(environment: dict[str, str], monkeypatch, *flags: str, staged
 
 def test_what_saves_nothing_is_ended_by_a_signal(tmp_path, monkeypatch):
   """A dry run, after the processes have met and agreed: JAX does not keep the signal to itself."""
-  processes = start_launched(SLURM, monkeypatch, f'--workdir={tmp_path / "run"}', '--config.dry_run=True',
-                             staged=f'signal:warm-up:{signal.SIGTERM:d}')
+  processes = start_launched(
+    SLURM,
+    monkeypatch,
+    f'--workdir={tmp_path / "run"}',
+    '--config.dry_run=True',
+    staged=f'signal:warm-up:{signal.SIGTERM:d}',
+  )
   (code, text), (other, its_text) = finish(processes)
   assert code == -signal.SIGTERM, text
   # The runtime may end it first, because process 0, which it asks how all are, is gone.
@@ -337,14 +376,26 @@ def test_what_saves_nothing_is_ended_by_a_signal(tmp_path, monkeypatch):
   assert '2 process(es) on 1 host(s), 8 device(s)' in text and 'compiling the step' in text
 
 
-@pytest.mark.parametrize('environment, staged', [
-  (SLURM, ''),
-  ({'OMPI_MCA_orte_hnp_uri': '8192.0;tcp://127.0.0.1:34911', 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '{}',
-    'OMPI_COMM_WORLD_LOCAL_RANK': '{}', 'OMPI_COMM_WORLD_LOCAL_SIZE': '2'}, ''),
-  ({'JOB_COMPLETION_INDEX': '{}'}, 'gke'),
-  ({'TPU_WORKER_HOSTNAMES': '127.0.0.1,127.0.0.2', 'TPU_WORKER_ID': '{}'}, 'tpu-gke'),
-  ({}, 'tpu:{}'),
-], ids=['slurm', 'ompi', 'gke', 'tpu-gke', 'tpu'])
+@pytest.mark.parametrize(
+  'environment, staged',
+  [
+    (SLURM, ''),
+    (
+      {
+        'OMPI_MCA_orte_hnp_uri': '8192.0;tcp://127.0.0.1:34911',
+        'OMPI_COMM_WORLD_SIZE': '2',
+        'OMPI_COMM_WORLD_RANK': '{}',
+        'OMPI_COMM_WORLD_LOCAL_RANK': '{}',
+        'OMPI_COMM_WORLD_LOCAL_SIZE': '2',
+      },
+      '',
+    ),
+    ({'JOB_COMPLETION_INDEX': '{}'}, 'gke'),
+    ({'TPU_WORKER_HOSTNAMES': '127.0.0.1,127.0.0.2', 'TPU_WORKER_ID': '{}'}, 'tpu-gke'),
+    ({}, 'tpu:{}'),
+  ],
+  ids=['slurm', 'ompi', 'gke', 'tpu-gke', 'tpu'],
+)
 def test_launchers_that_jax_knows(environment, staged, tmp_path, monkeypatch):
   """What they say alone: the processes meet, and so can find that they differ."""
   flags = f'--workdir={tmp_path / "run"}', '--config.seed={}'
@@ -352,13 +403,16 @@ def test_launchers_that_jax_knows(environment, staged, tmp_path, monkeypatch):
     assert code == cli.EXIT_USAGE and 'config.seed is 0 in one and 1 in the other' in text, text
 
 
-@pytest.mark.parametrize('name, value, remedy', [
-  ('SLURM_NTASKS', '16', 'start them with srun'),
-  ('OMPI_COMM_WORLD_SIZE', '2', 'Open MPI before version 5'),
-  ('PMI_SIZE', '2', 'give all of --coordinator, --num_processes and --process_id'),
-  ('JOB_COMPLETION_INDEX', '0', r'jax\[k8s\]'),
-  ('JAX_COORDINATOR_ADDRESS', 'host:1', 'give --num_processes and --process_id'),
-])
+@pytest.mark.parametrize(
+  'name, value, remedy',
+  [
+    ('SLURM_NTASKS', '16', 'start them with srun'),
+    ('OMPI_COMM_WORLD_SIZE', '2', 'Open MPI before version 5'),
+    ('PMI_SIZE', '2', 'give all of --coordinator, --num_processes and --process_id'),
+    ('JOB_COMPLETION_INDEX', '0', r'jax\[k8s\]'),
+    ('JAX_COORDINATOR_ADDRESS', 'host:1', 'give --num_processes and --process_id'),
+  ],
+)
 def test_launchers_whose_processes_would_not_meet(name, value, remedy):
   with pytest.raises(ValueError, match=f'{name}={value} .*{remedy}.* --num_processes=1'):
     cluster.check_nobody_else({name: value})
@@ -371,7 +425,7 @@ def test_launchers_of_one_process():
 
 def test_a_command_that_finds_no_others_says_so(tmp_path, monkeypatch):
   monkeypatch.setenv('OMPI_COMM_WORLD_SIZE', '2')
-  (code, text), = finish([start(f'--workdir={tmp_path / "run"}')])
+  ((code, text),) = finish([start(f'--workdir={tmp_path / "run"}')])
   assert code == cli.EXIT_USAGE and 'OMPI_COMM_WORLD_SIZE=2 speaks of several processes' in text.splitlines()[-1], text
   assert not (tmp_path / 'run').exists()
 
@@ -418,4 +472,5 @@ def test_a_process_that_is_aborted_leaves_the_stacks_of_busy_threads_alone():
 
 def test_facts_that_one_process_alone_has():
   assert distributed._differences({'workdir': 'a'}, {'workdir': 'a', 'config': '{"x": 1}'}) == [
-    'config.x is None in one and 1 in the other']
+    'config.x is None in one and 1 in the other'
+  ]

@@ -31,8 +31,11 @@ check = load_check()
 
 def test_the_released_weights_and_a_photograph(tmp_path):
   """The README's three commands, but for the installation, on random weights of the same layout."""
-  before, block = next(pair for pair in itertools.pairwise(check.fenced_blocks((ROOT / 'README.md').read_text()))
-                       if 'import_weights' in pair[1].text)
+  before, block = next(
+    pair
+    for pair in itertools.pairwise(check.fenced_blocks((ROOT / 'README.md').read_text()))
+    if 'import_weights' in pair[1].text
+  )
   commands = [line for each in (before, block) for line in each.text.replace('\\\n', ' ').splitlines()]
   assert len(commands) == 3 and block.mark == 'run'
   check.prepare(tmp_path)
@@ -90,8 +93,10 @@ def test_every_flag_and_config_key_of_a_document_exists(document):
   everything = ''.join(path.read_text() for path in modules)
   for flag in re.findall(r'`--(\w+)', text):
     assert defines(everything, flag), flag
-  configs = [traverse_util.flatten_dict(experiment.get_config().to_dict(), sep='.')
-             for experiment in (quickstart, groupvit_vits16_gcc_yfcc)]
+  configs = [
+    traverse_util.flatten_dict(experiment.get_config().to_dict(), sep='.')
+    for experiment in (quickstart, groupvit_vits16_gcc_yfcc)
+  ]
   fields = {field.name for field in dataclasses.fields(Protocol)}
   for key in re.findall(r'--config\.([a-z_.\d]*[a-z_\d])', text):
     assert any(key in config for config in configs), key
@@ -108,7 +113,7 @@ def test_every_command_is_run_or_says_why_not(document):
     if (block.language, block.mark) in (('text', ''), ('python', 'part')):
       continue  # what something prints, a part of a config
     if block.mark.startswith('tests/'):
-      ours, = set(re.findall(r'python -m ([\w.]+)', block.text))
+      (ours,) = set(re.findall(r'python -m ([\w.]+)', block.text))
       assert ours in (ROOT / block.mark).read_text(), block
     else:
       assert block.language in ('sh', 'python') and block.mark in ('run', *check.REASONS), block
@@ -118,8 +123,12 @@ def test_every_command_is_run_or_says_why_not(document):
 
 def test_parts_of_configs_are_parts_of_configs():
   """What a page says to write into an experiment fits the paper's: its entries are locked."""
-  parts = {name: next(block.text for block in check.fenced_blocks((ROOT / 'docs' / f'{name}.md').read_text())
-                      if block.mark == 'part') for name in ('train', 'evaluation')}
+  parts = {
+    name: next(
+      block.text for block in check.fenced_blocks((ROOT / 'docs' / f'{name}.md').read_text()) if block.mark == 'part'
+    )
+    for name in ('train', 'evaluation')
+  }
   names: dict[str, object] = {}
   exec(parts['train'], names)
   config = names['get_config']()
@@ -130,9 +139,13 @@ def test_parts_of_configs_are_parts_of_configs():
 
 def test_blocks_are_found_and_run(tmp_path):
   found = check.fenced_blocks(
-      'a\n```sh run\none\ntwo\n```\n```sh needs-data\nthree\n```\n```python run\nprint(4)\n```\n')
+    'a\n```sh run\none\ntwo\n```\n```sh needs-data\nthree\n```\n```python run\nprint(4)\n```\n'
+  )
   assert [(block.mark, block.script) for block in found] == [
-      ('run', 'one\ntwo\n'), ('needs-data', 'three\n'), ('run', "python - <<'END'\nprint(4)\nEND\n")]
+    ('run', 'one\ntwo\n'),
+    ('needs-data', 'three\n'),
+    ('run', "python - <<'END'\nprint(4)\nEND\n"),
+  ]
   assert check.run(found[2].script, tmp_path).stdout == '4\n'
   assert check.run('exit 3', ROOT).returncode == 3
   assert str(pathlib.Path(sys.executable).parent) in check.run('echo $PATH', ROOT).stdout
@@ -140,12 +153,19 @@ def test_blocks_are_found_and_run(tmp_path):
 
 def test_a_python_that_is_too_old_is_one_line(tmp_path):
   old = tmp_path / 'python'
-  old.write_text(f'#!/bin/sh\nexec {sys.executable} -c '
-                 '"import sys; sys.version_info = 3, 10, 2; exec(sys.argv[2])" "$@"\n')
+  old.write_text(
+    f'#!/bin/sh\nexec {sys.executable} -c "import sys; sys.version_info = 3, 10, 2; exec(sys.argv[2])" "$@"\n'
+  )
   old.chmod(0o755)
-  done = subprocess.run(['make', f'PYTHON={old}', f'VENV={tmp_path}/venv', 'quickstart'], cwd=ROOT, text=True,
-                        capture_output=True, check=False)
+  done = subprocess.run(
+    ['make', f'PYTHON={old}', f'VENV={tmp_path}/venv', 'quickstart'],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+    check=False,
+  )
   said = [line for line in done.stderr.splitlines() if not line.startswith('make')]
   assert done.returncode and not (tmp_path / 'venv').exists()
   assert said == [
-      f'error: {old} is Python 3.10; it takes 3.11 or newer: name one, as in  make PYTHON=python3.13 quickstart']
+    f'error: {old} is Python 3.10; it takes 3.11 or newer: name one, as in  make PYTHON=python3.13 quickstart'
+  ]

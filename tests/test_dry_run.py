@@ -32,11 +32,20 @@ def test_says_what_a_run_would_be_and_leaves_no_workdir(config, tmp_path, capsys
   assert dry_run.check(config, tmp_path / 'run') == 0
   assert not (tmp_path / 'run').exists()
   out = capsys.readouterr().out
-  for text in ('a: 20 records in 3 shards', 'b: 12 records in 1 shards', '3 steps of 16 pairs: 1.5 epochs',
-               'SentencePieceTokenizer, 300 pieces, tried on 2,000 captions', 'image uint8 [16, 32, 32, 3]',
-               'tokens int32 [16, 4, 24]', 'a dog number', 'tokens an image on average; text_budget=',
-               "parameters on {'data': 8, 'fsdp': 1, 'model': 1} x cpu",
-               'temporaries of a step', 'would be new', 'nothing was trained'):
+  for text in (
+    'a: 20 records in 3 shards',
+    'b: 12 records in 1 shards',
+    '3 steps of 16 pairs: 1.5 epochs',
+    'SentencePieceTokenizer, 300 pieces, tried on 2,000 captions',
+    'image uint8 [16, 32, 32, 3]',
+    'tokens int32 [16, 4, 24]',
+    'a dog number',
+    'tokens an image on average; text_budget=',
+    "parameters on {'data': 8, 'fsdp': 1, 'model': 1} x cpu",
+    'temporaries of a step',
+    'would be new',
+    'nothing was trained',
+  ):
     assert text in out, text
 
 
@@ -45,8 +54,12 @@ def test_memory_is_the_devices(config, tmp_path):
   run = dry_run._set_up(config, tmp_path / 'run')
   memory = dry_run.measure_memory(run, dry_run._first_batch(run, lambda _: None))
   assert memory.batch == 2 * (32 * 32 * 3 + 4 * 24 * 4)
-  parameters = sum(leaf.size for leaf in dry_run.jax.tree.leaves(
-      dry_run.train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh).params))
+  parameters = sum(
+    leaf.size
+    for leaf in dry_run.jax.tree.leaves(
+      dry_run.train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh).params
+    )
+  )
   assert 3 * 4 * parameters <= memory.state < 3 * 4 * parameters + 10_000
   assert memory.temporaries > memory.batch
   dry_run.check_memory(memory)
@@ -84,13 +97,26 @@ def test_a_run_that_goes_on_needs_no_longer_what_it_began_with(config, tmp_path,
   assert dry_run._set_up(config, tmp_path / 'run').config.init_from
 
 
-@pytest.mark.parametrize('flag, message', [
+@pytest.mark.parametrize(
+  'flag, message',
+  [
     ('--config.data.source=sets', 'data.sets is empty'),
     ('--config.tokenizer.path=/nowhere.model', 'there is no file /nowhere.model'),  # training would leave a workdir
-])
+  ],
+)
 def test_command_ends_in_one_line(flag, message, tmp_path):
   done = subprocess.run(
-      [sys.executable, 'train.py', '--config=tests/tiny_run.py', f'--workdir={tmp_path}/run', '--config.dry_run=True',
-       flag], cwd=ROOT, text=True, capture_output=True)
+    [
+      sys.executable,
+      'train.py',
+      '--config=tests/tiny_run.py',
+      f'--workdir={tmp_path}/run',
+      '--config.dry_run=True',
+      flag,
+    ],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+  )
   assert done.returncode == cli.EXIT_USAGE and message in done.stderr.splitlines()[-1], done.stderr
   assert not (tmp_path / 'run').exists()

@@ -34,12 +34,19 @@ def run(tmp_path_factory) -> pathlib.Path:
 def test_values():
   zero = jnp.zeros((), jnp.int32)
   state = train_state.TrainState(
-      step=zero, params={'w': jnp.array([1.0, 2.0])}, batch_stats={'m': jnp.array(8.0)}, opt_state=None,
-      rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero).start_average()
+    step=zero,
+    params={'w': jnp.array([1.0, 2.0])},
+    batch_stats={'m': jnp.array(8.0)},
+    opt_state=None,
+    rng=jax.random.key(0),
+    skipped=zero,
+    skipped_in_a_row=zero,
+  ).start_average()
   after = lambda state, step, **new: state.replace(step=zero + step, **new)
   # 1 update: d = min(0.6, 2 / 11). 90: d = 0.6 < 91 / 100.
   once = train_step.average_variables(
-      after(state, 1, params={'w': jnp.array([12.0, 2.0])}, batch_stats={'m': jnp.array(-3.0)}), 0.6)
+    after(state, 1, params={'w': jnp.array([12.0, 2.0])}, batch_stats={'m': jnp.array(-3.0)}), 0.6
+  )
   np.testing.assert_allclose(once['params']['w'], [10.0, 2.0], rtol=1e-6)
   np.testing.assert_allclose(once['batch_stats']['m'], -1.0, rtol=1e-6)
   late = train_step.average_variables(after(state, 90, params={'w': jnp.array([2.0, 12.0])}), 0.6)
@@ -48,7 +55,8 @@ def test_values():
   counted = train_step.average_variables(after(state, 3, skipped=zero + 1, params={'w': jnp.array([5.0, 2.0])}), 0.6)
   np.testing.assert_allclose(counted['params']['w'], [4.0, 2.0], rtol=1e-6)
   skipped = train_step.average_variables(
-      after(state, 90, skipped_in_a_row=zero + 1, params={'w': jnp.array([2.0, 12.0])}), 0.6)
+    after(state, 90, skipped_in_a_row=zero + 1, params={'w': jnp.array([2.0, 12.0])}), 0.6
+  )
   np.testing.assert_array_equal(skipped['params']['w'], [1.0, 2.0])
 
 
@@ -62,8 +70,10 @@ def test_a_run_averages_what_it_trains(run):
   assert 'fsdp' in kernels(state.ema).sharding.spec
   step_fn, batches = train_loop.jit_step(set_up, state), list(train_loop.read_batches(set_up, 4))
   before = jax.tree.map(np.asarray, state.ema)
-  state, _ = step_fn(state, train_loop.pipeline.to_devices(
-      {key: value for key, value in batches[0].items() if key != 'faults'}, set_up.mesh))
+  state, _ = step_fn(
+    state,
+    train_loop.pipeline.to_devices({key: value for key, value in batches[0].items() if key != 'faults'}, set_up.mesh),
+  )
   want = jax.tree.map(lambda old, new: 8 / 17 * old + 9 / 17 * np.asarray(new), before, state.variables)  # n = 7
   for found, expected in zip(jax.tree.leaves(state.ema), jax.tree.leaves(want), strict=True):
     np.testing.assert_allclose(found, expected, atol=1e-6)

@@ -69,9 +69,7 @@ def test_scores_name_everything_they_depend_on(evaluated):
 def test_baselines_of_the_same_run(evaluated):
   baselines = json.loads((evaluated / 'results.json').read_text())['baselines']
   run = trained_run.open_run(trained_workdir())
-  evaluator = scene_eval.SceneEvaluator(
-    run.config, run.model, run.tokenizer, run.mesh, split='test'
-  )
+  evaluator = scene_eval.SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
   truth = np.concatenate([evaluator.source[i]['label'].ravel() for i in range(8)])
   shares = np.bincount(truth, minlength=18) / truth.size
   assert baselines['constant']['class'] == evaluator.source.classes[shares.argmax()]
@@ -289,22 +287,31 @@ def test_mistakes_end_in_one_line_and_code_2(tmp_path):
   assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('error: there is no workdir')
 
 
-@pytest.mark.parametrize('flags, message', [
-  (['--checkpoint=best'], 'kept no best checkpoint'),
-  (['--checkpoint=best', '--images=docs/demo.png', '--classes=dog', '--output=out'], 'kept no best checkpoint'),
-  (['--images=docs/demo.png', '--output=out', '--thresholds=0.5'], '--thresholds is about a benchmark, not about'),
-  (['--data_dir=data'], '--data_dir=data holds benchmarks; name one with --benchmark'),
-])
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--checkpoint=best'], 'kept no best checkpoint'),
+    (['--checkpoint=best', '--images=docs/demo.png', '--classes=dog', '--output=out'], 'kept no best checkpoint'),
+    (['--images=docs/demo.png', '--output=out', '--thresholds=0.5'], '--thresholds is about a benchmark, not about'),
+    (['--data_dir=data'], '--data_dir=data holds benchmarks; name one with --benchmark'),
+  ],
+)
 def test_flags_reach_what_they_are_about(flags, message):
-  done = subprocess.run([sys.executable, 'eval.py', f'--workdir={trained_workdir()}', *flags], cwd=ROOT,
-                        capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [sys.executable, 'eval.py', f'--workdir={trained_workdir()}', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
   assert done.returncode == cli.EXIT_USAGE and message in done.stderr, done.stderr
 
 
 def test_nothing_imports_tensorflow_or_torch(tmp_path):
   """Training, evaluating, segmenting and predicting; data sets and workers: test_tfds_source.py, test_datasets.py."""
   Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / 'picture.png')
-  run_without(f"""
+  run_without(
+    f"""
 import numpy as np
 import groupvit_jax
 from groupvit_jax import train_loop
@@ -316,4 +323,6 @@ assert run_eval.label_pictures('{tmp_path}/run', images='{tmp_path}/picture.png'
                                output='{tmp_path}/out', overwrite=False, protocol='native', changes={{}}) == 0
 predictor = groupvit_jax.Predictor.from_workdir('{tmp_path}/run')
 predictor(np.zeros((32, 32, 3), np.uint8), ['dog', 'grass']).overlay()
-""", tmp_path)
+""",
+    tmp_path,
+  )

@@ -14,8 +14,12 @@ class Side:
 
 def test_a_report_becomes_a_table():
   both = lambda *rates: [rounds.Rate(rate / 2, rate) for rate in rates]
-  found = {('ours', 'labels'): both(4.0, 8.0, 4.0), ('ours', 'as_eval_py'): both(3.0, 3.0, 3.0),
-           ('peer', 'labels'): both(1.0, 1.0, 2.0), ('ours', 'multiply'): both(10.0, 10.0, 10.0)}
+  found = {
+    ('ours', 'labels'): both(4.0, 8.0, 4.0),
+    ('ours', 'as_eval_py'): both(3.0, 3.0, 3.0),
+    ('peer', 'labels'): both(1.0, 1.0, 2.0),
+    ('ours', 'multiply'): both(10.0, 10.0, 10.0),
+  }
   ours = Side({'jax': '0.10', 'kind': 'cpu', 'product_flop': 1e11}, 512)
   peer = Side({'torch': '2.13', 'transformers': '5.24'}, 1024)
   args = argparse.Namespace(rounds=3, pictures=8, dtype='float32')

@@ -31,14 +31,14 @@ def png_header(width: int, height: int) -> bytes:
 
 
 DAMAGED = {
-    'image_missing': {'jpg': b''},
-    'image_corrupt': {'jpg': b'<html>404 not found</html>'},
-    'image_truncated': {'jpg': encode(1, (90, 90))[:-20]},
-    'image_tiny': {'jpg': encode(1, (40, 7))},
-    'image_huge': {'jpg': encode(1, (101, 100))},
-    'caption_missing': {'txt': b''},
-    'caption_empty': {'txt': b' \n\t '},
-    'caption_unreadable': {'txt': b'caf\xe9 12'},
+  'image_missing': {'jpg': b''},
+  'image_corrupt': {'jpg': b'<html>404 not found</html>'},
+  'image_truncated': {'jpg': encode(1, (90, 90))[:-20]},
+  'image_tiny': {'jpg': encode(1, (40, 7))},
+  'image_huge': {'jpg': encode(1, (101, 100))},
+  'caption_missing': {'txt': b''},
+  'caption_empty': {'txt': b' \n\t '},
+  'caption_unreadable': {'txt': b'caf\xe9 12'},
 }
 
 
@@ -77,13 +77,17 @@ def test_every_cause_is_found_replaced_counted_and_logged(tmp_path, cause, caplo
 
 
 @pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes ours
-@pytest.mark.parametrize('data, cause', [
+@pytest.mark.parametrize(
+  'data, cause',
+  [
     (png_header(60_000, 60_000), 'image_huge'),  # Pillow itself refuses it
     (png_header(12_000, 12_000), 'image_huge'),  # Pillow warns of it
     (png_header(50, 50), 'image_truncated'),
     (encode(1, (50, 50), 'PNG')[:60], 'image_truncated'),
     (encode(1, (50, 50), 'WEBP')[:-20], 'image_corrupt'),
-], ids=['refused', 'warned', 'header', 'cut PNG', 'cut WebP'])
+  ],
+  ids=['refused', 'warned', 'header', 'cut PNG', 'cut WebP'],
+)
 def test_pictures_that_are_none(data, cause):
   with pytest.raises(Fault, match=cause):
     AUGMENT(data, np.random.default_rng(0), 'key')
@@ -155,8 +159,9 @@ def test_log_is_cut_off_and_says_so(caplog):
 
 
 def test_captions_are_sampled_evenly_and_without_the_faulty(tmp_path):
-  source = write_damaged(tmp_path / 'a.tar', *(['caption_unreadable', 'image_corrupt', 'caption_missing'] + [
-      'caption_empty']), count=40)
+  source = write_damaged(
+    tmp_path / 'a.tar', *(['caption_unreadable', 'image_corrupt', 'caption_missing'] + ['caption_empty']), count=40
+  )
   assert list(sample_captions(source, 10)) == [f'a dog number {n}' for n in range(4, 40, 4)]
   assert len(list(sample_captions(source, 1000))) == 37
 
@@ -203,9 +208,13 @@ class TestTally:
     tally = self.tally(tmp_path)
     tally.check(50, {'image_tiny': 800})  # too few to judge
     tally.check(100, {'image_tiny': 160})  # a tenth exactly
-    with pytest.raises(TooManyFaults, match=(
+    with pytest.raises(
+      TooManyFaults,
+      match=(
         r'10.1% of the 1,600 records since step 100 could not be used, more than data.max_fault_share=0.1 '
-        r'\(since step 0: image_tiny 160, caption_empty 161\)')):
+        r'\(since step 0: image_tiny 160, caption_empty 161\)'
+      ),
+    ):
       tally.check(200, {'image_tiny': 160, 'caption_empty': 161})
 
   def test_a_share_that_is_none(self, tmp_path):

@@ -25,6 +25,7 @@ def test_cudnn_is_the_same_attention(tokens):
     query, key, value, cotangent = arrays
     out, pull = jax.vjp(functools.partial(attend, implementation=implementation), query, key, value)
     return out, *pull(cotangent.astype(out.dtype))
+
   with jax.default_matmul_precision('highest'):
     exact = jax.jit(functools.partial(outcome, 'xla'))(*arrays.astype(jnp.float32))
   for name in ('xla', 'cudnn'):
@@ -39,8 +40,9 @@ def test_a_model_chooses_by_measurement():
   assert choice.measured and 'forward and backward take' in choice.reason
   images, tokens = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), jnp.full((2, 1, 6), 2)
   variables = model.init(jax.random.key(1), images, tokens)
-  with_attention = lambda name: model.clone(vision=model.vision.clone(attention=name)).apply(
-      variables, images, method='encode_image').embeds
+  with_attention = lambda name: (
+    model.clone(vision=model.vision.clone(attention=name)).apply(variables, images, method='encode_image').embeds
+  )
   np.testing.assert_allclose(with_attention('cudnn'), with_attention('xla'), atol=3e-2)
 
 
@@ -50,7 +52,8 @@ def test_norms_do_not_round_gradients():
   scale = np.random.default_rng(1).normal(size=384)
   params = {'params': {'scale': jnp.float32(scale), 'bias': jnp.zeros(384)}}
   found = jax.jit(lambda x, grad: jax.vjp(lambda x: LayerNorm().apply(params, x), x)[1](grad)[0])(
-      jnp.float32(x), jnp.float32(grad))
+    jnp.float32(x), jnp.float32(grad)
+  )
   spread = np.sqrt(x.var(-1, keepdims=True) + 1e-5)
   normal, scaled = (x - x.mean(-1, keepdims=True)) / spread, grad * scale
   mean = lambda x: x.mean(-1, keepdims=True)

@@ -23,8 +23,17 @@ def make_result(thresholds=(0.1, 0.5, 0.9)) -> Result:
   counts[8, 12] = 5000
   counts[20] = counts[:, 20] = 0
   swept = np.array([counts + np.eye(21, dtype=int) * 50 * i for i in range(len(thresholds))])
-  return Result(BENCHMARK, BENCHMARK.fix_threshold(protocols.GROUPVIT), 7, counts, np.diag(counts.sum(axis=1)),
-                {}, thresholds, swept, {'step': '12', 'code': 'abc<def>'})
+  return Result(
+    BENCHMARK,
+    BENCHMARK.fix_threshold(protocols.GROUPVIT),
+    7,
+    counts,
+    np.diag(counts.sum(axis=1)),
+    {},
+    thresholds,
+    swept,
+    {'step': '12', 'code': 'abc<def>'},
+  )
 
 
 def make_row(height: int, width: int) -> Row:

@@ -12,7 +12,7 @@ from groupvit_jax import huge_pages
 
 ROOT = pathlib.Path(__file__).parents[1]
 # A command that says how it was started, and how much of 64 MiB lies in huge pages.
-COMMAND = '''
+COMMAND = """
 import json, os, pathlib, sys
 print('started', flush=True)
 from groupvit_jax import cli
@@ -25,7 +25,7 @@ def main():
 
 if __name__ == '__main__':
   cli.run(main)
-'''
+"""
 on_request = pytest.mark.skipif(not huge_pages.environment(), reason='huge pages are not to be had on request')
 
 
@@ -41,7 +41,8 @@ def run(arguments: list[str], tunables: str | None = None, **options) -> tuple[i
   environment = {name: value for name, value in os.environ.items() if name != 'GLIBC_TUNABLES'}
   environment |= {'PYTHONPATH': str(ROOT)} | ({} if tunables is None else {'GLIBC_TUNABLES': tunables})
   process = subprocess.Popen(
-      [sys.executable, *arguments], env=environment, text=True, stdout=subprocess.PIPE, **options)
+    [sys.executable, *arguments], env=environment, text=True, stdout=subprocess.PIPE, **options
+  )
   *starts, said = process.communicate(timeout=60)[0].splitlines()
   assert process.returncode == 0 and set(starts) == {'started'}
   return len(starts), json.loads(said), process.pid

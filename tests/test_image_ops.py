@@ -21,15 +21,26 @@ PICTURE = photo(150, 180)
 
 
 def config(**changes):
-  return ml_collections.ConfigDict(dict(
-    name='rand_augment', area=AREA, ratio=RATIO, flip=0.5, min_side=16, max_pixels=10**8, num_ops=2,
-    op_probability=0.5, magnitude=9.0, magnitude_std=0.5) | changes)
+  return ml_collections.ConfigDict(
+    dict(
+      name='rand_augment',
+      area=AREA,
+      ratio=RATIO,
+      flip=0.5,
+      min_side=16,
+      max_pixels=10**8,
+      num_ops=2,
+      op_probability=0.5,
+      magnitude=9.0,
+      magnitude_std=0.5,
+    )
+    | changes
+  )
 
 
 def with_pillow(pixels, box, size):
   """Crop, then resize: torchvision's resized_crop on Pillow images."""
-  part = Image.fromarray(pixels).crop(
-    (box.left, box.top, box.left + box.width, box.top + box.height))
+  part = Image.fromarray(pixels).crop((box.left, box.top, box.left + box.width, box.top + box.height))
   return np.asarray(part.resize(size[::-1], Image.Resampling.BILINEAR)).astype(int)
 
 
@@ -50,19 +61,25 @@ def test_boxes_are_uniform_in_area_ratio_and_place():
   assert top.min() == 0 and (top + h).max() == 1000
 
 
-@pytest.mark.parametrize('height, width, box', [
-  (20, 400, Box(0, 186, 20, 27)), (400, 20, Box(186, 0, 27, 20)), (60, 60, Box(0, 0, 60, 60)),
-])
+@pytest.mark.parametrize(
+  'height, width, box', [(20, 400, Box(0, 186, 20, 27)), (400, 20, Box(186, 0, 27, 20)), (60, 60, Box(0, 0, 60, 60))]
+)
 def test_where_no_crop_fits_the_middle_is_taken(height, width, box):
   area = (1.0, 1.0) if height != width else (1.01, 1.02)
   assert random_box(height, width, area, RATIO, np.random.default_rng(0)) == box
 
 
-@pytest.mark.parametrize('box', [
-  Box(20, 30, 25, 31),  # enlarged
-  Box(0, 0, 40, 44), Box(30, 41, 64, 64), Box(11, 3, 70, 80), Box(0, 0, 150, 180),
-  Box(10, 10, 24, 90),  # enlarged one way only
-])
+@pytest.mark.parametrize(
+  'box',
+  [
+    Box(20, 30, 25, 31),  # enlarged
+    Box(0, 0, 40, 44),
+    Box(30, 41, 64, 64),
+    Box(11, 3, 70, 80),
+    Box(0, 0, 150, 180),
+    Box(10, 10, 24, 90),  # enlarged one way only
+  ],
+)
 def test_resized_as_pillow_does(box):
   got = resize_box(PICTURE, box, (32, 32))
   assert got.shape == (32, 32, 3) and got.dtype == np.uint8
@@ -126,13 +143,19 @@ def test_a_pure_function_that_survives_pickling():
   assert any((crop != crops[0]).any() for crop in crops[1:])
 
 
-@pytest.mark.parametrize('data, cause', [
-  (encode(PICTURE[:7]), 'image_tiny'), (encode(PICTURE[:, :7], 'PNG'), 'image_tiny'),
-  (encode(PICTURE[:7])[:100], 'image_truncated'),
-  (encode(PICTURE)[:-500], 'image_truncated'), (encode(PICTURE, 'PNG')[:-500], 'image_truncated'),
-  (encode(PICTURE, 'WEBP')[:-500], 'image_corrupt'),
-  (b'', 'image_corrupt'), (b'<html>404</html>', 'image_corrupt'),
-])
+@pytest.mark.parametrize(
+  'data, cause',
+  [
+    (encode(PICTURE[:7]), 'image_tiny'),
+    (encode(PICTURE[:, :7], 'PNG'), 'image_tiny'),
+    (encode(PICTURE[:7])[:100], 'image_truncated'),
+    (encode(PICTURE)[:-500], 'image_truncated'),
+    (encode(PICTURE, 'PNG')[:-500], 'image_truncated'),
+    (encode(PICTURE, 'WEBP')[:-500], 'image_corrupt'),
+    (b'', 'image_corrupt'),
+    (b'<html>404</html>', 'image_corrupt'),
+  ],
+)
 def test_faults_name_cause_and_key(data, cause):
   with pytest.raises(Fault) as caught:
     PLAIN(data, np.random.default_rng(0), 'set/0001/key')
@@ -150,16 +173,24 @@ def test_a_bomb_is_not_decoded(kind, monkeypatch):
 
 def test_built_from_a_config():
   assert build_augment(config(), (224, 224)) == Augment(
-    (224, 224), AREA, RATIO, 0.5, RandAugment(2, 0.5, 9.0, 0.5), 16, 10**8)
+    (224, 224), AREA, RATIO, 0.5, RandAugment(2, 0.5, 9.0, 0.5), 16, 10**8
+  )
   assert build_augment(config(name='plain'), (64, 48)).rand_augment is None
   assert build_augment(ml_collections.ConfigDict(dict(name='none')), (64, 48)) is None
 
 
-@pytest.mark.parametrize('mistake, message', [
-  (dict(name='timm'), "name='timm': use 'none'"), (dict(area=(0.5, 0.1)), 'area=(0.5, 0.1)'),
-  (dict(area=(0.0, 1.0)), 'area='), (dict(ratio=(2.0, 1.0)), 'ratio='), (dict(flip=50), 'flip=50'),
-  (dict(op_probability=-1.0), 'op_probability=-1.0'), (dict(magnitude=11), 'magnitude=11'),
-])
+@pytest.mark.parametrize(
+  'mistake, message',
+  [
+    (dict(name='timm'), "name='timm': use 'none'"),
+    (dict(area=(0.5, 0.1)), 'area=(0.5, 0.1)'),
+    (dict(area=(0.0, 1.0)), 'area='),
+    (dict(ratio=(2.0, 1.0)), 'ratio='),
+    (dict(flip=50), 'flip=50'),
+    (dict(op_probability=-1.0), 'op_probability=-1.0'),
+    (dict(magnitude=11), 'magnitude=11'),
+  ],
+)
 def test_mistakes_are_named(mistake, message):
   with pytest.raises(ValueError) as caught:
     build_augment(config(**mistake), (32, 32))

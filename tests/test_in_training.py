@@ -23,8 +23,9 @@ CHANGES = dict(short_side=32, max_long_side=128, window=32, stride=16, threshold
 
 
 def entry(folder, **changes):
-  described = dict(benchmark='folder', data_dir=str(folder), every_steps=2, num_pictures=0, protocol='groupvit',
-                   changes=CHANGES)
+  described = dict(
+    benchmark='folder', data_dir=str(folder), every_steps=2, num_pictures=0, protocol='groupvit', changes=CHANGES
+  )
   return ml_collections.ConfigDict(described | changes)
 
 
@@ -63,9 +64,12 @@ def test_figures_after_the_steps_asked_for(run):
   assert compiled[0] == compiled[1], 'a second evaluation compiled again'
   best = json.loads((workdir / 'best.json').read_text())
   line = next(line for line in lines if line['step'] == best['step'] and 'eval/mine/miou' in line)
-  assert best == {'metric': 'eval/mine/pixel_accuracy', 'value': max(scored.values()),
-                  'step': min(step for step, value in scored.items() if value == max(scored.values())),
-                  'settings': line['eval/mine/settings']}
+  assert best == {
+    'metric': 'eval/mine/pixel_accuracy',
+    'value': max(scored.values()),
+    'step': min(step for step, value in scored.items() if value == max(scored.values())),
+    'settings': line['eval/mine/settings'],
+  }
   assert [path.name for path in (workdir / 'best').iterdir()] == [str(best['step'])]
   settings = best['settings']
   assert settings['num_images'] == 3 and settings['num_images_published'] is None
@@ -74,8 +78,13 @@ def test_figures_after_the_steps_asked_for(run):
 
 
 def provenance(workdir, step):
-  return {'workdir': str(workdir), 'step': str(step), 'weights': 'trained', 'code': trained_run.code_version(),
-          'precision': 'float32, matrix products default on cpu'}
+  return {
+    'workdir': str(workdir),
+    'step': str(step),
+    'weights': 'trained',
+    'code': trained_run.code_version(),
+    'precision': 'float32, matrix products default on cpu',
+  }
 
 
 def test_figures_on_the_board_name_what_they_depend_on(run):
@@ -103,15 +112,32 @@ def test_pictures_on_the_board(run):
 def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
   workdir, folder, *_ = run
   best = json.loads((workdir / 'best.json').read_text())
-  request = Request('folder', str(folder), protocol='groupvit', output=str(tmp_path), checkpoint='best',
-                    changes={key: str(value) for key, value in CHANGES.items()})
+  request = Request(
+    'folder',
+    str(folder),
+    protocol='groupvit',
+    output=str(tmp_path),
+    checkpoint='best',
+    changes={key: str(value) for key, value in CHANGES.items()},
+  )
   assert run_benchmark.evaluate_benchmark(str(workdir), request) == 0
   report = json.loads((tmp_path / 'results.json').read_text())
   assert report['pixel_accuracy'] == pytest.approx(best['value'], abs=1e-6)
   assert report['checkpoint']['step'] == best['step']
   assert {key: report[key] for key in best['settings']} == best['settings']  # it is named as in training
-  assert run_eval.label_pictures(str(workdir), images=f'{folder}/images/a.jpg', classes='dog,grass', protocol='native',
-                                 changes={}, output=str(tmp_path / 'mine'), overwrite=False, checkpoint='best') == 0
+  assert (
+    run_eval.label_pictures(
+      str(workdir),
+      images=f'{folder}/images/a.jpg',
+      classes='dog,grass',
+      protocol='native',
+      changes={},
+      output=str(tmp_path / 'mine'),
+      overwrite=False,
+      checkpoint='best',
+    )
+    == 0
+  )
   assert json.loads((tmp_path / 'mine' / 'results.json').read_text())['checkpoint']['step'] == best['step']
 
 
@@ -141,11 +167,19 @@ def train_state_of(workdir):
   """A state with the run's variables and no optimiser, whole on one device."""
   found = trained_run.open_run(workdir)
   zero = np.int32(0)
-  return TrainState(step=zero, opt_state=(), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero,
-                    **jax.tree.map(np.asarray, found.variables))
+  return TrainState(
+    step=zero,
+    opt_state=(),
+    rng=jax.random.key(0),
+    skipped=zero,
+    skipped_in_a_row=zero,
+    **jax.tree.map(np.asarray, found.variables),
+  )
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     (dict(benchmark='voc'), "evals.mine: there is no benchmark 'voc'"),
     (dict(every_steps=-1), 'evals.mine.every_steps=-1'),
     (dict(protocol='x'), "evals.mine: there is no protocol 'x'"),
@@ -153,7 +187,8 @@ def train_state_of(workdir):
     (dict(benchmark='imagenet', changes={}), 'evals.mine: imagenet has neither label maps nor windows'),
     (dict(benchmark='imagenet', protocol=''), 'evals.mine: imagenet has neither label maps nor windows'),
     (dict(extra=1), 'evals.mine.extra is unknown'),
-])
+  ],
+)
 def test_a_mistake_shows_before_the_first_step(changes, message, tmp_path):
   layouts.folder(tmp_path)
   with pytest.raises(ValueError, match=message):

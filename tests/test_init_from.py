@@ -96,8 +96,9 @@ def test_from_a_hugging_face_folder(tmp_path):
 @pytest.mark.parametrize('form', ['a Hugging Face folder', 'an imported workdir', "an authors' file"])
 def test_fine_tuning_from_weights_of_elsewhere(form, tmp_path):
   """Two steps from each form of the same weights, on smaller pictures than theirs."""
-  model = random_model(authors_config(depths=[1, 1], num_hidden_layers=2, num_group_tokens=[5, 0],
-                                      num_output_groups=[4, 4]))
+  model = random_model(
+    authors_config(depths=[1, 1], num_hidden_layers=2, num_group_tokens=[5, 0], num_output_groups=[4, 4])
+  )
   sources = {name: tmp_path / name for name in ('hub', 'run', 'weights.pth')}
   model.save_pretrained(sources['hub'])
   write_clip_folder(sources['hub'])

@@ -67,17 +67,21 @@ def flat(variables) -> dict[str, np.ndarray]:
 
 def our_embeddings(run: trained_run.TrainedRun, images: np.ndarray) -> dict[str, np.ndarray]:
   tokens = run.tokenizer.encode(TEXTS, run.model.text.context_length)
-  encode = jax.jit(lambda variables, images, tokens: (
+  encode = jax.jit(
+    lambda variables, images, tokens: (
       run.model.apply(variables, normalize_images(images), method='encode_segments'),
-      run.model.apply(variables, tokens, method='encode_text')))
+      run.model.apply(variables, tokens, method='encode_text'),
+    )
+  )
   with jax.default_matmul_precision('highest'):
     out, text_embeds = encode(run.variables, images, tokens)
   return out._asdict() | {'text_embeds': text_embeds}
 
 
 def our_segments(run: trained_run.TrainedRun, images: np.ndarray):
-  encode = jax.jit(lambda variables, images: run.model.apply(
-      variables, normalize_images(images), method='encode_segments')._asdict())
+  encode = jax.jit(
+    lambda variables, images: run.model.apply(variables, normalize_images(images), method='encode_segments')._asdict()
+  )
   return encode(run.variables, images)
 
 
@@ -104,11 +108,16 @@ def test_transformers_loads_strictly_and_computes_the_same(clip_run, tmp_path):
   processor = transformers.AutoProcessor.from_pretrained(tmp_path / 'out')
   images, run = pictures(2), trained_run.open_run(clip_run)
   inputs = processor(
-      text=TEXTS, images=[PIL.Image.fromarray(x) for x in images], return_tensors='pt', padding='max_length',
-      truncation=True)
+    text=TEXTS,
+    images=[PIL.Image.fromarray(x) for x in images],
+    return_tensors='pt',
+    padding='max_length',
+    truncation=True,
+  )
   np.testing.assert_array_equal(inputs.input_ids, run.tokenizer.encode(TEXTS, run.model.text.context_length))
   np.testing.assert_allclose(
-      inputs.pixel_values.numpy().transpose(0, 2, 3, 1), normalize_images(images), rtol=0, atol=1e-5)
+    inputs.pixel_values.numpy().transpose(0, 2, 3, 1), normalize_images(images), rtol=0, atol=1e-5
+  )
   with torch.no_grad():
     image_embeds = model.get_image_features(inputs.pixel_values).pooler_output
     text_embeds = model.get_text_features(inputs.input_ids).pooler_output
@@ -136,23 +145,45 @@ def test_transformers_loads_a_run_with_sentencepiece_as_its_card_says(sentencepi
 
 def results(**changes) -> dict[str, object]:
   """A report of eval.py about `clip_run`."""
-  return dict(benchmark='scenes', num_images=512, protocol={'window': 64, 'threshold': None}, miou=0.51,
-              pixel_accuracy=0.75, oracle_miou=0.6, provenance={'step': '0', 'weights': 'trained'}) | changes
+  return (
+    dict(
+      benchmark='scenes',
+      num_images=512,
+      protocol={'window': 64, 'threshold': None},
+      miou=0.51,
+      pixel_accuracy=0.75,
+      oracle_miou=0.6,
+      provenance={'step': '0', 'weights': 'trained'},
+    )
+    | changes
+  )
 
 
 @pytest.mark.parametrize('form', ['huggingface', 'safetensors', 'stablehlo'])
 def test_the_card_says_what_the_model_is(form, clip_run, tmp_path):
-  imagenet = dict(benchmark='imagenet', num_images=50_000, protocol={'templates': 'subset'}, top1=0.437, top5=0.7,
-                  provenance=results()['provenance'])
+  imagenet = dict(
+    benchmark='imagenet',
+    num_images=50_000,
+    protocol={'templates': 'subset'},
+    top1=0.437,
+    top5=0.7,
+    provenance=results()['provenance'],
+  )
   for name, report in (('scenes', results()), ('imagenet', imagenet)):
     (tmp_path / f'{name}.json').write_text(json.dumps(report))
   paths = [f'{tmp_path}/scenes.json', f'{tmp_path}/imagenet.json']
   said = export(clip_run, form, tmp_path / 'out', scores=paths)
   assert said.splitlines()[-1] == f'the model card has the scores in {", ".join(paths)}'
   card = (tmp_path / 'out' / 'README.md').read_text()
-  for text in ('license: other\nlicense_name: some-licence-2.0\nlicense_link: https://example.org/licence\n',
-               'Not known: the weights were imported from nowhere', '| miou | 0.510 |', '"window": 64',
-               'imagenet, 50,000 pictures', '| top1 | 0.437 |', '"num_group_tokens"'):
+  for text in (
+    'license: other\nlicense_name: some-licence-2.0\nlicense_link: https://example.org/licence\n',
+    'Not known: the weights were imported from nowhere',
+    '| miou | 0.510 |',
+    '"window": 64',
+    'imagenet, 50,000 pictures',
+    '| top1 | 0.437 |',
+    '"num_group_tokens"',
+  ):
     assert text in card, text
   assert ('AutoProcessor.from_pretrained' in card and '32 x 24 px' in card) == (form == 'huggingface')
   if form != 'stablehlo':  # the licence stays with what is made of it
@@ -187,8 +218,10 @@ def test_scores_are_those_of_the_exported_checkpoint(clip_run, tmp_path):
     usual.write_text(json.dumps(results()))
     assert export(clip_run, 'safetensors', tmp_path / '1').endswith(f'the model card has the scores in {usual}')
     assert '| miou | 0.510 |' in (tmp_path / '1' / 'README.md').read_text()
-    for wrong, message in ((dict(step='7', weights='trained'), 'the scores of step=7, and what is exported is step=0'),
-                           (dict(step='0', weights='ema'), 'weights=ema, and what is exported is weights=trained')):
+    for wrong, message in (
+      (dict(step='7', weights='trained'), 'the scores of step=7, and what is exported is step=0'),
+      (dict(step='0', weights='ema'), 'weights=ema, and what is exported is weights=trained'),
+    ):
       usual.write_text(json.dumps(results(provenance=wrong)))
       assert message in export(clip_run, 'safetensors', tmp_path / wrong['weights'])
       assert 'None were given' in (tmp_path / wrong['weights'] / 'README.md').read_text()
@@ -243,8 +276,10 @@ def test_stablehlo_takes_any_batch_on_any_platform(bundle, clip_run):
     for mine, other in zip(jax.tree.leaves(image.call(wide)), jax.tree.leaves(our_segments(run, wide)), strict=True):
       np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4)
   files = {name: (facts['bytes'], facts['input']) for name, facts in meta['files'].items()}
-  assert files == {f'{side}.stablehlo': ((bundle / f'{side}.stablehlo').stat().st_size, shape)
-                   for side, shape in (('image', [1, 32, 24, 3]), ('text', [1, 16]))}
+  assert files == {
+    f'{side}.stablehlo': ((bundle / f'{side}.stablehlo').stat().st_size, shape)
+    for side, shape in (('image', [1, 32, 24, 3]), ('text', [1, 16]))
+  }
   assert all(facts['milliseconds'] > 0 for facts in meta['files'].values())
   assert meta['measured_on']['jax'] == jax.__version__ and meta['measured_on']['device'] == 'cpu'
   np.testing.assert_allclose(meta['logit_scale'], min(np.exp(run.variables['params']['logit_scale']), 100), rtol=1e-5)
@@ -254,8 +289,10 @@ def test_stablehlo_runs_with_jax_alone(bundle, clip_run, tmp_path):
   PIL.Image.fromarray(pictures(1)[0]).save(tmp_path / 'picture.png')
   script = pathlib.Path(__file__).parents[1] / 'examples' / 'run_exported.py'
   blocked = ('flax', 'groupvit_jax', 'ml_collections', 'optax', 'orbax', 'torch', 'transformers')
-  code = (f'import runpy, sys; sys.modules.update(dict.fromkeys({blocked}));'
-          f'sys.argv = ["x", {str(bundle)!r}, {str(tmp_path / "picture.png")!r}]; runpy.run_path({str(script)!r})')
+  code = (
+    f'import runpy, sys; sys.modules.update(dict.fromkeys({blocked}));'
+    f'sys.argv = ["x", {str(bundle)!r}, {str(tmp_path / "picture.png")!r}]; runpy.run_path({str(script)!r})'
+  )
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
@@ -280,10 +317,15 @@ def test_stablehlo_in_bfloat16(clip_run, bundle, tmp_path):
   assert 1e-6 < difference < 0.2
 
 
-@pytest.mark.parametrize('vision, message', [
-    (dict(num_group_tokens=(5, 3, 0), num_segments=(6, 4, 0)),
-     r'as many segments as group tokens; model.vision has num_group_tokens=\(5, 3, 0\) and num_segments=\(6, 4, 0\)'),
-])
+@pytest.mark.parametrize(
+  'vision, message',
+  [
+    (
+      dict(num_group_tokens=(5, 3, 0), num_segments=(6, 4, 0)),
+      r'as many segments as group tokens; model.vision has num_group_tokens=\(5, 3, 0\) and num_segments=\(6, 4, 0\)',
+    )
+  ],
+)
 def test_what_transformers_cannot_represent_is_refused(vision, message, tmp_path):
   (tmp_path / 'clip').mkdir()
   write_clip_folder(tmp_path / 'clip')
@@ -295,10 +337,12 @@ def test_what_transformers_cannot_represent_is_refused(vision, message, tmp_path
 
 
 def test_choices_that_there_are_not(clip_run, tmp_path):
-  for options, message in ((dict(form='onnx'), "format='onnx': use huggingface, stablehlo, safetensors"),
-                           (dict(dtype='float16'), "dtype='float16': use float32, bfloat16"),
-                           (dict(checkpoint='best'), 'kept no best checkpoint'),
-                           (dict(output='gs://bucket/out'), 'gs://bucket/out is in a bucket')):
+  for options, message in (
+    (dict(form='onnx'), "format='onnx': use huggingface, stablehlo, safetensors"),
+    (dict(dtype='float16'), "dtype='float16': use float32, bfloat16"),
+    (dict(checkpoint='best'), 'kept no best checkpoint'),
+    (dict(output='gs://bucket/out'), 'gs://bucket/out is in a bucket'),
+  ):
     with pytest.raises(ValueError, match=message):
       export(clip_run, **dict(form='safetensors', output=str(tmp_path / 'out')) | options)
   assert not list(tmp_path.iterdir())
@@ -318,9 +362,12 @@ def test_the_command(clip_run, tmp_path):
   done = subprocess.run([*command, '--format=safetensors'], capture_output=True, text=True, check=True)
   assert done.stdout.startswith(f'{tmp_path}/out/model.safetensors: 0.2 MB\n') and done.stderr == ''
   for extra, message in (
-      (['--format=safetensors'], f'{tmp_path}/out exists already and is left alone; name another --output'),
-      (['--format=huggingface', f'--output={tmp_path}/new', f'--scores={tmp_path}/no.json'],
-       f'there is no file {tmp_path}/no.json; name a results.json that eval.py wrote, or leave --scores out')):
+    (['--format=safetensors'], f'{tmp_path}/out exists already and is left alone; name another --output'),
+    (
+      ['--format=huggingface', f'--output={tmp_path}/new', f'--scores={tmp_path}/no.json'],
+      f'there is no file {tmp_path}/no.json; name a results.json that eval.py wrote, or leave --scores out',
+    ),
+  ):
     failed = subprocess.run([*command, *extra], capture_output=True, text=True)
     assert (failed.returncode, failed.stderr) == (2, f'error: {message}\n')
   assert [path.name for path in tmp_path.iterdir()] == ['out']

@@ -26,9 +26,10 @@ from tests.huggingface_models import authors_config, authors_state, small_config
 
 SIZES = ((224, 224), (448, 448), (448, 672))
 VARIANTS = {
-    'two groupings': small_config(),
-    'one grouping, patch 32': small_config(depths=[2, 1], num_hidden_layers=3, num_group_tokens=[5, 0],
-                                           num_output_groups=[4, 4], patch_size=32),
+  'two groupings': small_config(),
+  'one grouping, patch 32': small_config(
+    depths=[2, 1], num_hidden_layers=3, num_group_tokens=[5, 0], num_output_groups=[4, 4], patch_size=32
+  ),
 }
 
 
@@ -77,7 +78,8 @@ def reference_features(model: transformers.GroupViTModel, images: np.ndarray) ->
 
 
 def assert_equal_features(
-    run: trained_run.TrainedRun, model: transformers.GroupViTModel, size: tuple[int, int]) -> None:
+  run: trained_run.TrainedRun, model: transformers.GroupViTModel, size: tuple[int, int]
+) -> None:
   images = np.random.default_rng(0).standard_normal((1, *size, 3)).astype(np.float32)
   encode = jax.jit(lambda variables, images: run.model.apply(variables, images, method='encode_segments'))
   with jax.default_matmul_precision('highest'):
@@ -137,8 +139,7 @@ def test_every_form_of_folder_gives_the_same(form, released, tmp_path):
     if len(parts) > 1:
       index = {key: name for name, part in zip(names, parts, strict=True) for key in part}
       (other / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': index}))
-  assert_equal_variables(
-      weights_folder.read_weights(other).variables, weights_folder.read_weights(folder).variables)
+  assert_equal_variables(weights_folder.read_weights(other).variables, weights_folder.read_weights(folder).variables)
 
 
 @pytest.mark.parametrize('as_zip', [True, False], ids=['zip', 'legacy'])
@@ -172,9 +173,10 @@ def test_all_that_does_not_fit_is_listed_together(released, tmp_path):
   with pytest.raises(ValueError) as caught:
     import_weights(str(folder), str(tmp_path / 'run'))
   assert str(caught.value) == (
-      f'{folder}: the weights do not fit the model; 2 missing: text_model.final_layer_norm.bias, '
-      'vision_model.encoder.stages.1.group_token; 1 unexpected: extra.weight; 1 misshapen: '
-      'vision_model.layernorm.weight (3,) instead of (24,); 1 not floating point: vision_model.layernorm.bias (int32)')
+    f'{folder}: the weights do not fit the model; 2 missing: text_model.final_layer_norm.bias, '
+    'vision_model.encoder.stages.1.group_token; 1 unexpected: extra.weight; 1 misshapen: '
+    'vision_model.layernorm.weight (3,) instead of (24,); 1 not floating point: vision_model.layernorm.bias (int32)'
+  )
 
 
 def test_all_that_does_not_fit_is_listed_by_the_authors_names(tmp_path):
@@ -191,18 +193,20 @@ def test_all_that_does_not_fit_is_listed_by_the_authors_names(tmp_path):
   state['img_encoder.norm.weight'] = torch.zeros(3)
   state['img_encoder.norm.bias'] = torch.zeros(64, dtype=torch.int32)
   assert message() == (
-      'the weights do not fit the model; 2 missing: img_projector.linear_hidden.1.running_mean, '
-      'text_encoder.ln_final.bias; 1 unexpected: extra; 1 misshapen: img_encoder.norm.weight (3,) instead of (64,); '
-      '1 not floating point: img_encoder.norm.bias (int32)')
+    'the weights do not fit the model; 2 missing: img_projector.linear_hidden.1.running_mean, '
+    'text_encoder.ln_final.bias; 1 unexpected: extra; 1 misshapen: img_encoder.norm.weight (3,) instead of (64,); '
+    '1 not floating point: img_encoder.norm.bias (int32)'
+  )
   # Arrays that tell sizes are listed with the others, whose sizes are known as far as something else tells them.
   state['img_encoder.layers.0.group_token'] = torch.zeros(3)
   del state['text_encoder.token_embedding.weight'], state['img_encoder.layers.1.downsample.mlp_inter.fc2.weight']
   assert message() == (
-      'the weights do not fit the model; 4 missing: img_projector.linear_hidden.1.running_mean, '
-      'text_encoder.ln_final.bias, text_encoder.token_embedding.weight, '
-      'img_encoder.layers.1.downsample.mlp_inter.fc2.weight; 1 unexpected: extra; 2 misshapen: img_encoder.norm.weight '
-      '(3,) instead of (64,), img_encoder.layers.0.group_token (3,) instead of (1, ?, 64); 1 not floating point: '
-      'img_encoder.norm.bias (int32)')
+    'the weights do not fit the model; 4 missing: img_projector.linear_hidden.1.running_mean, '
+    'text_encoder.ln_final.bias, text_encoder.token_embedding.weight, '
+    'img_encoder.layers.1.downsample.mlp_inter.fc2.weight; 1 unexpected: extra; 2 misshapen: img_encoder.norm.weight '
+    '(3,) instead of (64,), img_encoder.layers.0.group_token (3,) instead of (1, ?, 64); 1 not floating point: '
+    'img_encoder.norm.bias (int32)'
+  )
   state = {'conv.weight': torch.zeros(3)}
   assert message().startswith("these are no weights of the authors' GroupViT: they lack img_encoder.pos_embed, ")
 
@@ -233,30 +237,47 @@ def write_index(folder: pathlib.Path) -> None:
   (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize('damage, message', [
+@pytest.mark.parametrize(
+  'damage, message',
+  [
     (lambda folder: cut(folder / 'model.safetensors'), 'model.safetensors cannot be read: .*; download it again'),
-    (lambda folder: (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\n'),
-     'model.safetensors cannot be read: .*; download it again'),
+    (
+      lambda folder: (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\n'),
+      'model.safetensors cannot be read: .*; download it again',
+    ),
     (write_index, 'lacks b.safetensors, c.safetensors, which model.safetensors.index.json lists; download them'),
-    (lambda folder: (folder / 'model.safetensors').unlink(),
-     'holds neither model.safetensors nor pytorch_model.bin, whole or in shards; download the weights'),
+    (
+      lambda folder: (folder / 'model.safetensors').unlink(),
+      'holds neither model.safetensors nor pytorch_model.bin, whole or in shards; download the weights',
+    ),
     (write_hostile, 'pytorch_model.bin cannot be read: it wants __builtin__.exec, .* nothing in it was run'),
     (lambda folder: cut(folder / 'config.json'), r'config.json is not JSON \(.*\); download it again'),
     (lambda folder: (folder / 'config.json').unlink(), 'holds no config.json'),
-    (lambda folder: edit_config(folder / 'config.json', '', model_type='clip'),
-     "model_type 'clip'; this reads 'groupvit'"),
-    (lambda folder: edit_config(folder / 'config.json', 'vision_config', hidden_act='relu'),
-     "vision_config.hidden_act='relu'; only 'gelu' is supported"),
-    (lambda folder: edit_config(folder / 'config.json', 'vision_config', assign_eps=0.5),
-     'vision_config.assign_eps=0.5; only 1.0 is supported'),
+    (
+      lambda folder: edit_config(folder / 'config.json', '', model_type='clip'),
+      "model_type 'clip'; this reads 'groupvit'",
+    ),
+    (
+      lambda folder: edit_config(folder / 'config.json', 'vision_config', hidden_act='relu'),
+      "vision_config.hidden_act='relu'; only 'gelu' is supported",
+    ),
+    (
+      lambda folder: edit_config(folder / 'config.json', 'vision_config', assign_eps=0.5),
+      'vision_config.assign_eps=0.5; only 1.0 is supported',
+    ),
     (lambda folder: edit_config(folder / 'config.json', 'vision_config', patch_size=[16, 8]), 'only square patches'),
-    (lambda folder: edit_config(folder / 'config.json', 'vision_config', assign_mlp_ratio=[0.5, 4]),
-     r'assign_mlp_ratio=\[0.5, 4\]; only half the width'),
-    (lambda folder: ((folder / 'config.json').unlink(), (folder / 'config.json').mkdir()),
-     'config.json cannot be read: Is a directory'),
+    (
+      lambda folder: edit_config(folder / 'config.json', 'vision_config', assign_mlp_ratio=[0.5, 4]),
+      r'assign_mlp_ratio=\[0.5, 4\]; only half the width',
+    ),
+    (
+      lambda folder: ((folder / 'config.json').unlink(), (folder / 'config.json').mkdir()),
+      'config.json cannot be read: Is a directory',
+    ),
     (lambda folder: (folder / 'merges.txt').unlink(), 'holds no tokenizer.model'),
     (lambda folder: edit_config(folder / 'vocab.json', '', extra=514), 'vocab_size=515 and the weights have 514'),
-])
+  ],
+)
 def test_a_damaged_folder_gets_one_line_and_leaves_nothing(damage, message, released, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   folder = shutil.copytree(released[0], tmp_path / 'hub')
@@ -275,8 +296,10 @@ def test_a_workdir_that_exists_is_left_alone(released, tmp_path):
 
 
 def test_weights_in_a_bucket_are_refused(released, tmp_path):
-  for options in (dict(source='gs://bucket/hub', workdir=f'{tmp_path}/run'),
-                  dict(source=str(released[0]), workdir='gs://bucket/run')):
+  for options in (
+    dict(source='gs://bucket/hub', workdir=f'{tmp_path}/run'),
+    dict(source=str(released[0]), workdir='gs://bucket/run'),
+  ):
     with pytest.raises(ValueError, match='gs://bucket/.* is in a bucket, .*; copy the folder'):
       import_weights(**options)
 
@@ -308,8 +331,9 @@ def test_the_command(released, tmp_path):
   done = subprocess.run([*command, f'--from={released[0]}'], capture_output=True, text=True, check=True)
   count = sum(parameter.numel() for parameter in released[1].parameters())
   assert done.stdout == (
-      f'{tmp_path}/run: {count:,} parameters, imported from {released[0]} (a Hugging Face folder)\n'
-      'licence of the weights: cc-by-nc-4.0\n')
+    f'{tmp_path}/run: {count:,} parameters, imported from {released[0]} (a Hugging Face folder)\n'
+    'licence of the weights: cc-by-nc-4.0\n'
+  )
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert done.stderr == ''
   assert 'licence' not in config['imported']
@@ -328,8 +352,12 @@ def test_old_configs_may_name_a_part_twice():
   """Of the two, `transformers` takes the one whose name ends in _dict, where it is not null."""
   config = small_config().to_dict()
   want = huggingface.from_huggingface_config(config)
-  other = dict(vision_config={}, text_config=dict(vocab_size=7), vision_config_dict=config['vision_config'],
-               text_config_dict=config['text_config'])
+  other = dict(
+    vision_config={},
+    text_config=dict(vocab_size=7),
+    vision_config_dict=config['vision_config'],
+    text_config_dict=config['text_config'],
+  )
   assert huggingface.from_huggingface_config(config | other) == want
   assert huggingface.from_huggingface_config(config | dict(text_config_dict=None, vision_config_dict=None)) == want
 

@@ -29,9 +29,17 @@ def save(payload: object, path: pathlib.Path, as_zip: bool) -> pathlib.Path:
 def make_state() -> collections.OrderedDict:
   base = torch.arange(12.0).reshape(3, 4)
   state = collections.OrderedDict(
-      base=base, transposed=base.t(), part=base[1:, ::2], bf16=base.bfloat16(), half=torch.nn.Parameter(base.half()),
-      double=base.double(), scalar=torch.tensor(3.5), integer=torch.tensor(5), empty=torch.zeros(0, 3),
-      flags=torch.tensor([True, False]))
+    base=base,
+    transposed=base.t(),
+    part=base[1:, ::2],
+    bf16=base.bfloat16(),
+    half=torch.nn.Parameter(base.half()),
+    double=base.double(),
+    scalar=torch.tensor(3.5),
+    integer=torch.tensor(5),
+    empty=torch.zeros(0, 3),
+    flags=torch.tensor([True, False]),
+  )
   norm = torch.nn.BatchNorm1d(3).state_dict()
   state.update(norm)
   state._metadata = norm._metadata  # an attribute that every real state dict has
@@ -55,10 +63,16 @@ def test_reads_what_torch_writes(tmp_path, as_zip):
 def test_skips_settings_and_metrics_beside_the_weights(tmp_path, as_zip):
   mark = tmp_path / 'mark'
   payload = {
-      'model': make_state(), 'config': argparse.Namespace(depths=[6, 3, 3]), 'accuracy': np.float64(0.5),
-      'history': np.arange(3), 'counts': collections.defaultdict(int, a=1), 'epoch': 30,
-      'out': pathlib.PurePosixPath('a'), 'file': Call(np.savetxt, str(mark), [1.0]),
-      'optimizer': {'state': {0: {'step': 3, 'exp_avg': torch.ones(2)}}, 'param_groups': [{'lr': 1e-3}]}}
+    'model': make_state(),
+    'config': argparse.Namespace(depths=[6, 3, 3]),
+    'accuracy': np.float64(0.5),
+    'history': np.arange(3),
+    'counts': collections.defaultdict(int, a=1),
+    'epoch': 30,
+    'out': pathlib.PurePosixPath('a'),
+    'file': Call(np.savetxt, str(mark), [1.0]),
+    'optimizer': {'state': {0: {'step': 3, 'exp_avg': torch.ones(2)}}, 'param_groups': [{'lr': 1e-3}]},
+  }
   assert read_state_dict(save(payload, tmp_path / 'weights', as_zip)).keys() == make_state().keys()
   assert not mark.exists()  # what is skipped is not called either
 
@@ -84,7 +98,9 @@ class Call:
 
 
 @FORMATS
-@pytest.mark.parametrize('function, args, name', [
+@pytest.mark.parametrize(
+  'function, args, name',
+  [
     (os.system, ('touch {}',), 'posix.system'),
     (subprocess.check_call, (['touch', '{}'],), 'commands.check_call'),  # what protocol 2 calls subprocess
     (eval, ("open('{}', 'w')",), '__builtin__.eval'),
@@ -92,11 +108,20 @@ class Call:
     (getattr, (os, 'system'), '__builtin__.getattr'),
     (torch.load, ('{}',), 'torch.serialization.load'),
     (pickle.loads, (b'',), 'pickle.loads'),
-])
+  ],
+)
 def test_hostile_pickles_are_refused_and_not_run(tmp_path, as_zip, function, args, name):
   mark = tmp_path / 'mark'
-  filled = [[x.format(mark) for x in arg] if isinstance(arg, list) else arg.format(mark) if isinstance(arg, str)
-            else 0 if arg is os else arg for arg in args]
+  filled = [
+    [x.format(mark) for x in arg]
+    if isinstance(arg, list)
+    else arg.format(mark)
+    if isinstance(arg, str)
+    else 0
+    if arg is os
+    else arg
+    for arg in args
+  ]
   path = save({'model': make_state(), 'extra': Call(function, *filled)}, tmp_path / 'hostile', as_zip)
   with pytest.raises(ValueError, match=f'it wants {re.escape(name)}, which no weights need; nothing in it was run'):
     read_state_dict(path)
@@ -109,16 +134,16 @@ STORAGE = b'(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x
 
 def tensor(offset=b'K\x00', size=b'K\x04', stride=b'K\x01', storage=STORAGE) -> bytes:
   """Pickle opcodes of a 1-D tensor over four numbers."""
-  return (REBUILD + b'(' + storage + offset + b'(' + size + b't(' + stride + b't\x89'
-          b'ccollections\nOrderedDict\n)RtR')
+  return REBUILD + b'(' + storage + offset + b'(' + size + b't(' + stride + b't\x89ccollections\nOrderedDict\n)RtR'
 
 
 def state_dict(value: bytes) -> bytes:
   return b'\x80\x02}X\x01\x00\x00\x00w' + value + b's.'
 
 
-def write_zip(path: pathlib.Path, data: bytes, compression: int = zipfile.ZIP_STORED,
-              byteorder: bytes = b'little') -> None:
+def write_zip(
+  path: pathlib.Path, data: bytes, compression: int = zipfile.ZIP_STORED, byteorder: bytes = b'little'
+) -> None:
   with zipfile.ZipFile(path, 'w', compression) as archive:
     archive.writestr('archive/data.pkl', data)
     archive.writestr('archive/byteorder', byteorder)
@@ -133,7 +158,9 @@ def test_opcodes_by_hand(tmp_path):
   np.testing.assert_array_equal(read_state_dict(tmp_path / 'weights')['w'], [1, 3])
 
 
-@pytest.mark.parametrize('pickled, reason', [
+@pytest.mark.parametrize(
+  'pickled, reason',
+  [
     (state_dict(tensor(size=b'K\x05')), 'reaches beyond'),
     (state_dict(tensor(offset=b'K\x01')), 'reaches beyond'),
     (state_dict(tensor(stride=b'K\x02')), 'reaches beyond'),
@@ -155,7 +182,8 @@ def test_opcodes_by_hand(tmp_path):
     (state_dict(b'K\x01'), 'this is no tensor: w'),
     (b'\x80\x02]K\x01a.', 'no state dict'),
     (b'\x80\x02}.', 'no state dict'),
-])
+  ],
+)
 def test_pickles_by_hand_are_refused(tmp_path, pickled, reason):
   write_zip(tmp_path / 'weights', pickled)
   with pytest.raises(ValueError, match=reason):
@@ -174,8 +202,11 @@ def test_what_a_pickle_notes_under_large_numbers_takes_no_memory(tmp_path):
 @FORMATS
 def test_an_optimisers_numbers_are_not_read(tmp_path, as_zip, monkeypatch):
   model = torch.nn.Linear(3, 2)
-  payload = {'optimizer': {'state': {0: {'exp_avg': torch.ones(500)}}}, 'model': model.state_dict(),
-             'scaler': torch.ones(300)}
+  payload = {
+    'optimizer': {'state': {0: {'exp_avg': torch.ones(500)}}},
+    'model': model.state_dict(),
+    'scaler': torch.ones(300),
+  }
   path, numbers, read = save(payload, tmp_path / 'weights', as_zip), torch_file._numbers, []
   monkeypatch.setattr(torch_file, '_numbers', lambda data, storage: read.append(len(data)) or numbers(data, storage))
   assert read_state_dict(path).keys() == {'weight', 'bias'}
@@ -185,7 +216,9 @@ def test_an_optimisers_numbers_are_not_read(tmp_path, as_zip, monkeypatch):
     read_state_dict(path)
 
 
-@pytest.mark.parametrize('write, reason', [
+@pytest.mark.parametrize(
+  'write, reason',
+  [
     (lambda path: None, '^there is no file '),
     (lambda path: path.write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n'), 'Git LFS pointer'),
     (lambda path: path.write_bytes(b'<html>not found</html>'), 'not a torch checkpoint'),
@@ -193,7 +226,8 @@ def test_an_optimisers_numbers_are_not_read(tmp_path, as_zip, monkeypatch):
     (lambda path: zipfile.ZipFile(path, 'w').close(), 'not a torch checkpoint'),
     (lambda path: write_zip(path, state_dict(tensor()), zipfile.ZIP_DEFLATED), 'compressed'),
     (lambda path: write_zip(path, state_dict(tensor()), byteorder=b'big'), 'big-endian'),
-])
+  ],
+)
 def test_other_files_are_refused(tmp_path, write, reason):
   write(tmp_path / 'weights')
   with pytest.raises(ValueError, match=reason):

@@ -48,26 +48,25 @@ def test_a_reduced_picture_is_that_many_times_smaller(form, reduction):
   image.draft('RGB', (131 // reduction, 160 // reduction))
   expected = np.asarray(image)
   assert rows.shape[1] == expected.shape[1] == -(-131 // reduction)
-  assert np.abs(rows[:80 // reduction].astype(int) - expected[:80 // reduction]).mean() < 1
+  assert np.abs(rows[: 80 // reduction].astype(int) - expected[: 80 // reduction]).mean() < 1
 
 
 @pytest.mark.parametrize('share', [0.02, 0.3, 0.9])
 def test_a_truncated_file_is_a_fault(share):
   data = encode(PIXELS)
   with pytest.raises(Fault, match='set/0001/key: image_truncated'):
-    jpeg.read_header(data[:int(len(data) * share)], 'set/0001/key')
+    jpeg.read_header(data[: int(len(data) * share)], 'set/0001/key')
 
 
 def test_what_follows_the_picture_does_not_matter():
   data = encode(PIXELS) + b'appended'
-  np.testing.assert_array_equal(
-    jpeg.decode_rows(data, jpeg.read_header(data, ''), 83, 1, ''), decode(data))
+  np.testing.assert_array_equal(jpeg.decode_rows(data, jpeg.read_header(data, ''), 83, 1, ''), decode(data))
 
 
 def test_a_damaged_table_is_a_fault():
   data = bytearray(encode(PIXELS))
   tables = data.index(b'\xff\xc4')
-  data[tables + 5:tables + 21] = b'\xff' * 16  # more codes than there can be
+  data[tables + 5 : tables + 21] = b'\xff' * 16  # more codes than there can be
   header = jpeg.read_header(bytes(data), 'key')
   with pytest.raises(Fault, match='key: image_corrupt'):
     jpeg.decode_rows(bytes(data), header, 83, 1, 'key')

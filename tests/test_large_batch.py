@@ -34,16 +34,12 @@ def small_model(remat: Remat = 'none') -> ImageTextModel:
 
 
 @functools.cache
-def compiled_step(
-  devices: int, steps: int, remat: Remat = 'none', text_budget: int = BUDGET
-) -> jax.stages.Compiled:
+def compiled_step(devices: int, steps: int, remat: Remat = 'none', text_budget: int = BUDGET) -> jax.stages.Compiled:
   """loss_and_grads of (variables, root key, batch)."""
   place = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:devices]))
 
   def step(variables, rng, batch):
-    state = train_state.TrainState(
-      step=3, **variables, opt_state=(), rng=rng, skipped=0, skipped_in_a_row=0
-    )
+    state = train_state.TrainState(step=3, **variables, opt_state=(), rng=rng, skipped=0, skipped_in_a_row=0)
     return train_step.loss_and_grads(
       state,
       batch,
@@ -121,10 +117,7 @@ def test_the_comparisons_include_noise(one_shot):
 def test_micro_batches_and_policies_keep_less():
   """Bytes that wait for the backward pass, as JAX plans it."""
   params = random_variables(small_model())['params']
-  batch = {
-    'images': jnp.zeros((BATCH, 16, 16, 3)),
-    'tokens': jnp.zeros((BATCH, *TEXT_SHAPE), jnp.int32),
-  }
+  batch = {'images': jnp.zeros((BATCH, 16, 16, 3)), 'tokens': jnp.zeros((BATCH, *TEXT_SHAPE), jnp.int32)}
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
   def kept(steps: int, remat: Remat) -> int:
@@ -162,12 +155,8 @@ def test_memory_of_the_losses_is_linear_in_a_devices_batch():
   place = sharding.batch_sharding(sharding.make_mesh())
 
   def temporaries(batch: int) -> int:
-    loss = lambda *args: (
-      losses.multi_label_loss(*args, jnp.float32(1.0), place=place, block=128).loss
-    )
-    args = [
-      jax.ShapeDtypeStruct((batch, *shape), jnp.float32, sharding=place) for shape in ((8,), (3, 8))
-    ]
+    loss = lambda *args: losses.multi_label_loss(*args, jnp.float32(1.0), place=place, block=128).loss
+    args = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32, sharding=place) for shape in ((8,), (3, 8))]
     step = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=place)
     return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 ROOT = pathlib.Path(__file__).parents[1]
-TARS = "gs://bucket/cc3m/{00000..00331}.tar"
+TARS = 'gs://bucket/cc3m/{00000..00331}.tar'
 
 
 def stand_in(folder: pathlib.Path, name: str, body: str) -> None:
@@ -27,28 +27,62 @@ def read_calls(folder: pathlib.Path) -> list[list[str]]:
 def run(folder: pathlib.Path, script: str, *arguments: str, **environment: str) -> tuple[int, list[list[str]], str]:
   """Exit code, the calls of stand-ins, and what was said."""
   environment = os.environ | {'PATH': f'{folder}:{os.environ["PATH"]}'} | environment
-  done = subprocess.run(['bash', ROOT / 'launch' / script, *arguments], cwd=folder, env=environment, text=True,
-                        capture_output=True, timeout=60)
+  done = subprocess.run(
+    ['bash', ROOT / 'launch' / script, *arguments],
+    cwd=folder,
+    env=environment,
+    text=True,
+    capture_output=True,
+    timeout=60,
+  )
   return done.returncode, read_calls(folder), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize('codes, code, goes_on', [
-  ('0 0', 0, False), ('2 2', 2, False), ('1 137', 137, False), ('2 137', 137, False),  # the first alone says why
-  ('69 134', 134, True), ('75 75', 75, True), ('134 134', 134, True), ('137 137', 137, True), ('143 143', 143, True)])
+@pytest.mark.parametrize(
+  'codes, code, goes_on',
+  [
+    ('0 0', 0, False),
+    ('2 2', 2, False),
+    ('1 137', 137, False),
+    ('2 137', 137, False),  # the first alone says why
+    ('69 134', 134, True),
+    ('75 75', 75, True),
+    ('134 134', 134, True),
+    ('137 137', 137, True),
+    ('143 143', 143, True),
+  ],
+)
 def test_slurm_goes_on_where_that_helps(codes, code, goes_on, tmp_path):
   """Two tasks end with these codes, and srun with the larger one."""
   python = tmp_path / '.venv/bin/python'
   python.parent.mkdir(parents=True)
   stand_in(python.parent, 'python', 'exit $CODE')
-  stand_in(tmp_path, 'srun', 'while [[ $1 != bash ]]; do shift; done; worst=0\n'
-           'for CODE in $CODES; do export CODE; "$@"; code=$?; ((code > worst)) && worst=$code; done; exit $worst')
+  stand_in(
+    tmp_path,
+    'srun',
+    'while [[ $1 != bash ]]; do shift; done; worst=0\n'
+    'for CODE in $CODES; do export CODE; "$@"; code=$?; ((code > worst)) && worst=$code; done; exit $worst',
+  )
   stand_in(tmp_path, 'scontrol', '')
-  ended, calls, _ = run(tmp_path, 'slurm.sbatch', 'config.py:8gpu', '/shared/run', f'--config.path={TARS}',
-                        SLURM_JOB_ID='7', SLURM_CPUS_PER_TASK='12', CODES=codes)
+  ended, calls, _ = run(
+    tmp_path,
+    'slurm.sbatch',
+    'config.py:8gpu',
+    '/shared/run',
+    f'--config.path={TARS}',
+    SLURM_JOB_ID='7',
+    SLURM_CPUS_PER_TASK='12',
+    CODES=codes,
+  )
   assert ended == code and (['scontrol', 'requeue', '7'] in calls) == goes_on
   assert '--cpus-per-task=12' in calls[0]
   assert read_calls(python.parent)[0] == [
-    'python', 'train.py', '--config=config.py:8gpu', '--workdir=/shared/run', f'--config.path={TARS}']
+    'python',
+    'train.py',
+    '--config=config.py:8gpu',
+    '--workdir=/shared/run',
+    f'--config.path={TARS}',
+  ]
   assert not list(tmp_path.glob('.mistake*'))
 
 
@@ -56,17 +90,24 @@ def test_slurm_passes_a_signal_on_and_waits(tmp_path):
   """The shell around the program is told, twice, and alone; the program takes a while to save."""
   python = tmp_path / '.venv/bin/python'
   python.parent.mkdir(parents=True)
-  stand_in(python.parent, 'python', 'trap "sleep 0.3; exit 75" TERM; touch "$FOLDER/begun"\n'
-           'for _ in {1..200}; do sleep 0.1; done')
-  stand_in(tmp_path, 'srun', 'while [[ $1 != bash ]]; do shift; done; "$@" & pid=$!\n'
-           'until [[ -e $FOLDER/begun ]]; do sleep 0.1; done; kill $pid; sleep 0.1; kill $pid; wait $pid')
+  stand_in(
+    python.parent,
+    'python',
+    'trap "sleep 0.3; exit 75" TERM; touch "$FOLDER/begun"\nfor _ in {1..200}; do sleep 0.1; done',
+  )
+  stand_in(
+    tmp_path,
+    'srun',
+    'while [[ $1 != bash ]]; do shift; done; "$@" & pid=$!\n'
+    'until [[ -e $FOLDER/begun ]]; do sleep 0.1; done; kill $pid; sleep 0.1; kill $pid; wait $pid',
+  )
   stand_in(tmp_path, 'scontrol', '')
   code, calls, said = run(tmp_path, 'slurm.sbatch', 'config.py', 'run', SLURM_JOB_ID='7', FOLDER=str(tmp_path))
   assert code == 75 and ['scontrol', 'requeue', '7'] in calls, said
 
 
 # Its state changes while it is asked for: $FOLDER/state holds what it says, one line after the other, then the last.
-GCLOUD = r'''
+GCLOUD = r"""
 state=$FOLDER/state
 next() { head -1 "$1"; sed -i 1d "$1"; }
 case $* in
@@ -82,18 +123,30 @@ case $* in
       cd "$FOLDER/host"
       for word; do if [[ $word == --command=* ]]; then exec bash -c "${word#--command=}"; fi; done
     fi ;;
-esac'''
+esac"""
 
 
-def tpu_pod(folder: pathlib.Path, runs: list[str], states: list[str],
-            **environment: str) -> tuple[int, list[list[str]], str]:
+def tpu_pod(
+  folder: pathlib.Path, runs: list[str], states: list[str], **environment: str
+) -> tuple[int, list[list[str]], str]:
   """The script, where runs say this one after the other, and each request goes through these states."""
   for name, lines in (('runs', runs), ('states', states)):
     (folder / name).write_text(''.join(f'{line}\n' for line in lines))
   stand_in(folder, 'gcloud', GCLOUD)
   stand_in(folder, 'git', '')
-  return run(folder, 'tpu_pod.sh', 'name', 'zone', 'v5litepod-64', 'config.py', 'gs://bucket/run',
-             f'--config.path={TARS}', FOLDER=str(folder), SECONDS_BETWEEN='0', **environment)
+  return run(
+    folder,
+    'tpu_pod.sh',
+    'name',
+    'zone',
+    'v5litepod-64',
+    'config.py',
+    'gs://bucket/run',
+    f'--config.path={TARS}',
+    FOLDER=str(folder),
+    SECONDS_BETWEEN='0',
+    **environment,
+  )
 
 
 def count(calls: list[list[str]], *words: str) -> int:
@@ -104,10 +157,15 @@ def test_a_tpu_is_requested_awaited_used_and_given_back(tmp_path):
   code, calls, said = tpu_pod(tmp_path, ['exit-code 0'], ['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE'])
   assert code == 0, said
   assert count(calls, 'create') == count(calls, 'delete') == count(calls, 'train.py') == count(calls, 'scp') == 1
-  told, = (part for call in calls for part in call if 'train.py' in part)
+  (told,) = (part for call in calls for part in call if 'train.py' in part)
   words = shlex.split(re.search('cd groupvit; (.*?) & pid', told)[1])
-  assert words == ['.venv/bin/python', 'train.py', '--config=config.py', '--workdir=gs://bucket/run',
-                   f'--config.path={TARS}']
+  assert words == [
+    '.venv/bin/python',
+    'train.py',
+    '--config=config.py',
+    '--workdir=gs://bucket/run',
+    f'--config.path={TARS}',
+  ]
 
 
 def test_a_request_that_waits_is_waited_for(tmp_path):
@@ -126,9 +184,14 @@ def test_what_cannot_be_asked_is_asked_again(tmp_path):
   assert count(calls, 'describe') == 3
 
 
-@pytest.mark.parametrize('version, pip, code, message, attempts', [
-  ('0', 'exit 0', 0, 'done', 1), ('1', 'exit 0', 2, 'no Python 3.11 or later; name one that is there with PYTHON=', 1),
-  ('0', 'echo no such wheel; exit 1', 1, 'gave up', 3)])
+@pytest.mark.parametrize(
+  'version, pip, code, message, attempts',
+  [
+    ('0', 'exit 0', 0, 'done', 1),
+    ('1', 'exit 0', 2, 'no Python 3.11 or later; name one that is there with PYTHON=', 1),
+    ('0', 'echo no such wheel; exit 1', 1, 'gave up', 3),
+  ],
+)
 def test_what_cannot_be_installed_ends(version, pip, code, message, attempts, tmp_path):
   """On a host, for which a folder stands in here, whose interpreter is too old, or whose requirements fail."""
   (tmp_path / 'host/groupvit/.venv/bin').mkdir(parents=True)
@@ -148,10 +211,14 @@ def test_what_is_lost_or_preempted_goes_on(tmp_path):
   assert count(calls, 'train.py') == 3 == count(calls, 'kill -TERM') and count(calls, 'create') == 2
 
 
-@pytest.mark.parametrize('runs, states, code, message', [
-  (['exit-code 2'], ['ACTIVE'], 2, 'the request has a mistake'),
-  (['exit-code 1'] * 9, ['ACTIVE'], 1, 'gave up'),
-  ([], ['WAITING_FOR_RESOURCES', 'FAILED'], 1, 'the request failed')])
+@pytest.mark.parametrize(
+  'runs, states, code, message',
+  [
+    (['exit-code 2'], ['ACTIVE'], 2, 'the request has a mistake'),
+    (['exit-code 1'] * 9, ['ACTIVE'], 1, 'gave up'),
+    ([], ['WAITING_FOR_RESOURCES', 'FAILED'], 1, 'the request failed'),
+  ],
+)
 def test_what_cannot_go_on_ends(runs, states, code, message, tmp_path):
   ended, calls, said = tpu_pod(tmp_path, runs, states)
   assert ended == code and message in said, said
@@ -162,14 +229,22 @@ def test_gke_starts_again_but_for_a_mistake():
   service, job = yaml.safe_load_all((ROOT / 'launch/gke.yaml').read_text())
   spec, pod = job['spec'], job['spec']['template']['spec']
   assert service['metadata']['name'] == pod['subdomain'] and spec['completions'] == spec['parallelism'] == 16
-  container, = pod['containers']
-  first = lambda code: next((rule['action'] for rule in spec['podFailurePolicy']['rules']
-                             if code in rule.get('onExitCodes', {}).get('values', ())), 'Count')
+  (container,) = pod['containers']
+  first = lambda code: next(
+    (
+      rule['action']
+      for rule in spec['podFailurePolicy']['rules']
+      if code in rule.get('onExitCodes', {}).get('values', ())
+    ),
+    'Count',
+  )
   assert [first(code) for code in (2, 75, 69, 134)] == ['FailJob', 'Ignore', 'Count', 'Count']
   assert spec['backoffLimit'] == 100 * spec['completions']  # it counts pods, of which one that is lost ends all
-  assert all(rule['onExitCodes']['containerName'] == container['name']
-             for rule in spec['podFailurePolicy']['rules'] if 'onExitCodes' in rule)
-  assert spec['podFailurePolicy']['rules'][0] == {
-    'action': 'Ignore', 'onPodConditions': [{'type': 'DisruptionTarget'}]}
+  assert all(
+    rule['onExitCodes']['containerName'] == container['name']
+    for rule in spec['podFailurePolicy']['rules']
+    if 'onExitCodes' in rule
+  )
+  assert spec['podFailurePolicy']['rules'][0] == {'action': 'Ignore', 'onPodConditions': [{'type': 'DisruptionTarget'}]}
   assert pod['restartPolicy'] == 'Never'  # which a policy for failures asks for
   assert [*container['command']][:2] == ['python', 'train.py']

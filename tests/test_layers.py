@@ -22,6 +22,7 @@ def normal(seed: int, *shape: int, dtype: jnp.dtype = jnp.float32) -> jax.Array:
 
 def assert_same(ours, plain, *args, tolerance: float = 1e-5):
   """Results, and the gradients of each argument for some cotangent."""
+
   def outcome(function):
     out, pull = jax.vjp(function, *args)
     return out, pull(normal(9, *out.shape, dtype=out.dtype))
@@ -32,9 +33,14 @@ def assert_same(ours, plain, *args, tolerance: float = 1e-5):
     np.testing.assert_allclose(found.astype(jnp.float32), wanted.astype(jnp.float32), atol=tolerance * scale, rtol=0)
 
 
-@pytest.mark.parametrize('dtype, tolerance, size, masked', [
+@pytest.mark.parametrize(
+  'dtype, tolerance, size, masked',
+  [
     (jnp.float32, 1e-5, 100, False),  # so large that exponents need their largest taken away
-    (jnp.float32, 1e-5, 1, True), (jnp.bfloat16, 3e-2, 1, True)])
+    (jnp.float32, 1e-5, 1, True),
+    (jnp.bfloat16, 3e-2, 1, True),
+  ],
+)
 def test_attention_is_softmax_attention(dtype, tolerance, size, masked):
   query = size * normal(0, 2, 5, 3, 4, dtype=dtype)
   key, value = normal(1, 2, 7, 3, 4, dtype=dtype), normal(2, 2, 7, 3, 4, dtype=dtype)
@@ -59,7 +65,8 @@ def test_layer_norm_is_flaxs(dtype):
   flax_norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
   apply = lambda module: lambda x, params: module.apply({'params': params}, x)
   assert jax.tree.map(jnp.shape, LayerNorm().init(jax.random.key(0), jnp.zeros((2, 6)))) == jax.tree.map(
-      jnp.shape, flax_norm.init(jax.random.key(0), jnp.zeros((2, 6))))
+    jnp.shape, flax_norm.init(jax.random.key(0), jnp.zeros((2, 6)))
+  )
   x = 5 + normal(0, 2, 3, 6, dtype=dtype)
   assert_same(apply(LayerNorm()), apply(flax_norm), x, params, tolerance=1e-5 if dtype == jnp.float32 else 1e-2)
 
@@ -73,10 +80,13 @@ def test_projections_are_flaxs(axis, features):
   assert_same(apply(module(dot_general=project)), apply(module()), x, params)
 
 
-@pytest.mark.parametrize('ours, theirs', [
-  (exact_gelu, functools.partial(jax.nn.gelu, approximate=False)),
-  (quick_gelu, lambda x: x * jax.nn.sigmoid(1.702 * x)),
-])
+@pytest.mark.parametrize(
+  'ours, theirs',
+  [
+    (exact_gelu, functools.partial(jax.nn.gelu, approximate=False)),
+    (quick_gelu, lambda x: x * jax.nn.sigmoid(1.702 * x)),
+  ],
+)
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
 def test_activations_and_their_gradients(ours, theirs, dtype, tolerance):
   x = jnp.concatenate([jnp.linspace(-12, 12, 2001), jnp.array([-1e4, 0, 1e4])])
@@ -123,5 +133,6 @@ def test_pooling_is_the_straight_through_average(dtype, tolerance):
     weights = soft + jax.lax.stop_gradient(hard - soft)
     weights = weights / (weights.sum(axis=-1, keepdims=True) + 1)
     return jnp.einsum('bsn,bnd->bsd', weights, values.astype(jnp.float32)).astype(values.dtype)
+
   ours = lambda logits, values: assignment.pool_segments(assignment.assign(logits, 'hard', dtype=dtype), values)
   assert_same(ours, plain, logits, values, tolerance=tolerance)

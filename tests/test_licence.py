@@ -9,16 +9,22 @@ from groupvit_jax.interop.licence import Licence
 LINK = 'https://example.org/a?b=c#d'
 
 
-@pytest.mark.parametrize('card, found, words', [
+@pytest.mark.parametrize(
+  'card, found, words',
+  [
     ('---\nlicense: cc-by-nc-4.0\n---\n# A model\n', Licence('cc-by-nc-4.0'), 'cc-by-nc-4.0'),
-    (f'---\ntags: [x]\nlicense: other\nlicense_name: nvidia\nlicense_link: >-\n  {LINK}\n---\n',
-     Licence('other', 'nvidia', LINK), f'nvidia, {LINK}'),
+    (
+      f'---\ntags: [x]\nlicense: other\nlicense_name: nvidia\nlicense_link: >-\n  {LINK}\n---\n',
+      Licence('other', 'nvidia', LINK),
+      f'nvidia, {LINK}',
+    ),
     ('---\nlicense:\n- mit\n- "apache-2.0"\n---\n', Licence('mit, apache-2.0'), 'mit, apache-2.0'),
     ('# A model\n\nlicense: mit\n', Licence(), 'the source names none'),  # not in a header
     ('---\ntags: [x]\n---\n\n```\nlicense: mit\n```\n', Licence(), 'the source names none'),
     ('---\nlicense: [mit\n---\n', Licence(), 'the source names none'),
     (None, Licence(), 'the source names none'),
-])
+  ],
+)
 def test_cards_and_back(card, found, words, tmp_path):
   if card is not None:
     (tmp_path / 'README.md').write_text(card)
@@ -31,8 +37,14 @@ def test_cards_and_back(card, found, words, tmp_path):
   if found.link:
     assert header == dict(license='other', license_name='nvidia', license_link=LINK)
   else:
-    assert header == {'mit, apache-2.0': dict(license='other', license_name='mit-apache-2.0'),
-                      'cc-by-nc-4.0': dict(license='cc-by-nc-4.0'), '': dict(license='unknown')}[found.identifier]
+    assert (
+      header
+      == {
+        'mit, apache-2.0': dict(license='other', license_name='mit-apache-2.0'),
+        'cc-by-nc-4.0': dict(license='cc-by-nc-4.0'),
+        '': dict(license='unknown'),
+      }[found.identifier]
+    )
 
 
 def test_a_damaged_note_is_named(tmp_path):

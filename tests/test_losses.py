@@ -98,12 +98,20 @@ def embeds(batch: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
 RING, GATHERED = 0, 1000  # rows of a device below which they are gathered
 
 
-@pytest.mark.parametrize('mesh, few_rows, batch, prompts, block', [
-    (None, RING, 13, 1, 1), (None, RING, 13, 3, 7), (None, RING, 6, 2, 1024),
-    ({'data': 8}, RING, 24, 1, 2), ({'data': 2, 'fsdp': 4}, RING, 24, 3, 4),
+@pytest.mark.parametrize(
+  'mesh, few_rows, batch, prompts, block',
+  [
+    (None, RING, 13, 1, 1),
+    (None, RING, 13, 3, 7),
+    (None, RING, 6, 2, 1024),
+    ({'data': 8}, RING, 24, 1, 2),
+    ({'data': 2, 'fsdp': 4}, RING, 24, 3, 4),
     ({'data': 2, 'fsdp': 2, 'model': 2}, RING, 12, 2, 1024),
-    ({'data': 8}, GATHERED, 24, 1, 2), ({'data': 2, 'fsdp': 4}, GATHERED, 24, 3, 6),
-    ({'data': 2, 'fsdp': 2, 'model': 2}, GATHERED, 12, 2, 1024)])
+    ({'data': 8}, GATHERED, 24, 1, 2),
+    ({'data': 2, 'fsdp': 4}, GATHERED, 24, 3, 6),
+    ({'data': 2, 'fsdp': 2, 'model': 2}, GATHERED, 12, 2, 1024),
+  ],
+)
 def test_streamed_losses_are_the_plain_ones(mesh, few_rows, batch, prompts, block, monkeypatch):
   """Values, accuracies and every gradient, on both sides of the clamp."""
   monkeypatch.setattr(streamed_logits, '_FEW_ROWS', few_rows)
@@ -113,8 +121,10 @@ def test_streamed_losses_are_the_plain_ones(mesh, few_rows, batch, prompts, bloc
   @jax.jit
   def both(*args):
     with_aux = lambda loss: lambda *args: (loss(*args).loss, loss(*args))
-    return tuple(jax.value_and_grad(with_aux(loss), argnums=(0, 1, 2), has_aux=True)(*args)
-                 for loss in (streamed, plain_losses.multi_label_loss))
+    return tuple(
+      jax.value_and_grad(with_aux(loss), argnums=(0, 1, 2), has_aux=True)(*args)
+      for loss in (streamed, plain_losses.multi_label_loss)
+    )
 
   images, texts = jax.device_put(embeds(batch, prompts), place)
   for log_scale in (0.0, 3.0, 5.0):

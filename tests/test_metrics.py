@@ -73,9 +73,7 @@ def test_counts_are_exact_where_float32_and_int32_are_not():
 
 def test_no_pixels_give_nan_and_no_warning(recwarn):
   scores = metrics.ConfusionMatrix.empty(3).compute()
-  assert np.isnan([scores.miou, scores.mean_accuracy, scores.pixel_accuracy]).all() and not len(
-    recwarn
-  )
+  assert np.isnan([scores.miou, scores.mean_accuracy, scores.pixel_accuracy]).all() and not len(recwarn)
 
 
 def test_oracle_names_each_segment_by_its_majority():
@@ -108,9 +106,7 @@ def test_best_constant_class():
 
 
 def test_grouping_health_by_hand():
-  decided = jnp.array(
-    [[[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]]
-  )  # [1, S=3, N=4]
+  decided = jnp.array([[[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]]])  # [1, S=3, N=4]
   undecided = jnp.full((1, 2, 3), 0.5)
   health = metrics.GroupingHealth.from_assignments([decided, undecided])
   figures = health.merge(health).compute()

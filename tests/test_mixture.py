@@ -30,9 +30,12 @@ class Numbers:
 
 
 def numbers(*sizes: int, weights: tuple[float, ...] | None = None) -> Mixture:
-  return Mixture(tuple(
+  return Mixture(
+    tuple(
       DataSet(f'set{k}', Numbers(size, 1000 * k), 'digest', 1, weights[k] if weights else 0.0)
-      for k, size in enumerate(sizes)))
+      for k, size in enumerate(sizes)
+    )
+  )
 
 
 def examples(source: Mixture, augment=None, **changes) -> pipeline.Examples:
@@ -41,8 +44,9 @@ def examples(source: Mixture, augment=None, **changes) -> pipeline.Examples:
 
 
 def iterate(*args, num_threads=0, num_workers=0, **kwargs) -> list[dict[str, np.ndarray]]:
-  made = pipeline.iterate(examples(*args, **kwargs), num_threads=num_threads, num_workers=num_workers,
-                          prefetch_batches=2)
+  made = pipeline.iterate(
+    examples(*args, **kwargs), num_threads=num_threads, num_workers=num_workers, prefetch_batches=2
+  )
   return [{name: np.array(rows) for name, rows in batch.items()} for batch in made]
 
 
@@ -109,14 +113,22 @@ def test_a_mixture_reads_the_right_set():
   source = numbers(3, 5, 2)
   assert len(source) == 10
   assert [source[i]['text'] for i in (0, 2, 3, 7, 8, 9)] == [
-      'dog 0', 'dog 2', 'dog 1000', 'dog 1004', 'dog 2000', 'dog 2001']
+    'dog 0',
+    'dog 2',
+    'dog 1000',
+    'dog 1004',
+    'dog 2000',
+    'dog 2001',
+  ]
   with pytest.raises(ValueError, match='data.sets.set1 has no records'):
     numbers(3, 0)
 
 
 def test_fingerprint_changes_with_records_order_and_weights():
-  seen = {mix.facts()['fingerprint'] for mix in (
-      numbers(3, 5), numbers(5, 3), numbers(3, 5, weights=(1, 2)), numbers(3, 5, weights=(2, 1)), numbers(8))}
+  seen = {
+    mix.facts()['fingerprint']
+    for mix in (numbers(3, 5), numbers(5, 3), numbers(3, 5, weights=(1, 2)), numbers(3, 5, weights=(2, 1)), numbers(8))
+  }
   assert len(seen) == 5
   assert numbers(3, 5).facts() == numbers(3, 5).facts()
 
@@ -151,8 +163,9 @@ def test_a_run_that_changes_hosts_repeats_and_loses_nothing():
 @pytest.fixture(scope='module')
 def photographs(tmp_path_factory) -> Mixture:
   folder = tmp_path_factory.mktemp('sets')
-  return build_source(data_config(
-      a=set_config(write_set(folder / 'a', 20)), b=set_config(write_set(folder / 'b', 30))), (16, 16))
+  return build_source(
+    data_config(a=set_config(write_set(folder / 'a', 20)), b=set_config(write_set(folder / 'b', 30))), (16, 16)
+  )
 
 
 def test_threads_change_nothing(photographs):
@@ -195,10 +208,13 @@ def test_data_that_no_batch_fits():
     examples(numbers(7))
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     (dict(format='tar'), r"data.sets.a.format='tar': use 'webdataset' or 'tfds'"),
     (dict(split='train'), 'data.sets.a.split is unknown'),
-])
+  ],
+)
 def test_descriptions_of_sets(tmp_path, changes, message):
   config = data_config(a=set_config(write_set(tmp_path, 8), **changes))
   with pytest.raises(ValueError, match=message):

@@ -19,14 +19,33 @@ from tests.weights import random_variables
 
 def model_config(**overrides) -> ml_collections.ConfigDict:
   """GroupViT-S/16, with entries replaced by dotted key."""
-  config = ml_collections.ConfigDict(dict(
-      dtype='float32', embed_dim=256, projector_dim=4096,
+  config = ml_collections.ConfigDict(
+    dict(
+      dtype='float32',
+      embed_dim=256,
+      projector_dim=4096,
       vision=dict(
-          image_size=(224, 224), patch_size=16, width=384, num_heads=6, depths=(6, 3, 3), num_group_tokens=(64, 8, 0),
-          num_segments=(64, 8, 0), mlp_ratio=4.0, drop_path=0.1, assignment='gumbel',
-          init=dict(kernel='normal:0.02', assign_kernel='normal:0.02', value_kernel='normal:0.02', tokens_std=0.02,
-                    positions_std=0.02)),
-      text=dict(context_length=77, width=256, depth=12, num_heads=4, mlp_ratio=4.0)))
+        image_size=(224, 224),
+        patch_size=16,
+        width=384,
+        num_heads=6,
+        depths=(6, 3, 3),
+        num_group_tokens=(64, 8, 0),
+        num_segments=(64, 8, 0),
+        mlp_ratio=4.0,
+        drop_path=0.1,
+        assignment='gumbel',
+        init=dict(
+          kernel='normal:0.02',
+          assign_kernel='normal:0.02',
+          value_kernel='normal:0.02',
+          tokens_std=0.02,
+          positions_std=0.02,
+        ),
+      ),
+      text=dict(context_length=77, width=256, depth=12, num_heads=4, mlp_ratio=4.0),
+    )
+  )
   config.update_from_flattened_dict(overrides)
   return config
 
@@ -50,17 +69,33 @@ def test_s16_has_exactly_the_released_parameters(multi_label):
   assert count(params['text_projector']) == 2_109_696
 
 
-@pytest.mark.parametrize('depths, tokens, segments, size', [
+@pytest.mark.parametrize(
+  'depths, tokens, segments, size',
+  [
     ((1, 1), (5, 0), (5, 0), (24, 16)),
     ((1, 2, 1), (7, 3, 0), (6, 5, 0), (17, 40)),
     ((1, 1, 1, 1), (7, 5, 3, 0), (9, 4, 1, 0), (16, 16)),
-])
+  ],
+)
 def test_any_number_of_stages_and_odd_sizes_run(depths, tokens, segments, size):
-  config = model_config(**{
-      'embed_dim': 6, 'projector_dim': 10, 'vision.image_size': size, 'vision.patch_size': 8, 'vision.width': 12,
-      'vision.num_heads': 3, 'vision.depths': depths, 'vision.num_group_tokens': tokens,
-      'vision.num_segments': segments, 'vision.mlp_ratio': 2.5, 'text.width': 8, 'text.depth': 1,
-      'text.num_heads': 2, 'text.context_length': 5})
+  config = model_config(
+    **{
+      'embed_dim': 6,
+      'projector_dim': 10,
+      'vision.image_size': size,
+      'vision.patch_size': 8,
+      'vision.width': 12,
+      'vision.num_heads': 3,
+      'vision.depths': depths,
+      'vision.num_group_tokens': tokens,
+      'vision.num_segments': segments,
+      'vision.mlp_ratio': 2.5,
+      'text.width': 8,
+      'text.depth': 1,
+      'text.num_heads': 2,
+      'text.context_length': 5,
+    }
+  )
   model = build_model(config, vocab_size=11, eos_id=2, multi_label=True)
   images = np.random.default_rng(0).standard_normal((2, *size, 3)).astype(np.float32)
   tokens_in = jnp.full((2, 4, 5), 2)
@@ -78,20 +113,23 @@ def test_other_input_sizes_run_and_pixels_beyond_the_last_patch_are_not_seen():
   images = np.random.default_rng(0).standard_normal((1, 24, 36, 3)).astype(np.float32)
   encode = apply_tiny('encode_segments')
   whole, more = encode(images), encode(np.pad(images, ((0, 0), (0, 3), (0, 2), (0, 0)), constant_values=9))
-  assert whole.assignments[0].shape == (1, 4, 6 * 9) and whole.segment_embeds.shape [:2] == (1, 2)
+  assert whole.assignments[0].shape == (1, 4, 6 * 9) and whole.segment_embeds.shape[:2] == (1, 2)
   np.testing.assert_array_equal(whole.segment_embeds, more.segment_embeds)
   with pytest.raises(ValueError, match=r'3 x 20 px is smaller than one patch \(4 px\)'):
     encode(np.zeros((1, 3, 20, 3)))
 
 
-@pytest.mark.parametrize('grid, size', [((14, 14), (28, 42)), ((3, 5), (7, 4)), ((14, 14), (5, 9)), ((2, 3), (2, 11)),
-                                        ((1, 4), (3, 4))])
+@pytest.mark.parametrize(
+  'grid, size', [((14, 14), (28, 42)), ((3, 5), (7, 4)), ((14, 14), (5, 9)), ((2, 3), (2, 11)), ((1, 4), (3, 4))]
+)
 def test_positions_are_resized_as_torch_does(grid, size):
   positions = np.random.default_rng(0).standard_normal((*grid, 3)).astype(np.float32)
   theirs = torch.nn.functional.interpolate(
-      torch.tensor(positions.transpose(2, 0, 1)[None]), size=size, mode='bicubic', align_corners=False)
+    torch.tensor(positions.transpose(2, 0, 1)[None]), size=size, mode='bicubic', align_corners=False
+  )
   np.testing.assert_allclose(
-      vision.resize_positions(positions, *size), theirs[0].permute(1, 2, 0).numpy(), rtol=0, atol=1e-5)
+    vision.resize_positions(positions, *size), theirs[0].permute(1, 2, 0).numpy(), rtol=0, atol=1e-5
+  )
 
 
 def test_positions_of_the_same_size_are_untouched():
@@ -123,8 +161,10 @@ def test_assignment_values():
 
 def test_straight_through_has_the_gradient_of_the_soft_assignment():
   weights = np.array([[[1.0, -2.0, 3.0], [5.0, 7.0, -1.0]]])
-  gradient = {mode: jax.grad(lambda x, mode=mode: jnp.sum(weights * assignment.assign(x, mode)))(LOGITS)
-              for mode in ('soft', 'hard')}
+  gradient = {
+    mode: jax.grad(lambda x, mode=mode: jnp.sum(weights * assignment.assign(x, mode)))(LOGITS)
+    for mode in ('soft', 'hard')
+  }
   # d/dl_s of sum_s w_s p_s is p_s (w_s - sum_t w_t p_t); with two groups +- p q (w_0 - w_1).
   expected = 0.1875 * -4.0, 0.1875 * -9.0, 0.16 * 4.0
   np.testing.assert_allclose(gradient['soft'], [[expected, np.negative(expected)]], rtol=1e-5)
@@ -143,8 +183,9 @@ def test_segments_are_averages_with_one_added_to_the_count():
   hard = np.array([[[1.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]])
   values = np.array([[[3.0, 0.0], [6.0, 3.0], [8.0, 2.0]]])
   np.testing.assert_allclose(assignment.pool_segments(hard, values), [[[3.0, 1.0], [4.0, 1.0], [0.0, 0.0]]], rtol=1e-6)
-  np.testing.assert_allclose(assignment.pool_segments(hard[:, :2], values, eps=0.0), [[[4.5, 1.5], [8.0, 2.0]]],
-                             rtol=1e-6)
+  np.testing.assert_allclose(
+    assignment.pool_segments(hard[:, :2], values, eps=0.0), [[[4.5, 1.5], [8.0, 2.0]]], rtol=1e-6
+  )
 
 
 def test_attention_masks_and_scales():
@@ -199,29 +240,44 @@ def test_texts_of_any_leading_shape_are_encoded_alike():
 def test_batch_norm_learns_from_the_batch_in_training_alone():
   model, variables = tiny_model(), random_variables(tiny_model())
   tokens = jnp.array([[5, 2, 0], [6, 7, 2], [8, 9, 2]])
-  mean_after = lambda train: model.apply(
-      variables, tokens, train=train, method='encode_text', mutable=['batch_stats']
-  )[1]['batch_stats']['text_projector']['norm']['mean']
+  mean_after = lambda train: model.apply(variables, tokens, train=train, method='encode_text', mutable=['batch_stats'])[
+    1
+  ]['batch_stats']['text_projector']['norm']['mean']
   old = variables['batch_stats']['text_projector']['norm']['mean']
   np.testing.assert_array_equal(mean_after(False), old)
   features = model.apply(variables, text_rows.one_a_row(tokens, 2), method='text_features')
   fc1 = variables['params']['text_projector']['fc1']
   np.testing.assert_allclose(
-      mean_after(True), 0.9 * old + 0.1 * (features @ fc1['kernel'] + fc1['bias'][None]).mean(axis=0), rtol=1e-4)
+    mean_after(True), 0.9 * old + 0.1 * (features @ fc1['kernel'] + fc1['bias'][None]).mean(axis=0), rtol=1e-4
+  )
 
 
 def test_bfloat16_leaves_parameters_norms_and_softmaxes_in_float32():
-  config = model_config(**{
-      'dtype': 'bfloat16', 'embed_dim': 6, 'projector_dim': 10, 'vision.image_size': (16, 16), 'vision.width': 12,
-      'vision.patch_size': 8, 'vision.depths': (1, 1, 1), 'vision.num_group_tokens': (4, 2, 0),
-      'vision.num_segments': (4, 2, 0), 'vision.num_heads': 3, 'text.width': 8, 'text.depth': 1, 'text.num_heads': 2,
-      'text.context_length': 5})
+  config = model_config(
+    **{
+      'dtype': 'bfloat16',
+      'embed_dim': 6,
+      'projector_dim': 10,
+      'vision.image_size': (16, 16),
+      'vision.width': 12,
+      'vision.patch_size': 8,
+      'vision.depths': (1, 1, 1),
+      'vision.num_group_tokens': (4, 2, 0),
+      'vision.num_segments': (4, 2, 0),
+      'vision.num_heads': 3,
+      'text.width': 8,
+      'text.depth': 1,
+      'text.num_heads': 2,
+      'text.context_length': 5,
+    }
+  )
   model = build_model(config, vocab_size=11, eos_id=2, multi_label=True)
   images, tokens = jnp.ones((2, 16, 16, 3)), jnp.full((2, 1, 5), 2)
   variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)
   assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
-  out, state = jax.eval_shape(functools.partial(
-      model.apply, capture_intermediates=True, mutable=['intermediates']), variables, images, tokens)
+  out, state = jax.eval_shape(
+    functools.partial(model.apply, capture_intermediates=True, mutable=['intermediates']), variables, images, tokens
+  )
   assert {leaf.dtype for leaf in jax.tree.leaves(out)} == {jnp.dtype('float32')}
   flat = flax.traverse_util.flatten_dict(state['intermediates'], sep='/')
   dtypes = lambda kind: {x.dtype.name for path, leaves in flat.items() if kind in path for x in jax.tree.leaves(leaves)}
@@ -232,7 +288,9 @@ def test_bfloat16_leaves_parameters_norms_and_softmaxes_in_float32():
   assert exponentials and not any(':bf16' in line for line in exponentials)
 
 
-@pytest.mark.parametrize('key, value, message', [
+@pytest.mark.parametrize(
+  'key, value, message',
+  [
     ('dtype', 'float16', "model.dtype='float16': use 'float32' or 'bfloat16'"),
     ('vision.num_heads', 7, 'model.vision.width=384 is not divisible by num_heads=7'),
     ('text.num_heads', 3, 'model.text.width=256 is not divisible by num_heads=3'),
@@ -244,7 +302,8 @@ def test_bfloat16_leaves_parameters_norms_and_softmaxes_in_float32():
     ('vision.num_segments', (64, 0, 0), r'num_segments must be positive, got \(64, 0, 0\)'),
     ('vision.init.kernel', 'lecun', "init.kernel='lecun': use 'normal:STD' or 'fan_in:SCALE'"),
     ('vision.init.assign_kernel', 'uniform:1', "init.assign_kernel='uniform:1'"),
-])
+  ],
+)
 def test_a_config_that_makes_no_model_says_why(key, value, message):
   with pytest.raises(ValueError, match=message):
     build_model(model_config(**{key: value}), vocab_size=10, eos_id=1, multi_label=False)

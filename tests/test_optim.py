@@ -11,9 +11,19 @@ from groupvit_jax import optim
 from tests.tiny import tiny_model
 from tests.weights import random_variables
 
-CONFIG = ml_collections.ConfigDict(dict(
-    warmup_lr=0.1, peak_lr=0.5, end_lr=0.2, warmup_steps=2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.05,
-    clip_norm=5.0))
+CONFIG = ml_collections.ConfigDict(
+  dict(
+    warmup_lr=0.1,
+    peak_lr=0.5,
+    end_lr=0.2,
+    warmup_steps=2,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.05,
+    clip_norm=5.0,
+  )
+)
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -53,8 +63,9 @@ def test_gradients_are_clipped_at_a_norm_of_five(norm, share):
 def test_clipping_is_optaxs_but_for_rounding(scale):
   """Below the norm bit for bit."""
   grads = {'a': (scale * np.random.default_rng(0).normal(size=(3, 16))).astype('f'), 'b': np.ones(1, 'f')}
-  ours, theirs = (clip.update(grads, clip.init(grads))[0]
-                  for clip in (optim.clip_by_global_norm(5.0), optax.clip_by_global_norm(5.0)))
+  ours, theirs = (
+    clip.update(grads, clip.init(grads))[0] for clip in (optim.clip_by_global_norm(5.0), optax.clip_by_global_norm(5.0))
+  )
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7 if scale > 1 else 0), ours, theirs)
 
 
@@ -67,8 +78,7 @@ def test_a_norm_to_clip_at_is_positive(norm):
 def test_finite_updates_are_those_of_optax_and_others_leave_the_state():
   """Those of `optax.adamw` after clipping, bit for bit, with their state, as if other steps had not been."""
   schedule = optim.build_schedule(CONFIG, total_steps=6, batch_size=4096)
-  theirs = optax.chain(
-      optim.clip_by_global_norm(5.0), optax.adamw(schedule, weight_decay=0.05, mask=optim.decay_mask))
+  theirs = optax.chain(optim.clip_by_global_norm(5.0), optax.adamw(schedule, weight_decay=0.05, mask=optim.decay_mask))
   ours, rng = optim.build_optimizer(CONFIG, schedule), np.random.default_rng(0)
   params = {'kernel': rng.normal(size=(3, 16)).astype('f'), 'norm': {'scale': np.ones(3, 'f')}}
   states = [ours.init(params), theirs.init(params)]

@@ -31,10 +31,12 @@ def test_three_texts_in_two_rows():
   assert rows.tokens[0, 0].tolist() == [11, 12, EOS, 13, EOS] and rows.tokens[0, 1, :2].tolist() == [14, EOS]
   assert rows.positions.tolist() == [[[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]]
   assert rows.ends.tolist() == [[2, 4, 6]] and here.all()
-  np.testing.assert_array_equal(rows.mask[0, 0].astype(int), [
-      [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]])
-  np.testing.assert_array_equal(rows.mask[0, 1].astype(int), [
-      [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]])
+  np.testing.assert_array_equal(
+    rows.mask[0, 0].astype(int), [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+  )
+  np.testing.assert_array_equal(
+    rows.mask[0, 1].astype(int), [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+  )
   assert text_rows.take_rows(packing, 1, 1)[1].tolist() == [[False, False, True]]
 
 
@@ -72,6 +74,7 @@ def test_features_and_gradients_are_those_of_padded_texts(monkeypatch):
     def total(params):
       features = packed_texts.text_features(encoders, params, tokens, eos_id=EOS, budget=budget, groups=groups)
       return (features * jnp.cos(jnp.arange(features.size)).reshape(features.shape)).sum(), features
+
     return jax.value_and_grad(total, has_aux=True)(params)
 
   with jax.default_matmul_precision('highest'):

@@ -17,8 +17,12 @@ EOS = 33  # neither the largest nor the smallest id of a text
 # Biases whose gradient is zero but for rounding, with the neighbour whose gradient says how small that is: a key's bias
 # shifts all logits of a softmax over keys alike, a query's those of a softmax over queries, and every norm takes away
 # what an MLP across tokens adds to all channels of a token.
-DEAD = {'attn.k_proj.bias': 'attn.q_proj.bias', 'assign.q_proj.bias': 'assign.k_proj.bias',
-        'mlp_inter.fc2.bias': 'mlp_inter.fc1.bias', 'group_projector.1.fc2.bias': 'group_projector.1.fc1.bias'}
+DEAD = {
+  'attn.k_proj.bias': 'attn.q_proj.bias',
+  'assign.q_proj.bias': 'assign.k_proj.bias',
+  'mlp_inter.fc2.bias': 'mlp_inter.fc1.bias',
+  'group_projector.1.fc2.bias': 'group_projector.1.fc1.bias',
+}
 
 
 def released_config() -> transformers.GroupViTConfig:
@@ -31,14 +35,30 @@ def released_config() -> transformers.GroupViTConfig:
 def odd_config() -> transformers.GroupViTConfig:
   """Towers of unequal widths, 3 x 5 patches with pixels left over, odd numbers of groups."""
   return transformers.GroupViTConfig(
-      projection_dim=10, projection_intermediate_dim=22,
-      vision_config=dict(
-          hidden_size=24, intermediate_size=60, num_attention_heads=3, depths=[2, 1, 1], num_hidden_layers=4,
-          num_group_tokens=[7, 3, 0], num_output_groups=[7, 5, 5], image_size=[25, 43], patch_size=8,
-          assign_mlp_ratio=[0.5, 2.5]),
-      text_config=dict(
-          hidden_size=20, intermediate_size=50, num_attention_heads=5, num_hidden_layers=2, vocab_size=61,
-          max_position_embeddings=9, eos_token_id=EOS))
+    projection_dim=10,
+    projection_intermediate_dim=22,
+    vision_config=dict(
+      hidden_size=24,
+      intermediate_size=60,
+      num_attention_heads=3,
+      depths=[2, 1, 1],
+      num_hidden_layers=4,
+      num_group_tokens=[7, 3, 0],
+      num_output_groups=[7, 5, 5],
+      image_size=[25, 43],
+      patch_size=8,
+      assign_mlp_ratio=[0.5, 2.5],
+    ),
+    text_config=dict(
+      hidden_size=20,
+      intermediate_size=50,
+      num_attention_heads=5,
+      num_hidden_layers=2,
+      vocab_size=61,
+      max_position_embeddings=9,
+      eos_token_id=EOS,
+    ),
+  )
 
 
 class Outputs(NamedTuple):
@@ -62,10 +82,13 @@ def theirs(model: transformers.GroupViTModel, images: np.ndarray, tokens: np.nda
   out.loss.backward()
   to_numpy = lambda x: x.detach().numpy()
   return Outputs(
-      to_numpy(projected['visual_projection']), to_numpy(projected['text_projection']),
-      to_numpy(out.vision_model_output.last_hidden_state),
-      [to_numpy(x) for x in out.vision_model_output.attentions], out.loss.item(),
-      {name: to_numpy(p.grad) for name, p in model.named_parameters()})
+    to_numpy(projected['visual_projection']),
+    to_numpy(projected['text_projection']),
+    to_numpy(out.vision_model_output.last_hidden_state),
+    [to_numpy(x) for x in out.vision_model_output.attentions],
+    out.loss.item(),
+    {name: to_numpy(p.grad) for name, p in model.named_parameters()},
+  )
 
 
 def ours(model: transformers.GroupViTModel, images: np.ndarray, tokens: np.ndarray) -> Outputs:
@@ -85,8 +108,14 @@ def ours(model: transformers.GroupViTModel, images: np.ndarray, tokens: np.ndarr
 
   with jax.default_matmul_precision('highest'):
     (loss, (image, text)), grads = run(variables['params'], variables['batch_stats'], images, tokens)
-  return Outputs(image.embeds, text, image.segments, list(image.assignments), float(loss),
-                 huggingface.to_huggingface({'params': grads}))
+  return Outputs(
+    image.embeds,
+    text,
+    image.segments,
+    list(image.assignments),
+    float(loss),
+    huggingface.to_huggingface({'params': grads}),
+  )
 
 
 @pytest.fixture(scope='module', params=[released_config, odd_config], ids=['released', 'odd'])

@@ -57,9 +57,7 @@ def test_sixteen_bits():
   assert read(encoded(deep, 'TIFF'))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
   # RGB of 16 bits, which Pillow cannot write: one pixel by hand.
   rows = b'\0' + struct.pack('>3H', 65535, 128 * 257, 257)
-  chunk = lambda kind, data: (
-    struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-  )
+  chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
   header = struct.pack('>IIBBBBB', 1, 1, 16, 2, 0, 0, 0)
   data = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows))
   assert read(data + chunk(b'IEND', b'')).tolist() == [[[255, 128, 1]]]

@@ -76,7 +76,7 @@ def test_heat_maps_are_what_labels_are_chosen_by(predictor, prediction, image):
 
 
 def test_other_words_do_not_encode_again(predictor, prediction, image, monkeypatch):
-  encoded, = predictor.encode([image])
+  (encoded,) = predictor.encode([image])
   monkeypatch.setattr(window_encoder, 'encode_windows', None)
   found = predictor.find(encoded, WORDS)
   assert np.array_equal(found.labels, prediction.labels) and found.key == prediction.key
@@ -131,9 +131,7 @@ def test_synonyms_are_the_mean_of_their_embeddings_and_are_kept(predictor, monke
   np.testing.assert_allclose(np.linalg.norm(two, axis=1), 1, rtol=1e-5)
   asked = []
   embed = semantic_seg.embed_classes
-  monkeypatch.setattr(
-    semantic_seg, 'embed_classes', lambda *args: asked.append(args[3]) or embed(*args)
-  )
+  monkeypatch.setattr(semantic_seg, 'embed_classes', lambda *args: asked.append(args[3]) or embed(*args))
   got = predictor.embed_words(words)
   mean = two.mean(axis=0)
   np.testing.assert_allclose(got[0], mean / np.linalg.norm(mean), atol=1e-6)
@@ -254,7 +252,6 @@ def test_a_bad_picture_is_named(predictor, image):
 
 def test_importing_the_package_is_cheap():
   code = (
-    'import sys, groupvit_jax; assert "jax" not in sys.modules; '
-    'groupvit_jax.Predictor; assert "jax" in sys.modules'
+    'import sys, groupvit_jax; assert "jax" not in sys.modules; groupvit_jax.Predictor; assert "jax" in sys.modules'
   )
   subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=True)

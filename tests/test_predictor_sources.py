@@ -15,14 +15,18 @@ WORDS = ('dog|puppy', 'banana', 'grass')
 
 PICTURES = [photo(48, 70), photo(8, 200, seed=1), photo(40, 33, seed=2)]  # the second one is lower than a window
 # By default, and as the paper has it but for the size of windows, which are others than those of training.
-PROTOCOLS = {'native': None, 'groupvit': protocols.override(
-    protocols.GROUPVIT, dict(short_side=48, max_long_side=192, window=48, stride=24))}
+PROTOCOLS = {
+  'native': None,
+  'groupvit': protocols.override(protocols.GROUPVIT, dict(short_side=48, max_long_side=192, window=48, stride=24)),
+}
 
 
 @pytest.fixture(scope='module')
 def want():
-  return {name: Predictor.open(trained_workdir(), protocol=protocol)(PICTURES, WORDS, threshold=0.2)
-          for name, protocol in PROTOCOLS.items()}
+  return {
+    name: Predictor.open(trained_workdir(), protocol=protocol)(PICTURES, WORDS, threshold=0.2)
+    for name, protocol in PROTOCOLS.items()
+  }
 
 
 @pytest.mark.parametrize('form', ['huggingface', 'safetensors', 'stablehlo'])

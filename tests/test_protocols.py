@@ -57,14 +57,23 @@ def test_overrides_are_named_in_the_result():
 
 def test_every_part_can_be_changed_on_the_command_line():
   texts = dict(
-    short_side='224', max_long_side='1024', antialias='true', window='224', stride='112', class_filter='none',
-    double_softmax='False', threshold='0.9', threshold_mode='global', templates='full', class_names='benchmark')
+    short_side='224',
+    max_long_side='1024',
+    antialias='true',
+    window='224',
+    stride='112',
+    class_filter='none',
+    double_softmax='False',
+    threshold='0.9',
+    threshold_mode='global',
+    templates='full',
+    class_names='benchmark',
+  )
   run = types.SimpleNamespace(config=tiny_config())
   found = run_facts.choose_protocol(run, 'groupvit', texts).to_json()
   assert found['changed'] == list(texts) == list(protocols.PARAMETERS)
   assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
-  assert [found[key] for key in texts] == [
-    224, 1024, True, 224, 112, None, False, 0.9, 'global', 'full', 'benchmark']
+  assert [found[key] for key in texts] == [224, 1024, True, 224, 112, None, False, 0.9, 'global', 'full', 'benchmark']
   command = [sys.executable, 'eval.py', '--help']
   said = subprocess.run(command, cwd=pathlib.Path(__file__).parents[1], capture_output=True, text=True).stdout
   assert all(f'--protocol.{key}:' in said for key in texts) and '--protocol:' in said
@@ -103,9 +112,7 @@ def test_unknown_protocol():
     protocols.find_protocol('voc', (64, 64))
 
 
-@pytest.mark.parametrize(
-  'length, count', [(448, 1), (100, 1), (449, 2), (672, 2), (673, 3), (2048, 9)]
-)
+@pytest.mark.parametrize('length, count', [(448, 1), (100, 1), (449, 2), (672, 2), (673, 3), (2048, 9)])
 def test_windows_along_an_axis(length, count):
   assert protocols.GROUPVIT.windows_along(length) == count
 

@@ -26,8 +26,9 @@ STRENGTHS = {
 
 
 def affine(*matrix):
-  return lambda image: image.transform(image.size, Image.Transform.AFFINE, matrix,
-                                       Image.Resampling.BILINEAR, fillcolor=FILL)
+  return lambda image: image.transform(
+    image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=FILL
+  )
 
 
 def blend_with(enhance):
@@ -119,9 +120,12 @@ def test_strengths_are_the_recipes():
 
 def test_draws_are_uniform_and_half_of_them_applied(monkeypatch):
   drawn = []
-  spies = [rand_augment.Op(op.name, lambda level, sign: (level, sign),
-                           lambda pixels, argument, name=op.name: drawn.append((name, *argument)))
-           for op in OPS]
+  spies = [
+    rand_augment.Op(
+      op.name, lambda level, sign: (level, sign), lambda pixels, argument, name=op.name: drawn.append((name, *argument))
+    )
+    for op in OPS
+  ]
   monkeypatch.setattr(rand_augment, 'OPS', spies)
   rng = np.random.default_rng(0)
   count = 6000

@@ -40,8 +40,14 @@ class Program(NamedTuple):
 @pytest.fixture(scope='module')
 def watched(tmp_path_factory):
   """A run of six steps with a profile: what was compiled, read and donated, and in which order batches were sent."""
-  found = {'reads': 0, 'reads_before_step': [], 'donated': [], 'compilations': [], 'compiled_before_step': [],
-           'events': []}
+  found = {
+    'reads': 0,
+    'reads_before_step': [],
+    'donated': [],
+    'compilations': [],
+    'compiled_before_step': [],
+    'events': [],
+  }
   config, workdir = tiny_config(), tmp_path_factory.mktemp('watched')
   config.profile, config.log_every, config.checkpoint.every_steps, config.eval.every_steps = True, 3, 100, 100
   jit_step, to_devices, log_step = train_loop.jit_step, train_loop.pipeline.to_devices, train_loop._log_step
@@ -55,6 +61,7 @@ def watched(tmp_path_factory):
         after = step(state, batch)
       found['donated'].append(all(leaf.is_deleted() for leaf in jax.tree.leaves(state)))
       return after
+
     return call
 
   def watched_jit_step(run, state):
@@ -116,7 +123,7 @@ def test_batches_are_sent_before_steps_are_waited_for(watched):
   events = watched['events']
   assert events.count('send') == 6
   for step in range(1, 6):
-    assert events[:events.index(f'wait for {step}')].count('send') == step + 1
+    assert events[: events.index(f'wait for {step}')].count('send') == step + 1
 
 
 def test_every_step_takes_over_the_state(watched, program):
@@ -135,8 +142,18 @@ def test_cost_of_the_step(program):
 def test_the_profile_reads_like_the_paper(watched, program):
   assert list((watched['workdir'] / 'profile').rglob('perfetto_trace.json.gz'))
   names = program.lowered.as_text(debug_info=True)
-  for scope in ('vision/stage0', 'patch_embed', 'stage0_grouping', 'assign', 'text', 'pack_texts', 'caption_loss',
-                'multi_label_loss', 'optimizer', 'transpose'):
+  for scope in (
+    'vision/stage0',
+    'patch_embed',
+    'stage0_grouping',
+    'assign',
+    'text',
+    'pack_texts',
+    'caption_loss',
+    'multi_label_loss',
+    'optimizer',
+    'transpose',
+  ):
     assert scope in names, scope
 
 
@@ -157,18 +174,14 @@ def test_tokens_and_flops_of_texts_at_lengths_of_cc12m():
     config.model.text.depth = 2  # of equal layers
   model = build_model(config.model, vocab_size=99, eos_id=1, multi_label=True)
   tokens = jnp.asarray(caption_lengths.draw_tokens(32, 3, 77, 99))
-  params = jax.eval_shape(lambda: model.init(
-      jax.random.key(0), jnp.zeros((1, 224, 224, 3)), tokens[:1])['params'])
+  params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 224, 224, 3)), tokens[:1])['params'])
   encode = lambda params, rows: model.apply({'params': params}, rows, method='text_features')
   encoders = packed_texts.Encoders(encode, encode)  # in a loop over blocks one alone would be counted
 
   def flops(budget: int) -> float:
-    features = functools.partial(packed_texts.text_features, encoders, tokens=tokens, eos_id=1, budget=budget,
-                                 groups=1)
+    features = functools.partial(packed_texts.text_features, encoders, tokens=tokens, eos_id=1, budget=budget, groups=1)
     return jax.jit(jax.grad(lambda params: features(params).sum())).lower(params).cost_analysis()['flops']
 
   assert flops(0) > 3.5 * flops(64)  # 308 tokens an image; 64, and the body of the loop for what does not fit
   rows = pack(tokens.reshape(1, -1, 77), 1, packed_texts.ROW_LENGTH).num_rows
   assert np.max(rows) * packed_texts.ROW_LENGTH / 32 <= 72
-
-

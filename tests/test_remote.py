@@ -38,8 +38,18 @@ def open_set(*patterns: str, index_dir: str = '') -> webdataset.WebDataset:
 
 
 def batches(source, num_threads: int) -> list[dict[str, np.ndarray]]:
-  examples = pipeline.Examples(source, AUGMENT, Words(), seed=0, batch_size=16, num_prompts=1, text_length=4,
-                               first_batch=0, num_batches=3, rows=range(16))
+  examples = pipeline.Examples(
+    source,
+    AUGMENT,
+    Words(),
+    seed=0,
+    batch_size=16,
+    num_prompts=1,
+    text_length=4,
+    first_batch=0,
+    num_batches=3,
+    rows=range(16),
+  )
   return list(pipeline.iterate(examples, num_threads=num_threads, num_workers=0, prefetch_batches=2))
 
 
@@ -122,8 +132,12 @@ def bucket():
   server.start()
   with pytest.MonkeyPatch.context() as patch:
     host, port = server.get_host_and_port()
-    for name, value in (('AWS_ENDPOINT_URL', f'http://{host}:{port}'), ('AWS_ACCESS_KEY_ID', 'test'),
-                        ('AWS_SECRET_ACCESS_KEY', 'test'), ('AWS_DEFAULT_REGION', 'us-east-1')):
+    for name, value in (
+      ('AWS_ENDPOINT_URL', f'http://{host}:{port}'),
+      ('AWS_ACCESS_KEY_ID', 'test'),
+      ('AWS_SECRET_ACCESS_KEY', 'test'),
+      ('AWS_DEFAULT_REGION', 'us-east-1'),
+    ):
       patch.setenv(name, value)
     shards._system('s3://').mkdir('photographs')
     yield 's3://photographs'

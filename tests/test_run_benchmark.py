@@ -43,9 +43,17 @@ def evaluate(benchmark, data_dir, output, **options):
 def run_eval(*flags):
   """eval.py on the tiny run by a tiny protocol; what it prints."""
   done = subprocess.run(
-      [sys.executable, 'eval.py', f'--workdir={trained_workdir()}',
-       *(f'--protocol.{key}={value}' for key, value in SMALL.items()), *flags],
-      cwd=ROOT, capture_output=True, text=True)
+    [
+      sys.executable,
+      'eval.py',
+      f'--workdir={trained_workdir()}',
+      *(f'--protocol.{key}={value}' for key, value in SMALL.items()),
+      *flags,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
   assert done.returncode == 0, done.stderr
   return done.stdout
 
@@ -90,8 +98,16 @@ def swept(tmp_path_factory):
   """A folder of one's own through the front door, with a sweep."""
   data, output = tmp_path_factory.mktemp('mine'), tmp_path_factory.mktemp('out') / 'new'
   layouts.folder(data)
-  table = run_eval('--benchmark=folder', f'--data_dir={data}', '--protocol=groupvit', '--protocol.threshold=0.3',
-                   '--thresholds=0.1:0.9:0.2', '--masks', f'--output={output}', f'--report={output}/report.html')
+  table = run_eval(
+    '--benchmark=folder',
+    f'--data_dir={data}',
+    '--protocol=groupvit',
+    '--protocol.threshold=0.3',
+    '--thresholds=0.1:0.9:0.2',
+    '--masks',
+    f'--output={output}',
+    f'--report={output}/report.html',
+  )
   return output, data, table
 
 
@@ -105,18 +121,25 @@ def test_every_result_names_what_it_depends_on(swept):
   assert value == pytest.approx(report['miou']) and step == report['checkpoint']['step'] == 6
   expected = protocols.override(protocols.GROUPVIT, {key: int(value) for key, value in SMALL.items()})
   expected = protocols.override(expected, {'threshold': 0.3}).to_json()
-  provenance = {'workdir': str(trained_workdir()), 'step': '6', 'weights': 'trained',
-                'code': trained_run.code_version(), 'precision': 'float32, matrix products default on cpu'}
+  provenance = {
+    'workdir': str(trained_workdir()),
+    'step': '6',
+    'weights': 'trained',
+    'code': trained_run.code_version(),
+    'precision': 'float32, matrix products default on cpu',
+  }
   for found in (report, json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))):
     assert found['protocol'] == expected and found['provenance'] == provenance
     assert found['templates'] == ['a photo of a {}.'] and found['class_names'] == ['dog', 'grass']
     assert found['num_images'] == 3 and found['benchmark'] == data.name
   lines, page = table.splitlines(), (output / 'report.html').read_text()
   assert lines[0] == f'{data.name}, 3 pictures, protocol groupvit with ' + ', '.join(
-      f'{key}={value}' for key, value in (SMALL | {'threshold': 0.3}).items())
+    f'{key}={value}' for key, value in (SMALL | {'threshold': 0.3}).items()
+  )
   assert lines[1] == '(' + ', '.join(f'{key}={expected[key]}' for key in protocols.PARAMETERS) + ')'
-  assert (f'checkpoint {provenance["workdir"]} step 6, weights trained, code {provenance["code"]}, '
-          f'{provenance["precision"]}') in lines
+  assert (
+    f'checkpoint {provenance["workdir"]} step 6, weights trained, code {provenance["code"]}, {provenance["precision"]}'
+  ) in lines
   assert f'protocol <b>{lines[0].partition("protocol ")[2]}</b>' in page
   assert all(f'{key} {value}' in page for key, value in provenance.items())
 
@@ -143,7 +166,8 @@ def test_a_page_for_people(swept, tmp_path):
   for path, message in (('mine.html', 'did not write'), ('report.pdf', 'end it in .html')):
     with pytest.raises(ValueError, match=message):
       run_benchmark.evaluate_benchmark(
-          str(trained_workdir()), Request('ade20k', str(tmp_path), report=str(tmp_path / path)))
+        str(trained_workdir()), Request('ade20k', str(tmp_path), report=str(tmp_path / path))
+      )
 
 
 def test_pictures_are_scored_one_by_one(swept):
@@ -154,8 +178,11 @@ def test_pictures_are_scored_one_by_one(swept):
   for record in map(source.__getitem__, range(3)):
     labels = np.asarray(Image.open(output / 'masks' / f'{record["key"]}.png'))
     counted = record['label'] != 255
-    iou = [np.sum((labels == c) & (record['label'] == c)) / union for c in range(3)
-           if (union := np.sum(((labels == c) | (record['label'] == c)) & counted))]
+    iou = [
+      np.sum((labels == c) & (record['label'] == c)) / union
+      for c in range(3)
+      if (union := np.sum(((labels == c) | (record['label'] == c)) & counted))
+    ]
     assert found[record['key']] == pytest.approx(np.mean(iou))
 
 
@@ -166,7 +193,9 @@ def test_some_pictures_and_held_out_scenes(data_dir, tmp_path):
   assert report['num_images'] == 5 and report['protocol']['name'] == 'native'
 
 
-@pytest.mark.parametrize('request_, message', [
+@pytest.mark.parametrize(
+  'request_, message',
+  [
     (dict(benchmark='voc'), "no benchmark 'voc'; choose one of voc21, .* folder, scenes"),
     (dict(data_dir=''), 'needs --data_dir'),
     (dict(thresholds='0.1:0.9'), 'write FIRST:LAST:STEP'),
@@ -181,7 +210,8 @@ def test_some_pictures_and_held_out_scenes(data_dir, tmp_path):
     (dict(protocol='native'), 'no threshold under protocol .native.; set protocol.threshold'),
     (dict(output=None, masks=True), '--masks needs --output'),
     (dict(num_pictures=-1), 'of 3 pictures -1 cannot be taken'),
-])
+  ],
+)
 def test_mistakes_write_nothing(request_, message, data_dir, tmp_path):
   options = dict(benchmark='voc21', data_dir=str(data_dir), output=str(tmp_path / 'out'), changes=SMALL) | request_
   with pytest.raises(ValueError, match=message):
@@ -189,9 +219,15 @@ def test_mistakes_write_nothing(request_, message, data_dir, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('text, values', [
-    ('0.05:0.95:0.05', tuple(round(0.05 * i, 2) for i in range(1, 20))), ('0.3, 0.5', (0.3, 0.5)), ('', ()),
-    ('0:1:0.5', (0, 0.5, 1))])
+@pytest.mark.parametrize(
+  'text, values',
+  [
+    ('0.05:0.95:0.05', tuple(round(0.05 * i, 2) for i in range(1, 20))),
+    ('0.3, 0.5', (0.3, 0.5)),
+    ('', ()),
+    ('0:1:0.5', (0, 0.5, 1)),
+  ],
+)
 def test_thresholds_as_people_write_them(text, values):
   assert run_benchmark.parse_thresholds(text) == values
 

@@ -120,7 +120,7 @@ def test_things_are_mirrored_turned_scaled_and_lit():
   source = make_scenes(things=('banana',), poses=1, min_things=1, max_things=1)
   whole, mirrored, gains = source._bank.sprite(0, 0, 0).rgb, 0, []
   for index in range(200):
-    thing, = source._lay_out(index).placed
+    (thing,) = source._lay_out(index).placed
     gains.append(thing.gain.ravel())
     mirrored += thing.rgb.shape == whole.shape and np.array_equal(thing.rgb, whole[:, :, ::-1])
   straight = sum(np.array_equal(source._lay_out(index).placed[0].rgb, whole) for index in range(200))
@@ -159,7 +159,9 @@ def test_index_out_of_range():
     source.labelled()[3]
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     ({'things': ('dog', 'wug')}, "unknown things 'wug'; choose from dog, cat"),
     ({'stuff': ('gras',)}, "unknown stuff 'gras'; choose from grass, sky"),
     ({'things': ()}, 'no things; name at least one of dog'),
@@ -171,7 +173,8 @@ def test_index_out_of_range():
     ({'min_visible': 1.0}, 'min_visible is 1.0'),
     ({'seed': -1}, 'seed is -1'),
     ({'length': 0}, 'length is 0'),
-])
+  ],
+)
 def test_mistakes_are_named(changes, message):
   with pytest.raises(ValueError, match=message) as caught:
     make_scenes(**changes)
@@ -220,13 +223,19 @@ def test_paint_scene_lays_things_over_stuff():
 
 
 def test_captions_are_grammatical():
-  phrases = {'dog': 'a dog', 'apple': 'an apple', 'unicorn': 'a unicorn', 'scissors': 'scissors',
-             'sun': 'the sun', 'umbrella': 'an umbrella'}
+  phrases = {
+    'dog': 'a dog',
+    'apple': 'an apple',
+    'unicorn': 'a unicorn',
+    'scissors': 'scissors',
+    'sun': 'the sun',
+    'umbrella': 'an umbrella',
+  }
   assert {name: captions.name_thing(name) for name in phrases} == phrases
   assert captions.write_caption(['dog', 'owl', 'dog'], 'on the grass', 0) == (
-      'a photo of a dog and an owl on the grass')
-  assert captions.write_caption(['dog', 'owl', 'sun'], 'in the sky', 0.999) == (
-      'in the sky, a dog, an owl and the sun')
+    'a photo of a dog and an owl on the grass'
+  )
+  assert captions.write_caption(['dog', 'owl', 'sun'], 'in the sky', 0.999) == ('in the sky, a dog, an owl and the sun')
   assert captions.write_caption(['dog', 'owl'], None, 0.999) == 'a dog and an owl'
   assert captions.write_caption([], 'on the grass', 0) == 'a photo of the grass'
   with pytest.raises(ValueError, match='a thing or a place'):
@@ -236,8 +245,7 @@ def test_captions_are_grammatical():
     assert len(written) == len(captions.TEMPLATES) - (len(names) < 2)
     assert not any('  ' in text or text != text.strip() for text in written)
     assert any('together' in text for text in written) == (len(names) > 1)
-  assert all(name in words(place) for name, kind in backgrounds.STUFF.items()
-             for place in kind.places)
+  assert all(name in words(place) for name, kind in backgrounds.STUFF.items() for place in kind.places)
 
 
 def test_offered_glyphs_obey_the_rule():
@@ -285,8 +293,13 @@ def texture_features(texture: np.ndarray) -> np.ndarray:
 def test_backgrounds_are_told_apart():
   def features(seed):
     rng = np.random.default_rng(seed)
-    return np.stack([[texture_features(backgrounds.paint_texture(stuff, rng, 64, 64))
-                      for _ in range(10)] for stuff in backgrounds.STUFF.values()])
+    return np.stack(
+      [
+        [texture_features(backgrounds.paint_texture(stuff, rng, 64, 64)) for _ in range(10)]
+        for stuff in backgrounds.STUFF.values()
+      ]
+    )
+
   known, unseen = features(0), features(1)
   spread = known.std(1).mean(0)
   gaps = np.abs(unseen[:, :, None] - known.mean(1)) / spread

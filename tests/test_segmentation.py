@@ -55,9 +55,7 @@ def test_interpolation_is_exact_in_large_pictures():
   index = np.arange(8000)
   centre = (index + 0.5) * 2048 / 8000 - 0.5
   low, _, weight = segmentation.interpolation_taps(jnp.asarray(index), 2048, 8000)
-  np.testing.assert_allclose(
-    low + np.asarray(weight, np.float64), np.maximum(centre, 0), atol=1e-12 + 6e-8
-  )
+  np.testing.assert_allclose(low + np.asarray(weight, np.float64), np.maximum(centre, 0), atol=1e-12 + 6e-8)
   assert np.array_equal(low, np.floor(np.maximum(centre, 0)))
 
 
@@ -79,10 +77,7 @@ def test_segment_map_matches_opencv(rng):
 
 def reference_scores(image, segments, text, scale, top):
   """Numpy float64, one window."""
-  softmax = lambda x: (
-    np.exp(x - x.max(-1, keepdims=True))
-    / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
-  )
+  softmax = lambda x: np.exp(x - x.max(-1, keepdims=True)) / np.exp(x - x.max(-1, keepdims=True)).sum(-1, keepdims=True)
   unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
   logits = scale * unit(segments) @ unit(text).T
   kept = np.full_like(logits, -np.inf)
@@ -92,18 +87,9 @@ def reference_scores(image, segments, text, scale, top):
 
 
 def test_class_scores_filter_and_double_softmax(rng):
-  image, segments, text = (
-    rng.normal(size=(2, 6)),
-    rng.normal(size=(2, 3, 6)),
-    rng.normal(size=(9, 6)),
-  )
+  image, segments, text = (rng.normal(size=(2, 6)), rng.normal(size=(2, 3, 6)), rng.normal(size=(9, 6)))
   got = segmentation.class_scores(
-    jnp.asarray(image),
-    jnp.asarray(segments),
-    jnp.asarray(text),
-    jnp.asarray(1.5),
-    class_filter=5,
-    double_softmax=True,
+    jnp.asarray(image), jnp.asarray(segments), jnp.asarray(text), jnp.asarray(1.5), class_filter=5, double_softmax=True
   )
   for b in range(2):
     want = reference_scores(image[b], segments[b], text, np.exp(1.5), 5)
@@ -126,17 +112,13 @@ def test_padding_scores_nothing_and_changes_nothing(num_classes, rng):
 def test_class_scores_clamp_the_scale_and_take_fewer_classes_than_the_filter():
   image, segments = jnp.array([[1.0, 0.0]]), jnp.array([[[1.0, 0.0]]])
   text = jnp.array([[3.0, 4.0], [4.0, 3.0]])  # cosines 0.6 and 0.8
-  got = segmentation.class_scores(
-    image, segments, text, jnp.asarray(50.0), class_filter=5, double_softmax=False
-  )
+  got = segmentation.class_scores(image, segments, text, jnp.asarray(50.0), class_filter=5, double_softmax=False)
   np.testing.assert_allclose(got[0, 0, 0], 1 / (1 + np.exp(20)), rtol=1e-4)
 
 
 def test_plain_scores_sum_to_one(rng):
   embeds = [jnp.asarray(rng.normal(size=s)) for s in ((1, 4), (1, 3, 4), (7, 4))]
-  got = segmentation.class_scores(
-    *embeds, jnp.asarray(2.0), class_filter=None, double_softmax=False
-  )
+  got = segmentation.class_scores(*embeds, jnp.asarray(2.0), class_filter=None, double_softmax=False)
   np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
 
 

@@ -64,13 +64,9 @@ def make_model(window=WINDOW, patch=PATCH):
   """Two grouping stages, and an assignment decisive enough that segments differ."""
   decisive = nn.initializers.variance_scaling(8.0, 'fan_in', 'normal')
   spread = nn.initializers.normal(0.5)
-  init = dataclasses.replace(
-    tiny_model().vision.init, assign_kernel=decisive, tokens=spread, positions=spread
-  )
+  init = dataclasses.replace(tiny_model().vision.init, assign_kernel=decisive, tokens=spread, positions=spread)
   stages = (StageSpec(1, 8, 8), StageSpec(1, 5, 5), StageSpec(1, 0, 0))
-  return tiny_model(
-    image_size=(window, window), patch_size=patch, width=16, stages=stages, init=init
-  )
+  return tiny_model(image_size=(window, window), patch_size=patch, width=16, stages=stages, init=init)
 
 
 def init_variables(model):
@@ -144,9 +140,7 @@ def threshold(value, **changes):
 
 
 @pytest.mark.parametrize('background', [True, False])
-def test_label_maps_are_those_of_the_slow_reference(
-  background, evaluate, encode, variables, text_embeds
-):
+def test_label_maps_are_those_of_the_slow_reference(background, evaluate, encode, variables, text_embeds):
   benchmark = WITH_BACKGROUND if background else WITHOUT
   sizes = ORDINARY + EXTREME
   _, maps = evaluate(sizes, benchmark, threshold(0.1))
@@ -193,8 +187,13 @@ def test_the_published_sizes_are_those_of_the_slow_reference(text_embeds):
   agree, counted = [], []
   for record in source:
     want, margin = reference_protocol.label_picture(
-      record['image'], encode, text_embeds, float(variables['params']['logit_scale']), 0.1,
-      reference_protocol.Sizes(448, 2048, 448, 224, 64))
+      record['image'],
+      encode,
+      text_embeds,
+      float(variables['params']['logit_scale']),
+      0.1,
+      reference_protocol.Sizes(448, 2048, 448, 224, 64),
+    )
     clear = margin > 1e-4
     agree.append((maps[record['key']] == want)[clear].sum())
     counted.append(clear.sum())
@@ -232,9 +231,7 @@ class Letters:
     return np.array([row + [2] + [0] * (length - 1 - len(row)) for row in rows], np.int32)
 
 
-def test_any_ordinary_sizes_are_a_program_for_pictures_one_for_labels_and_one_for_names(
-  compilations, model, variables
-):
+def test_any_ordinary_sizes_are_a_program_for_pictures_one_for_labels_and_one_for_names(compilations, model, variables):
   # In numbers that no other test has: what those have compiled is not compiled here.
   benchmark = make_benchmark('shapes', CLASSES[:8], background=True)
   mesh = sharding.make_mesh(devices=jax.local_devices()[:3])
@@ -280,10 +277,7 @@ def test_oracle_names_each_segment_by_its_majority(evaluate):
   counts = 0
   for record in Pictures(sizes, WITHOUT.classes):
     counts += metrics.ConfusionMatrix.oracle(
-      jnp.asarray(record['label'])[None],
-      jnp.asarray(segments[record['key']])[None],
-      num_segments=5,
-      num_classes=9,
+      jnp.asarray(record['label'])[None], jnp.asarray(segments[record['key']])[None], num_segments=5, num_classes=9
     ).counts()
   assert np.array_equal(result.oracle_counts, counts)
   assert result.oracle.pixel_accuracy > result.scores.pixel_accuracy
@@ -434,10 +428,7 @@ def test_class_embeddings_are_means_of_projected_features(model, variables):
     ({'source': Pictures(ORDINARY, CLASSES[:9])}, 'the source labels 9 classes .background'),
     ({'text_embeds': np.ones((8, 8), np.float32)}, 'asks for 9 classes but 8 are embedded'),
     ({'benchmark': WITH_BACKGROUND}, 'set protocol.threshold'),
-    (
-      {'mesh': 'all', 'batch_size': 12},
-      'batch_size=12 is not a positive multiple of the 8 devices',
-    ),
+    ({'mesh': 'all', 'batch_size': 12}, 'batch_size=12 is not a positive multiple of the 8 devices'),
   ],
 )
 def test_mistakes_are_named(changes, message, model, variables, text_embeds):
@@ -458,7 +449,5 @@ def test_mistakes_are_named(changes, message, model, variables, text_embeds):
 def test_a_label_that_is_no_class_is_named(evaluate):
   fewer = make_benchmark('shapes', CLASSES[1:4])
   source = Pictures([(32, 32)], CLASSES)
-  with pytest.raises(
-    ValueError, match="label map of '0: 32 x 32' holds [3-9], but shapes has .* 2"
-  ):
+  with pytest.raises(ValueError, match="label map of '0: 32 x 32' holds [3-9], but shapes has .* 2"):
     semantic_seg.prepare_picture(source, 0, benchmark=fewer, protocol=PROTOCOL, patch_size=PATCH)

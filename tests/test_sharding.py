@@ -30,21 +30,35 @@ def random_batch(size: int) -> dict[str, np.ndarray]:
   rng = np.random.default_rng(0)
   length = rng.integers(1, TEXT_SHAPE[1] + 1, (size, TEXT_SHAPE[0], 1))
   words = rng.integers(3, 20, (size, *TEXT_SHAPE), np.int32)
-  return {'image': rng.integers(0, 256, (size, 16, 16, 3), np.uint8),
-          'tokens': np.where(np.arange(TEXT_SHAPE[1]) < length - 1, words, np.int32(2))}  # EOS, and CLIP's padding
+  return {
+    'image': rng.integers(0, 256, (size, 16, 16, 3), np.uint8),
+    'tokens': np.where(np.arange(TEXT_SHAPE[1]) < length - 1, words, np.int32(2)),
+  }  # EOS, and CLIP's padding
 
 
 def loss_and_grads_on(mesh: jax.sharding.Mesh):
   model = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0)))
   zero = jnp.int32(0)
-  state = train_state.TrainState(zero, **random_variables(model), opt_state=(), rng=jax.random.key(0), skipped=zero,
-                                 skipped_in_a_row=zero)
+  state = train_state.TrainState(
+    zero, **random_variables(model), opt_state=(), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero
+  )
   state = jax.device_put(state, sharding.state_shardings(state, mesh))
   batch = pipeline.to_devices(random_batch(32), mesh)
-  step = jax.jit(functools.partial(
-      train_step.loss_and_grads, model=model, multi_label_weight=1.0, grad_accum_steps=1, text_budget=4,
-      random_erasing=RandomErasing(0.5),
-      place=sharding.batch_sharding(mesh))).lower(state, batch).compile(EFFORTLESS)
+  step = (
+    jax.jit(
+      functools.partial(
+        train_step.loss_and_grads,
+        model=model,
+        multi_label_weight=1.0,
+        grad_accum_steps=1,
+        text_budget=4,
+        random_erasing=RandomErasing(0.5),
+        place=sharding.batch_sharding(mesh),
+      )
+    )
+    .lower(state, batch)
+    .compile(EFFORTLESS)
+  )
   out, grads = step(state, batch)
   return jax.device_get((out.figures.scalars['loss'], out.batch_stats, grads))
 
@@ -54,9 +68,15 @@ def one_device():
   return loss_and_grads_on(sharding.make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize('shape', [
+@pytest.mark.parametrize(
+  'shape',
+  [
     pytest.param(shape, marks=() if shape in ((8, 1, 1), (2, 2, 2)) else pytest.mark.long)
-    for shape in itertools.product((1, 2, 4, 8), repeat=3) if np.prod(shape) == 8], ids=str)
+    for shape in itertools.product((1, 2, 4, 8), repeat=3)
+    if np.prod(shape) == 8
+  ],
+  ids=str,
+)
 def test_one_and_eight_devices_agree(shape):
   """Loss, gradients and BatchNorm statistics, noise included, are those of one device."""
   axes = dict(zip(sharding.AXES, shape))
@@ -79,12 +99,17 @@ def test_parameters_are_born_sharded():
 def test_every_large_kernel_has_a_rule():
   """No matrix falls through to the last rule, which replicates."""
   mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
-  shapes = jax.eval_shape(lambda: tiny_model().init(
-      jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, *TEXT_SHAPE), jnp.int32))['params'])
+  shapes = jax.eval_shape(
+    lambda: tiny_model().init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, *TEXT_SHAPE), jnp.int32))[
+      'params'
+    ]
+  )
   places = sharding.state_shardings(shapes, mesh)
-  replicated = [sharding.path_name(path) for (path, leaf), place
-                in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(places))
-                if path[-1].key == 'kernel' and place.is_fully_replicated and 'mixer' not in sharding.path_name(path)]
+  replicated = [
+    sharding.path_name(path)
+    for (path, leaf), place in zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(places))
+    if path[-1].key == 'kernel' and place.is_fully_replicated and 'mixer' not in sharding.path_name(path)
+  ]
   assert replicated == ['vision/patch_embed/kernel']
 
 

@@ -22,11 +22,13 @@ def test_flops_by_hand_are_those_of_the_traced_model():
   model = build_model(config, vocab_size=9, eos_id=1, multi_label=True)
   shapes = jax.eval_shape(lambda: random_variables(model))
   traced = lambda method, *args: traced_flops.matmul_flops(
-      jax.make_jaxpr(lambda variables: model.apply(variables, *args, method=method))(shapes).jaxpr)
+    jax.make_jaxpr(lambda variables: model.apply(variables, *args, method=method))(shapes).jaxpr
+  )
   assert traced('encode_image', jnp.zeros((1, 224, 224, 3))) == model_flops.encode_images(config, 1, 224)
   # At another size, positions are resized: those products are no part of the model.
   assert traced('encode_image', jnp.zeros((1, 448, 448, 3))) == pytest.approx(
-      model_flops.encode_images(config, 1, 448), rel=1e-2)
+    model_flops.encode_images(config, 1, 448), rel=1e-2
+  )
   assert traced('encode_segments', jnp.zeros((1, 224, 224, 3))) == model_flops.encode_windows(config, 1, 224)
   text = model_flops.text_tower(config.text, [77] * 4) + 4 * model_flops.projector(256, 4096, 256)
   assert traced('encode_text', jnp.zeros((4, 77), int)) == text
@@ -82,15 +84,18 @@ class FakeSide:
 @pytest.fixture
 def report(monkeypatch, tmp_path):
   """What train_step.py writes, of fake sides."""
+
   def make(*options: str, **facts) -> dict:
     def start(work, args, name):
       side = FakeSide(name)
       side.facts |= facts
       return side
+
     monkeypatch.setattr(speed, 'start', start)
     monkeypatch.setattr(sys, 'argv', ['train_step', f'--output={tmp_path}/report.json', *options])
     train_step.main()
     return json.loads((tmp_path / 'report.json').read_text())
+
   return make
 
 
@@ -100,8 +105,9 @@ def test_reports_hold_every_round_and_what_did_not_run(report):
   assert found['cores'] == len(os.sched_getaffinity(0)) and found['machine_gflop_per_s'] == 100
   alone = report('--peer_modes')
   assert alone['ratio_to'] == {} and '| training' in speed_table.table([alone])
-  gpu = report('--device=gpu', '--dtype=bfloat16', '--peer_modes', 'eager', 'eager, padded to the longest',
-               device='NVIDIA H200')
+  gpu = report(
+    '--device=gpu', '--dtype=bfloat16', '--peer_modes', 'eager', 'eager, padded to the longest', device='NVIDIA H200'
+  )
   assert gpu['failed'] == {'eager, padded to the longest': 'out of memory'} and gpu['ratio_to'] == {'eager': 2.0}
   assert gpu['utilisation_of_published']['ours'] == pytest.approx(4 * gpu['model_gflop'] / 8 / 989.4e3)
 
@@ -114,9 +120,11 @@ def test_modes_of_the_peer():
 
 def test_a_gpu_is_measured_with_what_is_ready(monkeypatch, tmp_path, capsys):
   started = []
+
   def start(work, args, name, wait):
     started.append((args.batch, name))
     return FakeSide(name)
+
   monkeypatch.setattr(speed, 'start', start)
   for name in ('XLA_FLAGS', 'XLA_PYTHON_CLIENT_PREALLOCATE'):
     monkeypatch.setenv(name, '')  # what is set meanwhile does not stay
@@ -130,15 +138,15 @@ def test_a_gpu_is_measured_with_what_is_ready(monkeypatch, tmp_path, capsys):
 
 def test_the_tables_hold_what_was_measured(report):
   of_cpu = report('--peer_modes', 'eager', '--growth')
-  of_gpu = report('--device=gpu', '--dtype=bfloat16', '--peer_modes', 'eager',
-                  device='NVIDIA H200', torch='T2')
+  of_gpu = report('--device=gpu', '--dtype=bfloat16', '--peer_modes', 'eager', device='NVIDIA H200', torch='T2')
   table = speed_table.table([of_cpu, of_gpu])
   row = '| training, 224 px, batch 8 | transformers, eager | 2.00 | **2.00x** | 2.0 GiB |'
   assert table.count(row) == 2 and '| NVIDIA H200, bfloat16 | |' in table
   assert table.count('PyTorch T,') == 1 and table.count('PyTorch T2,') == 1
   growth = speed_table.growth_table([of_cpu, of_gpu]).splitlines()
   assert [line.split(' | ')[1:4] for line in growth[2:]] == [
-      [str(batch), str(size), '4.00'] for batch, size in ((4, 224), (8, 224), (16, 224), (8, 160), (8, 320))]
+    [str(batch), str(size), '4.00'] for batch, size in ((4, 224), (8, 224), (16, 224), (8, 160), (8, 320))
+  ]
   page = speed_table.insert('a\n<!-- x: benchmarks/speed_table.py -->\nold\n<!-- end of x -->\nb', 'x', table)
   assert row in page and 'old' not in page and page.startswith('a\n') and page.endswith('\nb')
   with pytest.raises(ValueError, match='lacks the marks'):

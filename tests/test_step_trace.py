@@ -35,8 +35,10 @@ def test_a_trace_that_cannot_be_made_costs_a_line(tmp_path, monkeypatch):
   said = []
   (tmp_path / 'profile').write_text('no folder')
   run(StepTrace(tmp_path, first_step=10, enabled=True, say=said.append))
+
   def refuse(*args, **kwargs):
     raise RuntimeError('another profiler is at work')
+
   monkeypatch.setattr(jax.profiler, 'start_trace', refuse)
   run(StepTrace(tmp_path, first_step=10, enabled=True, say=said.append))
   assert said[0].startswith('no trace: ') and said[1:] == ['no trace: another profiler is at work']

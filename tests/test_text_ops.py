@@ -73,11 +73,7 @@ def test_noun_phrases_are_runs_that_end_in_a_noun(caption, phrases):
 
 
 def test_prompts_hold_distinct_words_in_the_80_templates():
-  made = {
-    template.format(word): word
-    for template in text_ops.template_set('full')
-    for word in text_ops.nouns(CAPTION)
-  }
+  made = {template.format(word): word for template in text_ops.template_set('full') for word in text_ops.nouns(CAPTION)}
   picked = Counter()
   for seed in range(200):
     prompts = text_ops.noun_prompts(CAPTION, 3, np.random.default_rng(seed))
@@ -119,11 +115,7 @@ def test_prompts_are_a_function_of_the_rngs_state():
     return text_ops.noun_prompts(CAPTION, 3, np.random.default_rng([seed, 7]))
 
   assert draw(1) == draw(1)
-  assert draw(1) == [
-    'a photo of a large grass.',
-    'a origami dog.',
-    'a photo of a nice banana.',
-  ]
+  assert draw(1) == ['a photo of a large grass.', 'a origami dog.', 'a photo of a nice banana.']
   assert len({tuple(draw(seed)) for seed in range(20)}) == 20
 
 
@@ -138,9 +130,7 @@ def test_template_sets():
 
 
 def test_class_prompts():
-  assert text_ops.class_prompts(['dog', '{cat}'], 'simple') == [
-    ['a photo of a dog.'], ['a photo of a {cat}.'],
-  ]
+  assert text_ops.class_prompts(['dog', '{cat}'], 'simple') == [['a photo of a dog.'], ['a photo of a {cat}.']]
   assert [len(row) for row in text_ops.class_prompts(['a', 'b', 'c'], 'subset')] == [7, 7, 7]
 
 

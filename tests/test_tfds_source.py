@@ -21,8 +21,12 @@ class Pairs(tfds.core.GeneratorBasedBuilder):
   url_infos = {}  # nothing is downloaded: TFDS need not look for checksums beside this file
 
   def _info(self):
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(
-        {'image': tfds.features.Image(encoding_format='jpeg'), 'caption': tfds.features.Text()}))
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {'image': tfds.features.Image(encoding_format='jpeg'), 'caption': tfds.features.Text()}
+      ),
+    )
 
   def _split_generators(self, dl_manager):
     return {'train': self._generate_examples()}
@@ -63,38 +67,42 @@ def test_records_are_the_files_that_were_put_in(prepared):
 
 def test_a_part_of_a_split_mixes_with_tars(prepared, tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  described = dict(format='tfds', path=str(prepared), split='train[:25%]', image='image', caption='caption',
-                   weight=1.0, expected=5)
-  source = build_source(data_config(
-      tars=set_config(write_set(tmp_path, 8), weight=3.0), records=described), (16, 16))
+  described = dict(
+    format='tfds', path=str(prepared), split='train[:25%]', image='image', caption='caption', weight=1.0, expected=5
+  )
+  source = build_source(data_config(tars=set_config(write_set(tmp_path, 8), weight=3.0), records=described), (16, 16))
   assert [part.name for part in source.sets] == ['records', 'tars'] and len(source) == 5 + 8
   assert source[12]['text'] == 'a dog number 7'
   assert source.facts()['sets']['records']['digest'] != open_split(prepared).digest
 
 
-@pytest.mark.parametrize('changes, message', [
+@pytest.mark.parametrize(
+  'changes, message',
+  [
     (dict(split='test'), "no TFDS dataset with a split 'test'"),
     (dict(image='picture'), "no Image feature 'picture'; it has .*caption"),
     (dict(caption='image'), "no Text feature 'image'"),
-])
+  ],
+)
 def test_what_a_dataset_does_not_have(prepared, changes, message):
   with pytest.raises(ValueError, match=f'data.sets.x: .*{message}'):
     open_split(prepared, **changes)
 
 
 def test_a_folder_that_is_none_and_a_file_that_is_missing(prepared, tmp_path):
-  with pytest.raises(ValueError, match=f"x: there is no TFDS dataset .* in {tmp_path}"):
+  with pytest.raises(ValueError, match=f'x: there is no TFDS dataset .* in {tmp_path}'):
     open_split(tmp_path)
   copy = tmp_path / 'copy'
   shutil.copytree(prepared, copy)
-  file, = copy.glob('*.array_record*')
+  (file,) = copy.glob('*.array_record*')
   file.unlink()
   with pytest.raises(ValueError, match=f'1 of 1 files are missing, first {file}; copy them again'):
     open_split(copy)
 
 
 def test_neither_this_process_nor_a_worker_imports_tensorflow_or_torch(prepared, tmp_path):
-  run_without(f"""
+  run_without(
+    f"""
 from groupvit_jax.data import image_ops, pipeline
 from groupvit_jax.data.sources import build_source
 from tests.tars import Words, data_config
@@ -108,4 +116,6 @@ if __name__ == '__main__':  # workers import this file
                                first_batch=0, num_batches=1, rows=range(16))
   batch, = pipeline.iterate(examples, num_threads=2, num_workers=1, prefetch_batches=2)
   assert batch['image'].shape == (16, 16, 16, 3)
-""", tmp_path)
+""",
+    tmp_path,
+  )

@@ -80,8 +80,25 @@ def odd_captions(count, seed):
     *'&amp; &lt;b&gt; &#39; &quot; &nbsp; &amp;amp; <br/> http://a.b/c?d=e&f=g #tag @name'.split(),
     *"don't it's we're I'd 'tis o'clock ''s dogs' ’s “quoted” — – … ... !!! ?! 12 3.5 2nd".split(),
     *'<|endoftext|> <|startoftext|> <|ENDOFTEXT|> <|endoftext </w> Ġ Ċ __x__ a_b'.split(),
-    '\t', '\n', '\r\n', '\0', '\x1f', '\x85', '\xa0', '\xad', '\u200b', '\u200d', '\u2028',
-    '\u3000', '\ufeff', '\ufffd', 'â€™', 'Ã©', '', ' ', '  ',
+    '\t',
+    '\n',
+    '\r\n',
+    '\0',
+    '\x1f',
+    '\x85',
+    '\xa0',
+    '\xad',
+    '\u200b',
+    '\u200d',
+    '\u2028',
+    '\u3000',
+    '\ufeff',
+    '\ufffd',
+    'â€™',
+    'Ã©',
+    '',
+    ' ',
+    '  ',
   ]
 
   def piece():
@@ -180,9 +197,7 @@ def test_training_takes_any_captions(tmp_path):
     (['dog'], 0, 'vocab_size=0 is too small; use 300 or more'),
   ],
 )
-def test_what_cannot_be_trained_is_said_and_nothing_is_written(
-  captions, vocab_size, message, tmp_path
-):
+def test_what_cannot_be_trained_is_said_and_nothing_is_written(captions, vocab_size, message, tmp_path):
   (tmp_path / 'model').write_text('mine')
   with pytest.raises(ValueError) as error:
     tokenizer.train_sentencepiece(captions, tmp_path / 'model', vocab_size)
@@ -270,11 +285,14 @@ def test_a_saved_tokenizer_loads_again_without_its_source(kind, trained, clip_fo
   np.testing.assert_array_equal(again.encode(captions, 77), first.encode(captions, 77))
   assert type(again) is type(first) and again.vocab_size == first.vocab_size
   names = {p.name for p in (tmp_path / 'run' / 'tokenizer').iterdir()}
-  assert names == {
-    'sentencepiece': {'tokenizer.model'},
-    'clip': {'vocab.json', 'merges.txt'},
-    'openai': {'bpe_simple_vocab_16e6.txt.gz'},
-  }[kind]
+  assert (
+    names
+    == {
+      'sentencepiece': {'tokenizer.model'},
+      'clip': {'vocab.json', 'merges.txt'},
+      'openai': {'bpe_simple_vocab_16e6.txt.gz'},
+    }[kind]
+  )
 
 
 def test_tokenizers_encode_in_a_spawned_process(trained, clip_folder):
@@ -307,8 +325,12 @@ def test_encode_refuses_what_has_no_meaning(trained, clip_folder):
 def without_eos(path, trained):
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
-    sentence_iterator=iter(['a dog']), model_writer=model, vocab_size=20, hard_vocab_limit=False,
-    eos_id=-1, minloglevel=2,
+    sentence_iterator=iter(['a dog']),
+    model_writer=model,
+    vocab_size=20,
+    hard_vocab_limit=False,
+    eos_id=-1,
+    minloglevel=2,
   )
   path.write_bytes(model.getvalue())
 

@@ -61,9 +61,21 @@ def uninterrupted(tmp_path_factory) -> pathlib.Path:
 def test_logs_every_step(uninterrupted):
   lines = [json.loads(line) for line in (uninterrupted / 'metrics.jsonl').read_text().splitlines()]
   first = next(line for line in lines if 'train/loss' in line)
-  for name in ('caption_loss', 'multi_label_loss', 'grad_norm', 'learning_rate', 'images_per_s', 'logit_scale',
-               'multi_label_logit_scale', 'stage1/entropy', 'stage1/segments_in_use', 'stage1/largest_segment',
-               'skipped', 'text_tokens', 'text_turns'):
+  for name in (
+    'caption_loss',
+    'multi_label_loss',
+    'grad_norm',
+    'learning_rate',
+    'images_per_s',
+    'logit_scale',
+    'multi_label_logit_scale',
+    'stage1/entropy',
+    'stage1/segments_in_use',
+    'stage1/largest_segment',
+    'skipped',
+    'text_tokens',
+    'text_turns',
+  ):
     assert np.isfinite(first[f'train/{name}']), name
   assert first['train/loss'] == pytest.approx(first['train/caption_loss'] + first['train/multi_label_loss'], rel=1e-5)
   assert sorted(losses(uninterrupted)) == [1, 2, 3, 4, 5, 6]
@@ -95,9 +107,17 @@ def terminate_after(log: pathlib.Path, lines: int) -> None:
   os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize('owner, phase, call', [
-    (train_loop, 'set_up', 1), (train_loop, 'restore_or_init', 1), (SceneEvaluator, 'evaluate', 1),
-    (SceneEvaluator, 'evaluate', 2), (Checkpoints, 'save', 1), (Checkpoints, 'wait', 1)])
+@pytest.mark.parametrize(
+  'owner, phase, call',
+  [
+    (train_loop, 'set_up', 1),
+    (train_loop, 'restore_or_init', 1),
+    (SceneEvaluator, 'evaluate', 1),
+    (SceneEvaluator, 'evaluate', 2),
+    (Checkpoints, 'save', 1),
+    (Checkpoints, 'wait', 1),
+  ],
+)
 def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted, tmp_path, monkeypatch):
   """The signal comes when the phase begins, at its first call or at the last; the phase itself is the real one."""
   real, calls, saved = getattr(owner, phase), [], []
@@ -112,15 +132,16 @@ def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted,
 
   if phase == 'evaluate':
     save = Checkpoints.save
-    monkeypatch.setattr(Checkpoints, 'save', lambda self, state, config: (
-        saved.append(int(state.step)), save(self, state, config)))
+    monkeypatch.setattr(
+      Checkpoints, 'save', lambda self, state, config: (saved.append(int(state.step)), save(self, state, config))
+    )
 
   monkeypatch.setattr(owner, phase, signalled)
   code = train_loop.train(tiny_config(), tmp_path)
   assert code == (0 if phase == 'wait' else cli.EXIT_PREEMPTED)  # nothing is left to do after the last save
   assert not list((tmp_path / 'checkpoints').glob('*tmp*'))
   if phase == 'evaluate':
-    assert sorted(scores(tmp_path)) == [3][:call - 1]
+    assert sorted(scores(tmp_path)) == [3][: call - 1]
   assert train_loop.train(tiny_config(), tmp_path) == 0
   assert losses(tmp_path) == losses(uninterrupted)
   assert scores(tmp_path) == scores(uninterrupted) and sorted(scores(tmp_path)) == [3, 6]
@@ -175,7 +196,8 @@ def test_killed_twenty_times_at_random_moments(tmp_path):
   rng, log = random.Random(0), tmp_path / 'killed' / 'metrics.jsonl'
   for kill in range(20):
     process = subprocess.Popen(
-        command(tmp_path / 'killed', *flags), cwd=ROOT, env=one_device, stderr=subprocess.DEVNULL)
+      command(tmp_path / 'killed', *flags), cwd=ROOT, env=one_device, stderr=subprocess.DEVNULL
+    )
     if kill % 2 == 0:
       lines = log.read_text().count('\n') + rng.randrange(1, 15) if log.exists() else 1
       while process.poll() is None and not (log.exists() and log.read_text().count('\n') >= lines):
@@ -195,10 +217,12 @@ def test_killed_twenty_times_at_random_moments(tmp_path):
 def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatch, caplog):
   save = Checkpoints.save
   with contextlib.ExitStack() as stack, pytest.raises(OSError, match='cannot save a checkpoint in .*File too large'):
+
     def save_on_a_full_disk(*args):
       stack.enter_context(no_room_for(64 * 1024))
       save(*args)
       time.sleep(1)  # longer than it takes to fail in the background
+
     monkeypatch.setattr(Checkpoints, 'save', save_on_a_full_disk)
     train_loop.train(tiny_config(), tmp_path)
   assert max(losses(tmp_path)) < 4  # when the next one is due
@@ -230,10 +254,13 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path):
   assert read_board(tmp_path / 'tensorboard')['train/skipped'] == (last['step'], 3)
 
 
-@pytest.mark.parametrize('change, message', [
+@pytest.mark.parametrize(
+  'change, message',
+  [
     ({'model.vision.width': 32}, r'model\.vision\.width is 32 here and 16 there'),
     ({'data.num_prompts': 0}, r'data\.num_prompts is 0 here and 1 there'),
-])
+  ],
+)
 def test_a_config_that_does_not_fit_the_run(change, message, uninterrupted):
   before = (uninterrupted / 'config.json').read_text()
   config = tiny_config()
@@ -243,9 +270,16 @@ def test_a_config_that_does_not_fit_the_run(change, message, uninterrupted):
   assert (uninterrupted / 'config.json').read_text() == before
 
 
-@pytest.mark.parametrize('key, value', [
-    ('log_every', 0), ('checkpoint.every_steps', 0), ('checkpoint.keep', 0), ('max_skipped_in_a_row', 0),
-    ('eval.every_steps', -1)])
+@pytest.mark.parametrize(
+  'key, value',
+  [
+    ('log_every', 0),
+    ('checkpoint.every_steps', 0),
+    ('checkpoint.keep', 0),
+    ('max_skipped_in_a_row', 0),
+    ('eval.every_steps', -1),
+  ],
+)
 def test_numbers_of_steps_that_nothing_can_happen_after(key, value, tmp_path):
   config = tiny_config()
   config.update_from_flattened_dict({key: value})
@@ -265,17 +299,22 @@ def test_what_a_killed_start_left_is_not_in_the_way(tmp_path):
   Checkpoints(tmp_path, keep=1).close()
 
 
-@pytest.mark.parametrize('flags, message', [
+@pytest.mark.parametrize(
+  'flags, message',
+  [
     (['--config.batch_size=12'], 'batch_size=12 is not a positive multiple of the 8 devices'),
     (['--config.no_such_key=1'], 'no_such_key'),
     (['--config.model.dtype=float16'], "use 'float32' or 'bfloat16'"),
     (['--config.data.scenes.things=("dragonfly",)'], "unknown things 'dragonfly'"),
     (['--config={incomplete}'], "the config has no entry 'num_prompts': give it one; configs/quickstart.py shows"),
-])
+  ],
+)
 def test_a_mistake_ends_in_one_line_and_writes_nothing(flags, message, tmp_path):
   workdir, incomplete = tmp_path / 'run', tmp_path / 'incomplete.py'
-  incomplete.write_text('from configs import quickstart\n\n\ndef get_config():\n  config = quickstart.get_config()\n'
-                        '  del config.data.num_prompts\n  return config\n')
+  incomplete.write_text(
+    'from configs import quickstart\n\n\ndef get_config():\n  config = quickstart.get_config()\n'
+    '  del config.data.num_prompts\n  return config\n'
+  )
   flags = [flag.format(incomplete=incomplete) for flag in flags]
   done = subprocess.run(command(workdir, *flags), cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == cli.EXIT_USAGE, done.stderr

@@ -23,13 +23,27 @@ def history():
   tx = optim.build_optimizer(tiny_config().optim, optax.constant_schedule(1e-3))
   variables = random_variables(model)
   state = train_state.TrainState(
-      step=zero, opt_state=tx.init(variables['params']), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero,
-      **variables).start_average()
+    step=zero,
+    opt_state=tx.init(variables['params']),
+    rng=jax.random.key(0),
+    skipped=zero,
+    skipped_in_a_row=zero,
+    **variables,
+  ).start_average()
 
   def step(state, batch, weight):
     return train_step.train_step(
-        state, batch, model=model, tx=tx, multi_label_weight=weight, grad_accum_steps=1, text_budget=0,
-        random_erasing=None, place=None, ema_decay=0.9)
+      state,
+      batch,
+      model=model,
+      tx=tx,
+      multi_label_weight=weight,
+      grad_accum_steps=1,
+      text_budget=0,
+      random_erasing=None,
+      place=None,
+      ema_decay=0.9,
+    )
 
   found, batch = [(state, None)], random_batch(8)
   compiled = jax.jit(step).lower(state, batch, GOOD).compile(EFFORTLESS)

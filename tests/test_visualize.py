@@ -152,9 +152,11 @@ def test_panel_has_a_tile_for_everything_there_is(rng):
 
 def test_panel_of_pictures_of_several_sizes(rng):
   """Small ones are enlarged, large ones shrunk, each keeps its shape."""
+
   def of_size(height, width):
     labels = halves(height, width)
     return visualize.Row(rng.integers(0, 256, (height, width, 3), np.uint8), labels, labels, (labels,))
+
   panel = visualize.draw_panel([of_size(32, 64), of_size(1500, 1000)], (RED, GREEN), ('dog', 'grass'))
   assert panel.shape[1] == 6 + 4 * (256 + 6)
   assert 128 + 384 + 3 * 6 < panel.shape[0] < 128 + 384 + 3 * 6 + 90
@@ -164,15 +166,12 @@ def test_group_maps_are_those_of_the_windows(rng):
   """At the window's size: the same as upsampling each stage's assignments on the device."""
   model = tiny_model()
   images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
-  variables = jax.jit(model.init)(
-    jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 1, 6), jnp.int32)
-  )
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 1, 6), jnp.int32))
   maps = groups.group_maps(model, variables, list(images), 16, sharding.make_mesh())
   encode = jax.jit(functools.partial(model.apply, method='encode_segments'))
   assignments = encode(variables, normalize_images(images)).assignments
   want = [
-    segmentation.segment_map(segmentation.token_affinity(assignments[:stages]), (4, 4), (16, 16))
-    for stages in (1, 2)
+    segmentation.segment_map(segmentation.token_affinity(assignments[:stages]), (4, 4), (16, 16)) for stages in (1, 2)
   ]
   assert [len(stages) for stages in maps] == [2, 2]
   for b in range(2):
@@ -180,8 +179,6 @@ def test_group_maps_are_those_of_the_windows(rng):
       assert (maps[b][stage] == np.asarray(want[stage][b])).mean() > 0.99  # near-ties may differ
   assert len(np.unique(maps[0][0])) > 1
   # Any other size is seen through the same square.
-  large = groups.group_maps(
-    model, variables, [visualize.enlarge(images[0], 3)], 16, sharding.make_mesh()
-  )
+  large = groups.group_maps(model, variables, [visualize.enlarge(images[0], 3)], 16, sharding.make_mesh())
   assert large[0][0].shape == (48, 48)
   assert (large[0][0][1::3, 1::3] == maps[0][0]).mean() > 0.95

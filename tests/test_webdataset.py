@@ -34,22 +34,31 @@ def open_set(*patterns: str, caption: str = 'txt', index_dir: str = '') -> webda
   return webdataset.open_webdataset(patterns, caption, index_dir, 'data.sets.x')
 
 
-@pytest.mark.parametrize('pattern, paths', [
+@pytest.mark.parametrize(
+  'pattern, paths',
+  [
     ('a.tar', ['a.tar']),
     ('{0008..0011}.tar', ['0008.tar', '0009.tar', '0010.tar', '0011.tar']),
     ('{8..11}', ['8', '9', '10', '11']),
     ('{08..11}', ['08', '09', '10', '11']),
     ('{a,b}-{0..1}', ['a-0', 'a-1', 'b-0', 'b-1']),
     ('{0..0}{,.gz}', ['0', '0.gz']),
-])
+  ],
+)
 def test_braces_expand_as_in_bash(pattern, paths):
   assert expand_braces(pattern) == paths
 
 
-@pytest.mark.parametrize('pattern, message', [
-    ('{0..3', 'missing its partner'), ('0..3}', 'missing its partner'), ('{3..0}', 'counts down; write .0..3.'),
-    ('{}', 'neither'), ('{a}', 'neither'),
-])
+@pytest.mark.parametrize(
+  'pattern, message',
+  [
+    ('{0..3', 'missing its partner'),
+    ('0..3}', 'missing its partner'),
+    ('{3..0}', 'counts down; write .0..3.'),
+    ('{}', 'neither'),
+    ('{a}', 'neither'),
+  ],
+)
 def test_braces_that_mean_nothing(pattern, message):
   with pytest.raises(ValueError, match=message):
     expand_braces(pattern)
@@ -61,8 +70,13 @@ def test_members_are_those_of_tarfile(tmp_path, tar_format, window):
   """Long names, names that are not ASCII, empty files, folders and links included."""
   path = tmp_path / 'a.tar'
   with tarfile.open(path, 'w', format=tar_format) as tar:
-    for name, size in [('a.txt', 0), ('b.jpg', 511), ('ä/猫.jpg', 512), ('c.txt', 513),
-                       ('d' * 60 + '/' + 'e' * 80 + '.jpg', 1025)]:
+    for name, size in [
+      ('a.txt', 0),
+      ('b.jpg', 511),
+      ('ä/猫.jpg', 512),
+      ('c.txt', 513),
+      ('d' * 60 + '/' + 'e' * 80 + '.jpg', 1025),
+    ]:
       info = tarfile.TarInfo(name)
       info.size = size
       tar.addfile(info, open('/dev/zero', 'rb'))
@@ -75,7 +89,7 @@ def test_members_are_those_of_tarfile(tmp_path, tar_format, window):
   with tarfile.open(path) as tar:
     theirs = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
   data = path.read_bytes()
-  ours = tar_members(lambda start, size: data[start:start + size], len(data), window)
+  ours = tar_members(lambda start, size: data[start : start + size], len(data), window)
   assert [(name, block * 512, size) for name, block, size in ours] == theirs
 
 
@@ -122,27 +136,52 @@ def test_members_far_apart_take_two_small_reads(tmp_path, reads):
 
 @pytest.mark.parametrize('caption, text', [('txt', 'a dog'), ('json:caption', 'Ein Hund'), ('cls', '7')])
 def test_captions_come_from_where_the_config_says(tmp_path, caption, text):
-  path = write_tar(tmp_path / 'a.tar', {
-      'd/0.JPEG': encode(0), 'd/0.seg.png': b'no', 'd/0.cls': b'7', 'd/0.txt': b' a dog\n',
-      'd/0.json': b'{"caption": "Ein Hund", "n": 3}', 'readme.md': b'', 'd/1.webp': encode(1)})
+  path = write_tar(
+    tmp_path / 'a.tar',
+    {
+      'd/0.JPEG': encode(0),
+      'd/0.seg.png': b'no',
+      'd/0.cls': b'7',
+      'd/0.txt': b' a dog\n',
+      'd/0.json': b'{"caption": "Ein Hund", "n": 3}',
+      'readme.md': b'',
+      'd/1.webp': encode(1),
+    },
+  )
   source = open_set(path, caption=caption)
   assert source[0] == {'image': encode(0), 'text': text, 'key': f'{tmp_path.name}/a.tar/d/0'}
   assert len(source) == 2
 
 
 def test_what_is_wrong_with_a_caption_or_a_missing_part(tmp_path):
-  path = write_tar(tmp_path / 'a.tar', {
-      'latin.jpg': encode(0), 'latin.txt': b'caf\xe9', 'none.jpg': encode(0), 'blind.txt': b'no picture',
-      'empty.jpg': b'', 'empty.txt': b'empty file', 'bomb.jpg': encode(0), 'bomb.txt': b'x' * (2**20 + 1),
-      'fine.jpg': encode(0), 'fine.txt': b''})
+  path = write_tar(
+    tmp_path / 'a.tar',
+    {
+      'latin.jpg': encode(0),
+      'latin.txt': b'caf\xe9',
+      'none.jpg': encode(0),
+      'blind.txt': b'no picture',
+      'empty.jpg': b'',
+      'empty.txt': b'empty file',
+      'bomb.jpg': encode(0),
+      'bomb.txt': b'x' * (2**20 + 1),
+      'fine.jpg': encode(0),
+      'fine.txt': b'',
+    },
+  )
   source, found = open_set(path), {}
   for n in range(len(source)):
     with pytest.raises(Fault) as fault:
       source[n]
     found[fault.value.key.split('/')[-1]] = fault.value.cause
   assert found == {
-      'latin': 'caption_unreadable', 'none': 'caption_missing', 'blind': 'image_missing',
-      'empty': 'image_missing', 'bomb': 'caption_unreadable', 'fine': 'caption_missing'}
+    'latin': 'caption_unreadable',
+    'none': 'caption_missing',
+    'blind': 'image_missing',
+    'empty': 'image_missing',
+    'bomb': 'caption_unreadable',
+    'fine': 'caption_missing',
+  }
 
 
 @pytest.mark.parametrize('data', [b'{"caption": 3}', b'["caption"]', b'{"caption": "cut', b'\xff'])
@@ -194,8 +233,8 @@ def test_index_lies_beside_the_shards_or_in_the_folder_named(tmp_path):
 def test_index_files_that_do_not_fit(tmp_path):
   path = write_tar(tmp_path / 'a.tar', samples(range(5)))
   source = open_set(path)
-  merged, = (tmp_path / 'cache').rglob('*.npy')
-  beside, = (tmp_path / '.index').iterdir()
+  (merged,) = (tmp_path / 'cache').rglob('*.npy')
+  (beside,) = (tmp_path / '.index').iterdir()
   rows = np.load(merged)
   merged.unlink()  # replaced, not overwritten: `source` has it mapped
   np.save(merged, rows[:3])
@@ -233,9 +272,19 @@ def test_a_killed_build_leaves_what_it_finished(tmp_path, monkeypatch):
   assert not list(tmp_path.rglob('*.npy.*')) and len(open_set(pattern)) == 64
 
 
-@pytest.mark.parametrize('cut', [
-    0, 100, 512, 600,  # inside the first header, at its end, inside the picture
-    1500, 1536, 1600, 2500])  # inside the padding, at its end, inside the next header and file
+@pytest.mark.parametrize(
+  'cut',
+  [
+    0,
+    100,
+    512,
+    600,  # inside the first header, at its end, inside the picture
+    1500,
+    1536,
+    1600,
+    2500,
+  ],
+)  # inside the padding, at its end, inside the next header and file
 def test_truncated_shard(tmp_path, cut):
   path = write_tar(tmp_path / 'a.tar', samples(range(3)))
   os.truncate(path, cut)
@@ -243,12 +292,15 @@ def test_truncated_shard(tmp_path, cut):
     open_set(path)
 
 
-@pytest.mark.parametrize('members, message', [
+@pytest.mark.parametrize(
+  'members, message',
+  [
     ({'readme.md': b'hello'}, 'holds no samples'),
     ({'0.jpg': encode(0)}, "holds no .txt files; is the set's caption='txt' right"),
     ({'0.txt': b'a'}, 'holds no .jpg, .jpeg, .png or .webp files'),
     ([('0.jpg', encode(0)), ('0.txt', b'a'), ('0.jpg', encode(1))], 'holds 0.jpg twice'),
-])
+  ],
+)
 def test_tars_that_are_no_webdataset(tmp_path, members, message):
   with pytest.raises(ValueError, match=message):
     open_set(write_tar(tmp_path / 'a.tar', members))
@@ -259,12 +311,13 @@ def test_mistakes_in_the_pattern(tmp_path):
   (tmp_path / '0001.tar').unlink()
   (tmp_path / 'text.tar').write_bytes(b'words ' * 1000)
   for pattern, message in [
-      (f'{tmp_path}/{{0000..0003}}.tar', f'x: 2 of 4 shards are missing, first {tmp_path}/0001.tar'),
-      (f'{tmp_path}/*.zip', 'x: nothing matches'),
-      (f'{tmp_path}', 'is not a file'),
-      (f'{tmp_path}/{{0000,0000}}.tar', '0000.tar twice'),
-      (f'{tmp_path}/text.tar', 'text.tar is not a tar, or is damaged: byte 0'),
-      ('gs2://bucket/a.tar', 'cannot reach gs2://bucket/a.tar: Protocol not known')]:
+    (f'{tmp_path}/{{0000..0003}}.tar', f'x: 2 of 4 shards are missing, first {tmp_path}/0001.tar'),
+    (f'{tmp_path}/*.zip', 'x: nothing matches'),
+    (f'{tmp_path}', 'is not a file'),
+    (f'{tmp_path}/{{0000,0000}}.tar', '0000.tar twice'),
+    (f'{tmp_path}/text.tar', 'text.tar is not a tar, or is damaged: byte 0'),
+    ('gs2://bucket/a.tar', 'cannot reach gs2://bucket/a.tar: Protocol not known'),
+  ]:
     with pytest.raises(ValueError, match=message):
       open_set(pattern)
   with pytest.raises(ValueError, match='x: no shards'):

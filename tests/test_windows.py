@@ -78,11 +78,7 @@ def test_a_picture_smaller_than_a_window_is_one_window(rng):
     (np.zeros((4, 4), np.uint8), None, "picture 'a' is uint8 .4, 4.; make it uint8"),
     (np.zeros((4, 4, 3), np.float32), None, 'is float32'),
     (np.zeros((0, 4, 3), np.uint8), None, 'make it uint8'),
-    (
-      np.zeros((4, 5, 3), np.uint8),
-      np.zeros((5, 4), np.uint8),
-      'is 4 x 5 px, its label map .5, 4.',
-    ),
+    (np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4), np.uint8), 'is 4 x 5 px, its label map .5, 4.'),
   ],
 )
 def test_bad_pictures_are_refused(image, label, message):

@@ -47,8 +47,14 @@ def reader(tmp_path, request) -> Iterator[subprocess.Popen]:
   pattern = write_tar(tmp_path / 'a.tar', samples(range(64)) | {'00009.jpg': b'no picture'})
   number = str(getattr(request, 'param', 10**6))
   process = subprocess.Popen(
-      [sys.executable, '-m', 'tests.reader', pattern, number], cwd=ROOT, text=True, start_new_session=True,
-      env=os.environ | {'XDG_CACHE_HOME': str(tmp_path)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    [sys.executable, '-m', 'tests.reader', pattern, number],
+    cwd=ROOT,
+    text=True,
+    start_new_session=True,
+    env=os.environ | {'XDG_CACHE_HOME': str(tmp_path)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
   try:
     assert process.stdout.readline() == 'batch\n', process.communicate()[1]
     process.workers = [pid for pid, line in group(process.pid).items() if 'spawn_main' in line]

@@ -43,7 +43,7 @@ class Letters:
   eos_id = 2
 
   def encode(self, texts, length):
-    rows = [([3 + ord(c) % 17 for c in text][-length + 1:] + [2] + [0] * length)[:length] for text in texts]
+    rows = [([3 + ord(c) % 17 for c in text][-length + 1 :] + [2] + [0] * length)[:length] for text in texts]
     return np.array(rows, np.int32)
 
 
@@ -53,7 +53,8 @@ def test_top1_and_top5_are_those_of_a_plain_loop():
   encode = jax.jit(lambda x: model.apply(variables, x, method='encode_image').embeds[0])
   mesh = sharding.make_mesh()
   build = lambda mesh, size: zero_shot.ZeroShotEvaluator(
-      model, Letters(), mesh, Pictures(), NAMES, 'simple', size, num_threads=2)
+    model, Letters(), mesh, Pictures(), NAMES, 'simple', size, num_threads=2
+  )
   found = build(mesh, 8).evaluate(jax.device_put(variables, sharding.replicated(mesh)))
   texts = semantic_seg.embed_classes(model, variables, Letters(), NAMES, 'simple')
   top1 = top5 = 0
@@ -72,7 +73,7 @@ def test_top1_and_top5_are_those_of_a_plain_loop():
 
 def test_the_crop_is_the_middle_at_seven_eighths():
   image = np.zeros((512, 1024, 3), np.uint8)
-  image[:, 512 - 224:512 + 224] = 200  # what a crop of 224 out of 256 sees of it
+  image[:, 512 - 224 : 512 + 224] = 200  # what a crop of 224 out of 256 sees of it
   crop = zero_shot.crop_picture(image, (224, 224))
   assert crop.shape == (224, 224, 3) and (crop[:, 2:-2] == 200).all()
   want = np.asarray(Image.fromarray(image).resize((512, 256), Image.Resampling.BICUBIC))[16:240, 144:368]
@@ -93,13 +94,19 @@ def write_tars(folder):
 def test_tars_with_classes_through_the_command(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   write_tars(tmp_path)
-  request = Request('imagenet', f'{tmp_path}/{{000000..000000}}.tar', output=str(tmp_path / 'out'),
-                    changes={'templates': 'simple'}, num_pictures=4)
+  request = Request(
+    'imagenet',
+    f'{tmp_path}/{{000000..000000}}.tar',
+    output=str(tmp_path / 'out'),
+    changes={'templates': 'simple'},
+    num_pictures=4,
+  )
   assert run_benchmark.evaluate_benchmark(str(trained_workdir()), request) == 0
   report = json.loads((tmp_path / 'out' / 'results.json').read_text())
   assert report['num_images'] == 4 and report['num_classes'] == 1000 and report['complete']
-  assert report['protocol'] == dict(name='imagenet', crop=[32, 32], short_side=37, resize='bicubic',
-                                    templates='simple', class_names='clip')
+  assert report['protocol'] == dict(
+    name='imagenet', crop=[32, 32], short_side=37, resize='bicubic', templates='simple', class_names='clip'
+  )
   assert 0 <= report['top1'] <= report['top5'] <= 1 and report['checkpoint']['step'] == 6
   table = capsys.readouterr().out
   assert 'top-1 43.7; other templates; here 4 of 50,000 pictures' in table
@@ -115,9 +122,16 @@ class Imagenet2012(tfds.core.GeneratorBasedBuilder):
   url_infos, skip_registration = {}, True
 
   def _info(self):
-    return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({
-        'image': tfds.features.Image(encoding_format='jpeg'), 'label': tfds.features.ClassLabel(num_classes=1000),
-        'file_name': tfds.features.Text()}))
+    return tfds.core.DatasetInfo(
+      builder=self,
+      features=tfds.features.FeaturesDict(
+        {
+          'image': tfds.features.Image(encoding_format='jpeg'),
+          'label': tfds.features.ClassLabel(num_classes=1000),
+          'file_name': tfds.features.Text(),
+        }
+      ),
+    )
 
   def _split_generators(self, dl_manager):
     return {'validation': self._generate_examples()}

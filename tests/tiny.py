@@ -14,13 +14,22 @@ def tiny_model(remat: Remat = 'none', **vision) -> ImageTextModel:
   """Two grouping stages (4 and 2 segments) over 16 patches; texts of up to 6 tokens of 20, EOS 2."""
   normal = nn.initializers.normal(0.2)
   fields = dict(
-      image_size=(16, 16), patch_size=4, width=8, num_heads=2,
-      stages=(StageSpec(1, 4, 4), StageSpec(1, 2, 2), StageSpec(1, 0, 0)),
-      init=VisionInit(normal, normal, normal, normal, normal), drop_path=0.1, remat=remat)
+    image_size=(16, 16),
+    patch_size=4,
+    width=8,
+    num_heads=2,
+    stages=(StageSpec(1, 4, 4), StageSpec(1, 2, 2), StageSpec(1, 0, 0)),
+    init=VisionInit(normal, normal, normal, normal, normal),
+    drop_path=0.1,
+    remat=remat,
+  )
   return ImageTextModel(
-      vision=VisionTower(**(fields | vision)),
-      text=TextTower(vocab_size=20, context_length=6, width=8, depth=1, num_heads=2, eos_id=2, remat=remat),
-      embed_dim=8, projector_dim=16, multi_label=True)
+    vision=VisionTower(**(fields | vision)),
+    text=TextTower(vocab_size=20, context_length=6, width=8, depth=1, num_heads=2, eos_id=2, remat=remat),
+    embed_dim=8,
+    projector_dim=16,
+    multi_label=True,
+  )
 
 
 def tiny_config() -> ml_collections.ConfigDict:

@@ -45,17 +45,24 @@ def find_topology(name: str) -> Topology:
   """
   version, _, shape = name.partition(':')
   if version not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', shape):
-    raise ValueError(f'--topology={name} is none; write a chip ({", ".join(CHIPS)}) and a shape, as in v5e:16x16 or '
-                     'v5p:4x4x4')
+    raise ValueError(
+      f'--topology={name} is none; write a chip ({", ".join(CHIPS)}) and a shape, as in v5e:16x16 or v5p:4x4x4'
+    )
   # Nothing is run: no machine is asked for what it is, and several processes may compile at a time.
-  for variable, value in dict(TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1', TPU_WORKER_HOSTNAMES='localhost',
-                              TPU_ACCELERATOR_TYPE='v5litepod-1').items():
+  for variable, value in dict(
+    TPU_SKIP_MDS_QUERY='1',
+    ALLOW_MULTIPLE_LIBTPU_LOAD='1',
+    TPU_WORKER_HOSTNAMES='localhost',
+    TPU_ACCELERATOR_TYPE='v5litepod-1',
+  ).items():
     os.environ.setdefault(variable, value)
   chip = CHIPS[version]
   options = {} if chip.chip_config is None else {'chip_config_name': chip.chip_config}
   try:
     devices = topologies.get_topology_desc(name, platform='tpu', **options).devices
   except (RuntimeError, ImportError, OSError) as error:
-    raise ValueError(f'cannot compile for --topology={name}: {str(error).splitlines()[0]}; the compiler comes with '
-                     "pip install 'libtpu'") from error
+    raise ValueError(
+      f'cannot compile for --topology={name}: {str(error).splitlines()[0]}; the compiler comes with '
+      "pip install 'libtpu'"
+    ) from error
   return Topology(name, chip, math.prod(map(int, shape.split('x'))), list(devices))

@@ -15,8 +15,25 @@ SENT = {
 }
 
 # Operations that move nothing by themselves. What a loop or call moves is what it contains.
-_FREE = frozenset(('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call',
-                   'after-all', 'partition-id', 'iota', 'copy-done', 'async-start', 'async-update', 'async-done'))
+_FREE = frozenset(
+  (
+    'parameter',
+    'constant',
+    'tuple',
+    'get-tuple-element',
+    'bitcast',
+    'while',
+    'conditional',
+    'call',
+    'after-all',
+    'partition-id',
+    'iota',
+    'copy-done',
+    'async-start',
+    'async-update',
+    'async-done',
+  )
+)
 _BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'u4': 4, 's4': 4, 'f8e4m3fn': 8, 'f8e5m2': 8}
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -89,14 +106,20 @@ def _parse(text: str) -> tuple[Mapping[str, Mapping[str, _Operation]], str]:
 
 def _operation(name: str, text: str) -> _Operation:
   opcode = _OPCODE.search(text)
-  result, rest = text[:opcode.start()], text[opcode.end():]
+  result, rest = text[: opcode.start()], text[opcode.end() :]
   inside, _, attributes = rest.partition(')')
   # Memory 0 is the main one, 1 lies beside the processor, 2 holds flags that say when something has arrived.
-  sizes = [(_size(kind, shape), 'S(' not in layout) for kind, shape, layout in _ARRAY.findall(result)
-           if 'S(2)' not in layout]
-  return _Operation(name, opcode[1], tuple(size for size, _ in sizes), sum(size for size, main in sizes if main),
-                    tuple(re.findall(r'%([\w.\-]+)', inside)),
-                    inside if opcode[1] in ('constant', 'parameter') else attributes)
+  sizes = [
+    (_size(kind, shape), 'S(' not in layout) for kind, shape, layout in _ARRAY.findall(result) if 'S(2)' not in layout
+  ]
+  return _Operation(
+    name,
+    opcode[1],
+    tuple(size for size, _ in sizes),
+    sum(size for size, main in sizes if main),
+    tuple(re.findall(r'%([\w.\-]+)', inside)),
+    inside if opcode[1] in ('constant', 'parameter') else attributes,
+  )
 
 
 def _size(kind: str, shape: str) -> int:
@@ -120,8 +143,9 @@ def _add(traffic: Traffic, computations: Mapping, name: str, times: int, devices
       traffic.hbm_bytes += times * _moved(operation, operations, computations)
 
 
-def _collectives(operations: Mapping[str, _Operation], computations: Mapping,
-                 devices: int) -> dict[str, tuple[str, float]]:
+def _collectives(
+  operations: Mapping[str, _Operation], computations: Mapping, devices: int
+) -> dict[str, tuple[str, float]]:
   """Kind and bytes sent of the collectives of a computation, those inside its fusions included.
 
   A collective that happens behind several fusions stands in each of them, with one channel.
@@ -137,8 +161,9 @@ def _collectives(operations: Mapping[str, _Operation], computations: Mapping,
       found[operation.name] = kind, SENT[kind](count) * size
     elif operation.opcode == 'fusion' and (inner := computations.get(_attribute(operation, 'calls') or '')):
       behind = _collectives(inner, computations, devices)
-      found |= {_attribute(inner[name], 'channel_id') if name in inner else name: value
-                for name, value in behind.items()}
+      found |= {
+        _attribute(inner[name], 'channel_id') if name in inner else name: value for name, value in behind.items()
+      }
   return found
 
 
@@ -146,13 +171,13 @@ def _payload(operation: _Operation, kind: str) -> int:
   """Bytes of a collective's result; where it is only started, operands come first among its results."""
   if operation.opcode.endswith('-start') and kind != 'all-reduce':
     count = len(operation.operands)
-    return sum(operation.sizes[count:2 * count])
+    return sum(operation.sizes[count : 2 * count])
   return operation.bytes
 
 
 def _group_size(attributes: str, devices: int) -> int:
   """How many devices take part in a collective together, by any of the forms in which they are written."""
-  if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):  # mesh['a'=4,'b'=2] {'a'}
+  if found := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', attributes):  # mesh['a'=4,'b'=2] {'a'}
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
     parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])  # of an axis, or of a part of it, as in 'a':(1)2
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
@@ -167,8 +192,10 @@ def _contained(operation: _Operation, computations: Mapping) -> Iterator[tuple[s
   """Computations that an operation runs, and how often; those of fusions move nothing by themselves."""
   if operation.opcode == 'while':
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', operation.rest)
-    yield _attribute(operation, 'body'), (
-      int(known[1]) if known else _repeats(computations[_attribute(operation, 'condition')]))
+    yield (
+      _attribute(operation, 'body'),
+      (int(known[1]) if known else _repeats(computations[_attribute(operation, 'condition')])),
+    )
   elif operation.opcode in ('call', 'async-start'):
     inner = _attribute(operation, 'to_apply') or _attribute(operation, 'calls')
     if inner:
@@ -190,8 +217,11 @@ def _repeats(condition: Mapping[str, _Operation]) -> int:
   packed_texts.py).
   """
   last = list(condition.values())[-1]
-  bounds = [condition[name].rest for name in last.operands
-            if name in condition and condition[name].opcode == 'constant'] if last.opcode == 'compare' else []
+  bounds = (
+    [condition[name].rest for name in last.operands if name in condition and condition[name].opcode == 'constant']
+    if last.opcode == 'compare'
+    else []
+  )
   return int(bounds[0]) if bounds and bounds[0].isdigit() else 0
 
 

@@ -26,10 +26,17 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
   chip, devices = topology.chip, len(topology.devices) / topology.num_chips
   per_chip = lambda size: round(devices * size / _GIB, 3)
   report = {
-    'topology': topology.name, 'chips': topology.num_chips, 'devices': len(topology.devices),
-    'batch_size': config.batch_size, 'pairs_a_device': step.rows,
-    'grad_accum_steps': config.grad_accum_steps, 'remat': config.remat, 'scan_layers': config.scan_layers,
-    'mesh': dict(config.mesh), 'compile_s': round(step.compile_s, 1), 'compile_cpu_s': round(step.compile_cpu_s, 1),
+    'topology': topology.name,
+    'chips': topology.num_chips,
+    'devices': len(topology.devices),
+    'batch_size': config.batch_size,
+    'pairs_a_device': step.rows,
+    'grad_accum_steps': config.grad_accum_steps,
+    'remat': config.remat,
+    'scan_layers': config.scan_layers,
+    'mesh': dict(config.mesh),
+    'compile_s': round(step.compile_s, 1),
+    'compile_cpu_s': round(step.compile_cpu_s, 1),
     'state_gib': {'whole': round(step.state.whole / _GIB, 3), 'of_a_chip': per_chip(step.state.of_a_device)},
     'hbm_gib': {'chip': round(chip.hbm_bytes / _GIB, 1), 'together': per_chip(step.wanted_bytes)},
     'fits': step.memory is not None and devices * step.wanted_bytes <= chip.hbm_bytes,
@@ -42,13 +49,17 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
   if step.traffic is not None:
     times |= {
       'memory': devices * step.traffic.hbm_bytes / chip.hbm_bandwidth,
-      'collectives': (devices * sum(step.traffic.sent.values()) / (chip.link_bandwidth / 2)
-                      + _LATENCY * sum(step.traffic.counts.values())),
+      'collectives': (
+        devices * sum(step.traffic.sent.values()) / (chip.link_bandwidth / 2)
+        + _LATENCY * sum(step.traffic.counts.values())
+      ),
     }
     report |= {
       'hbm_traffic_gib': per_chip(step.traffic.hbm_bytes),
-      'collectives': {kind: {'count': step.traffic.counts[kind], 'sent_mib': round(devices * size / 2**20, 2)}
-                      for kind, size in sorted(step.traffic.sent.items())},
+      'collectives': {
+        kind: {'count': step.traffic.counts[kind], 'sent_mib': round(devices * size / 2**20, 2)}
+        for kind, size in sorted(step.traffic.sent.items())
+      },
       'estimated_cycles': step.traffic.cycles,
     }
   seconds = max(times.values())
@@ -65,9 +76,12 @@ def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> st
   """The report as people read it; `config` is the experiment."""
   hbm, lines = report['hbm_gib'], []
   add = lambda name, text: lines.append(f'{name:12} {text}')
-  add('topology', f'{report["topology"]}, {report["chips"]} chips; batch {report["batch_size"]:,}, '
-      f'grad_accum_steps {report["grad_accum_steps"]}, remat {report["remat"]}; '
-      f'compiled in {report["compile_s"]} s ({report["compile_cpu_s"]} s of processors)')
+  add(
+    'topology',
+    f'{report["topology"]}, {report["chips"]} chips; batch {report["batch_size"]:,}, '
+    f'grad_accum_steps {report["grad_accum_steps"]}, remat {report["remat"]}; '
+    f'compiled in {report["compile_s"]} s ({report["compile_cpu_s"]} s of processors)',
+  )
   names = [name for name in ('arguments', 'results', 'temporaries', 'code') if name in hbm]
   parts = ', '.join(f'{name} {hbm[name]:.2f}' for name in names)
   add('memory', f'{hbm["together"]:.2f} of {hbm["chip"]} GiB a chip' + (f': {parts}' if parts else ''))
@@ -76,14 +90,17 @@ def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> st
   if 'gflop' in report:
     add('arithmetic', f'{report["gflop"]:,} GFLOP a chip and step')
     if 'hbm_traffic_gib' in report:
-      add('traffic', f'{report["hbm_traffic_gib"]:,} GiB to and from a chip\'s memory')
+      add('traffic', f"{report['hbm_traffic_gib']:,} GiB to and from a chip's memory")
       for kind, found in report['collectives'].items():
         add('collective', f'{kind}: {found["count"]} in which a chip sends {found["sent_mib"]:,} MiB')
       add('estimate', f'{report["estimated_cycles"] / 1e6:,.1f} million cycles of a device, by the compiler')
     else:
       add('traffic', 'not known, nor what is sent: jaxlib cannot read the program that libtpu made; try a newer jax')
-    add('at best', ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in report['roofline_s'].items())
-        + f'; limited by {report["limited_by"]}')
+    add(
+      'at best',
+      ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in report['roofline_s'].items())
+      + f'; limited by {report["limited_by"]}',
+    )
     add('so at most', f'{report["images_per_s"]:,} images/s; {config.total_steps:,} steps in {report["days"]:.2f} days')
   if not report['fits']:
     add('does not fit', advise(config, report))
@@ -92,8 +109,11 @@ def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> st
 
 def tabulate(reports: Sequence[Mapping[str, object]]) -> str:
   """Several reports as a Markdown table; chip-hours are those of the config's steps."""
-  lines = ['| topology | chips | pairs a chip | GiB a chip | arithmetic, ms | memory, ms | collectives, ms '
-           '| limited by | images/s | days | chip-hours | compiled in, s |', '|:--|' + '--:|' * 6 + ':--|' + '--:|' * 4]
+  lines = [
+    '| topology | chips | pairs a chip | GiB a chip | arithmetic, ms | memory, ms | collectives, ms '
+    '| limited by | images/s | days | chip-hours | compiled in, s |',
+    '|:--|' + '--:|' * 6 + ':--|' + '--:|' * 4,
+  ]
   for report in reports:
     hbm, pairs = report['hbm_gib'], report['batch_size'] / report['chips']
     start = f'| {report["topology"]} | {report["chips"]} | {pairs:,.4g} | {hbm["together"]:.1f} of {hbm["chip"]:.0f} | '
@@ -115,11 +135,14 @@ def advise(config: ml_collections.ConfigDict, report: dict[str, object]) -> str:
   rows = report['pairs_a_device']
   if config.grad_accum_steps < rows:
     steps = min(step for step in range(config.grad_accum_steps + 1, rows + 1) if rows % step == 0)
-    return (f'set --config.grad_accum_steps={steps}: the same gradients, the towers in {steps} parts'
-            + ('' if config.grad_accum_steps > 1 else ', for one more forward pass'))
+    return f'set --config.grad_accum_steps={steps}: the same gradients, the towers in {steps} parts' + (
+      '' if config.grad_accum_steps > 1 else ', for one more forward pass'
+    )
   if config.remat == 'dots':
     return "set --config.remat=blocks: the towers' forward pass once more"
   if config.mesh.fsdp == 1:
-    return (f'set --config.mesh.fsdp={report["devices"] // config.mesh.model}: parameters and optimiser '
-            f'({report["state_gib"]["of_a_chip"]:.2f} GiB of a chip) are divided over the devices')
+    return (
+      f'set --config.mesh.fsdp={report["devices"] // config.mesh.model}: parameters and optimiser '
+      f'({report["state_gib"]["of_a_chip"]:.2f} GiB of a chip) are divided over the devices'
+    )
   return 'take more chips, or chips with more memory'

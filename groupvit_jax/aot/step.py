@@ -70,8 +70,14 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   # A tokenizer that is yet to be trained has at most this many pieces.
   path = config.tokenizer.path
   vocab_size = build_tokenizer(path).vocab_size if path else config.tokenizer.vocab_size
-  model = build_model(config.model, vocab_size=vocab_size, eos_id=1, multi_label=config.data.num_prompts > 0,
-                      remat=config.remat, scan_layers=config.scan_layers)
+  model = build_model(
+    config.model,
+    vocab_size=vocab_size,
+    eos_id=1,
+    multi_label=config.data.num_prompts > 0,
+    remat=config.remat,
+    scan_layers=config.scan_layers,
+  )
   tx = optim.build_optimizer(config.optim, schedule)
   run = train_loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], evals=(), attention=None)
   state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)
@@ -91,8 +97,12 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
     return CompiledStep(None, size, None, flops, *taken(), rows, _size(state))
   seconds = taken()
   found = compiled.memory_analysis()
-  memory = Memory(found.argument_size_in_bytes, found.output_size_in_bytes - found.alias_size_in_bytes,
-                  found.temp_size_in_bytes, found.generated_code_size_in_bytes)
+  memory = Memory(
+    found.argument_size_in_bytes,
+    found.output_size_in_bytes - found.alias_size_in_bytes,
+    found.temp_size_in_bytes,
+    found.generated_code_size_in_bytes,
+  )
   try:
     traffic = read_traffic(compiled.as_text())
   except jax.errors.JaxRuntimeError:  # it has operations that jaxlib's version of XLA does not know
@@ -109,5 +119,7 @@ def _size(state: train_state.TrainState) -> State:
 def _abstract_batch(run: train_loop.Run) -> dict[str, jax.ShapeDtypeStruct]:
   place, size = sharding.batch_sharding(run.mesh), run.config.batch_size
   image_shape = (size, *run.config.model.vision.image_size, 3)
-  return {'image': jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
-          'tokens': jax.ShapeDtypeStruct((size, *run.text_shape), jnp.int32, sharding=place)}
+  return {
+    'image': jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
+    'tokens': jax.ShapeDtypeStruct((size, *run.text_shape), jnp.int32, sharding=place),
+  }

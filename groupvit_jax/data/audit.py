@@ -43,6 +43,7 @@ _PERCENTILES = (0, 5, 50, 95, 100)
 @dataclasses.dataclass
 class Findings:
   """What was found in one record."""
+
   key: str = ''
   fault: str = ''
   picture: bytes = b''  # digests, to tell duplicates
@@ -70,7 +71,8 @@ def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int)
     found = list(_look_at(examples, samples or len(part.source)))
     expected = config.data.sets[part.name].expected if config.data.source == 'sets' else 0
     report['sets'][part.name] |= {'expected': expected} | summarize(
-        found, config.data.num_prompts, config.model.text.context_length)
+      found, config.data.num_prompts, config.model.text.context_length
+    )
     report['sets'][part.name]['examples_per_core_second'] = round(_rate(examples), 1)
     _write_sheet(output / f'{part.name}.png', examples)
   write_whole(str(output / 'audit.json'), (json.dumps(report, indent=2) + '\n').encode())
@@ -90,27 +92,29 @@ def summarize(found: list[Findings], num_prompts: int, text_length: int) -> dict
   tokens = [record.tokens for record in good]
   words = [record.words for record in good]
   return {
-      'looked_at': len(found),
-      'unusable': dict(collections.Counter(record.fault for record in bad).most_common()),
-      'unusable_share': len(bad) / max(len(found), 1),
-      'unusable_keys': [f'{record.key}: {record.fault}' for record in bad[:_LISTED]],
-      'duplicate_pictures': _duplicates(record.picture for record in good),
-      'duplicate_captions': _duplicates(record.caption for record in good),
-      'tokens_percentiles': _percentiles(tokens),
-      'captions_cut': sum(n > text_length for n in tokens) / max(len(good), 1),
-      'words_percentiles': _percentiles(words),
-      'words_mean': float(np.mean(words)) if words else 0.0,
-      'captions_with_too_few_words': sum(n < num_prompts for n in words) / max(len(good), 1),
+    'looked_at': len(found),
+    'unusable': dict(collections.Counter(record.fault for record in bad).most_common()),
+    'unusable_share': len(bad) / max(len(found), 1),
+    'unusable_keys': [f'{record.key}: {record.fault}' for record in bad[:_LISTED]],
+    'duplicate_pictures': _duplicates(record.picture for record in good),
+    'duplicate_captions': _duplicates(record.caption for record in good),
+    'tokens_percentiles': _percentiles(tokens),
+    'captions_cut': sum(n > text_length for n in tokens) / max(len(good), 1),
+    'words_percentiles': _percentiles(words),
+    'words_mean': float(np.mean(words)) if words else 0.0,
+    'captions_with_too_few_words': sum(n < num_prompts for n in words) / max(len(good), 1),
   }
 
 
 def describe(name: str, facts: Mapping[str, object]) -> str:
   """A set's report in a few lines, for people."""
   causes = ', '.join(f'{cause} {n:,}' for cause, n in facts['unusable'].items()) or 'none'
-  expected = f' of {facts["expected"]:,} expected ({facts["records"] / facts["expected"]:.1%})' if facts[
-      'expected'] else ''
+  expected = (
+    f' of {facts["expected"]:,} expected ({facts["records"] / facts["expected"]:.1%})' if facts['expected'] else ''
+  )
   spread = lambda values: ' / '.join(map(str, values))
-  return '\n'.join([
+  return '\n'.join(
+    [
       f'{name}: {facts["records"]:,} records{expected} in {facts["shards"]:,} shards, digest {facts["digest"]}',
       f'  looked at           {facts["looked_at"]:,}',
       f'  unusable            {facts["unusable_share"]:.2%} ({causes})',
@@ -119,7 +123,9 @@ def describe(name: str, facts: Mapping[str, object]) -> str:
       f'{facts["captions_cut"]:.1%} are cut',
       f'  words for prompts   {spread(facts["words_percentiles"])}, {facts["words_mean"]:.1f} on average; '
       f'{facts["captions_with_too_few_words"]:.1%} have too few',
-      f'  examples per core   {facts["examples_per_core_second"]:.0f}/s, decoded, cropped and tagged'])
+      f'  examples per core   {facts["examples_per_core_second"]:.0f}/s, decoded, cropped and tagged',
+    ]
+  )
 
 
 def _look_at(examples: pipeline.Examples, count: int) -> Iterator[Findings]:
@@ -145,8 +151,9 @@ def _look(examples: pipeline.Examples, index: int) -> Findings:
   pixels = image if isinstance(image, bytes) else image.tobytes()
   tokens = examples.tokenizer.encode([text], len(text.encode()) + 8)[0]
   length = int(np.argmax(tokens == examples.tokenizer.eos_id)) + 1
-  return Findings(record['key'], '', _digest(pixels), _digest(text.encode('utf-8', 'replace')), length,
-                  len(text_ops.nouns(text)))
+  return Findings(
+    record['key'], '', _digest(pixels), _digest(text.encode('utf-8', 'replace')), length, len(text_ops.nouns(text))
+  )
 
 
 def _rate(examples: pipeline.Examples) -> float:
@@ -190,8 +197,9 @@ def _tokenizer(config: ml_collections.ConfigDict, source: Mixture) -> Tokenizer:
   if config.path:
     return build_tokenizer(config.path)
   with tempfile.TemporaryDirectory() as folder:
-    return train_sentencepiece(sample_captions(source, config.num_captions), f'{folder}/tokenizer.model',
-                               config.vocab_size)
+    return train_sentencepiece(
+      sample_captions(source, config.num_captions), f'{folder}/tokenizer.model', config.vocab_size
+    )
 
 
 def _duplicates(digests: Iterator[bytes]) -> int:

@@ -18,6 +18,7 @@ class Stuff(NamedTuple):
       scene in pixels, so that the pattern looks the same at every scene size.
     turns: whether it looks natural turned by a quarter or upside down.
   """
+
   places: tuple[str, ...]
   paint: _Painter
   turns: bool
@@ -50,8 +51,7 @@ def _grain(rng, n: int) -> np.ndarray:
   return rng.standard_normal((n, n), np.float32)
 
 
-def _colour(rng: np.random.Generator, low: tuple[float, ...],
-            high: tuple[float, ...]) -> np.ndarray:
+def _colour(rng: np.random.Generator, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
   """A colour on the segment from `low` to `high`, each channel a little off it: float32 [3]."""
   low, high = np.float32(low), np.float32(high)
   return low + (high - low) * np.float32(rng.random()) + np.float32(rng.normal(0, 0.012, 3))
@@ -69,8 +69,7 @@ def _axes(n: int, unit: float) -> tuple[np.ndarray, np.ndarray]:
   return line[:, None], line[None]
 
 
-def _cells(rng: np.random.Generator, n: int, unit: float,
-           count: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _cells(rng: np.random.Generator, n: int, unit: float, count: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Worley cells, about `count` to a scene side, one jittered point in each grid square.
 
   Returns:
@@ -136,11 +135,12 @@ def _water(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   clear = _colour(rng, (0.05, 0.48, 0.66), (0.12, 0.60, 0.68))
   foam = _colour(rng, (0.65, 0.90, 0.95), (0.80, 0.97, 1.0))
   body = _mix(deep, clear, crest * 0.7 + 0.25 * _smooth(rng, n, 3 * bumps, 2 * bumps))
-  return _mix(body, foam, crest ** 6 * (0.6 + 0.4 * _smooth(rng, n, 6 * bumps, 5 * bumps)))
+  return _mix(body, foam, crest**6 * (0.6 + 0.4 * _smooth(rng, n, 6 * bumps, 5 * bumps)))
 
 
-def _blocks(rng: np.random.Generator, n: int, unit: float, rows: float, aspect: float,
-            shift: float) -> tuple[np.ndarray, np.ndarray]:
+def _blocks(
+  rng: np.random.Generator, n: int, unit: float, rows: float, aspect: float, shift: float
+) -> tuple[np.ndarray, np.ndarray]:
   """Rectangles laid in rows: distance to the nearest joint [n, n] in scene sides, value [n, n]."""
   y, x = _axes(n, unit)
   v = y * rows + rng.random()
@@ -197,19 +197,19 @@ def _night(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
 
 
 def _leaves(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
-  autumn = np.float32([(0.80, 0.26, 0.05), (0.92, 0.52, 0.08), (0.95, 0.74, 0.20),
-                       (0.60, 0.15, 0.07), (0.55, 0.34, 0.12)])
+  autumn = np.float32(
+    [(0.80, 0.26, 0.05), (0.92, 0.52, 0.08), (0.95, 0.74, 0.20), (0.60, 0.15, 0.07), (0.55, 0.34, 0.12)]
+  )
   ground = np.full((n, n, 3), _colour(rng, (0.14, 0.08, 0.04), (0.24, 0.14, 0.08)))
   for _ in range(int(95 * (n / unit) ** 2)):
     length, turn = rng.uniform(0.09, 0.14) * unit, rng.uniform(0, 2 * np.pi)
     row, column = rng.uniform(0, n, 2)
-    rows, columns = (slice(max(int(at - length), 0), min(int(at + length) + 2, n))
-                     for at in (row, column))
+    rows, columns = (slice(max(int(at - length), 0), min(int(at + length) + 2, n)) for at in (row, column))
     y, x = np.ogrid[rows, columns]
     y, x = y - row, x - column
     along = (x * np.cos(turn) + y * np.sin(turn)) / length
     across = np.abs(y * np.cos(turn) - x * np.sin(turn)) / length
-    edge = 0.5 * (1 - along ** 2) - across  # above 0 inside a shape pointed at both ends
+    edge = 0.5 * (1 - along**2) - across  # above 0 inside a shape pointed at both ends
     shade = np.where((across < 0.04) | (edge < 0.07), 0.55, 1.0)  # rib and rim
     colour = autumn[rng.integers(5)] * rng.uniform(0.8, 1.1)
     inside = edge > 0
@@ -249,8 +249,9 @@ def _lava(rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
   bumps = n / unit
   _, border, value = _cells(rng, n, unit, rng.uniform(3.5, 5.5))
   crust = _colour(rng, (0.10, 0.05, 0.05), (0.20, 0.09, 0.07))
-  hot = _mix(np.float32((0.85, 0.10, 0.0)), np.float32((1.0, 0.75, 0.10)),
-             0.5 + 0.3 * _smooth(rng, n, 5 * bumps, 5 * bumps))
+  hot = _mix(
+    np.float32((0.85, 0.10, 0.0)), np.float32((1.0, 0.75, 0.10)), 0.5 + 0.3 * _smooth(rng, n, 5 * bumps, 5 * bumps)
+  )
   body = crust * (0.8 + 0.5 * value + 0.1 * _grain(rng, n))[..., None]
   return _mix(body, hot, 1.2 - border * rng.uniform(2.5, 4))
 

@@ -5,25 +5,26 @@ from collections.abc import Sequence
 # {things} is 'a dog and a banana', {place} is 'on the grass' or nothing. No verb agrees with the
 # things, so every template but one fits one thing and several.
 TEMPLATES = (
-    'a photo of {things} {place}',
-    'a picture of {things} {place}',
-    'an image of {things} {place}',
-    'a bright photo of {things} {place}',
-    'a small picture of {things} {place}',
-    'in this image, {things} {place}',
-    'we see {things} {place}',
-    'here, {things} {place}',
-    'only {things} {place}',
-    '{things} {place}',
-    '{things} together {place}',
-    '{place}, {things}',
+  'a photo of {things} {place}',
+  'a picture of {things} {place}',
+  'an image of {things} {place}',
+  'a bright photo of {things} {place}',
+  'a small picture of {things} {place}',
+  'in this image, {things} {place}',
+  'we see {things} {place}',
+  'here, {things} {place}',
+  'only {things} {place}',
+  '{things} {place}',
+  '{things} together {place}',
+  '{place}, {things}',
 )
 _ONE_THING_TEMPLATES = tuple(t for t in TEMPLATES if 'together' not in t)
 
 _PHRASES = {
-    'sun': 'the sun', 'moon': 'the moon', 'unicorn': 'a unicorn',
-    **{name: name for name in ('bread', 'broccoli', 'cherries', 'corn', 'glasses', 'grapes',
-                               'jeans', 'scissors')},
+  'sun': 'the sun',
+  'moon': 'the moon',
+  'unicorn': 'a unicorn',
+  **{name: name for name in ('bread', 'broccoli', 'cherries', 'corn', 'glasses', 'grapes', 'jeans', 'scissors')},
 }
 
 

@@ -19,9 +19,7 @@ FORMS = (('tokenizer.json',), ('vocab.json', 'merges.txt'), (OPENAI_FILE,))
 OPENAI_MERGES = 49408 - 2 * 256 - 2
 
 # Special tokens, English contractions, runs of letters, single digits, runs of anything else.
-WORDS = (
-  r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
-)
+WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 Bpe = tuple[dict[str, int], list[tuple[str, str]]]
 

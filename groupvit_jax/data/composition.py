@@ -19,6 +19,7 @@ class Placed(NamedTuple):
     columns: columns.
     gain: float32 [3, 1, 1], its colour jitter.
   """
+
   name: int
   rgb: np.ndarray
   clear: np.ndarray
@@ -39,6 +40,7 @@ class Layout(NamedTuple):
     owner: uint8 [H, W], 0 for the stuff, k for the k-th thing placed.
     caption: what the scene shows.
   """
+
   stuff: int
   texture: np.ndarray
   light: np.ndarray
@@ -48,9 +50,14 @@ class Layout(NamedTuple):
   caption: str
 
 
-def find_room(owner: np.ndarray, mask: np.ndarray, area: int,
-              spots: Sequence[tuple[float, float]], spare: list[float],
-              min_visible: float) -> tuple[slice, slice, tuple[slice, slice]] | None:
+def find_room(
+  owner: np.ndarray,
+  mask: np.ndarray,
+  area: int,
+  spots: Sequence[tuple[float, float]],
+  spare: list[float],
+  min_visible: float,
+) -> tuple[slice, slice, tuple[slice, slice]] | None:
   """First spot where the thing, and all below it, stay visible enough.
 
   Args:
@@ -111,13 +118,13 @@ def pick(draws: Iterator[float], choices: int) -> int:
 def cut_window(draws: Iterator[float], picture: np.ndarray, size: int) -> np.ndarray:
   """A random [..., size, size] window of a picture whose last two axes are larger."""
   row, column = (pick(draws, picture.shape[-1] - size + 1) for _ in range(2))
-  return picture[..., row:row + size, column:column + size]
+  return picture[..., row : row + size, column : column + size]
 
 
 def turn_texture(draws: Iterator[float], texture: np.ndarray, turns: bool) -> np.ndarray:
   """Mirrors a texture at random and, where it may, stands it on its side or head."""
   mirror, head, side = (next(draws) < 0.5 for _ in range(3))
-  texture = texture[:, ::-1 if turns and head else 1, ::-1 if mirror else 1]
+  texture = texture[:, :: -1 if turns and head else 1, :: -1 if mirror else 1]
   return texture.swapaxes(1, 2) if turns and side else texture
 
 

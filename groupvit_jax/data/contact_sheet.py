@@ -24,7 +24,7 @@ def draw_sheet(images: Sequence[np.ndarray], texts: Sequence[Sequence[str]], col
   """
   font = ImageFont.load_default(_FONT)
   cells = [_Cell(image, lines) for image, lines in zip(images, texts, strict=True)]
-  rows = [cells[start:start + columns] for start in range(0, len(cells), columns)]
+  rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
   heights = [max(cell.height for cell in row) for row in rows]
   sheet = Image.new('RGB', (columns * (_WIDTH + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), 'white')
   draw, top = ImageDraw.Draw(sheet), _MARGIN
@@ -41,15 +41,19 @@ class _Cell:
   def __init__(self, image: np.ndarray, texts: Sequence[str]):
     picture = Image.fromarray(image)
     self._picture = picture.resize((_WIDTH, round(_WIDTH * picture.height / picture.width)))
-    self._lines = [(line, _FAINT if n else _INK) for n, text in enumerate(texts)
-                   for line in textwrap.wrap(text, _LETTERS, max_lines=4) or ['']]
+    self._lines = [
+      (line, _FAINT if n else _INK)
+      for n, text in enumerate(texts)
+      for line in textwrap.wrap(text, _LETTERS, max_lines=4) or ['']
+    ]
 
   @property
   def height(self) -> int:
     return self._picture.height + _LINE * len(self._lines) + 2 * _MARGIN
 
-  def draw(self, sheet: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int,
-           font: ImageFont.FreeTypeFont) -> None:
+  def draw(
+    self, sheet: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, font: ImageFont.FreeTypeFont
+  ) -> None:
     sheet.paste(self._picture, (left, top))
     top += self._picture.height + 2
     for line, colour in self._lines:

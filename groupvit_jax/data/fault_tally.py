@@ -18,6 +18,7 @@ _KEPT = 20  # checkpoints whose counts are kept
 
 class _Checked(NamedTuple):
   """Where the share was looked at last."""
+
   step: int
   count: int
 
@@ -83,9 +84,10 @@ class FaultTally:
     if found > self._max_share * examples:
       listed = ', '.join(f'{cause} {n:,}' for cause, n in counts.items())
       raise faults.TooManyFaults(
-          f'{found / examples:.1%} of the {examples:,} records since step {since} could not be used, more than '
-          f'data.max_fault_share={self._max_share} (since step 0: {listed}); look at the data with '
-          'python -m groupvit_jax.data.audit, or raise the share')
+        f'{found / examples:.1%} of the {examples:,} records since step {since} could not be used, more than '
+        f'data.max_fault_share={self._max_share} (since step 0: {listed}); look at the data with '
+        'python -m groupvit_jax.data.audit, or raise the share'
+      )
 
   def save(self, step: int) -> None:
     """Keeps the counts of a step that a checkpoint is saved at; all hosts take part, the first one writes."""

@@ -27,6 +27,7 @@ class Sprite(NamedTuple):
     mask: bool [h, w], alpha above one half: the pixels that carry the label.
     area: number of pixels in the mask.
   """
+
   rgb: np.ndarray
   clear: np.ndarray
   mask: np.ndarray

@@ -65,8 +65,7 @@ class Augment:
       pixels = cv2.flip(pixels, 1)
     return pixels if self.rand_augment is None else self.rand_augment(pixels, rng)
 
-  def read_crop(self, image: bytes | np.ndarray, rng: np.random.Generator,
-                key: str) -> tuple[np.ndarray, Box]:
+  def read_crop(self, image: bytes | np.ndarray, rng: np.random.Generator, key: str) -> tuple[np.ndarray, Box]:
     """Draws a crop and decodes what it needs.
 
     Args:
@@ -134,12 +133,12 @@ def build_augment(config: ml_collections.ConfigDict, image_size: tuple[int, int]
     raise ValueError(f'data.augment.ratio={ratio}: use two positive ratios, the smaller one first')
   _check_probability('flip', config.flip)
   rand_augment = _build_rand_augment(config) if config.name == 'rand_augment' else None
-  return Augment(tuple(image_size), area, ratio, config.flip, rand_augment, config.min_side,
-                 config.max_pixels)
+  return Augment(tuple(image_size), area, ratio, config.flip, rand_augment, config.min_side, config.max_pixels)
 
 
-def random_box(height: int, width: int, area: tuple[float, float], ratio: tuple[float, float],
-               rng: np.random.Generator) -> Box:
+def random_box(
+  height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Box:
   """Draws the crop of a picture (Szegedy et al. 2015, as torchvision defines it).
 
   The area is uniform, the ratio log-uniform, the place uniform. When ten crops do not fit, it is
@@ -178,7 +177,7 @@ def resize_box(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarra
   Returns:
     uint8 [H, W, 3].
   """
-  part = pixels[box.top:box.top + box.height, box.left:box.left + box.width]
+  part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
   sigma_y, sigma_x = _blur(box.height / size[0]), _blur(box.width / size[1])
   if sigma_y or sigma_x:
     part = cv2.GaussianBlur(part, (_taps(sigma_x), _taps(sigma_y)), sigma_x, sigmaY=sigma_y)

@@ -65,9 +65,8 @@ def read_header(data: bytes, key: str) -> Header | None:
     if marker == _START_OF_SCAN:
       return _checked_header(data, frame, at, key)
     if 0xC0 <= marker <= 0xCF and marker not in _NO_FRAMES:
-      frame = _Frame(marker, at, data[at + 4], _number(data, at + 5), _number(data, at + 7),
-                     data[at + 9])
-    if marker == _APP1 and data[at + 4:at + 10] == b'Exif\0\0' and _is_turned(data):
+      frame = _Frame(marker, at, data[at + 4], _number(data, at + 5), _number(data, at + 7), data[at + 9])
+    if marker == _APP1 and data[at + 4 : at + 10] == b'Exif\0\0' and _is_turned(data):
       return None
     at += 2 + length
   raise Fault('image_truncated', key)
@@ -94,18 +93,16 @@ def decode_rows(data: bytes, header: Header, bottom: int, reduction: int, key: s
     # One row more: the colour of a row's pixels depends on the row below.
     height = min(height, -(-(bottom + 1) // _TALLEST_UNIT) * _TALLEST_UNIT)
     at = header.height_at
-    data = b''.join((data[:at], height.to_bytes(2, 'big'), data[at + 2:]))
+    data = b''.join((data[:at], height.to_bytes(2, 'big'), data[at + 2 :]))
   # The scale is the smallest that gives this size. Not strict: data that remains is no fault.
   least = (-(-height // reduction), -(-header.width // reduction))
   try:
-    return simplejpeg.decode_jpeg(
-        data, 'RGB', min_height=least[0], min_width=least[1], strict=False)
+    return simplejpeg.decode_jpeg(data, 'RGB', min_height=least[0], min_width=least[1], strict=False)
   except ValueError as error:
     raise Fault('image_corrupt', key) from error
 
 
-def _checked_header(data: bytes, frame: _Frame | None, scan_at: int,
-                    key: str) -> Header | None:
+def _checked_header(data: bytes, frame: _Frame | None, scan_at: int, key: str) -> Header | None:
   """The header of a file whose first scan starts at `scan_at`."""
   if frame is None or frame.precision != 8 or not frame.height or not frame.width:
     return None

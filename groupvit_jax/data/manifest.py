@@ -41,9 +41,10 @@ def compare(workdir: epath.PathLike, facts: Mapping[str, object]) -> None:
   old, new = before['sets'], facts['sets']
   changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
   raise ValueError(
-      f'the data changed since the run in {workdir} started: {", ".join(changed)} '
-      f'({_sizes(old, changed)} records then, {_sizes(new, changed)} now); bring the old data back, use another '
-      f'--workdir, or delete {path} to go on with another order of records')
+    f'the data changed since the run in {workdir} started: {", ".join(changed)} '
+    f'({_sizes(old, changed)} records then, {_sizes(new, changed)} now); bring the old data back, use another '
+    f'--workdir, or delete {path} to go on with another order of records'
+  )
 
 
 def _sizes(sets: Mapping[str, Mapping[str, object]], names: list[str]) -> str:

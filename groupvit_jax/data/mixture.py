@@ -31,8 +31,7 @@ BLOCK = 2**14  # positions over which weighted shares are exact
 class Source(Protocol):
   """Random access to image-text records, pure in the index."""
 
-  def __len__(self) -> int:
-    ...
+  def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, object]:
     """Returns {'image': uint8 [H, W, 3] or encoded bytes, 'text': caption, 'key': name}."""
@@ -50,6 +49,7 @@ class DataSet:
     num_shards: files it lies in.
     weight: its share of the examples relative to the other sets'; 0 for its share of the records.
   """
+
   name: str
   source: Source
   digest: str
@@ -97,6 +97,7 @@ class Mixture:
   Attributes:
     sets: in the order in which their records are counted.
   """
+
   sets: tuple[DataSet, ...]
 
   def __post_init__(self):
@@ -105,8 +106,10 @@ class Mixture:
         raise ValueError(f'data.sets.{part.name} has no records')
     unweighted = [part.name for part in self.sets if not part.weight]
     if any(part.weight < 0 for part in self.sets) or 0 < len(unweighted) < len(self.sets):
-      raise ValueError('data.sets: weights are positive for all sets, or 0 for all to mix them by '
-                       f'size; {", ".join(f"{part.name} has {part.weight}" for part in self.sets)}')
+      raise ValueError(
+        'data.sets: weights are positive for all sets, or 0 for all to mix them by '
+        f'size; {", ".join(f"{part.name} has {part.weight}" for part in self.sets)}'
+      )
 
   def __reduce__(self):
     return type(self), (self.sets,)
@@ -138,10 +141,11 @@ class Mixture:
 
   def facts(self) -> dict[str, object]:
     """What the order and the records depend on besides the seed, as JSON: for a run's manifest."""
-    sets = {part.name: {'records': len(part.source), 'shards': part.num_shards,
-                        'weight': part.weight, 'digest': part.digest} for part in self.sets}
-    text = json.dumps([[name, facts['records'], facts['weight'], facts['digest']]
-                       for name, facts in sets.items()])
+    sets = {
+      part.name: {'records': len(part.source), 'shards': part.num_shards, 'weight': part.weight, 'digest': part.digest}
+      for part in self.sets
+    }
+    text = json.dumps([[name, facts['records'], facts['weight'], facts['digest']] for name, facts in sets.items()])
     return {'fingerprint': hashlib.sha256(text.encode()).hexdigest()[:16], 'sets': sets}
 
   @functools.cached_property
@@ -172,8 +176,10 @@ def _whole_shares(weights: Sequence[float]) -> list[int]:
   """Shares of a block in whole records: rounded down, the rest to the largest remainders."""
   exact = np.array(weights) / np.sum(weights) * BLOCK
   shares = np.floor(exact).astype(int)
-  shares[np.argsort(shares - exact, kind='stable')[:BLOCK - shares.sum()]] += 1
+  shares[np.argsort(shares - exact, kind='stable')[: BLOCK - shares.sum()]] += 1
   if not shares.all():
-    raise ValueError(f'data.sets: weight {weights[int(np.argmin(shares))]} is too small beside '
-                     f'{max(weights)}; use at least 1/{BLOCK} of the sum')
+    raise ValueError(
+      f'data.sets: weight {weights[int(np.argmin(shares))]} is too small beside '
+      f'{max(weights)}; use at least 1/{BLOCK} of the sum'
+    )
   return shares.tolist()

@@ -18,9 +18,7 @@ _FORMATS = (
 _WHITE = 255
 
 
-def read_picture(
-  picture: 'np.ndarray | Image.Image | os.PathLike | str | bytes', key: str
-) -> np.ndarray:
+def read_picture(picture: 'np.ndarray | Image.Image | os.PathLike | str | bytes', key: str) -> np.ndarray:
   """Pixels of a picture, however it comes.
 
   Turned as its EXIF says; what is transparent shows white; of an animation the first frame; 16 bits

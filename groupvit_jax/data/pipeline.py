@@ -34,6 +34,7 @@ class Example(NamedTuple):
     key: of the record.
     faults: int32 [causes], records that were replaced by this one, by cause.
   """
+
   image: np.ndarray
   texts: list[str]
   key: str
@@ -42,6 +43,7 @@ class Example(NamedTuple):
 
 class _Found(NamedTuple):
   """An example but for its prompts."""
+
   image: np.ndarray
   caption: str
   key: str
@@ -124,8 +126,10 @@ class Examples:
       except faults.Fault as fault:
         faults.report(fault)
         found.append(fault)
-    raise faults.TooManyFaults(f'data.sets.{part.name}: {len(found)} neighbours cannot be used, among them '
-                               f'{found[0]}; look at the set with python -m groupvit_jax.data.audit')
+    raise faults.TooManyFaults(
+      f'data.sets.{part.name}: {len(found)} neighbours cannot be used, among them '
+      f'{found[0]}; look at the set with python -m groupvit_jax.data.audit'
+    )
 
   def _image(self, record: dict[str, object], position: int) -> np.ndarray:
     if not record['text'].strip():
@@ -135,8 +139,7 @@ class Examples:
     return self.augment(record['image'], self._rng(position, _AUGMENT), record['key'])
 
   def _texts(self, caption: str, position: int) -> list[str]:
-    prompts = text_ops.noun_prompts(
-        caption, self.num_prompts, self._rng(position, _WORDS), phrases=self.noun_phrases)
+    prompts = text_ops.noun_prompts(caption, self.num_prompts, self._rng(position, _WORDS), phrases=self.noun_phrases)
     return [caption, *prompts]
 
   def _rng(self, position: int, stream: int) -> np.random.Generator:
@@ -171,7 +174,7 @@ class Batches:
     numbers = range(index * count, (index + 1) * count)
     size = min(_AT_ONCE, -(-len(numbers) // max(self._num_threads, 1)))
     make = self._pool.map if self._num_threads else map
-    parts = make(self._examples.make_some, [numbers[i:i + size] for i in range(0, len(numbers), size)])
+    parts = make(self._examples.make_some, [numbers[i : i + size] for i in range(0, len(numbers), size)])
     rows = itertools.chain.from_iterable(parts)
     batch: dict[str, np.ndarray] = {}
     for i, row in enumerate(rows):  # as they come: copied while the cache still holds them
@@ -189,12 +192,19 @@ class Batches:
 def check_batch_size(source: Source, batch_size: int) -> None:
   """Raises ValueError unless the data fill a batch."""
   if len(source) < batch_size:
-    raise ValueError(f'the data have {len(source)} records, fewer than batch_size={batch_size}; add data, or use '
-                     'smaller batches')
+    raise ValueError(
+      f'the data have {len(source)} records, fewer than batch_size={batch_size}; add data, or use smaller batches'
+    )
 
 
-def build_examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer: Tokenizer, *, first_batch: int,
-                   rows: Sequence[int] | None = None) -> Examples:
+def build_examples(
+  config: ml_collections.ConfigDict,
+  source: Mixture,
+  tokenizer: Tokenizer,
+  *,
+  first_batch: int,
+  rows: Sequence[int] | None = None,
+) -> Examples:
   """Builds a run's examples.
 
   Args:
@@ -209,13 +219,23 @@ def build_examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer
   """
   augment = image_ops.build_augment(config.data.augment, tuple(config.model.vision.image_size))
   return Examples(
-      source, augment, tokenizer, seed=config.seed, batch_size=config.batch_size, num_prompts=config.data.num_prompts,
-      text_length=config.model.text.context_length, first_batch=first_batch, num_batches=config.total_steps,
-      rows=range(config.batch_size) if rows is None else rows, noun_phrases=config.data.noun_phrases)
+    source,
+    augment,
+    tokenizer,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    num_prompts=config.data.num_prompts,
+    text_length=config.model.text.context_length,
+    first_batch=first_batch,
+    num_batches=config.total_steps,
+    rows=range(config.batch_size) if rows is None else rows,
+    noun_phrases=config.data.noun_phrases,
+  )
 
 
-def iterate(examples: Examples, *, num_threads: int, num_workers: int, prefetch_batches: int,
-            ) -> Iterator[dict[str, np.ndarray]]:
+def iterate(
+  examples: Examples, *, num_threads: int, num_workers: int, prefetch_batches: int
+) -> Iterator[dict[str, np.ndarray]]:
   """This host's part of each batch, in order. Close it, or drop it, to end its threads and processes.
 
   Memory is bounded: about 2 * (`prefetch_batches` + the number of processes) batches.

@@ -176,8 +176,13 @@ def _warp(pixels: np.ndarray, matrix: list[list[float]]) -> np.ndarray:
   # OpenCV counts from the middle of the first pixel.
   centred = np.array([[a, b, c + (a + b - 1) / 2], [d, e, f + (d + e - 1) / 2]])
   return cv2.warpAffine(
-      pixels, centred, pixels.shape[1::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-      borderMode=cv2.BORDER_CONSTANT, borderValue=FILL)
+    pixels,
+    centred,
+    pixels.shape[1::-1],
+    flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+    borderMode=cv2.BORDER_CONSTANT,
+    borderValue=FILL,
+  )
 
 
 def _enhance(level: float, sign: int) -> float:
@@ -186,19 +191,19 @@ def _enhance(level: float, sign: int) -> float:
 
 # 'inc1': posterize, solarize and the enhancements grow stronger with the level.
 OPS = (
-    Op('autocontrast', lambda level, sign: 0, lambda pixels, _: autocontrast(pixels)),
-    Op('equalize', lambda level, sign: 0, lambda pixels, _: equalize(pixels)),
-    Op('invert', lambda level, sign: 0, lambda pixels, _: invert(pixels)),
-    Op('rotate', lambda level, sign: sign * 30 * level, rotate),
-    Op('posterize', lambda level, sign: 4 - int(4 * level), posterize),
-    Op('solarize', lambda level, sign: 256 - int(256 * level), solarize),
-    Op('solarize_add', lambda level, sign: int(110 * level), solarize_add),
-    Op('color', _enhance, color),
-    Op('contrast', _enhance, contrast),
-    Op('brightness', _enhance, brightness),
-    Op('sharpness', _enhance, sharpness),
-    Op('shear_x', lambda level, sign: sign * 0.3 * level, shear_x),
-    Op('shear_y', lambda level, sign: sign * 0.3 * level, shear_y),
-    Op('translate_x', lambda level, sign: sign * 0.45 * level, translate_x),
-    Op('translate_y', lambda level, sign: sign * 0.45 * level, translate_y),
+  Op('autocontrast', lambda level, sign: 0, lambda pixels, _: autocontrast(pixels)),
+  Op('equalize', lambda level, sign: 0, lambda pixels, _: equalize(pixels)),
+  Op('invert', lambda level, sign: 0, lambda pixels, _: invert(pixels)),
+  Op('rotate', lambda level, sign: sign * 30 * level, rotate),
+  Op('posterize', lambda level, sign: 4 - int(4 * level), posterize),
+  Op('solarize', lambda level, sign: 256 - int(256 * level), solarize),
+  Op('solarize_add', lambda level, sign: int(110 * level), solarize_add),
+  Op('color', _enhance, color),
+  Op('contrast', _enhance, contrast),
+  Op('brightness', _enhance, brightness),
+  Op('sharpness', _enhance, sharpness),
+  Op('shear_x', lambda level, sign: sign * 0.3 * level, shear_x),
+  Op('shear_y', lambda level, sign: sign * 0.3 * level, shear_y),
+  Op('translate_x', lambda level, sign: sign * 0.45 * level, translate_x),
+  Op('translate_y', lambda level, sign: sign * 0.45 * level, translate_y),
 )

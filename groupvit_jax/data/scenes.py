@@ -97,6 +97,7 @@ class Scenes:
     poses: number of (size, turn) pairs kept per glyph; mirroring doubles them.
     textures: number of textures kept per stuff; windows, turns and light vary them.
   """
+
   size: int
   things: Sequence[str]
   stuff: Sequence[str]
@@ -186,7 +187,7 @@ class Scenes:
     partial, left_out, kept = next(draws), pick(draws, 3), next(draws)
     owner = np.zeros((self.size, self.size), np.uint8)
     placed = self._place_things(draws, owner)
-    names = [self.things[thing.name] for thing in placed][::-1 if backwards else 1]
+    names = [self.things[thing.name] for thing in placed][:: -1 if backwards else 1]
     if partial < self.partial_captions:
       one = names[int(kept * len(names))]
       names, place = (((one,), None), (names, None), ((), place))[left_out]
@@ -211,14 +212,14 @@ class Scenes:
       rows, columns, window = found
       owner[rows, columns][mask[window]] = len(placed) + 1
       rgb, clear = sprite.rgb[:, :, mirror], sprite.clear[:, mirror]
-      placed.append(composition.Placed(
-          name, rgb[:, *window], clear[window], rows, columns, gain[:, None, None]))
+      placed.append(composition.Placed(name, rgb[:, *window], clear[window], rows, columns, gain[:, None, None]))
     return placed
 
 
 @dataclasses.dataclass(frozen=True)
 class LabelledScenes:
   """Scenes with label maps: 0..C-1 in the order of `classes`, every pixel labelled."""
+
   scenes: Scenes
 
   @property

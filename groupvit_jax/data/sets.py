@@ -31,8 +31,7 @@ def open_sets(config: ml_collections.ConfigDict) -> Mixture:
   """
   if not config.get('sets'):
     raise ValueError("data.sets is empty; name the sets to train on, or use data.source='scenes'")
-  return Mixture(tuple(_open_set(name, config.sets[name], config.index_dir)
-                       for name in sorted(config.sets)))
+  return Mixture(tuple(_open_set(name, config.sets[name], config.index_dir) for name in sorted(config.sets)))
 
 
 def _open_set(name: str, config: Mapping[str, object], index_dir: str) -> DataSet:

@@ -42,6 +42,7 @@ class Shard(NamedTuple):
     size: in bytes.
     version: changes when the file does: its modification time or its store's tag.
   """
+
   path: str
   size: int
   version: str
@@ -70,7 +71,7 @@ def expand_braces(pattern: str) -> list[str]:
     if '{' in pattern or '}' in pattern:
       raise ValueError(f'{pattern!r}: a brace is missing its partner')
     return [pattern]
-  head, tail = pattern[:match.start()], expand_braces(pattern[match.end():])
+  head, tail = pattern[: match.start()], expand_braces(pattern[match.end() :])
   return [head + middle + end for middle in _alternatives(match[1], pattern) for end in tail]
 
 
@@ -96,8 +97,10 @@ def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
   found = in_threads(_stat, paths, _REQUESTS)
   missing = [path for path, shard in zip(paths, found, strict=True) if shard is None]
   if missing:
-    raise ValueError(f'{what}: {len(missing)} of {len(paths)} shards are missing, first '
-                     f'{missing[0]}; fetch them, or leave them out of the pattern')
+    raise ValueError(
+      f'{what}: {len(missing)} of {len(paths)} shards are missing, first '
+      f'{missing[0]}; fetch them, or leave them out of the pattern'
+    )
   return found
 
 
@@ -207,8 +210,9 @@ def writing(path: object) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise OSError(f'cannot write {path}: {error.strerror or error}; make room there, or permit it, and give the same '
-                  'command again') from error
+    raise OSError(
+      f'cannot write {path}: {error.strerror or error}; make room there, or permit it, and give the same command again'
+    ) from error
 
 
 def is_local(path: str) -> bool:
@@ -276,8 +280,7 @@ def _stat(path: str) -> Shard | None:
     return None
   if info.get('size') is None or info.get('partial') is False:
     raise ValueError(f'{path}: the server does not serve byte ranges; use one that does')
-  tags = (info.get(key) for key in ('ETag', 'etag', 'generation', 'Last-Modified', 'LastModified',
-                                    'mtime', 'updated'))
+  tags = (info.get(key) for key in ('ETag', 'etag', 'generation', 'Last-Modified', 'LastModified', 'mtime', 'updated'))
   return Shard(path, info['size'], str(next(filter(None, tags), '')))
 
 
@@ -307,6 +310,7 @@ def _system(path: str) -> fsspec.AbstractFileSystem:
       options = {}
       if protocol in ('http', 'https'):
         import aiohttp  # only here: without remote shards nobody needs it
+
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_STALLED_S)
         options = {'client_kwargs': {'timeout': timeout}}
       _systems[protocol] = fsspec.filesystem(protocol, **options)

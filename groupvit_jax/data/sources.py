@@ -65,6 +65,14 @@ def build_scenes(config: ml_collections.ConfigDict, image_size: tuple[int, int],
   if image_size[0] != image_size[1]:
     raise ValueError(f'model.vision.image_size={image_size}: scenes are square; use equal height and width')
   length = 2**40 if split == 'train' else config.num_heldout
-  return Scenes(size=image_size[0], things=config.things, stuff=config.stuff, seed=config.seed, length=length,
-                split=split, min_things=config.min_things, max_things=config.max_things,
-                partial_captions=config.partial_captions)
+  return Scenes(
+    size=image_size[0],
+    things=config.things,
+    stuff=config.stuff,
+    seed=config.seed,
+    length=length,
+    split=split,
+    min_things=config.min_things,
+    max_things=config.max_things,
+    partial_captions=config.partial_captions,
+  )

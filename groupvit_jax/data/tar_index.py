@@ -20,6 +20,7 @@ Read = Callable[[int, int], bytes]
 
 class Member(NamedTuple):
   """A file in a tar: its name, its first block and its size in bytes."""
+
   name: str
   block: int
   size: int
@@ -57,7 +58,7 @@ def index_tar(read: Read, size: int, window: int, text_kind: str) -> np.ndarray:
     row = samples.setdefault(key, [0, 0, 0, 0])
     column = 2 if kind == text_kind else 0
     if not row[column]:  # of a sample's pictures, the first
-      row[column:column + 2] = block, length
+      row[column : column + 2] = block, length
   keys = [key.encode('utf-8', 'surrogateescape') for key in samples]
   width = max(map(len, keys), default=1)
   rows = np.zeros(len(keys), [*_ROW, ('key', f'S{max(width, 1)}')])
@@ -117,7 +118,7 @@ class _Buffer:
     if not (self._start <= start and start + length <= self._start + len(self._data)):
       wanted = min(max(self._window, length), self._size - start)
       self._start, self._data = start, self._read(start, wanted) if wanted else b''
-    return self._data[start - self._start:start - self._start + length]
+    return self._data[start - self._start : start - self._start + length]
 
 
 def _check(header: bytes, at: int) -> None:
@@ -150,7 +151,7 @@ def _override(kind: bytes, data: bytes) -> dict[str, str]:
   found = {}
   while data:
     length = int(data.split(b' ', 1)[0])
-    key, _, value = data[:length - 1].split(b' ', 1)[1].partition(b'=')
+    key, _, value = data[: length - 1].split(b' ', 1)[1].partition(b'=')
     found[key.decode()] = value.decode('utf-8', 'surrogateescape')
     data = data[length:]
   return {key: value for key, value in found.items() if key in ('path', 'size')}

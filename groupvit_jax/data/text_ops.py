@@ -63,9 +63,7 @@ def noun_phrases(caption: str) -> list[str]:
   return phrases
 
 
-def noun_prompts(
-  caption: str, count: int, rng: np.random.Generator, *, phrases: bool = False
-) -> list[str]:
+def noun_prompts(caption: str, count: int, rng: np.random.Generator, *, phrases: bool = False) -> list[str]:
   """Returns a caption's prompts for the multi-label loss (paper section 3.3).
 
   Up to `count` words are picked without replacement, each in a template drawn from the 80 of
@@ -129,9 +127,7 @@ def template_set(name: str) -> tuple[str, ...]:
 def _tag(caption: str) -> list[list[tuple[str, str]]]:
   """Returns the sentences of a caption as lists of (word, Penn Treebank tag)."""
   sentences = _parse()(caption[:LONGEST_CAPTION], chunks=False, split=True)
-  return [
-    [(word, tag if _is_word(word) else '') for word, tag in sentence] for sentence in sentences
-  ]
+  return [[(word, tag if _is_word(word) else '') for word, tag in sentence] for sentence in sentences]
 
 
 def _is_word(token: str) -> bool:

@@ -22,6 +22,7 @@ class TfdsSource:
     num_shards: number of files.
     digest: of names, features and sizes.
   """
+
   path: str
   split: str
   image: str
@@ -80,20 +81,22 @@ def open_tfds(path: str, split: str, image: str, caption: str, what: str) -> Tfd
     builder = tfds.builder_from_directory(path)
     info = builder.info.splits[split]
   except Exception as error:  # which one depends on what is wrong with the folder
-    raise ValueError(f'{what}: there is no TFDS dataset with a split {split!r} in {path} '
-                     f'({" ".join(str(error).split())[:200]})') from error
+    raise ValueError(
+      f'{what}: there is no TFDS dataset with a split {split!r} in {path} ({" ".join(str(error).split())[:200]})'
+    ) from error
   features = builder.info.features
   for name, kind in ((image, tfds.features.Image), (caption, tfds.features.Text)):
     if name not in features or not isinstance(features[name], kind):
-      raise ValueError(f'{what}: the dataset has no {kind.__name__} feature {name!r}; it has '
-                       + ', '.join(features))
+      raise ValueError(f'{what}: the dataset has no {kind.__name__} feature {name!r}; it has ' + ', '.join(features))
   if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-    raise ValueError(f'{what}: {path} holds {builder.info.file_format.value} files; prepare it with '
-                     "file_format='array_record'")
+    raise ValueError(
+      f"{what}: {path} holds {builder.info.file_format.value} files; prepare it with file_format='array_record'"
+    )
   missing = [file for file in info.filepaths if not file.exists()]
   if missing:
-    raise ValueError(f'{what}: {len(missing)} of {len(info.filepaths)} files are missing, first '
-                     f'{missing[0]}; copy them again')
+    raise ValueError(
+      f'{what}: {len(missing)} of {len(info.filepaths)} files are missing, first {missing[0]}; copy them again'
+    )
   facts = [builder.info.full_name, split, sorted(features), list(getattr(info, 'shard_lengths', ()))]
   digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
   return TfdsSource(str(path), split, image, caption, info.num_examples, len(info.filepaths), digest)
@@ -102,4 +105,5 @@ def open_tfds(path: str, split: str, image: str, caption: str, what: str) -> Tfd
 def _import_tfds():
   """The library, which takes a second to import: only for those who use it."""
   import tensorflow_datasets as tfds
+
   return tfds

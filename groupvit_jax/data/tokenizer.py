@@ -192,11 +192,7 @@ def build_tokenizer(path: os.PathLike | str) -> Tokenizer:
 
 
 def train_sentencepiece(
-  captions: Iterable[str],
-  path: os.PathLike | str,
-  vocab_size: int,
-  *,
-  max_captions: int = 2_000_000,
+  captions: Iterable[str], path: os.PathLike | str, vocab_size: int, *, max_captions: int = 2_000_000
 ) -> SentencePieceTokenizer:
   """Trains a SentencePiece model on captions, and writes it.
 

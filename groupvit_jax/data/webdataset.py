@@ -32,8 +32,7 @@ _THREADS = 16  # shards indexed at a time
 _LOCAL_WINDOW, _REMOTE_WINDOW = 2**14, 2**23
 _GAP = 2**18  # two members further apart than this are read apart
 # What it is if a part is missing, if it is absurdly large, and how many bytes are absurd.
-_LIMITS = {'image': ('image_missing', 'image_huge', 2**28),
-           'text': ('caption_missing', 'caption_unreadable', 2**20)}
+_LIMITS = {'image': ('image_missing', 'image_huge', 2**28), 'text': ('caption_missing', 'caption_unreadable', 2**20)}
 
 
 class Index(NamedTuple):
@@ -45,6 +44,7 @@ class Index(NamedTuple):
     digest: of what the index holds: the same wherever the shards lie and whenever they were
       written, as long as they hold the same files in the same places.
   """
+
   path: str
   counts: tuple[int, ...]
   digest: str
@@ -59,6 +59,7 @@ class WebDataset:
     index: where the samples lie in them.
     caption: where captions come from: 'txt', 'cls' or 'json:FIELD'.
   """
+
   shards: tuple[str, ...]
   index: Index
   caption: str
@@ -118,7 +119,7 @@ class WebDataset:
     try:
       text = data.decode('utf-8')
       if self.caption.startswith('json:'):
-        text = json.loads(text).get(self.caption[len('json:'):]) or ''
+        text = json.loads(text).get(self.caption[len('json:') :]) or ''
     except (ValueError, AttributeError) as error:
       raise Fault('caption_unreadable', key) from error
     if not isinstance(text, str):
@@ -169,8 +170,9 @@ def build_index(found: Sequence[Shard], kind: str, index_dir: str, what: str) ->
   return Index(str(merged), tuple(known['counts']), known['digest'])
 
 
-def _index_shards(found: Sequence[Shard], stamps: Sequence[str], kind: str, index_dir: str,
-                  what: str) -> list[np.ndarray]:
+def _index_shards(
+  found: Sequence[Shard], stamps: Sequence[str], kind: str, index_dir: str, what: str
+) -> list[np.ndarray]:
   """The index of each shard, from its file or else from the shard; many at a time."""
   folders = {shard.path.rpartition('/')[0] for shard in found}
   homes = {folder: _index_folder(folder, index_dir) for folder in folders}
@@ -207,7 +209,7 @@ def _index_shard(shard: Shard, kind: str) -> np.ndarray:
     raise ValueError(f'{shard.path} holds no samples (KEY.jpg and KEY.{kind})')
   for part, name in (('image', 'jpg, .jpeg, .png or .webp'), ('text', kind)):
     if not rows[f'{part}_block'].any():
-      raise ValueError(f'{shard.path} holds no .{name} files; is the set\'s caption={kind!r} right?')
+      raise ValueError(f"{shard.path} holds no .{name} files; is the set's caption={kind!r} right?")
   return rows
 
 
@@ -218,8 +220,9 @@ def _load(path: str, shard: Shard) -> np.ndarray | None:
     return None
   try:
     rows = np.load(io.BytesIO(data))
-    ends = [int((rows[f'{part}_block'].astype(np.int64) * BLOCK + rows[f'{part}_size']).max())
-            for part in ('image', 'text')]
+    ends = [
+      int((rows[f'{part}_block'].astype(np.int64) * BLOCK + rows[f'{part}_size']).max()) for part in ('image', 'text')
+    ]
   except (ValueError, EOFError, IndexError, OSError):
     return None
   return rows if max(ends) <= shard.size else None
@@ -234,8 +237,8 @@ def _merge(parts: Sequence[np.ndarray], path: pathlib.Path) -> tuple[list[int], 
   merged = np.lib.format.open_memmap(partial, 'w+', dtype, (sum(counts),))
   digest, start = hashlib.sha256(), 0
   for rows in parts:
-    merged[start:start + len(rows)] = rows
-    digest.update(merged[start:start + len(rows)].tobytes())
+    merged[start : start + len(rows)] = rows
+    digest.update(merged[start : start + len(rows)].tobytes())
     start += len(rows)
   merged.flush()
   partial.replace(path)
@@ -272,4 +275,4 @@ def _read_both(path: str, image: tuple[int, int], text: tuple[int, int]) -> tupl
   if end - start > image[1] + text[1] + _GAP:
     return shards_lib.read(path, *image), shards_lib.read(path, *text)
   data = shards_lib.read(path, start, end - start)
-  return tuple(data[at - start:at - start + size] for at, size in (image, text))
+  return tuple(data[at - start : at - start + size] for at, size in (image, text))

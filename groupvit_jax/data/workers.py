@@ -53,9 +53,11 @@ def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterat
   except RuntimeError as error:
     if 'terminated unexpectedly' not in str(error):
       raise
-    raise OSError('a data worker died (killed, or out of memory?): '
-                  f'{str(error).split(". ")[0]}; try fewer data.num_workers or '
-                  'data.prefetch_batches; the run goes on from its last checkpoint') from error
+    raise OSError(
+      'a data worker died (killed, or out of memory?): '
+      f'{str(error).split(". ")[0]}; try fewer data.num_workers or '
+      'data.prefetch_batches; the run goes on from its last checkpoint'
+    ) from error
   finally:
     iterator.close()
     first = None

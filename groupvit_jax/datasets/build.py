@@ -29,11 +29,11 @@ from groupvit_jax.datasets import prepared
 
 # Data set -> module and class of its builder, imported when asked for.
 BUILDERS = {
-    'voc2012': ('segmentation_sets', 'Voc2012'),
-    'pascal_context': ('segmentation_sets', 'PascalContext'),
-    'coco_stuff': ('segmentation_sets', 'CocoStuff'),
-    'ade20k': ('segmentation_sets', 'Ade20k'),
-    'cityscapes_fine': ('segmentation_sets', 'CityscapesFine'),
+  'voc2012': ('segmentation_sets', 'Voc2012'),
+  'pascal_context': ('segmentation_sets', 'PascalContext'),
+  'coco_stuff': ('segmentation_sets', 'CocoStuff'),
+  'ade20k': ('segmentation_sets', 'Ade20k'),
+  'cityscapes_fine': ('segmentation_sets', 'CityscapesFine'),
 }
 CAPTION_SETS = ('cc3m', 'cc12m', 'yfcc14m', 'redcaps12m')
 
@@ -56,11 +56,14 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> st
     if not is_local(str(folder)):
       raise ValueError(f'--{flag}={folder} is remote; build from a disk onto a disk, then copy the folder')
   if (kept := prepared.newest_version(data_dir, name)) is not None:
-    return (f'{_describe(name, kept)}; it was there before, and --manual_dir={manual_dir} was not looked at: to build '
-            f'it again delete {kept}')
+    return (
+      f'{_describe(name, kept)}; it was there before, and --manual_dir={manual_dir} was not looked at: to build '
+      f'it again delete {kept}'
+    )
   if not epath.Path(manual_dir).is_dir():
     raise ValueError(f'there is no folder --manual_dir={manual_dir}; unpack the official archives there')
   import tensorflow_datasets as tfds  # it takes a second to import
+
   module, builder_class = BUILDERS[name]
   module = importlib.import_module(f'groupvit_jax.datasets.{module}')
   builder = getattr(module, builder_class)(data_dir=str(data_dir), file_format='array_record')
@@ -71,6 +74,7 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> st
 def _describe(name: str, folder: epath.PathLike) -> str:
   """How many pictures there are, of how many, and where."""
   from groupvit_jax.evals import benchmarks, labelled_sets  # and with them JAX, which image-text pairs do without
+
   found = len(prepared.open_records(folder, labelled_sets.SPLIT, ('image', 'label')))
   benchmark = next(each for each, stored in labelled_sets.STORED_IN.items() if stored == name)
   wanted = benchmarks.find_benchmark(benchmark).num_images
@@ -88,7 +92,8 @@ def main(arguments: Sequence[str]) -> int:
     The exit code: 0, or 2 after one line on stderr that names the mistake.
   """
   parser = argparse.ArgumentParser(
-      prog='python -m groupvit_jax.datasets.build', description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    prog='python -m groupvit_jax.datasets.build', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
   parser.add_argument('name', choices=[*BUILDERS, *CAPTION_SETS])
   parser.add_argument('--manual_dir', required=True, help='the folder with the official archives, unpacked')
   parser.add_argument('--data_dir', required=True, help='where TFDS data sets are kept')
@@ -97,6 +102,7 @@ def main(arguments: Sequence[str]) -> int:
   try:
     if args.name in CAPTION_SETS:
       from groupvit_jax.datasets import caption_sets  # TFDS takes a second to import
+
       folder = caption_sets.build(args.name, args.manual_dir, args.data_dir, args.workers)
       print(f'{caption_sets.describe(args.name, folder)}; in {folder}')
       return 0

@@ -55,9 +55,11 @@ def tars(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
   pattern = f'{manual_dir.rstrip("/")}/*.tar'
   found = shards.find_shards([pattern], 'tars')
   source = open_webdataset([pattern], 'txt', '', 'tars')
-  ends = [sum(source.index.counts[:n + 1]) for n in range(len(found))]
-  return [Part(shard.name, shard.size, functools.partial(_read_tar, source, start, end))
-          for shard, start, end in zip(found, [0, *ends], ends)]
+  ends = [sum(source.index.counts[: n + 1]) for n in range(len(found))]
+  return [
+    Part(shard.name, shard.size, functools.partial(_read_tar, source, start, end))
+    for shard, start, end in zip(found, [0, *ends], ends)
+  ]
 
 
 def yfcc14m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
@@ -80,8 +82,10 @@ def yfcc14m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
   captions = scratch / SCRATCH
   if not captions.exists():
     _sort_captions(table, subset, captions)
-  return [Part(str(path.relative_to(folder)), path.stat().st_size, functools.partial(_read_zip, path, captions))
-          for path in zips]
+  return [
+    Part(str(path.relative_to(folder)), path.stat().st_size, functools.partial(_read_zip, path, captions))
+    for path in zips
+  ]
 
 
 def redcaps12m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
@@ -93,8 +97,9 @@ def redcaps12m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
     raise ValueError(f'there are no annotations in {folder}/annotations; unpack those of RedCaps 1.0 there')
   if not (folder / 'images').is_dir():
     raise ValueError(f'there is no folder {folder}/images; `redcaps download-imgs --save-to` makes it')
-  return [Part(path.name, path.stat().st_size, functools.partial(_read_redcaps, path, folder / 'images'))
-          for path in files]
+  return [
+    Part(path.name, path.stat().st_size, functools.partial(_read_redcaps, path, folder / 'images')) for path in files
+  ]
 
 
 def clean(text: str) -> str:
@@ -125,8 +130,13 @@ def _read_zip(path: pathlib.Path, captions: pathlib.Path) -> Iterator[Record | F
         if key in known[key[:2]]:
           title, description = known[key[:2]][key]
           caption = '. '.join(filter(None, (title, description)))
-          yield {'image': archive.read(member), 'caption': caption, 'key': key, 'title': title,
-                 'description': description}
+          yield {
+            'image': archive.read(member),
+            'caption': caption,
+            'key': key,
+            'title': title,
+            'description': description,
+          }
   except zipfile.BadZipFile as error:
     raise ValueError(f'{path} is damaged ({error}); fetch it again') from error
 

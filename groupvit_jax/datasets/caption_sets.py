@@ -37,13 +37,22 @@ class CaptionSet(NamedTuple):
 
 
 SETS = {
-    'cc3m': CaptionSet(caption_layouts.tars, 2_891_445, ('caption', 'key'),
-                       'https://github.com/google-research-datasets/conceptual-captions'),
-    'cc12m': CaptionSet(caption_layouts.tars, 11_156_203, ('caption', 'key'),
-                        'https://github.com/google-research-datasets/conceptual-12m'),
-    'yfcc14m': CaptionSet(caption_layouts.yfcc14m, 14_615_499, ('caption', 'key', 'title', 'description'),
-                          'https://github.com/openai/CLIP/blob/main/data/yfcc100m.md'),
-    'redcaps12m': CaptionSet(caption_layouts.redcaps12m, 11_866_987, ('caption', 'key'), 'https://redcaps.xyz'),
+  'cc3m': CaptionSet(
+    caption_layouts.tars,
+    2_891_445,
+    ('caption', 'key'),
+    'https://github.com/google-research-datasets/conceptual-captions',
+  ),
+  'cc12m': CaptionSet(
+    caption_layouts.tars, 11_156_203, ('caption', 'key'), 'https://github.com/google-research-datasets/conceptual-12m'
+  ),
+  'yfcc14m': CaptionSet(
+    caption_layouts.yfcc14m,
+    14_615_499,
+    ('caption', 'key', 'title', 'description'),
+    'https://github.com/openai/CLIP/blob/main/data/yfcc100m.md',
+  ),
+  'redcaps12m': CaptionSet(caption_layouts.redcaps12m, 11_866_987, ('caption', 'key'), 'https://redcaps.xyz'),
 }
 
 
@@ -72,9 +81,12 @@ def build(name: str, manual_dir: str, data_dir: str, workers: int) -> pathlib.Pa
   parts = described.layout(manual_dir, folder)
   _claim(folder, parts)
   template = tfds.core.ShardedFileTemplate(
-      data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix='array_record')
-  jobs = [(part, str(template.sharded_filepath(shard_index=n, num_shards=len(parts))), described.texts)
-          for n, part in enumerate(parts)]
+    data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix='array_record'
+  )
+  jobs = [
+    (part, str(template.sharded_filepath(shard_index=n, num_shards=len(parts))), described.texts)
+    for n, part in enumerate(parts)
+  ]
   reports = _in_processes(jobs, workers, name)
   _finish(folder, name, template, reports)
   return folder
@@ -84,8 +96,10 @@ def describe(name: str, folder: pathlib.Path) -> str:
   """What a built set holds, in a line."""
   report = json.loads((folder / 'build.json').read_text())
   left_out = ', '.join(f'{cause} {n:,}' for cause, n in report['left_out'].items()) or 'none'
-  return (f'{name}: {report["records"]:,} records (the paper: {SETS[name].expected:,}) in {report["files"]:,} files, '
-          f'{report["bytes"] / 1e9:,.2f} GB; left out: {left_out}')
+  return (
+    f'{name}: {report["records"]:,} records (the paper: {SETS[name].expected:,}) in {report["files"]:,} files, '
+    f'{report["bytes"] / 1e9:,.2f} GB; left out: {left_out}'
+  )
 
 
 def write_part(part: Part, path: str, texts: tuple[str, ...]) -> dict[str, object]:
@@ -120,8 +134,7 @@ def _cause(record: Record) -> str:
 
 
 def _features(texts: tuple[str, ...]) -> tfds.features.FeaturesDict:
-  return tfds.features.FeaturesDict(
-      {'image': tfds.features.Image()} | {text: tfds.features.Text() for text in texts})
+  return tfds.features.FeaturesDict({'image': tfds.features.Image()} | {text: tfds.features.Text() for text in texts})
 
 
 def _in_processes(jobs: list[tuple], workers: int, name: str) -> list[Mapping[str, object]]:
@@ -145,8 +158,9 @@ def _in_pool(jobs: list[tuple], workers: int, bar: tqdm.tqdm) -> list[Mapping[st
         future.result()
         bar.update()
     except concurrent.futures.process.BrokenProcessPool as error:
-      raise OSError('a process died (killed, or out of memory?); the same command goes on, perhaps with fewer '
-                    '--workers') from error
+      raise OSError(
+        'a process died (killed, or out of memory?); the same command goes on, perhaps with fewer --workers'
+      ) from error
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
       raise
@@ -163,8 +177,9 @@ def _claim(folder: pathlib.Path, parts: list[Part]) -> None:
     raise ValueError(f'{folder} was begun from other files; bring those back, or delete the folder')
 
 
-def _finish(folder: pathlib.Path, name: str, template: tfds.core.ShardedFileTemplate,
-            reports: list[Mapping[str, object]]) -> None:
+def _finish(
+  folder: pathlib.Path, name: str, template: tfds.core.ShardedFileTemplate, reports: list[Mapping[str, object]]
+) -> None:
   """Writes the metadata, and removes what only the building needed."""
   lengths = [report['records'] for report in reports]
   if not any(lengths):
@@ -175,8 +190,14 @@ def _finish(folder: pathlib.Path, name: str, template: tfds.core.ShardedFileTemp
   write_whole(str(folder / 'build.json'), json.dumps(summary, indent=2).encode())
   split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
   tfds.folder_dataset.write_metadata(
-      data_dir=folder, features=_features(SETS[name].texts), split_infos=[split], version=VERSION,
-      filename_template=template, check_data=False, homepage=SETS[name].homepage)
+    data_dir=folder,
+    features=_features(SETS[name].texts),
+    split_infos=[split],
+    version=VERSION,
+    filename_template=template,
+    check_data=False,
+    homepage=SETS[name].homepage,
+  )
   shutil.rmtree(folder / caption_layouts.SCRATCH, ignore_errors=True)
   for path in folder.glob('*.array_record-*.json'):
     path.unlink()

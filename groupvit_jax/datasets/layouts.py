@@ -20,9 +20,67 @@ from groupvit_jax.evals.benchmarks import find_benchmark
 
 # Context's 459 category ids that its 60 classes have, in the order of the classes; 0 is the background.
 _CONTEXT_IDS = (
-    0, 2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159,
-    162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397,
-    415, 416, 420, 424, 427, 440, 445, 454, 458)
+  0,
+  2,
+  9,
+  18,
+  19,
+  22,
+  23,
+  25,
+  31,
+  33,
+  34,
+  44,
+  45,
+  46,
+  59,
+  65,
+  68,
+  72,
+  80,
+  85,
+  98,
+  104,
+  105,
+  113,
+  115,
+  144,
+  158,
+  159,
+  162,
+  187,
+  189,
+  207,
+  220,
+  232,
+  258,
+  259,
+  260,
+  284,
+  295,
+  296,
+  308,
+  324,
+  326,
+  347,
+  349,
+  354,
+  355,
+  360,
+  366,
+  368,
+  397,
+  415,
+  416,
+  420,
+  424,
+  427,
+  440,
+  445,
+  454,
+  458,
+)
 
 
 class LabelledFile(NamedTuple):
@@ -38,8 +96,10 @@ def voc2012(manual_dir: epath.PathLike) -> list[LabelledFile]:
   listing = 'ImageSets/Segmentation/val.txt'
   root = _find(manual_dir, [f'{folder}{listing}' for folder in ('VOCdevkit/VOC2012/', 'VOC2012/', '')]).parents[2]
   keys = (root / listing).read_text().split()
-  return _pairs(root / listing, [(key, root / 'JPEGImages' / f'{key}.jpg',
-                                  root / 'SegmentationClass' / f'{key}.png') for key in keys])
+  return _pairs(
+    root / listing,
+    [(key, root / 'JPEGImages' / f'{key}.jpg', root / 'SegmentationClass' / f'{key}.png') for key in keys],
+  )
 
 
 def pascal_context(manual_dir: epath.PathLike) -> list[LabelledFile]:
@@ -53,8 +113,14 @@ def pascal_context(manual_dir: epath.PathLike) -> list[LabelledFile]:
     for area in facts['annos_segmentation']:
       areas.get(area['image_id'], []).append(area)
     bare = sum(not found for found in areas.values())
-    files = [(image['file_name'].removesuffix('.jpg'), path.parent / 'JPEGImages' / image['file_name'],
-              functools.partial(_draw_context, path, image, areas[image['image_id']])) for image in images]
+    files = [
+      (
+        image['file_name'].removesuffix('.jpg'),
+        path.parent / 'JPEGImages' / image['file_name'],
+        functools.partial(_draw_context, path, image, areas[image['image_id']]),
+      )
+      for image in images
+    ]
   except (KeyError, TypeError, ValueError) as error:
     raise ValueError(f'{path} is not the trainval_merged.json of Pascal Context ({error!r}); fetch it again') from error
   if bare:
@@ -107,8 +173,12 @@ def _find(manual_dir: epath.PathLike, places: Iterable[str], remedy: str = '') -
   for path in candidates:
     if path.exists():
       return path
-  raise ValueError('there is no ' + ' nor '.join(map(str, candidates)) + '; '
-                   + (remedy or f'unpack the official archives in --manual_dir={manual_dir}'))
+  raise ValueError(
+    'there is no '
+    + ' nor '.join(map(str, candidates))
+    + '; '
+    + (remedy or f'unpack the official archives in --manual_dir={manual_dir}')
+  )
 
 
 def _sorted(folder: epath.Path, ending: str) -> list[epath.Path]:
@@ -116,7 +186,7 @@ def _sorted(folder: epath.Path, ending: str) -> list[epath.Path]:
 
 
 def _pairs(
-    place: epath.Path, files: list[tuple[str, epath.Path, epath.Path | Callable[[], bytes]]]
+  place: epath.Path, files: list[tuple[str, epath.Path, epath.Path | Callable[[], bytes]]]
 ) -> list[LabelledFile]:
   """The pictures, after a look for each file: a folder is listed once, however many pictures are expected in it.
 
@@ -126,8 +196,10 @@ def _pairs(
   if not files:
     raise ValueError(f'{place} names no pictures of the split; unpack the official archives again')
   expected = [path for _, image, label in files for path in (image, label) if not callable(label) or path is image]
-  present = {folder: {path.name for path in folder.iterdir()} if folder.exists() else set()
-             for folder in {path.parent for path in expected}}
+  present = {
+    folder: {path.name for path in folder.iterdir()} if folder.exists() else set()
+    for folder in {path.parent for path in expected}
+  }
   missing = [path for path in expected if path.name not in present[path.parent]]
   if missing:
     others = f', and {len(missing) - 1} more files are missing' if len(missing) > 1 else ''
@@ -139,7 +211,7 @@ def _raw_ids(path: epath.Path) -> bytes:
   """COCO-Stuff's own ids again, of a label map of train ids."""
   table = np.full(256, 255, np.uint8)
   ids = find_benchmark('coco_stuff').raw_label_ids
-  table[:len(ids)] = ids
+  table[: len(ids)] = ids
   with Image.open(io.BytesIO(path.read_bytes())) as image:
     return _encode(table[np.asarray(image)])
 
@@ -149,8 +221,9 @@ def _draw_context(path: epath.Path, image: dict, areas: list[dict]) -> bytes:
   labels = np.zeros((image['height'], image['width']), np.uint8)
   for area in areas:
     if area['category_id'] not in _CONTEXT_IDS:
-      raise ValueError(f'{path}: {image["file_name"]} has the category {area["category_id"]}, none of the 60 classes; '
-                       'fetch it again')
+      raise ValueError(
+        f'{path}: {image["file_name"]} has the category {area["category_id"]}, none of the 60 classes; fetch it again'
+      )
     mask = coco_rle.decode(area['segmentation']['counts'], tuple(area['segmentation']['size']))
     labels[mask] = _CONTEXT_IDS.index(area['category_id'])
   return _encode(labels)

@@ -48,6 +48,7 @@ def open_records(path: epath.PathLike, split: str, encoded: Sequence[str]) -> Se
     ValueError: it is no data set with that split in ArrayRecord files, or a file is missing.
   """
   import tensorflow_datasets as tfds  # it takes a second to import
+
   try:
     builder = tfds.builder_from_directory(str(path))
     missing = [file.name for file in builder.info.splits[split].filepaths if not file.exists()]

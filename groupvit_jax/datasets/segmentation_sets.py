@@ -25,11 +25,13 @@ class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
   find_files: Callable[[epath.PathLike], list[layouts.LabelledFile]]
 
   def _info(self) -> tfds.core.DatasetInfo:
-    features = tfds.features.FeaturesDict({
+    features = tfds.features.FeaturesDict(
+      {
         'image': tfds.features.Image(),
         'label': tfds.features.Image(shape=(None, None, 1), encoding_format='png'),
         'key': tfds.features.Text(),
-    })
+      }
+    )
     return tfds.core.DatasetInfo(builder=self, description=self.find_files.__doc__, features=features)
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
@@ -41,8 +43,10 @@ class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
       height, width = read_picture(image, str(file.image)).shape[:2]
       found = decode_label(label, f'the label map of {file.image}').shape
       if found != (height, width):
-        raise ValueError(f'{file.image} is {height} x {width} px, its label map {found[0]} x {found[1]}; '
-                         'unpack the official archives again')
+        raise ValueError(
+          f'{file.image} is {height} x {width} px, its label map {found[0]} x {found[1]}; '
+          'unpack the official archives again'
+        )
       yield file.key, {'image': io.BytesIO(image), 'label': io.BytesIO(label), 'key': file.key}
 
 

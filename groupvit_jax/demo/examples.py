@@ -18,9 +18,9 @@ _THINGS, _STUFF = ('dog', 'panda', 'banana', 'rocket'), ('grass', 'sky', 'sand',
 
 # In the public domain (the first two by CC0, the third by SpaceX), with words that fit.
 _PHOTOGRAPHS = {
-    'chelsea.png': 'cat, blanket',
-    'coffee.png': 'coffee|cup, spoon, table',
-    'rocket.jpg': 'rocket, sky, smoke, land',
+  'chelsea.png': 'cat, blanket',
+  'coffee.png': 'coffee|cup, spoon, table',
+  'rocket.jpg': 'rocket, sky, smoke, land',
 }
 
 

@@ -43,15 +43,33 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
     looked = gr.State(None, time_to_live=_HOUR)
     with gr.Row():
       with gr.Column():
-        picture = gr.Image(label='Picture', type='filepath', sources=['upload', 'clipboard'], elem_id='picture',
-                           height=280, buttons=['fullscreen'])
+        picture = gr.Image(
+          label='Picture',
+          type='filepath',
+          sources=['upload', 'clipboard'],
+          elem_id='picture',
+          height=280,
+          buttons=['fullscreen'],
+        )
         # Gradio would open the file first, and answer a bad one with the name of an exception.
         picture.preprocess = lambda payload: payload and payload.path
-        words = gr.Textbox(label='Words', placeholder='dog|puppy, banana, grass', elem_id='words',
-                           info='With commas between them; names of one thing are separated by |.', max_length=5000)
+        words = gr.Textbox(
+          label='Words',
+          placeholder='dog|puppy, banana, grass',
+          elem_id='words',
+          info='With commas between them; names of one thing are separated by |.',
+          max_length=5000,
+        )
         button = gr.Button('Segment', variant='primary', elem_id='segment')
-        threshold = gr.Slider(0, 1, 0, step=0.01, label='Threshold', elem_id='threshold',
-                              info='What fits every word worse is background. At 0 each pixel gets a word.')
+        threshold = gr.Slider(
+          0,
+          1,
+          0,
+          step=0.01,
+          label='Threshold',
+          elem_id='threshold',
+          info='What fits every word worse is background. At 0 each pixel gets a word.',
+        )
         opacity = gr.Slider(0, 1, visualize.OPACITY, step=0.05, label='Opacity', elem_id='opacity')
       with gr.Column():
         message = gr.Markdown(elem_id='message')
@@ -67,8 +85,9 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
 
     results = [message, looked, overlay, legend, first, final, mask, report]
 
-    def segment(path: str | None, text: str, cut: float, tint: float, before: Looked | None,
-                request: gr.Request) -> list[Any]:
+    def segment(
+      path: str | None, text: str, cut: float, tint: float, before: Looked | None, request: gr.Request
+    ) -> list[Any]:
       try:
         now = viewer.look(path, text, cut, before)
       except ValueError as error:
@@ -78,8 +97,15 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
       found = viewer_lib.for_screen(now.prediction)
       several = len(found.groups) > 1
       first_groups = gr.update(value=found.group_overlay(0) if several else None, visible=several)
-      return ['', now._replace(prediction=found), found.overlay(tint), viewer_lib.legend(now.prediction),
-              first_groups, found.group_overlay(-1), *files]
+      return [
+        '',
+        now._replace(prediction=found),
+        found.overlay(tint),
+        viewer_lib.legend(now.prediction),
+        first_groups,
+        found.group_overlay(-1),
+        *files,
+      ]
 
     def draw(tint: float, now: Looked | None) -> Any:
       return gr.skip() if now is None or now.prediction is None else now.prediction.overlay(tint)

@@ -18,8 +18,9 @@ _MOST_WAITING = 32
 _ANY_PORT = 0
 
 
-def serve(workdir: epath.PathLike, *, protocol: str, checkpoint: str, host: str, port: int, max_upload_mb: int,
-          max_pixels: int) -> None:
+def serve(
+  workdir: epath.PathLike, *, protocol: str, checkpoint: str, host: str, port: int, max_upload_mb: int, max_pixels: int
+) -> None:
   """Opens a run and serves the page until it is interrupted.
 
   Args:
@@ -45,15 +46,25 @@ def serve(workdir: epath.PathLike, *, protocol: str, checkpoint: str, host: str,
     try:
       # Fonts of the system: the default theme fetches some from elsewhere.
       _, address, _ = page.launch(
-          server_name=host, server_port=None if port == _ANY_PORT else port, share=False, quiet=True,
-          prevent_thread_lock=True, max_file_size=f'{max_upload_mb}mb', state_session_capacity=_MOST_VISITORS,
-          theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']), footer_links=[],
-          ssr_mode=False, show_error=True)
+        server_name=host,
+        server_port=None if port == _ANY_PORT else port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size=f'{max_upload_mb}mb',
+        state_session_capacity=_MOST_VISITORS,
+        theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
+        footer_links=[],
+        ssr_mode=False,
+        show_error=True,
+      )
     except OSError as error:
       raise ValueError(f'cannot listen at {host}:{port}; choose another --port, or --port=0 for any') from error
     except ValueError as error:  # Gradio asks itself for the page before it says that it is there
-      raise ValueError(f'the page at {host}:{port} does not answer on this machine ({error}); look at HTTP_PROXY and '
-                       'NO_PROXY, or name another --host') from error
+      raise ValueError(
+        f'the page at {host}:{port} does not answer on this machine ({error}); look at HTTP_PROXY and '
+        'NO_PROXY, or name another --host'
+      ) from error
     print(f'the page is at {address}', flush=True)
     page.block_thread()
 

@@ -60,8 +60,10 @@ class Viewer:
     name = os.path.basename(path)
     size = _stated_size(path)
     if size[0] * size[1] > self._max_pixels:
-      raise ValueError(f'{name} has {size[0]} x {size[1]} pixels; this page takes up to '
-                       f'{self._max_pixels / 1e6:g} million: make it smaller.')
+      raise ValueError(
+        f'{name} has {size[0]} x {size[1]} pixels; this page takes up to '
+        f'{self._max_pixels / 1e6:g} million: make it smaller.'
+      )
     try:
       encoded = self._predictor.encode([path])[0]
     except ValueError as error:
@@ -78,7 +80,8 @@ def for_screen(prediction: Prediction) -> Prediction:
   """The same prediction, its label map as large as its image: a screen, where the picture is larger."""
   size = prediction.image.shape[:2]
   return dataclasses.replace(
-      prediction, labels=_pick(prediction.labels, size), pixel_scores=_pick(prediction.pixel_scores, size))
+    prediction, labels=_pick(prediction.labels, size), pixel_scores=_pick(prediction.pixel_scores, size)
+  )
 
 
 def legend(prediction: Prediction) -> str:
@@ -91,8 +94,10 @@ def legend(prediction: Prediction) -> str:
       continue
     colour = '#{:02x}{:02x}{:02x}'.format(*prediction.palette[row['label']])
     score = '' if row['score'] is None else f'{row["score"]:.2f}'
-    rows.append(f'<tr><td><span style="display:inline-block;width:1em;height:1em;background:{colour}"></span> '
-                f'{name}</td><td>{row["area"]:.1%}</td><td>{score}</td></tr>')
+    rows.append(
+      f'<tr><td><span style="display:inline-block;width:1em;height:1em;background:{colour}"></span> '
+      f'{name}</td><td>{row["area"]:.1%}</td><td>{score}</td></tr>'
+    )
   table = '<table><thead><tr><th>word</th><th>area</th><th>best score</th></tr></thead><tbody>'
   rest = f'<p>not found: {", ".join(absent)}</p>' if absent else ''
   return f'<div id="legend">{table}{"".join(rows)}</tbody></table>{rest}</div>'

@@ -76,8 +76,7 @@ class Benchmark:
       return protocol
     if self.background and own is None:
       raise ValueError(
-        f'{self.name} has a background class but no threshold under protocol {protocol.name!r}; '
-        'set protocol.threshold'
+        f'{self.name} has a background class but no threshold under protocol {protocol.name!r}; set protocol.threshold'
       )
     changed = tuple(key for key in protocol.changed if key != 'threshold')
     return dataclasses.replace(protocol, threshold=own, changed=changed)
@@ -95,9 +94,7 @@ class Benchmark:
 
 
 @functools.cache
-def _lookup_table(
-  raw_label_ids: tuple[int, ...] | None, background: bool, reduce_zero_label: bool
-) -> np.ndarray:
+def _lookup_table(raw_label_ids: tuple[int, ...] | None, background: bool, reduce_zero_label: bool) -> np.ndarray:
   """Label in the files -> label, uint8 [256]."""
   if raw_label_ids is not None:
     # With a background everything else is background, the files' 255 included.

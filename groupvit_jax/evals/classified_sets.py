@@ -67,9 +67,11 @@ def open_imagenet(data_dir: str) -> PreparedPictures | TarPictures:
     return TarPictures(open_webdataset((data_dir,), 'cls', '', f'--data_dir={data_dir}'))
   newest = prepared.newest_version(data_dir, _NAME)
   if newest is None:
-    raise ValueError(f'--data_dir={data_dir} holds no {epath.Path(data_dir) / _NAME} with a version in it; prepare it '
-                     "with TFDS (file_format='array_record'), or name tars with .cls files: "
-                     '--data_dir=FOLDER/{000000..000063}.tar')
+    raise ValueError(
+      f'--data_dir={data_dir} holds no {epath.Path(data_dir) / _NAME} with a version in it; prepare it '
+      "with TFDS (file_format='array_record'), or name tars with .cls files: "
+      '--data_dir=FOLDER/{000000..000063}.tar'
+    )
   pictures = PreparedPictures(str(newest))
   len(pictures)  # what is damaged shows here, not in a thread
   return pictures

@@ -107,9 +107,7 @@ class Evaluator:
     chosen = np.linspace(0, len(self.source) - 1, min(count, len(self.source))).round().astype(int).tolist()
     return visualize.draw_panel(self.rows(variables, chosen), self.benchmark.palette, self.benchmark.classes)
 
-  def _evaluate(
-    self, variables: dict, source: semantic_seg.LabelledSource, **options: object
-  ) -> semantic_seg.Result:
+  def _evaluate(self, variables: dict, source: semantic_seg.LabelledSource, **options: object) -> semantic_seg.Result:
     names = self.benchmark.prompt_names(self.protocol.class_names)
     embeds = semantic_seg.embed_classes(self.model, variables, self.tokenizer, names, self.protocol.templates)
     return semantic_seg.evaluate(

@@ -31,11 +31,7 @@ def _affinities(
 
 
 def group_maps(
-  model: ImageTextModel,
-  variables: dict,
-  images: Sequence[np.ndarray],
-  window: int,
-  mesh: jax.sharding.Mesh,
+  model: ImageTextModel, variables: dict, images: Sequence[np.ndarray], window: int, mesh: jax.sharding.Mesh
 ) -> list[tuple[np.ndarray, ...]]:
   """The group of each pixel, per stage.
 

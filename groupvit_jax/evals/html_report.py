@@ -43,10 +43,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; paddi
 
 
 def make_page(
-  result: Result,
-  gallery: Mapping[str, Sequence[tuple[str, float, Row]]],
-  curve: np.ndarray | None,
-  settings: str,
+  result: Result, gallery: Mapping[str, Sequence[tuple[str, float, Row]]], curve: np.ndarray | None, settings: str
 ) -> str:
   """The page.
 
@@ -64,11 +61,17 @@ def make_page(
   parts = [
     f'<h1>{name}: mIoU {_percent(result.scores.miou)}</h1>',
     f'<p>{result.pictures} pictures, {result.benchmark.num_classes} classes; protocol '
-    f'<b>{html.escape(protocol.title)}</b>: ' + html.escape(', '.join(_parameters(protocol))) + '. '
-    + ', '.join(f'{html.escape(key)} {html.escape(value)}' for key, value in result.provenance.items()) + '.</p>',
-    '<h2>Beside the published figures</h2>', _headline(result),
-    '<h2>IoU of each class</h2>', _bars(result),
-    '<h2>Worst confusions</h2>', _confusions(result),
+    f'<b>{html.escape(protocol.title)}</b>: '
+    + html.escape(', '.join(_parameters(protocol)))
+    + '. '
+    + ', '.join(f'{html.escape(key)} {html.escape(value)}' for key, value in result.provenance.items())
+    + '.</p>',
+    '<h2>Beside the published figures</h2>',
+    _headline(result),
+    '<h2>IoU of each class</h2>',
+    _bars(result),
+    '<h2>Worst confusions</h2>',
+    _confusions(result),
   ]
   if curve is not None:
     parts += ['<h2>Background threshold</h2>', f'<img class="curve" alt="mIoU over the threshold" src="{_uri(curve)}">']
@@ -76,10 +79,13 @@ def make_page(
     if pictures:
       parts += [f'<h2>{_TITLES[kind]}</h2>', *(_strip(*picture, result) for picture in pictures)]
   parts += ['<h2>Everything the figures depend on</h2>', f'<pre>{html.escape(settings)}</pre>']
-  return (f'<!doctype html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
-          '<meta name="viewport" content="width=device-width, initial-scale=1">'
-          f'<title>{name}: mIoU {_percent(result.scores.miou)}</title><style>{_STYLE}</style></head>\n<body>\n'
-          + '\n'.join(parts) + '\n</body></html>\n')
+  return (
+    f'<!doctype html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f'<title>{name}: mIoU {_percent(result.scores.miou)}</title><style>{_STYLE}</style></head>\n<body>\n'
+    + '\n'.join(parts)
+    + '\n</body></html>\n'
+  )
 
 
 def _parameters(protocol: Protocol) -> list[str]:
@@ -92,15 +98,20 @@ def _parameters(protocol: Protocol) -> list[str]:
     f'windows of {protocol.window} px, stride {protocol.stride}',
     f'{kept}, {"double" if protocol.double_softmax else "plain"} softmax',
     *([] if protocol.threshold is None else [f'background threshold {protocol.threshold:g} {where}']),
-    f'templates “{protocol.templates}”, class names “{protocol.class_names}”']
+    f'templates “{protocol.templates}”, class names “{protocol.class_names}”',
+  ]
 
 
 def _headline(result: Result) -> str:
   """This result, its bounds, and the papers' figures."""
   row = lambda text, scores, kind='': (
-    f'<tr class="{kind}"><td>{html.escape(text)}</td>' + ''.join(
+    f'<tr class="{kind}"><td>{html.escape(text)}</td>'
+    + ''.join(
       f'<td class="number">{_percent(value)}</td>'
-      for value in (scores.miou, scores.pixel_accuracy, scores.mean_accuracy)) + '</tr>')
+      for value in (scores.miou, scores.pixel_accuracy, scores.mean_accuracy)
+    )
+    + '</tr>'
+  )
   constant, scores = result.constant
   rows = [row(f'this checkpoint, protocol {result.protocol.title}', result.scores, 'ours')]
   if result.oracle is not None:
@@ -108,12 +119,16 @@ def _headline(result: Result) -> str:
   rows.append(row(f'everything called “{constant}”', scores))
   for published in result.benchmark.published:
     unlike = result.unlike(published)
-    rows.append(f'<tr><td>published: protocol {html.escape(published.protocol)}, GroupViT-S/16 of '
-                f'{html.escape(published.training_data)}{html.escape(f" ({unlike})" * bool(unlike))}</td>'
-                f'<td class="number">{published.miou:.1f}</td>'
-                '<td class="number">–</td><td class="number">–</td></tr>')
-  head = '<tr><th>percent</th><th class="number">mIoU</th><th class="number">pixel accuracy</th>' \
-         '<th class="number">mean accuracy</th></tr>'
+    rows.append(
+      f'<tr><td>published: protocol {html.escape(published.protocol)}, GroupViT-S/16 of '
+      f'{html.escape(published.training_data)}{html.escape(f" ({unlike})" * bool(unlike))}</td>'
+      f'<td class="number">{published.miou:.1f}</td>'
+      '<td class="number">–</td><td class="number">–</td></tr>'
+    )
+  head = (
+    '<tr><th>percent</th><th class="number">mIoU</th><th class="number">pixel accuracy</th>'
+    '<th class="number">mean accuracy</th></tr>'
+  )
   note = '' if result.benchmark.published else '<p class="note">There are no published figures for these classes.</p>'
   return f'<table>{head}{"".join(rows)}</table>{note}'
 
@@ -133,9 +148,12 @@ def _bars(result: Result) -> str:
     bars.append(
       f'<div class="bar"><div class="name" title="{name}">{name}</div><div class="track">'
       f'<div class="fill" style="width:{100 * value:.1f}%;background:{colour}"></div>{mark}</div>'
-      f'<div class="value">{_percent(value)}</div></div>')
-  return (f'<div class="bars">{"".join(bars)}</div><p class="note">The mark is what perfect naming of the same '
-          f'segments would give.{" Neither in the truth nor predicted: " * bool(absent)}{", ".join(absent)}</p>')
+      f'<div class="value">{_percent(value)}</div></div>'
+    )
+  return (
+    f'<div class="bars">{"".join(bars)}</div><p class="note">The mark is what perfect naming of the same '
+    f'segments would give.{" Neither in the truth nor predicted: " * bool(absent)}{", ".join(absent)}</p>'
+  )
 
 
 def _confusions(result: Result) -> str:
@@ -151,10 +169,16 @@ def _confusions(result: Result) -> str:
     if wrong[true, called]:
       names = (html.escape(result.benchmark.classes[label].strip()) for label in (true, called))
       shares = (wrong[true, called] / counts[true].sum(), wrong[true, called] / total)
-      rows.append('<tr>' + ''.join(f'<td>{name}</td>' for name in names)
-                  + ''.join(f'<td class="number">{_percent(share)}</td>' for share in shares) + '</tr>')
-  return ('<table><tr><th>is</th><th>called</th><th class="number">% of its pixels</th>'
-          f'<th class="number">% of all wrong pixels</th></tr>{"".join(rows)}</table>')
+      rows.append(
+        '<tr>'
+        + ''.join(f'<td>{name}</td>' for name in names)
+        + ''.join(f'<td class="number">{_percent(share)}</td>' for share in shares)
+        + '</tr>'
+      )
+  return (
+    '<table><tr><th>is</th><th>called</th><th class="number">% of its pixels</th>'
+    f'<th class="number">% of all wrong pixels</th></tr>{"".join(rows)}</table>'
+  )
 
 
 def _strip(name: str, miou: float, row: Row, result: Result) -> str:
@@ -162,23 +186,34 @@ def _strip(name: str, miou: float, row: Row, result: Result) -> str:
   row = visualize.shrink(row, _LONG_SIDE)
   palette, names = result.benchmark.palette, result.benchmark.classes
   overlay = lambda labels: visualize.draw_overlay(row.image, labels, palette, names)
-  tiles = [('input', row.image), ('truth', overlay(row.truth)), ('prediction', overlay(row.prediction)),
-           ('final groups', visualize.draw_groups(row.image, row.groups[-1]))]
+  tiles = [
+    ('input', row.image),
+    ('truth', overlay(row.truth)),
+    ('prediction', overlay(row.prediction)),
+    ('final groups', visualize.draw_groups(row.image, row.groups[-1])),
+  ]
   if len(row.groups) > 1:
     tiles.append(('first groups', visualize.draw_groups(row.image, row.groups[0])))
-  figures = ''.join(f'<figure><img alt="{title}" src="{_uri(tile)}"><figcaption>{title}</figcaption></figure>'
-                    for title, tile in tiles)
-  return (f'<p>{html.escape(name)}: mIoU {_percent(miou)}</p><div class="strip">{figures}</div>'
-          f'<p class="legend">{_legend(row, result)}</p>')
+  figures = ''.join(
+    f'<figure><img alt="{title}" src="{_uri(tile)}"><figcaption>{title}</figcaption></figure>' for title, tile in tiles
+  )
+  return (
+    f'<p>{html.escape(name)}: mIoU {_percent(miou)}</p><div class="strip">{figures}</div>'
+    f'<p class="legend">{_legend(row, result)}</p>'
+  )
 
 
 def _legend(row: Row, result: Result) -> str:
   """The colours of the classes in the truth or the prediction, largest first."""
   pixels = np.bincount(np.concatenate([row.truth.ravel(), row.prediction.ravel()]), minlength=IGNORE_LABEL + 1)
   swatch = lambda colour, name: (
-    '<span><i style="background:#{:02x}{:02x}{:02x}"></i>'.format(*colour) + html.escape(name.strip()) + '</span>')
-  return ' '.join(swatch(result.benchmark.palette[label], result.benchmark.classes[label])
-                  for label in np.argsort(-pixels, kind='stable') if pixels[label] and label != IGNORE_LABEL)
+    '<span><i style="background:#{:02x}{:02x}{:02x}"></i>'.format(*colour) + html.escape(name.strip()) + '</span>'
+  )
+  return ' '.join(
+    swatch(result.benchmark.palette[label], result.benchmark.classes[label])
+    for label in np.argsort(-pixels, kind='stable')
+    if pixels[label] and label != IGNORE_LABEL
+  )
 
 
 def _uri(picture: np.ndarray) -> str:

@@ -75,8 +75,10 @@ def check_best(metric: str, evals: Sequence[OpenedEval], others: Sequence[str]) 
   measured = {each.name: each.figures for each in evals} | {name: FIGURES for name in others}
   if metric and not any(metric == prefix(name) + figure for name, found in measured.items() for figure in found):
     known = ', '.join(f'{prefix(name)}{{{",".join(found)}}}' for name, found in measured.items())
-    raise ValueError(f'checkpoint.best={metric!r} is a figure of no evaluation; there are '
-                     + (known or 'none, for nothing is evaluated'))
+    raise ValueError(
+      f'checkpoint.best={metric!r} is a figure of no evaluation; there are '
+      + (known or 'none, for nothing is evaluated')
+    )
 
 
 def figures(name: str, scalars: Mapping[str, float]) -> dict[str, float]:

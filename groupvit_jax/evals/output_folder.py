@@ -102,6 +102,4 @@ def _writing(path: epath.Path, write: Any) -> None:
   try:
     write()
   except OSError as error:
-    raise OSError(
-      f'cannot write {path}: {error.strerror or error}; make room, or name another --output'
-    ) from error
+    raise OSError(f'cannot write {path}: {error.strerror or error}; make room, or name another --output') from error

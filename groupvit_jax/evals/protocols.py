@@ -60,8 +60,7 @@ class Protocol:
         raise ValueError(f'protocol.{field}={getattr(self, field)!r}: use True or False')
     if self.max_long_side < self.short_side:
       raise ValueError(
-        f'protocol.max_long_side={self.max_long_side} is less than short_side={self.short_side}; '
-        'raise it'
+        f'protocol.max_long_side={self.max_long_side} is less than short_side={self.short_side}; raise it'
       )
     if self.short_side < self.window:
       raise ValueError(
@@ -70,8 +69,7 @@ class Protocol:
       )
     if self.stride > self.window:
       raise ValueError(
-        f'protocol.stride={self.stride} leaves gaps between windows of {self.window} px; '
-        f'use {self.window} or less'
+        f'protocol.stride={self.stride} leaves gaps between windows of {self.window} px; use {self.window} or less'
       )
     _check_choice('threshold_mode', self.threshold_mode, get_args(ThresholdMode))
     _check_choice('class_names', self.class_names, get_args(ClassNames))
@@ -98,9 +96,7 @@ class Protocol:
 
 
 # What `override` can change.
-PARAMETERS = tuple(
-  field.name for field in dataclasses.fields(Protocol) if field.name not in ('name', 'changed')
-)
+PARAMETERS = tuple(field.name for field in dataclasses.fields(Protocol) if field.name not in ('name', 'changed'))
 
 
 def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
@@ -162,9 +158,7 @@ def find_protocol(name: str, image_size: tuple[int, int]) -> Protocol:
   return protocols[name]
 
 
-def _check(
-  field: str, value: Any, low: float, high: float | None, kind: type | tuple[type, ...]
-) -> None:
+def _check(field: str, value: Any, low: float, high: float | None, kind: type | tuple[type, ...]) -> None:
   valid = isinstance(value, kind) and not isinstance(value, bool)
   if not valid or value < low or (high is not None and value > high):
     noun = 'a whole number' if kind is int else 'a number'
@@ -195,7 +189,5 @@ GROUPVIT = Protocol(
 # The unified one of later papers: the same windows, the benchmark's names, one threshold for all.
 TCL = dataclasses.replace(GROUPVIT, name='tcl', threshold=0.5, class_names='benchmark')
 # Without post-processing: softmax over all classes, one threshold.
-PLAIN = dataclasses.replace(
-  TCL, name='plain', class_filter=None, double_softmax=False, threshold_mode='global'
-)
+PLAIN = dataclasses.replace(TCL, name='plain', class_filter=None, double_softmax=False, threshold_mode='global')
 PROTOCOLS = {protocol.name: protocol for protocol in (GROUPVIT, TCL, PLAIN)}

@@ -83,10 +83,7 @@ class Result:
     """Headline figures by name, for logs."""
     rows = {'': self.scores, 'oracle_': self.oracle, 'constant_': self.constant[1]}
     figures = {
-      prefix + name: getattr(scores, name)
-      for prefix, scores in rows.items()
-      if scores is not None
-      for name in SCORES
+      prefix + name: getattr(scores, name) for prefix, scores in rows.items() if scores is not None for name in SCORES
     }
     return figures | dict(self.health)
 
@@ -115,8 +112,7 @@ class Result:
       'accuracy': named(self.scores.accuracy),
       'oracle_iou': None if self.oracle is None else named(self.oracle.iou),
       'threshold_miou': [
-        {'threshold': threshold, 'miou': _number(scores.miou)}
-        for threshold, scores in zip(self.thresholds, swept)
+        {'threshold': threshold, 'miou': _number(scores.miou)} for threshold, scores in zip(self.thresholds, swept)
       ],
       'published': [dataclasses.asdict(row) for row in self.benchmark.published],
     }
@@ -145,8 +141,7 @@ class Result:
       row('mIoU', *columns(lambda s: s.miou)),
       row('pixel accuracy', *columns(lambda s: s.pixel_accuracy)),
       row('mean accuracy', *columns(lambda s: s.mean_accuracy)),
-      f'everything called {constant!r}: mIoU {scores.miou:.1%}, '
-      f'pixel accuracy {scores.pixel_accuracy:.1%}',
+      f'everything called {constant!r}: mIoU {scores.miou:.1%}, pixel accuracy {scores.pixel_accuracy:.1%}',
     ]
     return '\n'.join(lines)
 

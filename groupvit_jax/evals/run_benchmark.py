@@ -10,7 +10,16 @@ import numpy as np
 
 from groupvit_jax import distributed, trained_run
 from groupvit_jax.evals import (
-    html_report, labelled_sets, picture_scores, plots, run_imagenet, scene_eval, visualize, windows, zero_shot)
+  html_report,
+  labelled_sets,
+  picture_scores,
+  plots,
+  run_imagenet,
+  scene_eval,
+  visualize,
+  windows,
+  zero_shot,
+)
 from groupvit_jax.evals.benchmarks import Benchmark
 from groupvit_jax.evals.evaluator import Evaluator
 from groupvit_jax.evals.output_folder import OutputFolder
@@ -68,7 +77,8 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
       painter.write(encoded, found)
 
   result = dataclasses.replace(evaluator, source=scores).evaluate(
-      run.variables, on_picture=look if folder or page else None, provenance=run.provenance)
+    run.variables, on_picture=look if folder or page else None, provenance=run.provenance
+  )
   pictures = scores.gather()
   gallery = _gallery(evaluator, run.variables, pictures) if page else {}
   more = scene_eval.compare(run, evaluator, result) if opened is None else scene_eval.Comparison((), {}, None)
@@ -126,7 +136,7 @@ def open_pictures(request: Request) -> tuple[Benchmark, Any]:
 
 
 def _build(
-    run: TrainedRun, request: Request, opened: tuple[Benchmark, Any] | None, thresholds: tuple[float, ...]
+  run: TrainedRun, request: Request, opened: tuple[Benchmark, Any] | None, thresholds: tuple[float, ...]
 ) -> Evaluator:
   """The evaluator of a request."""
   if opened is None:
@@ -167,7 +177,7 @@ def _page_path(request: Request) -> epath.Path:
 
 
 def _gallery(
-    evaluator: Evaluator, variables: dict, pictures: Sequence[PictureScore]
+  evaluator: Evaluator, variables: dict, pictures: Sequence[PictureScore]
 ) -> dict[str, list[tuple[str, float, Row]]]:
   """The best, median and worst pictures, and what there is to see of each."""
   chosen = picture_scores.pick([picture.miou for picture in pictures], _GALLERY)
@@ -187,14 +197,24 @@ def _write_page(path: epath.Path, page: str) -> None:
 
 def _published(result: Result) -> list[str]:
   """The papers' figures in percent, one a line, and what keeps them from being comparable."""
-  return ['; '.join(filter(None, [
-      f'published ({row.protocol}, GroupViT-S/16 of {row.training_data}): mIoU {row.miou:.1f}', result.unlike(row)]))
-          for row in result.benchmark.published]
+  return [
+    '; '.join(
+      filter(
+        None,
+        [f'published ({row.protocol}, GroupViT-S/16 of {row.training_data}): mIoU {row.miou:.1f}', result.unlike(row)],
+      )
+    )
+    for row in result.benchmark.published
+  ]
 
 
 def _write(
-    folder: OutputFolder, result: Result, facts: Mapping[str, Any], table: str, curve: np.ndarray | None,
-    pictures: Sequence[PictureScore]
+  folder: OutputFolder,
+  result: Result,
+  facts: Mapping[str, Any],
+  table: str,
+  curve: np.ndarray | None,
+  pictures: Sequence[PictureScore],
 ) -> None:
   """Everything but masks."""
   folder.write_text('table.txt', table + '\n')

@@ -73,14 +73,16 @@ def label_pictures(
     print(_summarize(prediction), flush=True)
   for reason in failures.values():
     print(f'not done: {reason}', file=sys.stderr)
-  folder.write_report({
-    'pictures': [{'picture': path, 'files': name} for path, name in sorted(done.items())],
-    'failures': [{'picture': path, 'reason': reason} for path, reason in failures.items()],
-    'words': words,
-    'protocol': chosen.to_json(),
-    'provenance': dict(run.provenance),
-    **run_facts(run),
-  })
+  folder.write_report(
+    {
+      'pictures': [{'picture': path, 'files': name} for path, name in sorted(done.items())],
+      'failures': [{'picture': path, 'reason': reason} for path, reason in failures.items()],
+      'words': words,
+      'protocol': chosen.to_json(),
+      'provenance': dict(run.provenance),
+      **run_facts(run),
+    }
+  )
   print(f'{len(done)} of {len(paths)} pictures, written to {folder.path}; {describe_run(run)}')
   return cli.EXIT_PARTIAL if failures else 0
 

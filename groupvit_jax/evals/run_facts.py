@@ -35,8 +35,10 @@ def run_facts(run: TrainedRun) -> dict[str, Any]:
 def describe_run(run: TrainedRun) -> str:
   """The checkpoint, the code and the arithmetic, in a line."""
   facts = run.provenance
-  line = (f'checkpoint {facts["workdir"]} step {facts["step"]}, weights {facts["weights"]}, code {facts["code"]}, '
-          f'{facts["precision"]}')
+  line = (
+    f'checkpoint {facts["workdir"]} step {facts["step"]}, weights {facts["weights"]}, code {facts["code"]}, '
+    f'{facts["precision"]}'
+  )
   damaged = ', '.join(map(str, run.skipped))
   return f'{line}; step {damaged} is newer but damaged' if damaged else line
 
@@ -53,8 +55,7 @@ def write_board(
   """Writes TensorBoard's figures, and beside them what they depend on."""
   named = lambda values: {f'eval/{facts["benchmark"]}/{key}': value for key, value in values.items()}
   settings = json.dumps({key: value for key, value in facts.items() if key != 'config'}, indent=2)
-  folder.write_board(
-    int(facts['checkpoint']['step']), named(scalars), named({'settings': settings}), named(pictures))
+  folder.write_board(int(facts['checkpoint']['step']), named(scalars), named({'settings': settings}), named(pictures))
 
 
 def _parse(text: str) -> object:

@@ -25,9 +25,7 @@ VALIDATION, TEST = 'validation', 'test'  # of TEST nobody has seen a score while
 _SHOWN = 6
 
 
-def open_scenes(
-  config: ml_collections.ConfigDict, split: str
-) -> tuple[Benchmark, semantic_seg.LabelledSource]:
+def open_scenes(config: ml_collections.ConfigDict, split: str) -> tuple[Benchmark, semantic_seg.LabelledSource]:
   """Scenes as a benchmark, of which every pixel is one of the classes, and the scenes.
 
   Args:
@@ -74,8 +72,10 @@ def compare(run: TrainedRun, evaluator: Evaluator, result: Result) -> Comparison
 def check_has_scenes(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   """Raises ValueError for a run that was not trained on scenes, such as one of imported weights."""
   if 'source' not in config.data or config.data.source != 'scenes':
-    raise ValueError(f'the run in {workdir} has no held-out scenes; name pictures with --images, or labelled ones with '
-                     '--benchmark and --data_dir')
+    raise ValueError(
+      f'the run in {workdir} has no held-out scenes; name pictures with --images, or labelled ones with '
+      '--benchmark and --data_dir'
+    )
 
 
 class SceneEvaluator:
@@ -106,13 +106,9 @@ class SceneEvaluator:
     self.benchmark, self.source = open_scenes(config, split)
     self.protocol = native_protocol(tuple(config.model.vision.image_size))
     # A scene is composed faster than a thread is woken.
-    self.evaluator = Evaluator(
-      model, tokenizer, mesh, self.source, self.benchmark, self.protocol, num_threads=0
-    )
+    self.evaluator = Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, num_threads=0)
 
-  def evaluate(
-    self, variables: dict, *, provenance: Mapping[str, str] | None = None
-  ) -> Result:
+  def evaluate(self, variables: dict, *, provenance: Mapping[str, str] | None = None) -> Result:
     """Labels and scores all scenes; the same result on every host.
 
     Args:

@@ -90,9 +90,7 @@ class LabelMap(NamedTuple):
   class_scores: np.ndarray  # float32 [K, S, C], of the windows' segments, without the background
 
 
-@functools.partial(
-  jax.jit, static_argnames=('protocol', 'background', 'place'), donate_argnames=('tally', 'overlap')
-)
+@functools.partial(jax.jit, static_argnames=('protocol', 'background', 'place'), donate_argnames=('tally', 'overlap'))
 def label_pixels(
   tally: Tally,
   overlap: jax.Array,
@@ -130,9 +128,7 @@ def label_pixels(
   num_slots, num_segments, num_classes = overlap.shape
   num_windows = tables.placement.num_windows
   exists = (jnp.arange(num_slots) < num_windows)[:, None, None]
-  shares = segmentation.pixel_shares(
-    tables.segments, num_segments, tables.placement, pixels + offset
-  )
+  shares = segmentation.pixel_shares(tables.segments, num_segments, tables.placement, pixels + offset)
   count = lambda labels: ConfusionMatrix.from_labels(truth, labels, num_classes)
 
   def predict() -> PixelLabels:
@@ -172,9 +168,7 @@ def label_pixels(
 
 def _spread(places: PixelLabels, out: PixelLabels) -> PixelLabels:
   """One sharding per array."""
-  return PixelLabels(
-    *(jax.tree.map(lambda _, place=place: place, part) for place, part in zip(places, out))
-  )
+  return PixelLabels(*(jax.tree.map(lambda _, place=place: place, part) for place, part in zip(places, out)))
 
 
 class Segmenter:
@@ -258,14 +252,7 @@ class Segmenter:
       for start in starts:
         part = jax.device_put(truth[start : start + self._num_pixels], self._by_pixel)
         out = self._label(
-          self._tally,
-          overlap,
-          tables,
-          self._classes,
-          self._pixels,
-          self._put(np.int32(start)),
-          part,
-          self._jobs[job],
+          self._tally, overlap, tables, self._classes, self._pixels, self._put(np.int32(start)), part, self._jobs[job]
         )
         sharding.settle(out, self._whole.mesh)
         self._tally, overlap = out.tally, out.overlap
@@ -274,9 +261,7 @@ class Segmenter:
         if len(self._pending) > _MOST_PENDING:
           jax.block_until_ready(self._pending.popleft())
     first = parts[: len(starts)]
-    return Labelled(
-      picture, [p.labels for p in first], [p.scores for p in first], first[0].class_scores
-    )
+    return Labelled(picture, [p.labels for p in first], [p.scores for p in first], first[0].class_scores)
 
   def fetch(self, labelled: Labelled) -> LabelMap:
     """What `label` returned, as arrays of the picture's size on the host."""

@@ -159,11 +159,7 @@ def evaluate(
   )
   encoder = WindowEncoder(model, protocol, mesh, batch_size)
   prepare = functools.partial(
-    prepare_picture,
-    source,
-    benchmark=benchmark,
-    protocol=protocol,
-    patch_size=model.vision.patch_size,
+    prepare_picture, source, benchmark=benchmark, protocol=protocol, patch_size=model.vision.patch_size
   )
   mine, faults = range(jax.process_index(), len(source), jax.process_count()), PictureFaults()
   prepared = windows.prefetch(faults.guard(prepare), mine, num_threads=num_threads)
@@ -191,9 +187,7 @@ def evaluate(
   )
 
 
-def _check(
-  source: LabelledSource, text_embeds: np.ndarray, benchmark: Benchmark, protocol: Protocol
-) -> None:
+def _check(source: LabelledSource, text_embeds: np.ndarray, benchmark: Benchmark, protocol: Protocol) -> None:
   """Raises ValueError for what would fail, or mislead, only after a while."""
   names = benchmark.prompt_names(protocol.class_names)
   if not len(source):

@@ -137,11 +137,7 @@ def draw_overlay(
 
 
 def draw_groups(
-  image: np.ndarray,
-  groups: np.ndarray,
-  *,
-  opacity: float = GROUP_OPACITY,
-  long_side: int = LONG_SIDE,
+  image: np.ndarray, groups: np.ndarray, *, opacity: float = GROUP_OPACITY, long_side: int = LONG_SIDE
 ) -> np.ndarray:
   """Groups over a picture: a tint for each and borders between them.
 
@@ -162,9 +158,7 @@ def draw_groups(
   return _draw_borders(_blend(image, tints, np.full(groups.shape, opacity)), groups)
 
 
-def draw_panel(
-  rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Sequence[str]
-) -> np.ndarray:
+def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Sequence[str]) -> np.ndarray:
   """One line of tiles per picture: input, truth, prediction, final groups, first groups.
 
   Truth and prediction are left out where no row has one, and the first groups where there is one grouping stage.
@@ -203,11 +197,7 @@ def draw_panel(
 
 
 def _tiles(
-  row: Row,
-  palette: Sequence[Sequence[int]],
-  names: Sequence[str],
-  labelled: bool,
-  named: bool,
+  row: Row, palette: Sequence[Sequence[int]], names: Sequence[str], labelled: bool, named: bool
 ) -> list[np.ndarray]:
   """The tiles of one line of a panel, all of one size."""
   grouped = lambda groups: draw_groups(row.image, groups, long_side=_TILE)
@@ -281,10 +271,7 @@ def _draw_borders(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _write_names(
-  canvas: Image.Image,
-  labels: np.ndarray,
-  palette: Sequence[Sequence[int]],
-  names: Sequence[str],
+  canvas: Image.Image, labels: np.ndarray, palette: Sequence[Sequence[int]], names: Sequence[str]
 ) -> None:
   """Writes each class's name in the middle of its largest area, large areas first."""
   draw = ImageDraw.Draw(canvas)
@@ -301,9 +288,7 @@ def _write_names(
 
 
 def _find_place(
-  area: np.ndarray,
-  size: tuple[float, float],
-  taken: Sequence[tuple[float, float, float, float]],
+  area: np.ndarray, size: tuple[float, float], taken: Sequence[tuple[float, float, float, float]]
 ) -> tuple[float, float, float, float]:
   """Where a name goes: deep inside its area, inside the picture, clear of other names if possible."""
   height, width = area.shape

@@ -54,10 +54,7 @@ def encode_windows(
   segments = segmentation.segment_map(affinity, (size[0] // patch, size[1] // patch), size)
   health = GroupingHealth.from_assignments(out.assignments, mask)
   return WindowBatch(
-    *_constrain(
-      (segments.astype(jnp.uint8), out.segment_embeds, out.image_embeds),
-      sharding.batch_sharding(mesh),
-    ),
+    *_constrain((segments.astype(jnp.uint8), out.segment_embeds, out.image_embeds), sharding.batch_sharding(mesh)),
     *_constrain((health, mask.sum()), sharding.replicated(mesh)),
   )
 
@@ -101,9 +98,7 @@ class WindowEncoder:
   def __post_init__(self):
     sharding.check_batch_size('eval batch_size', self.batch_size, self.mesh)
 
-  def encode(
-    self, variables: dict, pictures: Iterable[Picture]
-  ) -> Iterator[EncodedPicture | GroupingHealth]:
+  def encode(self, variables: dict, pictures: Iterable[Picture]) -> Iterator[EncodedPicture | GroupingHealth]:
     """Encodes this host's pictures.
 
     Args:
@@ -130,9 +125,7 @@ class _Batches:
   """Windows that wait for a batch, by size, and batches that wait to be fetched."""
 
   def __init__(self, encoder: WindowEncoder, variables: dict):
-    self._encode = functools.partial(
-      encode_windows, variables, model=encoder.model, mesh=encoder.mesh
-    )
+    self._encode = functools.partial(encode_windows, variables, model=encoder.model, mesh=encoder.mesh)
     self._mesh = encoder.mesh
     self._rows = len(sharding.local_rows(encoder.batch_size, encoder.mesh))
     self._waiting: dict[Size, list[tuple[EncodedPicture, int]]] = collections.defaultdict(list)

@@ -65,12 +65,7 @@ def window_starts(length: int, protocol: Protocol) -> list[int]:
 
 
 def cut_picture(
-  image: np.ndarray,
-  protocol: Protocol,
-  patch_size: int,
-  *,
-  key: str,
-  label: np.ndarray | None = None,
+  image: np.ndarray, protocol: Protocol, patch_size: int, *, key: str, label: np.ndarray | None = None
 ) -> Picture:
   """Resizes a picture and cuts it into windows.
 
@@ -91,9 +86,7 @@ def cut_picture(
     raise ValueError(f'picture {key!r} is {image.dtype} {image.shape}; make it uint8 [H, W, 3]')
   height, width = image.shape[:2]
   if label is not None and label.shape != (height, width):
-    raise ValueError(
-      f'picture {key!r} is {height} x {width} px, its label map {label.shape}; make them one size'
-    )
+    raise ValueError(f'picture {key!r} is {height} x {width} px, its label map {label.shape}; make them one size')
   rows, columns = resized_size(height, width, protocol, patch_size)
   # Published figures are made with OpenCV's bilinear; Pillow's, called so too, antialiases.
   shrinks = protocol.antialias and rows < height

@@ -30,7 +30,7 @@ IMAGENET = 'imagenet'
 TEMPLATES = 'subset'
 PUBLISHED = {'gcc_yfcc': 43.7, 'gcc_redcaps': 51.6}
 NUM_IMAGES = 50_000  # that these are about
-NO_PROTOCOL = (f'{IMAGENET} has neither label maps nor windows; of the parts of a protocol it has templates alone')
+NO_PROTOCOL = f'{IMAGENET} has neither label maps nor windows; of the parts of a protocol it has templates alone'
 FIGURES = ('top1', 'top5')  # what every evaluation measures
 _FILE = Path(__file__).with_name('imagenet_zero_shot.json')
 _NONE = -1  # label of padding
@@ -106,14 +106,18 @@ class Result:
     pictures = f'{self.num_images:,}' if self.num_images == NUM_IMAGES else f'{self.num_images:,} of {NUM_IMAGES:,}'
     unlike = ['other templates'] * (self.protocol['templates'] != TEMPLATES)
     unlike += [f'here {pictures} pictures'] * (self.num_images != NUM_IMAGES)
-    return '\n'.join([
-      f'{IMAGENET}, {pictures} pictures, {self.num_classes} classes\n({pairs})',
-      '',
-      f'top-1  {self.top1:6.1%}',
-      f'top-5  {self.top5:6.1%}',
-      *('; '.join([f'published (GroupViT-S/16 of {data}): top-1 {value:.1f}', *unlike])
-        for data, value in PUBLISHED.items()),
-    ])
+    return '\n'.join(
+      [
+        f'{IMAGENET}, {pictures} pictures, {self.num_classes} classes\n({pairs})',
+        '',
+        f'top-1  {self.top1:6.1%}',
+        f'top-5  {self.top5:6.1%}',
+        *(
+          '; '.join([f'published (GroupViT-S/16 of {data}): top-1 {value:.1f}', *unlike])
+          for data, value in PUBLISHED.items()
+        ),
+      ]
+    )
 
 
 def class_names() -> tuple[str, ...]:
@@ -224,10 +228,22 @@ class ZeroShotEvaluator:
     total += np.array(jax.device_get(waiting))
     faults.check()
     size = tuple(self.model.vision.image_size)
-    protocol = dict(name=IMAGENET, crop=size, short_side=_short_side(size), resize='bicubic', templates=self.templates,
-                    class_names='clip')
-    return Result(len(self.source), len(self.names), float(total[0] / total[2]), float(total[1] / total[2]), protocol,
-                  provenance or {})
+    protocol = dict(
+      name=IMAGENET,
+      crop=size,
+      short_side=_short_side(size),
+      resize='bicubic',
+      templates=self.templates,
+      class_names='clip',
+    )
+    return Result(
+      len(self.source),
+      len(self.names),
+      float(total[0] / total[2]),
+      float(total[1] / total[2]),
+      protocol,
+      provenance or {},
+    )
 
   def _prepare(self, index: int) -> tuple[np.ndarray, int]:
     record = self.source[index]

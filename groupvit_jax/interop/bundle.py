@@ -64,8 +64,9 @@ def read_bundle(folder: epath.PathLike) -> tuple[ExportedTowers, dict[str, Any],
   folder = epath.Path(folder)
   try:
     facts = json.loads((folder / 'bundle.json').read_text())
-    image, text = (jax.export.deserialize(bytearray((folder / name).read_bytes()))
-                   for name in ('image.stablehlo', 'text.stablehlo'))
+    image, text = (
+      jax.export.deserialize(bytearray((folder / name).read_bytes())) for name in ('image.stablehlo', 'text.stablehlo')
+    )
     sizes = Sizes(tuple(facts['image_size']), facts['patch_size'], facts['context_length'])
     variables = {'params': {'logit_scale': math.log(facts['logit_scale'])}}
     towers = ExportedTowers(image, text, sizes, facts['pad_id'])

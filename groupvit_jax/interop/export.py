@@ -52,8 +52,16 @@ out = tower.call(pixels)  # uint8 [b, H, W, 3], H and W multiples of the patch s
 """
 
 
-def export(workdir: str, form: Form, output: str, *, dtype: Dtype = 'float32', scores: Sequence[str] | None = None,
-           weights: trained_run.Weights = 'best', checkpoint: str = trained_run.NEWEST) -> str:
+def export(
+  workdir: str,
+  form: Form,
+  output: str,
+  *,
+  dtype: Dtype = 'float32',
+  scores: Sequence[str] | None = None,
+  weights: trained_run.Weights = 'best',
+  checkpoint: str = trained_run.NEWEST,
+) -> str:
   """Exports a checkpoint of a run.
 
   Args:
@@ -122,26 +130,43 @@ def _write_flat(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec
   run.tokenizer.save(folder)
 
 
-def _write_stablehlo(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec,
-                     dtype: np.dtype) -> dict[str, str]:
+def _write_stablehlo(
+  folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype
+) -> dict[str, str]:
   """Writes both towers, the tokenizer and what a caller needs to know; returns the latency of each file, in words."""
-  towers = {'image.stablehlo': stablehlo.export_image_tower(spec, run.variables, dtype),
-            'text.stablehlo': stablehlo.export_text_tower(spec, run.variables, dtype)}
+  towers = {
+    'image.stablehlo': stablehlo.export_image_tower(spec, run.variables, dtype),
+    'text.stablehlo': stablehlo.export_text_tower(spec, run.variables, dtype),
+  }
   for name, exported in towers.items():
     (folder / name).write_bytes(exported.serialize())
   run.tokenizer.save(folder / 'tokenizer')
   length = spec.config.text.context_length
   inputs = {'image.stablehlo': (1, *spec.config.vision.image_size, 3), 'text.stablehlo': (1, length)}
   seconds = {name: stablehlo.measure_latency(exported, inputs[name]) for name, exported in towers.items()}
-  files = {name: dict(bytes=size, input=list(inputs[name]), milliseconds=round(1000 * seconds[name], 2))
-           for name, size in _sizes(folder).items()}
-  _write_json(folder / 'bundle.json', dict(
-      image_size=list(spec.config.vision.image_size), patch_size=spec.config.vision.patch_size,
-      context_length=length, bos_id=run.tokenizer.bos_id, eos_id=run.tokenizer.eos_id,
-      pad_id=run.tokenizer.pad_id, vocab_size=spec.vocab_size, dtype=dtype.name, platforms=list(stablehlo.PLATFORMS),
-      logit_scale=float(clamped_scale(run.variables['params']['logit_scale'])), files=files,
-      measured_on=_describe_machine(), trial_texts=dict(zip(
-          _TRIAL_TEXTS, run.tokenizer.encode(_TRIAL_TEXTS, length).tolist())), **run.provenance))
+  files = {
+    name: dict(bytes=size, input=list(inputs[name]), milliseconds=round(1000 * seconds[name], 2))
+    for name, size in _sizes(folder).items()
+  }
+  _write_json(
+    folder / 'bundle.json',
+    dict(
+      image_size=list(spec.config.vision.image_size),
+      patch_size=spec.config.vision.patch_size,
+      context_length=length,
+      bos_id=run.tokenizer.bos_id,
+      eos_id=run.tokenizer.eos_id,
+      pad_id=run.tokenizer.pad_id,
+      vocab_size=spec.vocab_size,
+      dtype=dtype.name,
+      platforms=list(stablehlo.PLATFORMS),
+      logit_scale=float(clamped_scale(run.variables['params']['logit_scale'])),
+      files=files,
+      measured_on=_describe_machine(),
+      trial_texts=dict(zip(_TRIAL_TEXTS, run.tokenizer.encode(_TRIAL_TEXTS, length).tolist())),
+      **run.provenance,
+    ),
+  )
   return {name: f', {1000 * each:.1f} ms for one on this machine' for name, each in seconds.items()}
 
 
@@ -159,14 +184,28 @@ if __name__ == '__main__':
   FORMAT = flags.DEFINE_enum('format', None, ['huggingface', 'stablehlo', 'safetensors'], 'What to write.')
   OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
   DTYPE = flags.DEFINE_enum(
-      'dtype', 'float32', ['float32', 'bfloat16'], 'Of the weights; of stablehlo also of the computation.')
+    'dtype', 'float32', ['float32', 'bfloat16'], 'Of the weights; of stablehlo also of the computation.'
+  )
   SCORES = flags.DEFINE_list(
-      'scores', None, 'results.json files of eval.py for the model card; by default WORKDIR/eval/results.json.')
+    'scores', None, 'results.json files of eval.py for the model card; by default WORKDIR/eval/results.json.'
+  )
   WEIGHTS = flags.DEFINE_enum(
-      'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.')
+    'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'
+  )
   CHECKPOINT = flags.DEFINE_enum(
-      'checkpoint', 'newest', ['newest', 'best'], 'best: the one that scored best in training.')
+    'checkpoint', 'newest', ['newest', 'best'], 'best: the one that scored best in training.'
+  )
   flags.mark_flags_as_required(['workdir', 'format', 'output'])
-  cli.run(lambda: print(export(
-      WORKDIR.value, FORMAT.value, OUTPUT.value, dtype=DTYPE.value, scores=SCORES.value, weights=WEIGHTS.value,
-      checkpoint=CHECKPOINT.value)))
+  cli.run(
+    lambda: print(
+      export(
+        WORKDIR.value,
+        FORMAT.value,
+        OUTPUT.value,
+        dtype=DTYPE.value,
+        scores=SCORES.value,
+        weights=WEIGHTS.value,
+        checkpoint=CHECKPOINT.value,
+      )
+    )
+  )

@@ -39,7 +39,8 @@ def from_flat(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
 def spec_to_json(spec: state_dicts.ModelSpec) -> dict[str, Any]:
   """A spec as plain values."""
   return {'model_type': MODEL_TYPE, 'model': json.loads(spec.config.to_json())} | {
-      key: getattr(spec, key) for key in _KEYS[1:]}
+    key: getattr(spec, key) for key in _KEYS[1:]
+  }
 
 
 def spec_from_json(values: Mapping[str, Any]) -> state_dicts.ModelSpec:
@@ -50,6 +51,7 @@ def spec_from_json(values: Mapping[str, Any]) -> state_dicts.ModelSpec:
 
 
 def _rules(variables: Mapping) -> list[state_dicts.Rule]:
-  paths = (jax.tree_util.keystr(path, simple=True, separator='/')
-           for path, _ in jax.tree_util.tree_leaves_with_path(variables))
+  paths = (
+    jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree_util.tree_leaves_with_path(variables)
+  )
   return [state_dicts.Rule(path, (path,), state_dicts.SAME) for path in paths]

@@ -14,61 +14,66 @@ from groupvit_jax.models.vision import StageSpec
 def _block(ours: str, theirs: str) -> tuple[Rule, ...]:
   projections = tuple(f'{theirs}.self_attn.{name}_proj' for name in 'qkv')
   return (
-      *norm(f'{ours}/norm1', f'{theirs}.layer_norm1'),
-      Rule(f'params/{ours}/attn/qkv/kernel', tuple(f'{p}.weight' for p in projections), state_dicts.SPLIT_KERNEL),
-      Rule(f'params/{ours}/attn/qkv/bias', tuple(f'{p}.bias' for p in projections), state_dicts.SPLIT_BIAS),
-      *dense(f'{ours}/attn/out', f'{theirs}.self_attn.out_proj', KERNEL_OUT),
-      *norm(f'{ours}/norm2', f'{theirs}.layer_norm2'),
-      *mlp(f'{ours}/mlp', f'{theirs}.mlp'))
+    *norm(f'{ours}/norm1', f'{theirs}.layer_norm1'),
+    Rule(f'params/{ours}/attn/qkv/kernel', tuple(f'{p}.weight' for p in projections), state_dicts.SPLIT_KERNEL),
+    Rule(f'params/{ours}/attn/qkv/bias', tuple(f'{p}.bias' for p in projections), state_dicts.SPLIT_BIAS),
+    *dense(f'{ours}/attn/out', f'{theirs}.self_attn.out_proj', KERNEL_OUT),
+    *norm(f'{ours}/norm2', f'{theirs}.layer_norm2'),
+    *mlp(f'{ours}/mlp', f'{theirs}.mlp'),
+  )
 
 
 def grouping(ours: str, theirs: str, attention_out: str) -> tuple[Rule, ...]:
   """A grouping block, whose names the authors' checkpoints share but for that of the attention's last projection."""
   cross, attn = f'{ours}/cross_attn', f'{theirs}.pre_assign_attn'
   return (
-      *norm(f'{ours}/norm_groups', f'{theirs}.norm_tokens'),
-      *norm(f'{ours}/norm_tokens', f'{theirs}.norm_x'),
-      *mlp(f'{ours}/mixer/mlp', f'{theirs}.mlp_inter'),
-      *norm(f'{ours}/norm_mixed', f'{theirs}.norm_post_tokens'),
-      *dense(f'{cross}/attn/query', f'{attn}.attn.q_proj'),
-      *dense(f'{cross}/attn/key', f'{attn}.attn.k_proj'),
-      *dense(f'{cross}/attn/value', f'{attn}.attn.v_proj'),
-      *dense(f'{cross}/attn/out', f'{attn}.attn.{attention_out}', KERNEL_OUT),
-      *norm(f'{cross}/norm2', f'{attn}.norm2'),
-      *mlp(f'{cross}/mlp', f'{attn}.mlp'),
-      *norm(f'{cross}/norm_post', f'{attn}.norm_post'),
-      *dense(f'{ours}/assign_query', f'{theirs}.assign.q_proj'),
-      *dense(f'{ours}/assign_key', f'{theirs}.assign.k_proj'),
-      *dense(f'{ours}/assign_value', f'{theirs}.assign.v_proj'),
-      *dense(f'{ours}/assign_out', f'{theirs}.assign.proj'),
-      *norm(f'{ours}/norm_segments', f'{theirs}.norm_new_x'),
-      *mlp(f'{ours}/mlp', f'{theirs}.mlp_channels'))
+    *norm(f'{ours}/norm_groups', f'{theirs}.norm_tokens'),
+    *norm(f'{ours}/norm_tokens', f'{theirs}.norm_x'),
+    *mlp(f'{ours}/mixer/mlp', f'{theirs}.mlp_inter'),
+    *norm(f'{ours}/norm_mixed', f'{theirs}.norm_post_tokens'),
+    *dense(f'{cross}/attn/query', f'{attn}.attn.q_proj'),
+    *dense(f'{cross}/attn/key', f'{attn}.attn.k_proj'),
+    *dense(f'{cross}/attn/value', f'{attn}.attn.v_proj'),
+    *dense(f'{cross}/attn/out', f'{attn}.attn.{attention_out}', KERNEL_OUT),
+    *norm(f'{cross}/norm2', f'{attn}.norm2'),
+    *mlp(f'{cross}/mlp', f'{attn}.mlp'),
+    *norm(f'{cross}/norm_post', f'{attn}.norm_post'),
+    *dense(f'{ours}/assign_query', f'{theirs}.assign.q_proj'),
+    *dense(f'{ours}/assign_key', f'{theirs}.assign.k_proj'),
+    *dense(f'{ours}/assign_value', f'{theirs}.assign.v_proj'),
+    *dense(f'{ours}/assign_out', f'{theirs}.assign.proj'),
+    *norm(f'{ours}/norm_segments', f'{theirs}.norm_new_x'),
+    *mlp(f'{ours}/mlp', f'{theirs}.mlp_channels'),
+  )
 
 
 def _projector(ours: str, theirs: str) -> tuple[Rule, ...]:
-  return (*dense(f'{ours}/fc1', f'{theirs}.0'), *batch_norm(f'{ours}/norm', f'{theirs}.1'),
-          *dense(f'{ours}/fc2', f'{theirs}.3'))
+  return (
+    *dense(f'{ours}/fc1', f'{theirs}.0'),
+    *batch_norm(f'{ours}/norm', f'{theirs}.1'),
+    *dense(f'{ours}/fc2', f'{theirs}.3'),
+  )
 
 
 _STAGE = 'vision_model.encoder.stages.{i}'
 
 RULES = (
-    *dense('vision/patch_embed', 'vision_model.embeddings.patch_embeddings.projection', state_dicts.PATCH_KERNEL),
-    *norm('vision/patch_norm', 'vision_model.embeddings.layernorm'),
-    *array('vision/positions', 'vision_model.embeddings.position_embeddings', state_dicts.BATCHED),
-    *array('vision/stage{i}_group_tokens', f'{_STAGE}.group_token', state_dicts.BATCHED),
-    *norm('vision/stage{i}_group_projector/norm', f'{_STAGE}.group_projector.0'),
-    *mlp('vision/stage{i}_group_projector/mixer/mlp', f'{_STAGE}.group_projector.1'),
-    *_block('vision/stage{i}_block{j}', _STAGE + '.layers.{j}'),
-    *grouping('vision/stage{i}_grouping', f'{_STAGE}.downsample', 'out_proj'),
-    *norm('vision/norm', 'vision_model.layernorm'),
-    *array('text/token_embedding', 'text_model.embeddings.token_embedding.weight'),
-    *array('text/positions', 'text_model.embeddings.position_embedding.weight'),
-    *_block('text/block{j}', 'text_model.encoder.layers.{j}'),
-    *norm('text/norm', 'text_model.final_layer_norm'),
-    *_projector('image_projector', 'visual_projection'),
-    *_projector('text_projector', 'text_projection'),
-    *array('logit_scale', 'logit_scale'),
+  *dense('vision/patch_embed', 'vision_model.embeddings.patch_embeddings.projection', state_dicts.PATCH_KERNEL),
+  *norm('vision/patch_norm', 'vision_model.embeddings.layernorm'),
+  *array('vision/positions', 'vision_model.embeddings.position_embeddings', state_dicts.BATCHED),
+  *array('vision/stage{i}_group_tokens', f'{_STAGE}.group_token', state_dicts.BATCHED),
+  *norm('vision/stage{i}_group_projector/norm', f'{_STAGE}.group_projector.0'),
+  *mlp('vision/stage{i}_group_projector/mixer/mlp', f'{_STAGE}.group_projector.1'),
+  *_block('vision/stage{i}_block{j}', _STAGE + '.layers.{j}'),
+  *grouping('vision/stage{i}_grouping', f'{_STAGE}.downsample', 'out_proj'),
+  *norm('vision/norm', 'vision_model.layernorm'),
+  *array('text/token_embedding', 'text_model.embeddings.token_embedding.weight'),
+  *array('text/positions', 'text_model.embeddings.position_embedding.weight'),
+  *_block('text/block{j}', 'text_model.encoder.layers.{j}'),
+  *norm('text/norm', 'text_model.final_layer_norm'),
+  *_projector('image_projector', 'visual_projection'),
+  *_projector('text_projector', 'text_projection'),
+  *array('logit_scale', 'logit_scale'),
 )
 
 # A step counter that torch's BatchNorm keeps, and a constant that old versions saved.
@@ -78,12 +83,31 @@ _COUNTERS = ('visual_projection.1.num_batches_tracked', 'text_projection.1.num_b
 # What a config.json means when it leaves a key out.
 _DEFAULTS = dict(projection_dim=256, projection_intermediate_dim=4096)
 _VISION_DEFAULTS = dict(
-    hidden_size=384, intermediate_size=1536, depths=(6, 3, 3), num_group_tokens=(64, 8, 0),
-    num_output_groups=(64, 8, 8), num_attention_heads=6, image_size=224, patch_size=16, num_channels=3,
-    hidden_act='gelu', layer_norm_eps=1e-5, assign_eps=1.0, assign_mlp_ratio=(0.5, 4))
+  hidden_size=384,
+  intermediate_size=1536,
+  depths=(6, 3, 3),
+  num_group_tokens=(64, 8, 0),
+  num_output_groups=(64, 8, 8),
+  num_attention_heads=6,
+  image_size=224,
+  patch_size=16,
+  num_channels=3,
+  hidden_act='gelu',
+  layer_norm_eps=1e-5,
+  assign_eps=1.0,
+  assign_mlp_ratio=(0.5, 4),
+)
 _TEXT_DEFAULTS = dict(
-    hidden_size=256, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=4,
-    max_position_embeddings=77, vocab_size=49408, eos_token_id=49407, hidden_act='quick_gelu', layer_norm_eps=1e-5)
+  hidden_size=256,
+  intermediate_size=1024,
+  num_hidden_layers=12,
+  num_attention_heads=4,
+  max_position_embeddings=77,
+  vocab_size=49408,
+  eos_token_id=49407,
+  hidden_act='quick_gelu',
+  layer_norm_eps=1e-5,
+)
 
 
 def from_huggingface(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
@@ -123,26 +147,40 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
   vision, text = _part(config, 'vision_config', _VISION_DEFAULTS), _part(config, 'text_config', _TEXT_DEFAULTS)
   _check_supported(config, vision, text)
   ratio = state_dicts.mlp_ratio
-  model = ml_collections.ConfigDict(dict(
-      dtype='float32', embed_dim=top['projection_dim'], projector_dim=top['projection_intermediate_dim'],
+  model = ml_collections.ConfigDict(
+    dict(
+      dtype='float32',
+      embed_dim=top['projection_dim'],
+      projector_dim=top['projection_intermediate_dim'],
       vision=dict(
-          image_size=_pair(vision['image_size']), patch_size=_pair(vision['patch_size'])[0],
-          width=vision['hidden_size'],
-          num_heads=vision['num_attention_heads'], depths=tuple(vision['depths']),
-          num_group_tokens=tuple(vision['num_group_tokens']),
-          # The last stage has an entry there too, which nothing reads.
-          num_segments=(*vision['num_output_groups'][:-1], 0),
-          mlp_ratio=ratio(vision['hidden_size'], vision['intermediate_size']), **state_dicts.TRAINING_CONFIG),
+        image_size=_pair(vision['image_size']),
+        patch_size=_pair(vision['patch_size'])[0],
+        width=vision['hidden_size'],
+        num_heads=vision['num_attention_heads'],
+        depths=tuple(vision['depths']),
+        num_group_tokens=tuple(vision['num_group_tokens']),
+        # The last stage has an entry there too, which nothing reads.
+        num_segments=(*vision['num_output_groups'][:-1], 0),
+        mlp_ratio=ratio(vision['hidden_size'], vision['intermediate_size']),
+        **state_dicts.TRAINING_CONFIG,
+      ),
       text=dict(
-          context_length=text['max_position_embeddings'], width=text['hidden_size'], depth=text['num_hidden_layers'],
-          num_heads=text['num_attention_heads'], mlp_ratio=ratio(text['hidden_size'], text['intermediate_size']))))
+        context_length=text['max_position_embeddings'],
+        width=text['hidden_size'],
+        depth=text['num_hidden_layers'],
+        num_heads=text['num_attention_heads'],
+        mlp_ratio=ratio(text['hidden_size'], text['intermediate_size']),
+      ),
+    )
+  )
   # Old configs say 2 by mistake; `transformers` then takes the largest id, which ends a text in CLIP's vocabulary.
   eos_id = text['vocab_size'] - 1 if text['eos_token_id'] == 2 else text['eos_token_id']
   return state_dicts.ModelSpec(model, text['vocab_size'], eos_id, multi_label=False)
 
 
 def to_huggingface_config(
-    spec: state_dicts.ModelSpec, *, bos_id: int | None, pad_id: int, dtype: str) -> dict[str, Any]:
+  spec: state_dicts.ModelSpec, *, bos_id: int | None, pad_id: int, dtype: str
+) -> dict[str, Any]:
   """The `config.json` of a model, as a dict of plain values.
 
   Args:
@@ -158,27 +196,50 @@ def to_huggingface_config(
   stages = [StageSpec(*spec) for spec in zip(vision.depths, vision.num_group_tokens, vision.num_segments, strict=True)]
   if any(stage.num_group_tokens != stage.num_segments for stage in stages[:-2]):
     raise ValueError(
-        'transformers sizes the projection of group tokens by the segments of the stage before it, so every grouping '
-        'stage but the last must have as many segments as group tokens; model.vision has num_group_tokens='
-        f'{tuple(vision.num_group_tokens)} and num_segments={tuple(vision.num_segments)}')
+      'transformers sizes the projection of group tokens by the segments of the stage before it, so every grouping '
+      'stage but the last must have as many segments as group tokens; model.vision has num_group_tokens='
+      f'{tuple(vision.num_group_tokens)} and num_segments={tuple(vision.num_segments)}'
+    )
   if spec.eos_id == 2:
-    raise ValueError('transformers pools the text at the largest id instead of EOS where eos_token_id is 2; '
-                     'train with a tokenizer whose EOS has another id')
+    raise ValueError(
+      'transformers pools the text at the largest id instead of EOS where eos_token_id is 2; '
+      'train with a tokenizer whose EOS has another id'
+    )
   segments = tuple(vision.num_segments)
   return dict(
-      architectures=['GroupViTModel'], model_type='groupvit', dtype=dtype, projection_dim=config.embed_dim,
-      projection_intermediate_dim=config.projector_dim,
-      vision_config=_VISION_DEFAULTS | dict(
-          model_type='groupvit_vision_model', image_size=_size(tuple(vision.image_size)),
-          patch_size=vision.patch_size, hidden_size=vision.width,
-          num_attention_heads=vision.num_heads, depths=list(vision.depths), num_hidden_layers=sum(vision.depths),
-          num_group_tokens=list(vision.num_group_tokens), num_output_groups=[*segments[:-1], segments[-2]],
-          intermediate_size=int(vision.width * vision.mlp_ratio), assign_mlp_ratio=[0.5, vision.mlp_ratio]),
-      text_config=_TEXT_DEFAULTS | dict(
-          model_type='groupvit_text_model', vocab_size=spec.vocab_size, bos_token_id=bos_id,
-          eos_token_id=spec.eos_id, pad_token_id=pad_id,
-          max_position_embeddings=text.context_length, hidden_size=text.width, num_hidden_layers=text.depth,
-          num_attention_heads=text.num_heads, intermediate_size=int(text.width * text.mlp_ratio)))
+    architectures=['GroupViTModel'],
+    model_type='groupvit',
+    dtype=dtype,
+    projection_dim=config.embed_dim,
+    projection_intermediate_dim=config.projector_dim,
+    vision_config=_VISION_DEFAULTS
+    | dict(
+      model_type='groupvit_vision_model',
+      image_size=_size(tuple(vision.image_size)),
+      patch_size=vision.patch_size,
+      hidden_size=vision.width,
+      num_attention_heads=vision.num_heads,
+      depths=list(vision.depths),
+      num_hidden_layers=sum(vision.depths),
+      num_group_tokens=list(vision.num_group_tokens),
+      num_output_groups=[*segments[:-1], segments[-2]],
+      intermediate_size=int(vision.width * vision.mlp_ratio),
+      assign_mlp_ratio=[0.5, vision.mlp_ratio],
+    ),
+    text_config=_TEXT_DEFAULTS
+    | dict(
+      model_type='groupvit_text_model',
+      vocab_size=spec.vocab_size,
+      bos_token_id=bos_id,
+      eos_token_id=spec.eos_id,
+      pad_token_id=pad_id,
+      max_position_embeddings=text.context_length,
+      hidden_size=text.width,
+      num_hidden_layers=text.depth,
+      num_attention_heads=text.num_heads,
+      intermediate_size=int(text.width * text.mlp_ratio),
+    ),
+  )
 
 
 def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,13 +259,15 @@ def _check_supported(config: Mapping[str, Any], vision: Mapping[str, Any], text:
       raise ValueError(f'config.json has {part}.{key}={values[key]!r}; only {only!r} is supported')
   if len(set(_pair(vision['patch_size']))) != 1:
     raise ValueError(
-        f"config.json has vision_config.patch_size={vision['patch_size']}; only square patches are supported")
+      f'config.json has vision_config.patch_size={vision["patch_size"]}; only square patches are supported'
+    )
   tokens_ratio, channels_ratio = _pair(vision['assign_mlp_ratio'])
   width = vision['hidden_size']
   if (int(width * tokens_ratio), int(width * channels_ratio)) != (width // 2, vision['intermediate_size']):
     raise ValueError(
-        f"config.json has vision_config.assign_mlp_ratio={vision['assign_mlp_ratio']}; only half the width across "
-        'tokens and intermediate_size across channels are supported')
+      f'config.json has vision_config.assign_mlp_ratio={vision["assign_mlp_ratio"]}; only half the width across '
+      'tokens and intermediate_size across channels are supported'
+    )
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -48,8 +48,13 @@ pipeline_tag: zero-shot-image-classification
 tags: [groupvit, zero-shot-segmentation]"""
 
 
-def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype,
-                 reports: Sequence[model_card.Report]) -> None:
+def write_folder(
+  folder: epath.Path,
+  run: TrainedRun,
+  spec: state_dicts.ModelSpec,
+  dtype: np.dtype,
+  reports: Sequence[model_card.Report],
+) -> None:
   """Fills a folder.
 
   Args:
@@ -63,14 +68,15 @@ def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpe
     ValueError: `transformers` cannot represent the model.
   """
   config = huggingface.to_huggingface_config(
-      spec, bos_id=run.tokenizer.bos_id, pad_id=run.tokenizer.pad_id, dtype=dtype.name)
+    spec, bos_id=run.tokenizer.bos_id, pad_id=run.tokenizer.pad_id, dtype=dtype.name
+  )
   params = dict(run.variables['params'])
   prompts_scale = params.pop('multi_label_logit_scale', None)
-  side = flat.spec_to_json(spec) | {
-      'multi_label_logit_scale': None if prompts_scale is None else float(prompts_scale)}
+  side = flat.spec_to_json(spec) | {'multi_label_logit_scale': None if prompts_scale is None else float(prompts_scale)}
   state = huggingface.to_huggingface(run.variables | {'params': params})
   safetensors.numpy.save_file(
-      state_dicts.cast(state, dtype), str(folder / 'model.safetensors'), metadata={'format': 'pt'})
+    state_dicts.cast(state, dtype), str(folder / 'model.safetensors'), metadata={'format': 'pt'}
+  )
   _write_json(folder / 'config.json', config)
   _write_json(folder / SIDE_FILE, side)
   _write_json(folder / 'preprocessor_config.json', _image_processor(run))
@@ -83,10 +89,19 @@ def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpe
 def _image_processor(run: TrainedRun) -> dict[str, Any]:
   height, width = run.model.vision.image_size
   return dict(
-      image_processor_type='CLIPImageProcessor', processor_class='CLIPProcessor', do_resize=True,
-      size=dict(height=height, width=width), resample=_BILINEAR, do_center_crop=False, do_rescale=True,
-      rescale_factor=1 / 255, do_normalize=True, do_convert_rgb=True, image_mean=_decimals(IMAGE_MEAN),
-      image_std=_decimals(IMAGE_STD))
+    image_processor_type='CLIPImageProcessor',
+    processor_class='CLIPProcessor',
+    do_resize=True,
+    size=dict(height=height, width=width),
+    resample=_BILINEAR,
+    do_center_crop=False,
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    do_convert_rgb=True,
+    image_mean=_decimals(IMAGE_MEAN),
+    image_std=_decimals(IMAGE_STD),
+  )
 
 
 def _decimals(values: np.ndarray) -> list[float]:
@@ -105,9 +120,16 @@ def _write_tokenizer(folder: epath.Path, run: TrainedRun) -> None:
   _write_json(folder / 'vocab.json', vocab)
   (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *map(' '.join, merges)]) + '\n')
   special = dict(bos_token=clip_bpe.BOS, eos_token=clip_bpe.EOS, unk_token=clip_bpe.EOS, pad_token=clip_bpe.EOS)
-  _write_json(folder / 'tokenizer_config.json', dict(
-      tokenizer_class='CLIPTokenizer', processor_class='CLIPProcessor', do_lower_case=True,
-      model_max_length=run.config.model.text.context_length, **special))
+  _write_json(
+    folder / 'tokenizer_config.json',
+    dict(
+      tokenizer_class='CLIPTokenizer',
+      processor_class='CLIPProcessor',
+      do_lower_case=True,
+      model_max_length=run.config.model.text.context_length,
+      **special,
+    ),
+  )
   _write_json(folder / 'special_tokens_map.json', special)
 
 

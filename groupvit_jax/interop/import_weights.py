@@ -43,27 +43,46 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
     raise ValueError(f"{source} comes without a tokenizer; name CLIP's vocabulary with --tokenizer=")
   weights = read_weights(source)
   loaded = build_tokenizer(source if tokenizer is None else tokenizer)
-  check_tokenizer(loaded, vocab_size=weights.spec.vocab_size, eos_id=weights.spec.eos_id,
-                  remedy='name the one they were trained with, with --tokenizer=')
+  check_tokenizer(
+    loaded,
+    vocab_size=weights.spec.vocab_size,
+    eos_id=weights.spec.eos_id,
+    remedy='name the one they were trained with, with --tokenizer=',
+  )
   with new_folder('--workdir', workdir) as folder:
     _write(folder, weights, loaded, source)
-  return (f'{workdir}: {_count(weights):,} parameters, imported from {source} ({weights.form})\n'
-          f'licence of the weights: {weights.licence}')
+  return (
+    f'{workdir}: {_count(weights):,} parameters, imported from {source} ({weights.form})\n'
+    f'licence of the weights: {weights.licence}'
+  )
 
 
 def _write(folder: epath.Path, weights: Weights, tokenizer: Tokenizer, source: str) -> None:
   """Writes config, tokenizer and a checkpoint at step 0, without an optimiser's state."""
-  workdir_lib.claim(folder, ml_collections.ConfigDict(dict(
-      seed=0, model=weights.spec.config, tokenizer=dict(path=''),
-      # The paper makes three prompts of a caption, for models that have a temperature for them.
-      data=dict(num_prompts=3 if weights.spec.multi_label else 0),
-      imported=dict(source=source, form=weights.form))))
+  workdir_lib.claim(
+    folder,
+    ml_collections.ConfigDict(
+      dict(
+        seed=0,
+        model=weights.spec.config,
+        tokenizer=dict(path=''),
+        # The paper makes three prompts of a caption, for models that have a temperature for them.
+        data=dict(num_prompts=3 if weights.spec.multi_label else 0),
+        imported=dict(source=source, form=weights.form),
+      )
+    ),
+  )
   licence.keep(folder, weights.licence)
   tokenizer.save(folder / 'tokenizer')
   zero = jnp.zeros((), jnp.int32)
   state = TrainState(
-      step=zero, opt_state=optax.identity().init(weights.variables['params']), rng=jax.random.key(0), skipped=zero,
-      skipped_in_a_row=zero, **jax.tree.map(jnp.asarray, weights.variables))
+    step=zero,
+    opt_state=optax.identity().init(weights.variables['params']),
+    rng=jax.random.key(0),
+    skipped=zero,
+    skipped_in_a_row=zero,
+    **jax.tree.map(jnp.asarray, weights.variables),
+  )
   checkpoints = Checkpoints(folder, keep=1)
   try:
     checkpoints.save(state, workdir_lib.read_config(folder))

@@ -68,8 +68,10 @@ def read_kept(workdir: epath.PathLike) -> Licence:
   try:
     return Licence(**json.loads(path.read_text()))
   except (ValueError, TypeError) as error:
-    raise ValueError(f'{path} is damaged ({error}); write into it what the weights came with, as in '
-                     f'{json.dumps(Licence("mit")._asdict())}') from error
+    raise ValueError(
+      f'{path} is damaged ({error}); write into it what the weights came with, as in '
+      f'{json.dumps(Licence("mit")._asdict())}'
+    ) from error
 
 
 def _text(value: object) -> str:

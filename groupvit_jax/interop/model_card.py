@@ -52,10 +52,17 @@ def write(folder: epath.Path, run: TrainedRun, *, use: str, tags: str, reports: 
     reports: of evaluations of this checkpoint.
   """
   header = '\n'.join(line for line in (licence.read_kept(run.workdir).header(), tags) if line)
-  (folder / 'README.md').write_text(_CARD.format(
-      header=header, code=run.provenance['code'], step=run.step, use=use, data=_describe_data(run.config),
+  (folder / 'README.md').write_text(
+    _CARD.format(
+      header=header,
+      code=run.provenance['code'],
+      step=run.step,
+      use=use,
+      data=_describe_data(run.config),
       scores='\n'.join(map(_table, reports)) or 'None were given to the export.\n',
-      config=json.dumps(json.loads(run.config.to_json()), indent=2)))
+      config=json.dumps(json.loads(run.config.to_json()), indent=2),
+    )
+  )
 
 
 def read_reports(run: TrainedRun, paths: Sequence[epath.PathLike]) -> list[Report]:
@@ -89,8 +96,10 @@ def _check(report: Report, run: TrainedRun, path: epath.PathLike) -> Report:
   for name in ('step', 'weights'):
     theirs = report['provenance'].get(name)
     if theirs != ours[name]:
-      raise ValueError(f'{path} has the scores of {name}={theirs}, and what is exported is {name}={ours[name]}; '
-                       'evaluate it again, or name another report with --scores')
+      raise ValueError(
+        f'{path} has the scores of {name}={theirs}, and what is exported is {name}={ours[name]}; '
+        'evaluate it again, or name another report with --scores'
+      )
   return report
 
 
@@ -101,16 +110,22 @@ def _describe_data(config: ml_collections.ConfigDict) -> str:
   data, lines = config.data, []
   if data.source == 'scenes':
     scenes = data.scenes
-    lines.append(f'Scenes made while training, with captions: {len(scenes.things)} things ({", ".join(scenes.things)}) '
-                 f'on {len(scenes.stuff)} kinds of stuff ({", ".join(scenes.stuff)}).')
+    lines.append(
+      f'Scenes made while training, with captions: {len(scenes.things)} things ({", ".join(scenes.things)}) '
+      f'on {len(scenes.stuff)} kinds of stuff ({", ".join(scenes.stuff)}).'
+    )
   else:
     lines += ['| set | format | pairs expected | weight |', '| --- | --- | --: | --: |']
-    lines += [f'| {name} | {each.format} | {f"{each.expected:,}" if each.expected else "unknown"} | '
-              f'{each.weight or "by size"} |' for name, each in data.sets.items()]
+    lines += [
+      f'| {name} | {each.format} | {f"{each.expected:,}" if each.expected else "unknown"} | '
+      f'{each.weight or "by size"} |'
+      for name, each in data.sets.items()
+    ]
     lines.append('')
   prompts = f'and {data.num_prompts} prompts made of it' if data.num_prompts else 'alone'
-  lines.append(f'Texts of a picture: its caption {prompts}; {config.total_steps:,} steps of {config.batch_size:,} '
-               'pictures.')
+  lines.append(
+    f'Texts of a picture: its caption {prompts}; {config.total_steps:,} steps of {config.batch_size:,} pictures.'
+  )
   if 'init_from' in config and config.init_from:
     lines.append(f'Training started from the weights in {config.init_from}.')
   return '\n'.join(lines)
@@ -119,5 +134,7 @@ def _describe_data(config: ml_collections.ConfigDict) -> str:
 def _table(report: Report) -> str:
   """What `eval.py` found, with the protocol that the figures hold for."""
   figures = ''.join(f'| {name} | {report[name]:.3f} |\n' for name in _FIGURES if report.get(name) is not None)
-  return (f'{report["benchmark"]}, {report["num_images"]:,} pictures:\n\n| figure | value |\n| --- | --- |\n{figures}\n'
-          f'Protocol:\n\n```json\n{json.dumps(report["protocol"], indent=2)}\n```\n')
+  return (
+    f'{report["benchmark"]}, {report["num_images"]:,} pictures:\n\n| figure | value |\n| --- | --- |\n{figures}\n'
+    f'Protocol:\n\n```json\n{json.dumps(report["protocol"], indent=2)}\n```\n'
+  )

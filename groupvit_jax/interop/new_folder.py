@@ -11,8 +11,10 @@ import safetensors
 def check_local(path: epath.PathLike) -> None:
   """Raises ValueError for a place in a bucket: weights are read and written by libraries that know disks alone."""
   if '://' in str(path):
-    raise ValueError(f'{path} is in a bucket, and weights are read from and written to disks; copy the folder, as in '
-                     'gcloud storage cp --recursive')
+    raise ValueError(
+      f'{path} is in a bucket, and weights are read from and written to disks; copy the folder, as in '
+      'gcloud storage cp --recursive'
+    )
 
 
 def check_free(flag: str, path: epath.PathLike) -> None:
@@ -50,8 +52,9 @@ def new_folder(flag: str, path: epath.PathLike) -> Iterator[epath.Path]:
       path.rmdir()
     partial.rename(path)
   except (OSError, safetensors.SafetensorError) as error:
-    raise OSError(f'cannot write {path}: {getattr(error, "strerror", None) or error}; make room, or name another '
-                  f'{flag}') from error
+    raise OSError(
+      f'cannot write {path}: {getattr(error, "strerror", None) or error}; make room, or name another {flag}'
+    ) from error
   finally:
     if partial.exists():
       partial.rmtree()

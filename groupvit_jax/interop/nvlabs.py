@@ -18,47 +18,55 @@ _RESBLOCK = 'text_encoder.transformer.resblocks.{j}'
 
 
 def _projector(ours: str, theirs: str) -> tuple[Rule, ...]:
-  return (*dense(f'{ours}/fc1', f'{theirs}.linear_hidden.0'), *batch_norm(f'{ours}/norm', f'{theirs}.linear_hidden.1'),
-          *dense(f'{ours}/fc2', f'{theirs}.linear_out'))
+  return (
+    *dense(f'{ours}/fc1', f'{theirs}.linear_hidden.0'),
+    *batch_norm(f'{ours}/norm', f'{theirs}.linear_hidden.1'),
+    *dense(f'{ours}/fc2', f'{theirs}.linear_out'),
+  )
 
 
 RULES = (
-    *dense('vision/patch_embed', 'img_encoder.patch_embed.proj', state_dicts.PATCH_KERNEL),
-    *norm('vision/patch_norm', 'img_encoder.patch_embed.norm'),
-    *array('vision/positions', 'img_encoder.pos_embed', state_dicts.BATCHED),
-    *array('vision/stage{i}_group_tokens', f'{_LAYER}.group_token', state_dicts.BATCHED),
-    *norm('vision/stage{i}_group_projector/norm', f'{_LAYER}.group_projector.0'),
-    *mlp('vision/stage{i}_group_projector/mixer/mlp', f'{_LAYER}.group_projector.1'),
-    *norm('vision/stage{i}_block{j}/norm1', _LAYER + '.blocks.{j}.norm1'),
-    *dense('vision/stage{i}_block{j}/attn/qkv', _LAYER + '.blocks.{j}.attn.qkv'),
-    *dense('vision/stage{i}_block{j}/attn/out', _LAYER + '.blocks.{j}.attn.proj', KERNEL_OUT),
-    *norm('vision/stage{i}_block{j}/norm2', _LAYER + '.blocks.{j}.norm2'),
-    *mlp('vision/stage{i}_block{j}/mlp', _LAYER + '.blocks.{j}.mlp'),
-    *huggingface.grouping('vision/stage{i}_grouping', f'{_LAYER}.downsample', 'proj'),
-    *norm('vision/norm', 'img_encoder.norm'),
-    *array('text/token_embedding', 'text_encoder.token_embedding.weight'),
-    *array('text/positions', 'text_encoder.positional_embedding'),
-    *norm('text/block{j}/norm1', f'{_RESBLOCK}.ln_1'),
-    *array('text/block{j}/attn/qkv/kernel', f'{_RESBLOCK}.attn.in_proj_weight', state_dicts.KERNEL_IN),
-    *array('text/block{j}/attn/qkv/bias', f'{_RESBLOCK}.attn.in_proj_bias', state_dicts.VECTOR),
-    *dense('text/block{j}/attn/out', f'{_RESBLOCK}.attn.out_proj', KERNEL_OUT),
-    *norm('text/block{j}/norm2', f'{_RESBLOCK}.ln_2'),
-    *mlp('text/block{j}/mlp', f'{_RESBLOCK}.mlp', 'c_fc', 'c_proj'),
-    *norm('text/norm', 'text_encoder.ln_final'),
-    *_projector('image_projector', 'img_projector'),
-    *_projector('text_projector', 'text_projector'),
-    *array('logit_scale', 'logit_scale'),
-    *array('multi_label_logit_scale', 'multi_label_logit_scale'),
+  *dense('vision/patch_embed', 'img_encoder.patch_embed.proj', state_dicts.PATCH_KERNEL),
+  *norm('vision/patch_norm', 'img_encoder.patch_embed.norm'),
+  *array('vision/positions', 'img_encoder.pos_embed', state_dicts.BATCHED),
+  *array('vision/stage{i}_group_tokens', f'{_LAYER}.group_token', state_dicts.BATCHED),
+  *norm('vision/stage{i}_group_projector/norm', f'{_LAYER}.group_projector.0'),
+  *mlp('vision/stage{i}_group_projector/mixer/mlp', f'{_LAYER}.group_projector.1'),
+  *norm('vision/stage{i}_block{j}/norm1', _LAYER + '.blocks.{j}.norm1'),
+  *dense('vision/stage{i}_block{j}/attn/qkv', _LAYER + '.blocks.{j}.attn.qkv'),
+  *dense('vision/stage{i}_block{j}/attn/out', _LAYER + '.blocks.{j}.attn.proj', KERNEL_OUT),
+  *norm('vision/stage{i}_block{j}/norm2', _LAYER + '.blocks.{j}.norm2'),
+  *mlp('vision/stage{i}_block{j}/mlp', _LAYER + '.blocks.{j}.mlp'),
+  *huggingface.grouping('vision/stage{i}_grouping', f'{_LAYER}.downsample', 'proj'),
+  *norm('vision/norm', 'img_encoder.norm'),
+  *array('text/token_embedding', 'text_encoder.token_embedding.weight'),
+  *array('text/positions', 'text_encoder.positional_embedding'),
+  *norm('text/block{j}/norm1', f'{_RESBLOCK}.ln_1'),
+  *array('text/block{j}/attn/qkv/kernel', f'{_RESBLOCK}.attn.in_proj_weight', state_dicts.KERNEL_IN),
+  *array('text/block{j}/attn/qkv/bias', f'{_RESBLOCK}.attn.in_proj_bias', state_dicts.VECTOR),
+  *dense('text/block{j}/attn/out', f'{_RESBLOCK}.attn.out_proj', KERNEL_OUT),
+  *norm('text/block{j}/norm2', f'{_RESBLOCK}.ln_2'),
+  *mlp('text/block{j}/mlp', f'{_RESBLOCK}.mlp', 'c_fc', 'c_proj'),
+  *norm('text/norm', 'text_encoder.ln_final'),
+  *_projector('image_projector', 'img_projector'),
+  *_projector('text_projector', 'text_projector'),
+  *array('logit_scale', 'logit_scale'),
+  *array('multi_label_logit_scale', 'multi_label_logit_scale'),
 )
 
 _IGNORE = r'.*\.num_batches_tracked'
 
 # Arrays that tell sizes, with their number of axes, whatever the number of stages and blocks.
 _TELLING = {
-    'img_encoder.pos_embed': 3, 'img_encoder.patch_embed.proj.weight': 4,
-    'img_encoder.layers.0.blocks.0.mlp.fc1.weight': 2, 'img_projector.linear_hidden.0.weight': 2,
-    'img_projector.linear_out.weight': 2, 'text_encoder.token_embedding.weight': 2,
-    'text_encoder.positional_embedding': 2, 'text_encoder.transformer.resblocks.0.mlp.c_fc.weight': 2}
+  'img_encoder.pos_embed': 3,
+  'img_encoder.patch_embed.proj.weight': 4,
+  'img_encoder.layers.0.blocks.0.mlp.fc1.weight': 2,
+  'img_projector.linear_hidden.0.weight': 2,
+  'img_projector.linear_out.weight': 2,
+  'text_encoder.token_embedding.weight': 2,
+  'text_encoder.positional_embedding': 2,
+  'text_encoder.transformer.resblocks.0.mlp.c_fc.weight': 2,
+}
 _TELLING_OF_A_STAGE = {'group_token': 3, 'downsample.mlp_inter.fc2.weight': 2}
 # What stands in for a size that nothing tells: a square, and a multiple of a head's width.
 _STAND_INS = (64, 256)
@@ -94,8 +102,7 @@ def spec_from_shapes(state: Mapping[str, np.ndarray]) -> state_dicts.ModelSpec:
   unknown = {name: axes for name, axes in _telling(shapes).items() if len(shapes.get(name, ())) != axes}
   if unknown:
     specs = [_spec(shapes | {name: (size,) * axes for name, axes in unknown.items()}) for size in _STAND_INS]
-    one, other = (
-        state_dicts.expected_shapes(state_dicts.abstract_variables(spec.build()), RULES) for spec in specs)
+    one, other = (state_dicts.expected_shapes(state_dicts.abstract_variables(spec.build()), RULES) for spec in specs)
     # A size that depends on the stand-in is not known.
     expected = {name: tuple(a if a == b else None for a, b in zip(one[name], other[name])) for name in one}
     state_dicts.check_names({name: x for name, x in state.items() if not re.fullmatch(_IGNORE, name)}, expected)
@@ -110,10 +117,15 @@ def _telling(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
 
 
 def _spec(shapes: Mapping[str, tuple[int, ...]]) -> state_dicts.ModelSpec:
-  config = ml_collections.ConfigDict(dict(
-      dtype='float32', embed_dim=shapes['img_projector.linear_out.weight'][0],
+  config = ml_collections.ConfigDict(
+    dict(
+      dtype='float32',
+      embed_dim=shapes['img_projector.linear_out.weight'][0],
       projector_dim=shapes['img_projector.linear_hidden.0.weight'][0],
-      vision=_vision_config(shapes), text=_text_config(shapes)))
+      vision=_vision_config(shapes),
+      text=_text_config(shapes),
+    )
+  )
   vocab_size = shapes['text_encoder.token_embedding.weight'][0]
   # CLIP's vocabulary ends with the token that ends a text.
   return state_dicts.ModelSpec(config, vocab_size, vocab_size - 1, 'multi_label_logit_scale' in shapes)
@@ -129,20 +141,28 @@ def _vision_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
   # The last stage has neither group tokens nor a grouping block.
   none = (0, 0)
   return dict(
-      image_size=(side * patch_size, side * patch_size), patch_size=patch_size, width=width, num_heads=_heads(width),
-      depths=tuple(_count(rf'{prefix}\.{i}\.blocks\.(\d+)\.', shapes) for i in stages),
-      num_group_tokens=tuple(shapes.get(f'{prefix}.{i}.group_token', none)[1] for i in stages),
-      num_segments=tuple(shapes.get(f'{prefix}.{i}.downsample.mlp_inter.fc2.weight', none)[0] for i in stages),
-      mlp_ratio=state_dicts.mlp_ratio(width, shapes[f'{prefix}.0.blocks.0.mlp.fc1.weight'][0]),
-      **state_dicts.TRAINING_CONFIG)
+    image_size=(side * patch_size, side * patch_size),
+    patch_size=patch_size,
+    width=width,
+    num_heads=_heads(width),
+    depths=tuple(_count(rf'{prefix}\.{i}\.blocks\.(\d+)\.', shapes) for i in stages),
+    num_group_tokens=tuple(shapes.get(f'{prefix}.{i}.group_token', none)[1] for i in stages),
+    num_segments=tuple(shapes.get(f'{prefix}.{i}.downsample.mlp_inter.fc2.weight', none)[0] for i in stages),
+    mlp_ratio=state_dicts.mlp_ratio(width, shapes[f'{prefix}.0.blocks.0.mlp.fc1.weight'][0]),
+    **state_dicts.TRAINING_CONFIG,
+  )
 
 
 def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
   context_length, width = shapes['text_encoder.positional_embedding']
   prefix = 'text_encoder.transformer.resblocks'
   return dict(
-      context_length=context_length, width=width, depth=_count(rf'{prefix}\.(\d+)\.', shapes), num_heads=_heads(width),
-      mlp_ratio=state_dicts.mlp_ratio(width, shapes[f'{prefix}.0.mlp.c_fc.weight'][0]))
+    context_length=context_length,
+    width=width,
+    depth=_count(rf'{prefix}\.(\d+)\.', shapes),
+    num_heads=_heads(width),
+    mlp_ratio=state_dicts.mlp_ratio(width, shapes[f'{prefix}.0.mlp.c_fc.weight'][0]),
+  )
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:

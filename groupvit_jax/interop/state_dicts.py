@@ -22,8 +22,13 @@ StateDict = dict[str, np.ndarray]
 
 
 # Of the model's config, what trains it and is in no weights file: the paper's values.
-TRAINING_CONFIG = dict(drop_path=0.1, assignment='gumbel', init=dict(
-    kernel='normal:0.02', assign_kernel='normal:0.02', value_kernel='normal:0.02', tokens_std=0.02, positions_std=0.02))
+TRAINING_CONFIG = dict(
+  drop_path=0.1,
+  assignment='gumbel',
+  init=dict(
+    kernel='normal:0.02', assign_kernel='normal:0.02', value_kernel='normal:0.02', tokens_std=0.02, positions_std=0.02
+  ),
+)
 
 
 class ModelSpec(NamedTuple):
@@ -69,10 +74,12 @@ KERNEL_IN = Layout(lambda arrays, shape: arrays[0].T.reshape(shape), lambda x: (
 KERNEL_OUT = Layout(KERNEL_IN.load, lambda x: (x.reshape(-1, x.shape[-1]).T,))
 PATCH_KERNEL = Layout(lambda arrays, shape: arrays[0].transpose(2, 3, 1, 0), lambda x: (x.transpose(3, 2, 0, 1),))
 SPLIT_KERNEL = Layout(
-    lambda arrays, shape: np.stack([x.T for x in arrays], axis=1).reshape(shape),
-    lambda x: [x[:, i].reshape(x.shape[0], -1).T for i in range(x.shape[1])])
+  lambda arrays, shape: np.stack([x.T for x in arrays], axis=1).reshape(shape),
+  lambda x: [x[:, i].reshape(x.shape[0], -1).T for i in range(x.shape[1])],
+)
 SPLIT_BIAS = Layout(
-    lambda arrays, shape: np.stack(arrays).reshape(shape), lambda x: [x[i].reshape(-1) for i in range(x.shape[0])])
+  lambda arrays, shape: np.stack(arrays).reshape(shape), lambda x: [x[i].reshape(-1) for i in range(x.shape[0])]
+)
 
 
 def array(ours: str, theirs: str, layout: Layout = SAME) -> tuple[Rule, ...]:
@@ -99,7 +106,8 @@ def batch_norm(ours: str, theirs: str) -> tuple[Rule, ...]:
   """BatchNorm with its running statistics."""
   statistics = (('mean', 'running_mean'), ('var', 'running_var'))
   return *norm(ours, theirs), *(
-      Rule(f'batch_stats/{ours}/{mine}', (f'{theirs}.{name}',), SAME) for mine, name in statistics)
+    Rule(f'batch_stats/{ours}/{mine}', (f'{theirs}.{name}',), SAME) for mine, name in statistics
+  )
 
 
 def abstract_variables(model: ImageTextModel) -> dict:
@@ -132,8 +140,9 @@ def name_map(variables: Mapping, rules: Sequence[Rule]) -> dict[str, Entry]:
   return result
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], abstract: Mapping, rules: Sequence[Rule],
-                    ignore: str = r'(?!)') -> dict:
+def from_state_dict(
+  state: Mapping[str, np.ndarray], abstract: Mapping, rules: Sequence[Rule], ignore: str = r'(?!)'
+) -> dict:
   """Variables of ours from a state dict.
 
   Args:
@@ -148,8 +157,9 @@ def from_state_dict(state: Mapping[str, np.ndarray], abstract: Mapping, rules: S
   Raises:
     ValueError: names are missing, unexpected, misshapen or not floating point; all are listed.
   """
-  check_names({name: x for name, x in state.items() if not re.fullmatch(ignore, name)},
-              expected_shapes(abstract, rules))
+  check_names(
+    {name: x for name, x in state.items() if not re.fullmatch(ignore, name)}, expected_shapes(abstract, rules)
+  )
   flat, leaves = {}, traverse_util.flatten_dict(abstract, sep='/')
   for path, entry in name_map(abstract, rules).items():
     arrays = [np.asarray(state[name], np.float32) for name in entry.names]
@@ -194,12 +204,16 @@ def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[in
   """
   common = [name for name in expected if name in state]
   problems = {
-      'missing': [name for name in expected if name not in state],
-      'unexpected': [name for name in state if name not in expected],
-      'misshapen': [f'{name} {tuple(state[name].shape)} instead of {_describe(expected[name])}' for name in common
-                    if not _fits(state[name].shape, expected[name])],
-      'not floating point': [f'{name} ({state[name].dtype})' for name in common
-                             if not jnp.issubdtype(state[name].dtype, jnp.floating)],
+    'missing': [name for name in expected if name not in state],
+    'unexpected': [name for name in state if name not in expected],
+    'misshapen': [
+      f'{name} {tuple(state[name].shape)} instead of {_describe(expected[name])}'
+      for name in common
+      if not _fits(state[name].shape, expected[name])
+    ],
+    'not floating point': [
+      f'{name} ({state[name].dtype})' for name in common if not jnp.issubdtype(state[name].dtype, jnp.floating)
+    ],
   }
   found = [f'{len(names)} {kind}: ' + ', '.join(names) for kind, names in problems.items() if names]
   if found:

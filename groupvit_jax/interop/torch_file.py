@@ -20,10 +20,17 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LFS_POINTER = b'version https://git-lfs'
 
 _DTYPES = {
-    'FloatStorage': np.dtype('<f4'), 'HalfStorage': np.dtype('<f2'), 'DoubleStorage': np.dtype('<f8'),
-    'BFloat16Storage': np.dtype(ml_dtypes.bfloat16), 'LongStorage': np.dtype('<i8'), 'IntStorage': np.dtype('<i4'),
-    'ShortStorage': np.dtype('<i2'), 'CharStorage': np.dtype('i1'), 'ByteStorage': np.dtype('u1'),
-    'BoolStorage': np.dtype('?')}
+  'FloatStorage': np.dtype('<f4'),
+  'HalfStorage': np.dtype('<f2'),
+  'DoubleStorage': np.dtype('<f8'),
+  'BFloat16Storage': np.dtype(ml_dtypes.bfloat16),
+  'LongStorage': np.dtype('<i8'),
+  'IntStorage': np.dtype('<i4'),
+  'ShortStorage': np.dtype('<i2'),
+  'CharStorage': np.dtype('i1'),
+  'ByteStorage': np.dtype('u1'),
+  'BoolStorage': np.dtype('?'),
+}
 
 # Settings and metrics that trainings put beside the weights. They are skipped: nothing of these modules is called.
 _SKIPPED_MODULES = ('_codecs', 'argparse', 'collections', 'numpy', 'omegaconf', 'pathlib', 'typing', 'yacs')
@@ -101,20 +108,28 @@ class _Name:
 
 def _rebuild_tensor(storage: object, offset: object, size: object, stride: object, *_: object) -> _Tensor:
   numbers = lambda value: isinstance(value, tuple) and all(type(n) is int and n >= 0 for n in value)
-  if not (isinstance(storage, _Storage) and numbers((offset,)) and numbers(size) and numbers(stride)
-          and len(size) == len(stride)):
+  if not (
+    isinstance(storage, _Storage)
+    and numbers((offset,))
+    and numbers(size)
+    and numbers(stride)
+    and len(size) == len(stride)
+  ):
     raise pickle.UnpicklingError('it describes a tensor that cannot be')
   return _Tensor(storage, offset, size, stride)
 
 
-_TABLE = {
+_TABLE = (
+  {
     ('collections', 'OrderedDict'): _Dict,
     ('torch', 'Size'): _Name(tuple),
     ('torch._utils', '_rebuild_tensor'): _Name(_rebuild_tensor),
     ('torch._utils', '_rebuild_tensor_v2'): _Name(_rebuild_tensor),
     ('torch._utils', '_rebuild_parameter'): _Name(lambda data, *_: data),
-} | {('torch', name): _StorageType(dtype) for name, dtype in _DTYPES.items()} | {
-    (module, name): _Skipped for module in ('builtins', '__builtin__') for name in _SKIPPED_BUILTINS}
+  }
+  | {('torch', name): _StorageType(dtype) for name, dtype in _DTYPES.items()}
+  | {(module, name): _Skipped for module in ('builtins', '__builtin__') for name in _SKIPPED_BUILTINS}
+)
 
 
 # The one in Python: the one in C makes room for every entry of the memo below the number that a pickle names.
@@ -202,7 +217,8 @@ def _read_zip(file: BinaryIO) -> tuple[Any, _Reader]:
   with archive.open(pickles[0]) as stream:
     payload = _RecordingUnpickler(stream, {}).load()
   return payload, lambda wanted: {
-      storage.key: _numbers(archive.read(f'{root}data/{storage.key}'), storage) for storage in wanted}
+    storage.key: _numbers(archive.read(f'{root}data/{storage.key}'), storage) for storage in wanted
+  }
 
 
 def _read_legacy(file: BinaryIO) -> tuple[Any, _Reader]:
@@ -269,4 +285,4 @@ def _view(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
   if not count:
     return np.zeros(tensor.size, tensor.storage.dtype)
   strides = [step * numbers.itemsize for step in tensor.stride]
-  return np.lib.stride_tricks.as_strided(numbers[tensor.offset:], tensor.size, strides, writeable=False).copy()
+  return np.lib.stride_tricks.as_strided(numbers[tensor.offset :], tensor.size, strides, writeable=False).copy()

@@ -84,8 +84,9 @@ def _from_flat(state: Mapping[str, np.ndarray], config: Mapping[str, Any], licen
   return Weights(spec, variables, 'a folder of export --format=safetensors', licence)
 
 
-def _from_huggingface(state: Mapping[str, np.ndarray], config: Mapping[str, Any], side: Mapping[str, Any] | None,
-                      licence: Licence) -> Weights:
+def _from_huggingface(
+  state: Mapping[str, np.ndarray], config: Mapping[str, Any], side: Mapping[str, Any] | None, licence: Licence
+) -> Weights:
   """`side` comes with an export of ours: the rest of the config and the prompts' temperature."""
   spec = huggingface.from_huggingface_config(config) if side is None else flat.spec_from_json(side)
   without_prompts = spec._replace(multi_label=False)
@@ -121,7 +122,9 @@ def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
 
 # Tried in this order, each whole or as shards that an index lists.
 _READERS: dict[str, Callable[[epath.Path], dict[str, np.ndarray]]] = {
-    'model.safetensors': _read_safetensors, 'pytorch_model.bin': torch_file.read_state_dict}
+  'model.safetensors': _read_safetensors,
+  'pytorch_model.bin': torch_file.read_state_dict,
+}
 
 
 def _read_state_dict(folder: epath.Path) -> dict[str, np.ndarray]:

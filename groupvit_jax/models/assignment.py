@@ -46,8 +46,9 @@ def _pull(dtype, logits, grad):
 straight_through.defvjp(lambda logits, dtype: (straight_through(logits, dtype), logits), _pull)
 
 
-def assign(logits: jax.Array, mode: AssignmentMode, keys: jax.Array | None = None,
-           dtype: jnp.dtype = jnp.float32) -> jax.Array:
+def assign(
+  logits: jax.Array, mode: AssignmentMode, keys: jax.Array | None = None, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
   """Assignment used to pool tokens into segments (paper eqs. 3-5).
 
   Args:

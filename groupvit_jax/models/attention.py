@@ -15,8 +15,13 @@ Implementation = Literal['xla', 'xla_in_parts', 'cudnn']
 _MOST_PARTS = 8
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None,
-           implementation: Implementation = 'xla') -> jax.Array:
+def attend(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  mask: jax.Array | None = None,
+  implementation: Implementation = 'xla',
+) -> jax.Array:
   """Multi-head attention with a float32 softmax.
 
   Args:
@@ -77,8 +82,11 @@ def _backward(saved, grad):
   grad = grad.astype(value.dtype)
   grad_logits = jnp.einsum('...nk,...mk->...nm', grad, value, preferred_element_type=jnp.float32) - shared
   grad_logits = (weights * grad_logits * _scale(query)).astype(query.dtype)
-  grads = (jnp.einsum('...nm,...mk->...nk', grad_logits, key), jnp.einsum('...nm,...nk->...mk', grad_logits, query),
-           jnp.einsum('...nm,...nk->...mk', weights, grad))
+  grads = (
+    jnp.einsum('...nm,...mk->...nk', grad_logits, key),
+    jnp.einsum('...nm,...nk->...mk', grad_logits, query),
+    jnp.einsum('...nm,...nk->...mk', weights, grad),
+  )
   return *grads, None
 
 

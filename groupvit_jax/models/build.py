@@ -13,8 +13,14 @@ from groupvit_jax.models.vision import StageSpec, VisionInit, VisionTower
 
 
 def build_model(
-    config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, multi_label: bool,
-    remat: Remat = 'none', scan_layers: bool = False) -> ImageTextModel:
+  config: ml_collections.ConfigDict,
+  *,
+  vocab_size: int,
+  eos_id: int,
+  multi_label: bool,
+  remat: Remat = 'none',
+  scan_layers: bool = False,
+) -> ImageTextModel:
   """Builds the model a config describes.
 
   Args:
@@ -42,16 +48,37 @@ def build_model(
   if remat not in get_args(Remat):
     raise ValueError(f"remat={remat!r}: use 'none', 'dots' or 'blocks'")
   return ImageTextModel(
-      vision=VisionTower(
-          image_size=tuple(vision.image_size), patch_size=vision.patch_size, width=vision.width,
-          num_heads=vision.num_heads, stages=stages, init=_vision_init(vision.init), mlp_ratio=vision.mlp_ratio,
-          drop_path=vision.drop_path, remat=remat, scan_layers=scan_layers,
-          assignment=vision.assignment, dtype=dtype),
-      text=TextTower(
-          vocab_size=vocab_size, context_length=text.context_length, width=text.width, depth=text.depth,
-          num_heads=text.num_heads, eos_id=eos_id, mlp_ratio=text.mlp_ratio, remat=remat,
-          scan_layers=scan_layers, dtype=dtype),
-      embed_dim=config.embed_dim, projector_dim=config.projector_dim, multi_label=multi_label, dtype=dtype)
+    vision=VisionTower(
+      image_size=tuple(vision.image_size),
+      patch_size=vision.patch_size,
+      width=vision.width,
+      num_heads=vision.num_heads,
+      stages=stages,
+      init=_vision_init(vision.init),
+      mlp_ratio=vision.mlp_ratio,
+      drop_path=vision.drop_path,
+      remat=remat,
+      scan_layers=scan_layers,
+      assignment=vision.assignment,
+      dtype=dtype,
+    ),
+    text=TextTower(
+      vocab_size=vocab_size,
+      context_length=text.context_length,
+      width=text.width,
+      depth=text.depth,
+      num_heads=text.num_heads,
+      eos_id=eos_id,
+      mlp_ratio=text.mlp_ratio,
+      remat=remat,
+      scan_layers=scan_layers,
+      dtype=dtype,
+    ),
+    embed_dim=config.embed_dim,
+    projector_dim=config.projector_dim,
+    multi_label=multi_label,
+    dtype=dtype,
+  )
 
 
 def _dtype(name: str) -> jnp.dtype:
@@ -69,12 +96,16 @@ def _stages(vision: ml_collections.ConfigDict) -> tuple[StageSpec, ...]:
   """Zips depths, group tokens and segments, and checks that the last stage alone does not group."""
   lists = vision.depths, vision.num_group_tokens, vision.num_segments
   if len(set(map(len, lists))) != 1:
-    raise ValueError('model.vision.depths, num_group_tokens and num_segments must have one entry per stage each, got '
-                     + ', '.join(str(tuple(values)) for values in lists))
+    raise ValueError(
+      'model.vision.depths, num_group_tokens and num_segments must have one entry per stage each, got '
+      + ', '.join(str(tuple(values)) for values in lists)
+    )
   stages = tuple(StageSpec(*values) for values in zip(*lists))
   if len(stages) < 2 or stages[-1].num_group_tokens or not all(s.num_group_tokens for s in stages[:-1]):
-    raise ValueError('model.vision.num_group_tokens must be positive in every stage but the last, where it is 0, got '
-                     f'{tuple(vision.num_group_tokens)}')
+    raise ValueError(
+      'model.vision.num_group_tokens must be positive in every stage but the last, where it is 0, got '
+      f'{tuple(vision.num_group_tokens)}'
+    )
   if any(s.num_segments < 1 for s in stages[:-1]):
     raise ValueError(f'model.vision.num_segments must be positive, got {tuple(vision.num_segments)}')
   return stages
@@ -82,9 +113,12 @@ def _stages(vision: ml_collections.ConfigDict) -> tuple[StageSpec, ...]:
 
 def _vision_init(config: ml_collections.ConfigDict) -> VisionInit:
   return VisionInit(
-      kernel=_kernel_init('kernel', config.kernel), assign_kernel=_kernel_init('assign_kernel', config.assign_kernel),
-      value_kernel=_kernel_init('value_kernel', config.value_kernel),
-      tokens=nn.initializers.normal(config.tokens_std), positions=nn.initializers.normal(config.positions_std))
+    kernel=_kernel_init('kernel', config.kernel),
+    assign_kernel=_kernel_init('assign_kernel', config.assign_kernel),
+    value_kernel=_kernel_init('value_kernel', config.value_kernel),
+    tokens=nn.initializers.normal(config.tokens_std),
+    positions=nn.initializers.normal(config.positions_std),
+  )
 
 
 def _kernel_init(key: str, spec: str) -> Initializer:

@@ -61,19 +61,20 @@ class GroupingBlock(nn.Module):
       Segments [B, S, D] and the soft assignment [B, S, N].
     """
     width = tokens.shape[-1]
-    dense = lambda name, kernel: nn.Dense(
-        width, kernel_init=kernel, dtype=self.dtype, dot_general=project, name=name)
+    dense = lambda name, kernel: nn.Dense(width, kernel_init=kernel, dtype=self.dtype, dot_general=project, name=name)
     groups = LayerNorm(name='norm_groups')(groups).astype(self.dtype)
     tokens = LayerNorm(name='norm_tokens')(tokens).astype(self.dtype)
 
     groups = TokenMixer(width // 2, self.num_segments, self.kernel, self.dtype, name='mixer')(groups)
     groups = LayerNorm(name='norm_mixed')(groups).astype(self.dtype)
-    groups = PostNormCrossAttention(
-        self.num_heads, self.mlp_ratio, self.kernel, self.dtype, name='cross_attn')(groups, tokens)
+    groups = PostNormCrossAttention(self.num_heads, self.mlp_ratio, self.kernel, self.dtype, name='cross_attn')(
+      groups, tokens
+    )
 
     with jax.named_scope('assign'):
       logits = assignment_lib.assignment_logits(
-          dense('assign_query', self.assign_kernel)(groups), dense('assign_key', self.assign_kernel)(tokens))
+        dense('assign_query', self.assign_kernel)(groups), dense('assign_key', self.assign_kernel)(tokens)
+      )
       weights = assignment_lib.assign(logits, self.mode, keys, self.dtype)
       pooled = assignment_lib.pool_segments(weights, dense('assign_value', self.value_kernel)(tokens))
       segments = dense('assign_out', self.value_kernel)(pooled) + groups

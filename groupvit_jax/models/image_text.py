@@ -64,8 +64,8 @@ class Projector(nn.Module):
     x = dense(self.hidden, name='fc1')(x)
     # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced.
     x = nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32,
-        name='norm')(x)
+      use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name='norm'
+    )(x)
     x = dense(self.out, name='fc2')(jax.nn.relu(x))
     return x.astype(jnp.float32)
 
@@ -89,8 +89,9 @@ class ImageTextModel(nn.Module):
     if self.multi_label:
       self.multi_label_logit_scale = self.param('multi_label_logit_scale', init_scale, (), jnp.float32)
 
-  def __call__(self, images: jax.Array, tokens: jax.Array, *, train: bool = False,
-               key: jax.Array | None = None) -> ImageTextOutput:
+  def __call__(
+    self, images: jax.Array, tokens: jax.Array, *, train: bool = False, key: jax.Array | None = None
+  ) -> ImageTextOutput:
     """Embeds image-text pairs.
 
     Args:
@@ -104,8 +105,7 @@ class ImageTextModel(nn.Module):
     """
     keys = None if key is None else sample_keys(key, len(images))
     vision = self.vision(images, keys=keys)
-    return ImageTextOutput(
-        *self.project(vision.pooled, self._text_features(tokens), train=train), vision.assignments)
+    return ImageTextOutput(*self.project(vision.pooled, self._text_features(tokens), train=train), vision.assignments)
 
   def vision_features(self, images: jax.Array, *, keys: jax.Array | None = None) -> VisionOutput:
     """What the image tower makes of images [B, H, W, 3]; `keys` [B] as `sample_keys` makes them, None for no noise."""
@@ -127,8 +127,11 @@ class ImageTextModel(nn.Module):
       Embeddings and log temperatures.
     """
     return Projected(
-        self.image_projector(image_features, train=train), self.text_projector(text_features, train=train),
-        self.logit_scale, self.multi_label_logit_scale if self.multi_label else None)
+      self.image_projector(image_features, train=train),
+      self.text_projector(text_features, train=train),
+      self.logit_scale,
+      self.multi_label_logit_scale if self.multi_label else None,
+    )
 
   def encode_image(self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None) -> ImageOutput:
     """Embeds images [B, H, W, 3]; arguments as in `__call__`."""
@@ -138,8 +141,7 @@ class ImageTextModel(nn.Module):
   def encode_segments(self, images: jax.Array) -> SegmentOutput:
     """Embeds images [B, H, W, 3] and each of their final segments, for segmentation."""
     out = self.vision(images)
-    return SegmentOutput(
-        self.image_projector(out.pooled), self.image_projector(out.segments), out.assignments)
+    return SegmentOutput(self.image_projector(out.pooled), self.image_projector(out.segments), out.assignments)
 
   def encode_text(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
     """Embeds texts [..., L], -> [..., E]."""

@@ -42,7 +42,7 @@ def _exact_gelu(x: jax.Array) -> jax.Array:
 
 def _exact_gelu_slope(x: jax.Array) -> jax.Array:
   """The normal distribution function, by erf(-x) = -erf(x), and x times its density."""
-  density = jnp.exp(-0.5 * x * x) * (2 * math.pi)**-0.5
+  density = jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
   return 0.5 * (1 - jax.lax.erf(-x * 0.5**0.5)) + x * density
 
 
@@ -172,11 +172,16 @@ class SelfAttention(nn.Module):
   def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     width = x.shape[-1]
     qkv = nn.DenseGeneral(
-        (3, self.num_heads, width // self.num_heads), kernel_init=self.kernel_in, dtype=self.dtype,
-        dot_general=project, name='qkv')(x)
+      (3, self.num_heads, width // self.num_heads),
+      kernel_init=self.kernel_in,
+      dtype=self.dtype,
+      dot_general=project,
+      name='qkv',
+    )(x)
     out = attend(*unfuse(qkv), mask, self.attention)
     return nn.DenseGeneral(
-        width, axis=(-2, -1), kernel_init=self.kernel_out, dtype=self.dtype, dot_general=project, name='out')(out)
+      width, axis=(-2, -1), kernel_init=self.kernel_out, dtype=self.dtype, dot_general=project, name='out'
+    )(out)
 
 
 class CrossAttention(nn.Module):
@@ -192,7 +197,8 @@ class CrossAttention(nn.Module):
     dense = functools.partial(nn.DenseGeneral, kernel_init=self.kernel, dtype=self.dtype, dot_general=project)
     heads = (self.num_heads, width // self.num_heads)
     out = attend(
-        dense(heads, name='query')(queries), dense(heads, name='key')(tokens), dense(heads, name='value')(tokens))
+      dense(heads, name='query')(queries), dense(heads, name='key')(tokens), dense(heads, name='value')(tokens)
+    )
     return dense(width, axis=(-2, -1), name='out')(out)
 
 
@@ -208,8 +214,14 @@ class Block(nn.Module):
   attention: Implementation = 'xla'
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, mask: jax.Array | None = None, keys: jax.Array | None = None,
-               drop_rate: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    keys: jax.Array | None = None,
+    drop_rate: jax.Array | None = None,
+  ) -> jax.Array:
     """Applies the block.
 
     Args:
@@ -225,13 +237,19 @@ class Block(nn.Module):
     rate = self.drop_rate if drop_rate is None else drop_rate
     attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, self.attention, name='attn')
     x = x + drop_path(attn(LayerNorm(name='norm1')(x), mask), rate, fold_keys(keys, 0))
-    mlp = Mlp(
-        int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
+    mlp = Mlp(int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
     return x + drop_path(mlp(LayerNorm(name='norm2')(x)), rate, fold_keys(keys, 1))
 
 
-def scan_blocks(block: nn.Module, params: Sequence[dict], x: jax.Array, *, mask: jax.Array | None = None,
-                keys: jax.Array | None = None, drop_rates: Sequence[float] | None = None) -> jax.Array:
+def scan_blocks(
+  block: nn.Module,
+  params: Sequence[dict],
+  x: jax.Array,
+  *,
+  mask: jax.Array | None = None,
+  keys: jax.Array | None = None,
+  drop_rates: Sequence[float] | None = None,
+) -> jax.Array:
   """Applies blocks of one shape one after the other, as a loop: the compiler sees one of them.
 
   Args:

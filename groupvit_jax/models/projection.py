@@ -6,8 +6,9 @@ import jax
 from jax import lax
 
 
-def project(x: jax.Array, kernel: jax.Array, dimension_numbers: lax.DotDimensionNumbers,
-            precision: lax.PrecisionLike = None) -> jax.Array:
+def project(
+  x: jax.Array, kernel: jax.Array, dimension_numbers: lax.DotDimensionNumbers, precision: lax.PrecisionLike = None
+) -> jax.Array:
   """A `dot_general` for Flax's dense layers: the last axes of x with the first ones of the kernel.
 
   All axes of x that stay are one while it multiplies.
@@ -25,7 +26,7 @@ def project(x: jax.Array, kernel: jax.Array, dimension_numbers: lax.DotDimension
 
 
 def _multiply(x: jax.Array, kernel: jax.Array, axes: int, precision: lax.PrecisionLike) -> jax.Array:
-  kept = x.shape[:x.ndim - axes]
+  kept = x.shape[: x.ndim - axes]
   contracted = tuple(range(1, 1 + axes)), tuple(range(axes))
   out = lax.dot_general(_rows(x, axes), kernel, (contracted, ((), ())), precision)
   return out.reshape(*kept, *kernel.shape[axes:])
@@ -33,7 +34,7 @@ def _multiply(x: jax.Array, kernel: jax.Array, axes: int, precision: lax.Precisi
 
 def _rows(x: jax.Array, axes: int) -> jax.Array:
   """All but the last axes as one."""
-  return x.reshape(math.prod(x.shape[:x.ndim - axes]), *x.shape[x.ndim - axes:])
+  return x.reshape(math.prod(x.shape[: x.ndim - axes]), *x.shape[x.ndim - axes :])
 
 
 _project = jax.custom_vjp(_multiply, nondiff_argnums=(2, 3))

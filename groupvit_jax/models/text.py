@@ -42,16 +42,19 @@ class TextTower(nn.Module):
     Returns:
       Features at the EOS tokens [P * n, D], float32.
     """
-    embedding = self.param(
-        'token_embedding', nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
-    positions = self.param(
-        'positions', nn.initializers.normal(0.01), (self.context_length, self.width), jnp.float32)
+    embedding = self.param('token_embedding', nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
+    positions = self.param('positions', nn.initializers.normal(0.01), (self.context_length, self.width), jnp.float32)
     groups, _, length = rows.tokens.shape
     x = (embedding[rows.tokens] + positions[rows.positions]).astype(self.dtype).reshape(-1, length, self.width)
     mask = rows.mask.reshape(-1, 1, length, length)
     make_block = functools.partial(
-        rematerialized(Block, self.remat), self.num_heads, self.mlp_ratio, clip_block_init(self.width, self.depth),
-        quick_gelu, dtype=self.dtype)
+      rematerialized(Block, self.remat),
+      self.num_heads,
+      self.mlp_ratio,
+      clip_block_init(self.width, self.depth),
+      quick_gelu,
+      dtype=self.dtype,
+    )
     names = [f'block{j}' for j in range(self.depth)]
     if self.scan_layers and len(names) > 1 and not self.is_initializing():
       x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, mask=mask)

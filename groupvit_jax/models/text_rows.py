@@ -42,8 +42,11 @@ def one_a_row(tokens: jax.Array, eos_id: int) -> TextRows:
   """Rows of one text each, [n, L]; a group is a text."""
   length = tokens.shape[1]
   return TextRows(
-      tokens[:, None], jnp.arange(length)[None, None], jnp.tril(jnp.ones((length, length), bool))[None, None],
-      eos_positions(tokens, eos_id)[:, None])
+    tokens[:, None],
+    jnp.arange(length)[None, None],
+    jnp.tril(jnp.ones((length, length), bool))[None, None],
+    eos_positions(tokens, eos_id)[:, None],
+  )
 
 
 def pack(tokens: jax.Array, eos_id: int, row_length: int) -> Packing:

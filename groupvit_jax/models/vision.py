@@ -14,7 +14,15 @@ from groupvit_jax.models.assignment import AssignmentMode
 from groupvit_jax.models.attention import Implementation
 from groupvit_jax.models.grouping import GroupingBlock
 from groupvit_jax.models.layers import (
-    Block, BlockInit, fold_keys, Initializer, Remat, rematerialized, scan_blocks, TokenMixer)
+  Block,
+  BlockInit,
+  fold_keys,
+  Initializer,
+  Remat,
+  rematerialized,
+  scan_blocks,
+  TokenMixer,
+)
 from groupvit_jax.models.norm import LayerNorm
 from groupvit_jax.models.projection import project
 
@@ -98,7 +106,7 @@ class PatchEmbed(nn.Module):
     size, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
     kernel = self.param('kernel', nn.initializers.lecun_normal(), (size, size, channels, self.width), jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, (self.width,), jnp.float32)
-    pixels = images[:, :rows * size, :columns * size].astype(self.dtype)
+    pixels = images[:, : rows * size, : columns * size].astype(self.dtype)
     patches = pixels.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
     patches = patches.reshape(batch, rows, columns, size * size * channels)
     kernel = kernel.reshape(-1, self.width).astype(self.dtype)
@@ -171,8 +179,10 @@ class VisionTower(nn.Module):
   def _embed(self, images: jax.Array) -> jax.Array:
     """Patch tokens [B, N, D] with positions."""
     if images.shape[1] < self.patch_size or images.shape[2] < self.patch_size:
-      raise ValueError(f'an image of {images.shape[1]} x {images.shape[2]} px is smaller than one patch '
-                       f'({self.patch_size} px); enlarge it first')
+      raise ValueError(
+        f'an image of {images.shape[1]} x {images.shape[2]} px is smaller than one patch '
+        f'({self.patch_size} px); enlarge it first'
+      )
     grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
     x = PatchEmbed(self.patch_size, self.width, self.dtype, name='patch_embed')(images)
     x = LayerNorm(name='patch_norm')(x)
@@ -190,19 +200,26 @@ class VisionTower(nn.Module):
     projector = GroupProjector(count, self.init.kernel, self.dtype, name=f'stage{i}_group_projector')
     return tokens + projector(previous)
 
-  def _blocks(self, i: int, x: jax.Array, groups: jax.Array | None, rates: list[float],
-              keys: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+  def _blocks(
+    self, i: int, x: jax.Array, groups: jax.Array | None, rates: list[float], keys: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array | None]:
     """Runs stage i's blocks over tokens and group tokens together; returns both, apart again."""
     num_tokens = x.shape[1]
     if groups is not None:
       x = jnp.concatenate([x, groups], axis=1)
     make_block = functools.partial(
-        rematerialized(Block, self.remat), self.num_heads, self.mlp_ratio, BlockInit.uniform(self.init.kernel),
-        dtype=self.dtype, attention=self.attention)
+      rematerialized(Block, self.remat),
+      self.num_heads,
+      self.mlp_ratio,
+      BlockInit.uniform(self.init.kernel),
+      dtype=self.dtype,
+      attention=self.attention,
+    )
     names = [f'stage{i}_block{j}' for j in range(len(rates))]
     if self.scan_layers and len(names) > 1 and not self.is_initializing():
-      x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, keys=keys,
-                      drop_rates=rates)
+      x = scan_blocks(
+        make_block(parent=None), [self.variables['params'][name] for name in names], x, keys=keys, drop_rates=rates
+      )
     else:
       for j, (name, rate) in enumerate(zip(names, rates)):
         x = make_block(drop_rate=float(rate), name=name)(x, keys=fold_keys(keys, j))
@@ -210,5 +227,13 @@ class VisionTower(nn.Module):
 
   def _grouping(self, i: int, num_segments: int) -> GroupingBlock:
     return rematerialized(GroupingBlock, self.remat)(
-        num_segments, self.num_heads, self.mlp_ratio, self.assignment, self.init.kernel, self.init.assign_kernel,
-        self.init.value_kernel, self.dtype, name=f'stage{i}_grouping')
+      num_segments,
+      self.num_heads,
+      self.mlp_ratio,
+      self.assignment,
+      self.init.kernel,
+      self.init.assign_kernel,
+      self.init.value_kernel,
+      self.dtype,
+      name=f'stage{i}_grouping',
+    )
