@@ -10,8 +10,8 @@ import json
 from absl import flags
 
 from groupvit_jax import cli
-from groupvit_jax import cluster
-from groupvit_jax.evals import protocols
+from groupvit_jax.eval import protocols
+from groupvit_jax.running import cluster
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The folder train.py wrote; its newest whole checkpoint is used.')
 OUTPUT = flags.DEFINE_string('output', None, 'Results go here: a new folder, or one of an earlier eval.py.')
@@ -50,8 +50,8 @@ def main() -> int:
   """Does what the flags ask for."""
   if mistake := _find_mistake():
     return cli.fail(mistake)
-  from groupvit_jax import distributed  # after the flags: a mistake there should not wait for JAX to load
-  from groupvit_jax.evals import request, run_benchmark, run_eval
+  from groupvit_jax.commands import request, score, segment
+  from groupvit_jax.running import processes
 
   options = dict(
     output=OUTPUT.value,
@@ -70,14 +70,14 @@ def main() -> int:
       masks=MASKS.value,
       report=REPORT.value,
     )
-    evaluate = lambda: run_benchmark.evaluate_benchmark(WORKDIR.value, request.Request(**options))
+    evaluate = lambda: score.evaluate_benchmark(WORKDIR.value, request.Request(**options))
   else:
     options['protocol'] = PROTOCOL.value or protocols.NATIVE
-    evaluate = lambda: run_eval.label_pictures(
+    evaluate = lambda: segment.label_pictures(
       WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options
     )
   facts = {'workdir': WORKDIR.value, 'request': json.dumps(options)}
-  return distributed.run(CLUSTER(), facts, evaluate, saves=False)
+  return processes.run(CLUSTER(), facts, evaluate, saves=False)
 
 
 def _find_mistake() -> str:

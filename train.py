@@ -4,7 +4,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from groupvit_jax import cli
-from groupvit_jax import cluster
+from groupvit_jax.running import cluster
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Checkpoints, logs and pictures go here; a run in it is resumed.')
@@ -16,22 +16,23 @@ flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main() -> int:
-  from groupvit_jax import distributed  # after the flags: a mistake should not wait for JAX
+  from groupvit_jax.running import processes
 
   facts = {'workdir': WORKDIR.value, 'config': CONFIG.value.to_json()}
-  return distributed.run(CLUSTER(), facts, start, saves=not CONFIG.value.dry_run)
+  return processes.run(CLUSTER(), facts, start, saves=not CONFIG.value.dry_run)
 
 
 def start() -> int:
-  from groupvit_jax import compiled_programs, dry_run, train_loop, workdir
+  from groupvit_jax.running import programs
+  from groupvit_jax.train import dry_run, loop, workdir
 
   workdir.check_place(WORKDIR.value)
   with workdir.complete_config('the config', 'give it one; configs/quickstart.py shows what every config has'):
     if CONFIG.value.dry_run:
       return dry_run.check(CONFIG.value, WORKDIR.value)
     if PROGRAMS.value:
-      compiled_programs.keep_in(PROGRAMS.value.replace('WORKDIR', WORKDIR.value))
-    return train_loop.train(CONFIG.value, WORKDIR.value)
+      programs.keep_in(PROGRAMS.value.replace('WORKDIR', WORKDIR.value))
+    return loop.train(CONFIG.value, WORKDIR.value)
 
 
 if __name__ == '__main__':

@@ -14,8 +14,7 @@ import statistics
 import time
 from typing import NamedTuple
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -23,14 +22,18 @@ from ml_collections import config_flags
 import numpy as np
 
 from benchmarks import caption_lengths
-from groupvit_jax import huge_pages, optim, sharding, train_state, train_step
-from groupvit_jax.attention_choice import choose_attention
-from groupvit_jax.models.build import build_model
-from groupvit_jax.models.image_text import ImageTextModel
-from groupvit_jax.models.layers import Remat
-from groupvit_jax.models.text_rows import one_a_row
-from groupvit_jax.random_erasing import build_random_erasing
-from groupvit_jax.traced_flops import matmul_flops
+from groupvit_jax.aot.flops import matmul_flops
+from groupvit_jax.model.build import build_model
+from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.model.layers import Remat
+from groupvit_jax.model.pixels import normalize_images
+from groupvit_jax.model.text_rows import one_a_row
+from groupvit_jax.running import sharding
+from groupvit_jax.running.attention_choice import choose_attention
+from groupvit_jax.train import optim
+from groupvit_jax.train import state as train_state
+from groupvit_jax.train import step as train_step
+from groupvit_jax.train.random_erasing import build_random_erasing
 
 
 class Variant(NamedTuple):
@@ -108,7 +111,7 @@ def _forward_flops(config: ml_collections.ConfigDict, batch: dict[str, jax.Array
   """Of both towers on padded texts, without gradients."""
   model, texts = _model(config), batch['tokens'].reshape(-1, batch['tokens'].shape[-1])
   apply = lambda params: (
-    model.apply({'params': params}, train_step.normalize_images(batch['image']), method='vision_features'),
+    model.apply({'params': params}, normalize_images(batch['image']), method='vision_features'),
     model.apply({'params': params}, one_a_row(texts, 1), method='text_features'),
   )
   one = lambda name, dtype: jnp.zeros((1, *batch[name].shape[1:]), dtype)
@@ -167,5 +170,4 @@ def _time(
 
 
 if __name__ == '__main__':
-  huge_pages.restart()  # as train.py does
   app.run(main)

@@ -13,8 +13,8 @@ ImageNet, whose words are a token each; the caption fills the places that are le
 import jax
 import numpy as np
 
-from groupvit_jax.data import text_ops
-from groupvit_jax.models.text_rows import pack
+from groupvit_jax.data import prompts as text_ops
+from groupvit_jax.model.text_rows import pack
 
 WORDS_MEAN, WORDS_STD = 20.2, 16.3
 TOKENS_A_WORD, TAGGED_SHARE = 1.2, 0.4

@@ -6,14 +6,14 @@ import statistics
 import tempfile
 import time
 
-from absl import app
-from absl import flags
+from absl import app, flags
 import jax
 from ml_collections import config_flags
 import numpy as np
 
-from groupvit_jax import huge_pages, train_loop, train_state
 from groupvit_jax.data import pipeline
+from groupvit_jax.train import loop
+from groupvit_jax.train import state as train_state
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
 STEPS = flags.DEFINE_integer('steps', 50, 'Timed steps.')
@@ -24,13 +24,13 @@ def main(_) -> None:
   """Compiles the step, then times it on one batch, and again with the input pipeline feeding it."""
   config = CONFIG.value
   with tempfile.TemporaryDirectory() as workdir:
-    run = train_loop.set_up(config, workdir)
+    run = loop.set_up(config, workdir)
   state = train_state.init_state(run.model, run.tx, config.seed, run.text_shape, run.mesh)
-  batches = map(functools.partial(_to_devices, mesh=run.mesh), train_loop.read_batches(run, 0))
+  batches = map(functools.partial(_to_devices, mesh=run.mesh), loop.read_batches(run, 0))
   batch = next(batches)
 
   start = time.perf_counter()
-  step = train_loop.jit_step(run, state).lower(state, batch).compile()
+  step = loop.jit_step(run, state).lower(state, batch).compile()
   compile_s = time.perf_counter() - start
 
   def timed(next_batch) -> float:
@@ -70,5 +70,4 @@ def _to_devices(batch: dict[str, np.ndarray], *, mesh: jax.sharding.Mesh) -> dic
 
 
 if __name__ == '__main__':
-  huge_pages.restart()  # as train.py does
   app.run(main)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import plain_losses
-from groupvit_jax import losses, sharding
+from groupvit_jax.model import losses
+from groupvit_jax.running import sharding
 
 BATCH_SIZES = (4096, 8192, 16384, 32768, 65536)
 PROMPTS = 3  # M

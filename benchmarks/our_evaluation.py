@@ -1,11 +1,11 @@
 """Our side of `evaluation`: label maps alone, as the peer makes them, and the whole of what eval.py --output does."""
 
 import argparse
+from collections.abc import Callable
 import functools
 import io
 import json
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,12 +13,12 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import our_model, rounds, voc_pictures
-from groupvit_jax import sharding
-from groupvit_jax.attention_choice import with_fastest_attention
-from groupvit_jax.evals import evaluator, labelled_sets, protocols, semantic_seg, windows
-from groupvit_jax.evals.benchmarks import find_benchmark
-from groupvit_jax.evals.picture_scores import PictureScores
+from groupvit_jax.eval import evaluator, labelled, protocols, semantic_seg, windows
+from groupvit_jax.eval.benchmarks import find_benchmark
+from groupvit_jax.eval.image_scores import PictureScores
 from groupvit_jax.interop import huggingface, state_dicts
+from groupvit_jax.running import sharding
+from groupvit_jax.running.attention_choice import with_fastest_attention
 
 _QUALITY = 95  # of JPEGs; VOC's files are of about this size
 
@@ -46,7 +46,7 @@ class Files(Pictures):
   def __getitem__(self, index: int) -> dict[str, Any]:
     """Returns a record."""
     image, label = _files(index)
-    return {'image': image, 'label': labelled_sets.decode_label(label, str(index)), 'key': str(index)}
+    return {'image': image, 'label': labelled.decode_label(label, str(index)), 'key': str(index)}
 
 
 @functools.cache

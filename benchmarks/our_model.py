@@ -1,12 +1,12 @@
 """Our side of the speed benchmarks: GroupViT-S/16, its training step with the paper's whole recipe."""
 
 import argparse
+from collections.abc import Callable
 import functools
 import itertools
 import pathlib
 import sys
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,12 +17,16 @@ import optax
 
 from benchmarks import caption_lengths, rounds
 from configs import groupvit_vits16_gcc_yfcc
-from groupvit_jax import optim, sharding, train_state, train_step
-from groupvit_jax.attention_choice import choose_attention
-from groupvit_jax.evals import window_encoder
-from groupvit_jax.models.build import build_model
-from groupvit_jax.models.image_text import ImageTextModel
-from groupvit_jax.random_erasing import build_random_erasing
+from groupvit_jax.eval import window_encoder
+from groupvit_jax.model.build import build_model
+from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.model.pixels import normalize_images
+from groupvit_jax.running import sharding
+from groupvit_jax.running.attention_choice import choose_attention
+from groupvit_jax.train import optim
+from groupvit_jax.train import state as train_state
+from groupvit_jax.train import step as train_step
+from groupvit_jax.train.random_erasing import build_random_erasing
 
 VOCAB, CONTEXT = 49_408, 77
 TRACED_STEPS = 3
@@ -168,7 +172,7 @@ def encode(args: argparse.Namespace) -> Work:
   model, facts = make_model(args, 224)
   variables = init_variables(model)
   images = jax.device_put(
-    train_step.normalize_images(draw_images(args.batch, args.size, args.size)), sharding.batch_sharding(one_device())
+    normalize_images(draw_images(args.batch, args.size, args.size)), sharding.batch_sharding(one_device())
   )
   compiled, seconds = compile_timed(jax.jit(functools.partial(model.apply, method='encode_image')), variables, images)
   return Work(facts | {'compile_s': seconds}, lambda: compiled(variables, images), compiled)

@@ -1,10 +1,10 @@
 """The side of `benchmarks.input_pipeline` that is this project's: one process, like a worker."""
 
 import argparse
+from collections.abc import Callable
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
@@ -14,13 +14,14 @@ import numpy as np  # noqa: E402
 import simplejpeg  # noqa: E402
 
 from benchmarks import rounds  # noqa: E402
-from groupvit_jax import sharding  # noqa: E402
-from groupvit_jax.data import image_ops, pipeline, text_ops  # noqa: E402
-from groupvit_jax.data.image_ops import Augment  # noqa: E402
+from groupvit_jax.data import augment as image_ops  # noqa: E402
+from groupvit_jax.data import pipeline, prompts
+from groupvit_jax.data.augment import Augment  # noqa: E402
 from groupvit_jax.data.mixture import DataSet, Mixture  # noqa: E402
 from groupvit_jax.data.rand_augment import RandAugment  # noqa: E402
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer  # noqa: E402
 from groupvit_jax.data.webdataset import open_webdataset, WebDataset  # noqa: E402
+from groupvit_jax.running import sharding  # noqa: E402
 
 BATCH, LENGTH, PROMPTS = 64, 77, 3
 PLAIN = Augment((224, 224), (0.08, 1.0), (3 / 4, 4 / 3), flip=0.5, rand_augment=None, min_side=16, max_pixels=10**8)
@@ -90,7 +91,7 @@ def _stages(source: WebDataset, tokenizer: Tokenizer) -> dict[str, Callable[[int
   captions = [record['text'] for record in records]
   parts = [FULL.read_crop(record['image'], rng, '') for record in records]
   crops = [image_ops.resize_box(*part, FULL.size) for part in parts]
-  texts = [[one, *text_ops.noun_prompts(one, PROMPTS, rng)] for one in captions]
+  texts = [[one, *prompts.noun_prompts(one, PROMPTS, rng)] for one in captions]
   rows = [{'image': crop, 'tokens': tokenizer.encode(text, LENGTH)} for crop, text in zip(crops, texts)]
   mesh = sharding.make_mesh(data=1, fsdp=1, model=1)
   batch = _stack(rows[:BATCH])
@@ -106,7 +107,7 @@ def _stages(source: WebDataset, tokenizer: Tokenizer) -> dict[str, Callable[[int
     'crop and resize': over(parts, lambda part: image_ops.resize_box(*part, FULL.size)),
     'flip': over(crops, lambda crop: cv2.flip(crop, 1) if rng.random() < 0.5 else crop),
     'RandAugment': over(crops, lambda crop: FULL.rand_augment(crop, rng)),
-    'tag': over(captions, lambda text: text_ops.noun_prompts(text, PROMPTS, rng)),
+    'tag': over(captions, lambda text: prompts.noun_prompts(text, PROMPTS, rng)),
     'tokenise': over(texts, lambda text: tokenizer.encode(text, LENGTH)),
     'batch': lambda count: sum(len(_stack(rows[i : i + BATCH])['image']) for i in range(0, count, BATCH)),
     'transfer': transfer,

@@ -10,9 +10,9 @@ resized: less than its own `output_segmentation` computes.
 """
 
 import argparse
+from collections.abc import Callable
 import contextlib
 import time
-from collections.abc import Callable
 
 import torch
 import transformers

@@ -4,10 +4,10 @@ Its texts take the same functions as ours, so that the difference lies in pictur
 """
 
 import argparse
+from collections.abc import Callable, Iterator
 import io
 import itertools
 import random
-from collections.abc import Callable, Iterator
 
 import braceexpand
 import numpy as np
@@ -28,7 +28,7 @@ import torchvision  # noqa: E402
 import webdataset  # noqa: E402
 
 from benchmarks import rounds  # noqa: E402
-from groupvit_jax.data import text_ops  # noqa: E402
+from groupvit_jax.data import prompts as text_ops  # noqa: E402
 from groupvit_jax.data.tokenizer import build_tokenizer  # noqa: E402
 
 BATCH, LENGTH, PROMPTS = 64, 77, 3

@@ -14,7 +14,7 @@ import tarfile
 
 from PIL import Image
 
-from groupvit_jax.data.pictures import read_picture
+from groupvit_jax.data.images import read_picture
 
 LONGEST_SIDE, QUALITY = 512, 95  # img2dataset's --resize_mode=keep_ratio_largest --image_size=512
 

@@ -1,9 +1,9 @@
-"""The losses as their definition reads: one matrix of all logits. What `groupvit_jax.losses` is compared with."""
+"""The losses as their definition reads: one matrix of all logits. What `groupvit_jax.model.losses` is compared with."""
 
 import jax
 import jax.numpy as jnp
 
-from groupvit_jax.losses import clamped_scale, ContrastiveLoss, l2_normalize
+from groupvit_jax.model.losses import clamped_scale, ContrastiveLoss, l2_normalize
 
 
 def multi_label_loss(image_embeds: jax.Array, prompt_embeds: jax.Array, log_scale: jax.Array) -> ContrastiveLoss:

@@ -20,14 +20,15 @@ import numpy as np
 import optax
 
 from configs import groupvit_vits16_gcc_yfcc, quickstart
-from groupvit_jax import sharding, train_state
-from groupvit_jax.attention_choice import with_fastest_attention
-from groupvit_jax.data.scenes import ALL_STUFF, ALL_THINGS
+from groupvit_jax.data.scenes.scenes import ALL_STUFF, ALL_THINGS
 from groupvit_jax.data.sources import build_source, sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
-from groupvit_jax.evals import protocols
-from groupvit_jax.models.build import build_model
+from groupvit_jax.eval import protocols
+from groupvit_jax.model.build import build_model
 from groupvit_jax.predictor import Predictor
+from groupvit_jax.running import sharding
+from groupvit_jax.running.attention_choice import with_fastest_attention
+from groupvit_jax.train import state
 
 _ROUNDS = 7
 _SIDE = 448
@@ -53,7 +54,7 @@ def _predictor() -> Predictor:
     multi_label=True,
   )
   shape = 1, model.text.context_length
-  variables = train_state.init_state(model, optax.identity(), 0, shape, mesh).variables
+  variables = state.init_state(model, optax.identity(), 0, shape, mesh).variables
   protocol = protocols.find_protocol('groupvit', model.vision.image_size)
   return Predictor(with_fastest_attention(model, mesh), variables, tokenizer, mesh, protocol=protocol)
 

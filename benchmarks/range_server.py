@@ -2,10 +2,10 @@
 
 import argparse
 import asyncio
+from collections.abc import Iterator
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
 
 from aiohttp import web
 

@@ -14,16 +14,16 @@ import subprocess
 import sys
 import time
 
-from groupvit_jax.data import image_ops, pipeline
+from benchmarks.rounds import Rate
+from benchmarks.shards import write_shards
+from groupvit_jax.data import augment, pipeline
 from groupvit_jax.data.mixture import DataSet, Mixture
 from groupvit_jax.data.rand_augment import RandAugment
 from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import Tokenizer, train_sentencepiece
 from groupvit_jax.data.webdataset import open_webdataset
-from benchmarks.rounds import Rate
-from benchmarks.shards import write_shards
 
-_AUGMENT = image_ops.Augment(
+_AUGMENT = augment.Augment(
   (224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, RandAugment(2, 0.5, 9.0, 0.5), min_side=16, max_pixels=10**8
 )
 

@@ -1,5 +1,6 @@
 """Rounds of work in processes that take turns, so that all meet the same machine."""
 
+from collections.abc import Callable, Mapping, Sequence
 import functools
 import json
 import os
@@ -10,11 +11,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from groupvit_jax import huge_pages
-
+HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}  # as the Makefile sets it
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -40,7 +39,7 @@ class Side:
   ):
     """Starts the process, with huge pages if told so; waits until it is ready to work, unless told not to."""
     environment = os.environ | {'OMP_NUM_THREADS': str(threads), 'MKL_NUM_THREADS': str(threads)}
-    environment |= huge_pages.environment() if huge else {}
+    environment |= HUGE_PAGES if huge else {}
     self._process = subprocess.Popen(
       [python, '-m', module, *arguments],
       cwd=ROOT,

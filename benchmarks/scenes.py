@@ -6,7 +6,7 @@ import statistics
 import time
 
 from configs import quickstart
-from groupvit_jax.data import scenes
+from groupvit_jax.data.scenes import scenes
 
 SIZES = (64, 128, 224)
 REPEATS = 5

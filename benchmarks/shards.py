@@ -1,11 +1,11 @@
 """Webdataset tars of 512-px JPEGs, as img2dataset writes them: from photographs, or made up."""
 
+from collections.abc import Iterator
 import io
 import itertools
 import json
 import pathlib
 import tarfile
-from collections.abc import Iterator
 
 import cv2
 import numpy as np

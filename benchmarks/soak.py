@@ -13,11 +13,12 @@ import statistics
 import sys
 import time
 
-from groupvit_jax.data import image_ops, pipeline
-from groupvit_jax.data.sources import sample_captions
-from groupvit_jax.data.tokenizer import train_sentencepiece
 from benchmarks.remote import open_mixture
 from benchmarks.shards import write_shards
+from groupvit_jax.data import augment as image_ops
+from groupvit_jax.data import pipeline
+from groupvit_jax.data.sources import sample_captions
+from groupvit_jax.data.tokenizer import train_sentencepiece
 
 _LOOKS = 200  # times memory is looked at
 _ALLOWED = 0.05  # growth, as a share

@@ -1,13 +1,13 @@
 """Our model and its peer, eager and compiled; figures as JSON."""
 
 import argparse
+from collections.abc import Mapping, Sequence
 import json
 import os
 import pathlib
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks import caption_lengths, model_flops, our_model, rounds

@@ -169,5 +169,5 @@ def tars(path: str, expected: int) -> dict[str, object]:
 
 
 def records(path: str, expected: int) -> dict[str, object]:
-  """A set that `python -m groupvit_jax.datasets.build` wrote, mixed by its size."""
+  """A set that `python -m groupvit_jax.prepare` wrote, mixed by its size."""
   return dict(format='tfds', path=path, split='train', image='image', caption='caption', weight=0.0, expected=expected)

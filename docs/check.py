@@ -67,6 +67,7 @@ def fenced_blocks(text: str) -> list[Block]:
 def prepare(folder: pathlib.Path) -> None:
   """Links to the project, and what commands speak of but for trained runs."""
   import torch
+
   from tests import huggingface_models, official_layouts
 
   for path in ROOT.iterdir():
@@ -108,7 +109,7 @@ def check(documents: Sequence[pathlib.Path]) -> Iterator[str]:
     prepare(staged)
     for command in (
       ['python train.py --config=configs/quickstart.py --workdir=runs/quickstart', *_SHORT_RUN],
-      ['python -m groupvit_jax.interop.import_weights --from=groupvit-gcc-yfcc --workdir=runs/groupvit'],
+      ['python -m groupvit_jax.commands.import_weights --from=groupvit-gcc-yfcc --workdir=runs/groupvit'],
     ):
       done = run(' '.join(command), staged)
       if done.returncode:

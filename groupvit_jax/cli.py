@@ -7,11 +7,7 @@ import re
 import sys
 import traceback
 
-from absl import app
-from absl import flags
-from absl import logging
-
-from groupvit_jax import huge_pages
+from absl import app, flags, logging
 
 EXIT_PARTIAL = 1  # done, but for what was listed
 EXIT_UNAVAILABLE = 1  # a service failed however often it was asked; the same command may go on later
@@ -36,7 +32,6 @@ def run(main: Callable[[], int | None]) -> None:
   A ValueError or OSError counts as a user's mistake when this package raised it: those are our messages. Anything that
   comes out of a library is a defect, and keeps its traceback.
   """
-  huge_pages.restart()
   devices = int(os.environ.get('JAX_NUM_CPU_DEVICES', 1))
   if devices > 1:
     os.environ.setdefault('NPROC', str(_THREADS_PER_CPU_DEVICE * devices))

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from groupvit_jax.evals import visualize
-from groupvit_jax.evals.window_encoder import EncodedPicture
+from groupvit_jax.eval import draw
+from groupvit_jax.eval.window_encoder import EncodedPicture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +77,18 @@ class Prediction:
 
   def mask(self) -> Image.Image:
     """The label map as an indexed picture with the classes' colours."""
-    return visualize.mask_image(self.labels, self.palette)
+    return draw.mask_image(self.labels, self.palette)
 
-  def overlay(self, opacity: float = visualize.OPACITY) -> np.ndarray:
+  def overlay(self, opacity: float = draw.OPACITY) -> np.ndarray:
     """The picture under the classes' colours and names, uint8 [H', W', 3]; small ones are enlarged."""
     labels = self.labels
     if self.background:  # shows the picture as it is
-      labels = np.where(labels == 0, np.uint8(visualize.IGNORE_LABEL), labels)
-    return visualize.draw_overlay(self.image, labels, self.palette, self.classes, opacity=opacity)
+      labels = np.where(labels == 0, np.uint8(draw.IGNORE_LABEL), labels)
+    return draw.draw_overlay(self.image, labels, self.palette, self.classes, opacity=opacity)
 
   def group_overlay(self, stage: int = -1) -> np.ndarray:
     """The picture under a stage's groups, uint8 [H', W', 3]; 0 is the first, -1 the final one."""
-    return visualize.draw_groups(self.image, self.groups[stage])
+    return draw.draw_groups(self.image, self.groups[stage])
 
   def to_json(self) -> dict[str, Any]:
     """Areas and scores of the classes, largest area first."""

@@ -12,19 +12,20 @@ import jax
 import numpy as np
 from PIL import Image
 
-from groupvit_jax import sharding, trained_run
-from groupvit_jax.attention_choice import with_fastest_attention
-from groupvit_jax.data.pictures import read_picture
+from groupvit_jax.data.images import read_picture
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
-from groupvit_jax.evals import groups, semantic_seg, visualize, windows
-from groupvit_jax.evals.benchmarks import Benchmark, make_benchmark
-from groupvit_jax.evals.evaluator import windows_per_batch
-from groupvit_jax.evals.protocols import find_protocol, NATIVE, Protocol
-from groupvit_jax.evals.segmenter import Segmenter
-from groupvit_jax.evals.window_encoder import EncodedPicture, WindowEncoder
-from groupvit_jax.interop import bundle, weights_folder
-from groupvit_jax.models.image_text import ImageTextModel
+from groupvit_jax.eval import draw, groups, semantic_seg, windows
+from groupvit_jax.eval.benchmarks import Benchmark, make_benchmark
+from groupvit_jax.eval.evaluator import windows_per_batch
+from groupvit_jax.eval.labeller import Segmenter
+from groupvit_jax.eval.protocols import find_protocol, NATIVE, Protocol
+from groupvit_jax.eval.window_encoder import EncodedPicture, WindowEncoder
+from groupvit_jax.interop import bundle, read
+from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.prediction import Prediction
+from groupvit_jax.running import sharding
+from groupvit_jax.running.attention_choice import with_fastest_attention
+from groupvit_jax.train import open_run
 
 BACKGROUND = 'background'
 _BATCH_SIZES = (1, 4, 16)  # windows on each device at a time: one compilation each, when first needed
@@ -98,8 +99,8 @@ class Predictor:
     workdir: epath.PathLike,
     *,
     protocol: Protocol | str | None = None,
-    weights: trained_run.Weights = 'best',
-    checkpoint: str = trained_run.NEWEST,
+    weights: open_run.Weights = 'best',
+    checkpoint: str = open_run.NEWEST,
   ) -> 'Predictor':
     """Reads a checkpoint of a run; nothing is written.
 
@@ -112,7 +113,7 @@ class Predictor:
     Raises:
       ValueError: there is no run, or no checkpoint of it can be read.
     """
-    return cls.from_run(trained_run.open_run(workdir, checkpoint, weights=weights), protocol=protocol)
+    return cls.from_run(open_run.open_run(workdir, checkpoint, weights=weights), protocol=protocol)
 
   @classmethod
   def open(
@@ -120,8 +121,8 @@ class Predictor:
     path: epath.PathLike,
     *,
     protocol: Protocol | str | None = None,
-    weights: trained_run.Weights = 'best',
-    checkpoint: str = trained_run.NEWEST,
+    weights: open_run.Weights = 'best',
+    checkpoint: str = open_run.NEWEST,
   ) -> 'Predictor':
     """Opens a model of any form.
 
@@ -139,20 +140,20 @@ class Predictor:
     is_bundle = (path / 'bundle.json').exists()
     if not is_bundle and (not path.is_dir() or (path / 'checkpoints').is_dir()):
       return cls.from_workdir(path, protocol=protocol, weights=weights, checkpoint=checkpoint)
-    if weights != 'best' or checkpoint != trained_run.NEWEST:
+    if weights != 'best' or checkpoint != open_run.NEWEST:
       raise ValueError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
     if is_bundle:
       model, variables, tokenizer = bundle.read_bundle(path)
       return cls(model, variables, tokenizer, sharding.make_mesh(devices=jax.devices()[:1]), protocol=protocol)
-    found, mesh, tokenizer = weights_folder.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
-    weights_folder.check_tokenizer(
+    found, mesh, tokenizer = read.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
+    read.check_tokenizer(
       tokenizer, vocab_size=found.spec.vocab_size, eos_id=found.spec.eos_id, remedy=f'put that into {path}'
     )
     variables = jax.device_put(found.variables, sharding.replicated(mesh))
     return cls(with_fastest_attention(found.spec.build(), mesh), variables, tokenizer, mesh, protocol=protocol)
 
   @classmethod
-  def from_run(cls, run: trained_run.TrainedRun, *, protocol: Protocol | str | None = None) -> 'Predictor':
+  def from_run(cls, run: open_run.TrainedRun, *, protocol: Protocol | str | None = None) -> 'Predictor':
     """The predictor of a run that has been opened."""
     return cls(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol)
 
@@ -339,7 +340,7 @@ def _benchmark(words: Sequence[Word], *, background: bool) -> Benchmark:
   """Words as a benchmark: the background, if there is one, is black and comes first."""
   names = [word.name for word in words]
   benchmark = make_benchmark('words', [BACKGROUND] * background + names, background=background)
-  palette = ((0, 0, 0),) * background + visualize.spread_palette(len(names))
+  palette = ((0, 0, 0),) * background + draw.spread_palette(len(names))
   return dataclasses.replace(benchmark, palette=palette)
 
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from groupvit_jax import sharding
+from groupvit_jax.running import sharding
 
 _NOTHING = 1e-5  # of a tree's largest entry: gradients are either above a thousandth, or zero and what rounding leaves
 

@@ -1,13 +1,13 @@
 """A browser for tests: Debian's, Google's, or the one that `playwright install chromium` brings."""
 
+from collections.abc import Iterator
 import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
 
-import pytest
 from playwright import sync_api
+import pytest
 
 _NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
 # As root in a container, and without a word to anyone.

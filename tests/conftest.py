@@ -6,7 +6,7 @@ import pathlib
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 
 # Also for the commands that tests start; it must be set before JAX is imported.
-if not os.environ.get('JAX_PLATFORMS', '').startswith('cuda'):  # for tests/test_gpu.py
+if not os.environ.get('JAX_PLATFORMS', '').startswith('cuda'):  # for tests/model/test_gpu.py
   os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
 # Threads for eight devices that wait in several collectives each: see groupvit_jax/cli.py.

@@ -6,9 +6,10 @@ import signal
 import sys
 import time
 
-from groupvit_jax.data import image_ops, pipeline
+from groupvit_jax.data import augment as image_ops
+from groupvit_jax.data import pipeline
 from groupvit_jax.data.sources import build_source
-from tests.tars import Words, data_config, set_config
+from tests.tars import data_config, set_config, Words
 
 resize = os.ftruncate
 

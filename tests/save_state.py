@@ -1,27 +1,30 @@
-"""Saves the state that tests/test_checkpoint.py knows, divided over the devices of all processes."""
+"""Saves the state that tests/train/test_checkpoint.py knows, divided over the devices of all processes."""
 
 import sys
 
 from absl import flags
 
-from groupvit_jax import cli, cluster
+from groupvit_jax import cli
+from groupvit_jax.running import cluster
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'Of the checkpoint.')
 CLUSTER = cluster.define_flags()
 
 
 def main() -> int:
-  from groupvit_jax import distributed
+  from groupvit_jax.running import processes
 
-  return distributed.run(CLUSTER(), {}, save, saves=False)
+  return processes.run(CLUSTER(), {}, save, saves=False)
 
 
 def save() -> int:
   import jax
-  from groupvit_jax import sharding, train_state
-  from groupvit_jax.checkpoint import Checkpoints
-  from tests import test_checkpoint
+
+  from groupvit_jax.running import sharding
+  from groupvit_jax.train import state as train_state
+  from groupvit_jax.train.checkpoint import Checkpoints
   from tests.tiny import tiny_config
+  from tests.train import test_checkpoint
 
   mesh = sharding.make_mesh(fsdp=jax.device_count())
   state = train_state.init_state(

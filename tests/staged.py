@@ -17,9 +17,9 @@ from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 from tests import folder_bucket
 
 PHASES = {
-  'warm-up': ('groupvit_jax.train_loop', 'jit_step'),
-  'evaluation': ('groupvit_jax.evals.scene_eval', 'SceneEvaluator.evaluate'),
-  'save': ('groupvit_jax.checkpoint', 'Checkpoints.save'),
+  'warm-up': ('groupvit_jax.train.loop', 'jit_step'),
+  'evaluation': ('groupvit_jax.eval.scenes', 'SceneEvaluator.evaluate'),
+  'save': ('groupvit_jax.train.checkpoint', 'Checkpoints.save'),
 }
 
 
@@ -44,9 +44,9 @@ def signal_in(phase: str, number: str) -> None:
 
 def note_rows(folder: str) -> None:
   """Writes down the digests of the rows that this process takes, a line of JSON for each step, in a file of its own."""
-  from groupvit_jax import train_loop
+  from groupvit_jax.train import loop
 
-  read = train_loop.read_batches
+  read = loop.read_batches
 
   def noted(run, first_batch):
     for step, batch in enumerate(read(run, first_batch), start=first_batch + 1):
@@ -58,7 +58,7 @@ def note_rows(folder: str) -> None:
         file.write(json.dumps([step, rows]) + '\n')
       yield batch
 
-  train_loop.read_batches = noted
+  loop.read_batches = noted
 
 
 def full_disk() -> None:

@@ -1,15 +1,15 @@
 """Makes webdataset tars for tests."""
 
+from collections.abc import Iterable, Mapping
 import io
 import pathlib
 import tarfile
-from collections.abc import Iterable, Mapping
 
 import ml_collections
 import numpy as np
 from PIL import Image
 
-from groupvit_jax.data import faults
+from groupvit_jax.data import bad_records
 from groupvit_jax.data.tokenizer import Tokenizer
 
 
@@ -91,4 +91,4 @@ class Words(Tokenizer):
 
 def fault_counts(rows: np.ndarray) -> dict[str, int]:
   """Faults of a batch [b, causes] by name, without zeros."""
-  return {cause: int(n) for cause, n in zip(faults.CAUSES, rows.sum(0), strict=True) if n}
+  return {cause: int(n) for cause, n in zip(bad_records.CAUSES, rows.sum(0), strict=True) if n}

@@ -13,7 +13,7 @@ from flax import traverse_util
 import pytest
 
 from configs import groupvit_vits16_gcc_yfcc, quickstart
-from groupvit_jax.evals.protocols import Protocol
+from groupvit_jax.eval.protocols import Protocol
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')])
@@ -69,7 +69,7 @@ def test_everything_is_found_from_the_start():
 def source_of(command: str) -> str:
   """The code of a command, and of what defines flags for it."""
   if not command.startswith('-m '):
-    return (ROOT / command).read_text() + (ROOT / 'groupvit_jax' / 'cluster.py').read_text()
+    return (ROOT / command).read_text() + (ROOT / 'groupvit_jax' / 'running' / 'cluster.py').read_text()
   spec = importlib.util.find_spec(command.removeprefix('-m '))
   path = pathlib.Path(spec.origin)
   path = path.with_name('__main__.py') if spec.submodule_search_locations else path

@@ -12,10 +12,13 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from groupvit_jax import predictor as predictor_lib, sharding, trained_run
-from groupvit_jax.evals import protocols, scene_eval, semantic_seg, window_encoder
-from groupvit_jax.evals.evaluator import Evaluator
+from groupvit_jax import predictor as predictor_lib
+from groupvit_jax.eval import protocols, semantic_seg, window_encoder
+from groupvit_jax.eval import scenes as scene_eval
+from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
+from groupvit_jax.running import sharding
+from groupvit_jax.train import open_run
 from tests.tiny import tiny_model
 from tests.trained import trained_workdir
 from tests.weights import random_variables
@@ -25,8 +28,8 @@ WORDS = ('dog|puppy', 'banana', 'grass')
 
 
 @pytest.fixture(scope='module')
-def run() -> trained_run.TrainedRun:
-  return trained_run.open_run(trained_workdir())
+def run() -> open_run.TrainedRun:
+  return open_run.open_run(trained_workdir())
 
 
 @pytest.fixture(scope='module')

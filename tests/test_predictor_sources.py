@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from groupvit_jax import trained_run
-from groupvit_jax.evals import protocols
-from groupvit_jax.interop.export import export
+from groupvit_jax.commands.export import export
+from groupvit_jax.eval import protocols
 from groupvit_jax.predictor import Predictor
+from groupvit_jax.train import open_run
 from tests.photos import photo
 from tests.trained import trained_workdir
 
@@ -42,14 +42,14 @@ def test_every_form_gives_the_same_answer(form, want, tmp_path):
       assert (mine.segments == other.segments).mean() > 0.99
   if form == 'stablehlo':
     with pytest.raises(ValueError, match='is a bundle of export --format=stablehlo and no workdir'):
-      trained_run.open_run(tmp_path / 'exported')
+      open_run.open_run(tmp_path / 'exported')
     (tmp_path / 'exported' / 'text.stablehlo').write_bytes(b'half')
     with pytest.raises(ValueError, match='exported is no whole bundle'):
       Predictor.open(tmp_path / 'exported')
 
 
 def test_protocols_by_name():
-  run = trained_run.open_run(trained_workdir())
+  run = open_run.open_run(trained_workdir())
   assert Predictor.from_run(run, protocol='groupvit').protocol == protocols.GROUPVIT
   assert Predictor.from_run(run).protocol == Predictor.from_run(run, protocol='native').protocol
   with pytest.raises(ValueError, match="there is no protocol 'paper'; choose one of native, groupvit"):

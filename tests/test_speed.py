@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import caption_lengths, gpu_report, model_flops, our_model, rounds, speed, speed_table, train_step
-from groupvit_jax import traced_flops
-from groupvit_jax.models.build import build_model
+from groupvit_jax.aot import flops
+from groupvit_jax.model.build import build_model
 from tests.weights import random_variables
 
 
@@ -21,7 +21,7 @@ def test_flops_by_hand_are_those_of_the_traced_model():
   config = our_model.make_config(1, 'float32', 0).model
   model = build_model(config, vocab_size=9, eos_id=1, multi_label=True)
   shapes = jax.eval_shape(lambda: random_variables(model))
-  traced = lambda method, *args: traced_flops.matmul_flops(
+  traced = lambda method, *args: flops.matmul_flops(
     jax.make_jaxpr(lambda variables: model.apply(variables, *args, method=method))(shapes).jaxpr
   )
   assert traced('encode_image', jnp.zeros((1, 224, 224, 3))) == model_flops.encode_images(config, 1, 224)
@@ -42,7 +42,7 @@ def test_flops_of_a_step_by_hand_are_those_of_the_traced_one():
   config.remat = 'none'
   model = build_model(config.model, vocab_size=our_model.VOCAB, eos_id=1, multi_label=True)
   step, state, batch = our_model.abstract_step(config, model)
-  traced = traced_flops.matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
+  traced = flops.matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
   assert traced == pytest.approx(model_flops.train_step(config.model, [[77] * 4] * 4), rel=0.02)
 
 

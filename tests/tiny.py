@@ -4,10 +4,10 @@ from flax import linen as nn
 import ml_collections
 
 from configs import quickstart
-from groupvit_jax.models.image_text import ImageTextModel
-from groupvit_jax.models.layers import Remat
-from groupvit_jax.models.text import TextTower
-from groupvit_jax.models.vision import StageSpec, VisionInit, VisionTower
+from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.model.layers import Remat
+from groupvit_jax.model.text import TextTower
+from groupvit_jax.model.vision import StageSpec, VisionInit, VisionTower
 
 
 def tiny_model(remat: Remat = 'none', **vision) -> ImageTextModel:

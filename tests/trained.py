@@ -6,7 +6,7 @@ import pathlib
 import shutil
 import tempfile
 
-from groupvit_jax import train_loop
+from groupvit_jax.train import loop
 from tests.tiny import tiny_config
 
 
@@ -15,5 +15,5 @@ def trained_workdir() -> pathlib.Path:
   """The workdir of a finished `tiny_config` run, with checkpoints 4 and 6."""
   folder = pathlib.Path(tempfile.mkdtemp(prefix='groupvit-trained-'))
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
-  assert train_loop.train(tiny_config(), folder) == 0
+  assert loop.train(tiny_config(), folder) == 0
   return folder

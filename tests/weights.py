@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from groupvit_jax.interop.state_dicts import abstract_variables
-from groupvit_jax.models.image_text import ImageTextModel
+from groupvit_jax.model.image_text import ImageTextModel
 
 
 def random_variables(model: ImageTextModel, seed: int = 0) -> dict:

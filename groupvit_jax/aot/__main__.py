@@ -23,7 +23,7 @@ flags.mark_flags_as_required(['config', 'topology'])
 
 def main() -> int:
   os.environ['JAX_PLATFORMS'] = 'cpu'  # whatever there is here: nothing is run on it
-  from groupvit_jax.aot import chips, report, step  # after the flags: a mistake there should not wait for JAX to load
+  from groupvit_jax.aot import chips, report, step
 
   found = []
   for topology in [chips.find_topology(name) for name in TOPOLOGY.value]:

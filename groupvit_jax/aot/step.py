@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from groupvit_jax import optim, sharding, train_loop, train_state
 from groupvit_jax.aot.chips import Topology
+from groupvit_jax.aot.flops import matmul_flops
 from groupvit_jax.aot.program import read_traffic, Traffic
 from groupvit_jax.data.tokenizer import build_tokenizer
-from groupvit_jax.models.build import build_model
-from groupvit_jax.traced_flops import matmul_flops
+from groupvit_jax.model.build import build_model
+from groupvit_jax.running import sharding
+from groupvit_jax.train import loop, optim
+from groupvit_jax.train import state as train_state
 
 
 class Memory(NamedTuple):
@@ -79,9 +81,9 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
     scan_layers=config.scan_layers,
   )
   tx = optim.build_optimizer(config.optim, schedule)
-  run = train_loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], evals=(), attention=None)
+  run = loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], evals=(), attention=None)
   state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)
-  step = train_loop.jit_step(run, state)
+  step = loop.jit_step(run, state)
   batch = _abstract_batch(run)
   flops = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
   rows = config.batch_size // sharding.batch_ways(mesh)
@@ -116,7 +118,7 @@ def _size(state: train_state.TrainState) -> State:
   return State(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), sum(of_a_device))
 
 
-def _abstract_batch(run: train_loop.Run) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(run: loop.Run) -> dict[str, jax.ShapeDtypeStruct]:
   place, size = sharding.batch_sharding(run.mesh), run.config.batch_size
   image_shape = (size, *run.config.model.vision.image_size, 3)
   return {

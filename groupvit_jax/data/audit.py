@@ -7,6 +7,7 @@ when more records cannot be used than the config's `data.max_fault_share`.
 """
 
 import collections
+from collections.abc import Iterator, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -16,22 +17,21 @@ import json
 import pathlib
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
 
-import ml_collections
-import numpy as np
-import tqdm
 from absl import flags
+import ml_collections
 from ml_collections import config_flags
+import numpy as np
 from PIL import Image
+import tqdm
 
 from groupvit_jax import cli
-from groupvit_jax.data import faults, pipeline, text_ops
+from groupvit_jax.data import bad_records, pipeline, prompts
 from groupvit_jax.data.contact_sheet import draw_sheet
 from groupvit_jax.data.mixture import Mixture
-from groupvit_jax.data.shards import write_whole
 from groupvit_jax.data.sources import build_source, sample_captions
-from groupvit_jax.data.tokenizer import Tokenizer, build_tokenizer, train_sentencepiece
+from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
+from groupvit_jax.storage import write_whole
 
 _THREADS = 16
 _LISTED = 100  # faulty records named in the report, for each set
@@ -145,14 +145,14 @@ def _look(examples: pipeline.Examples, index: int) -> Findings:
   try:
     record = examples.source[index]
     examples.make(record, position=index)
-  except faults.Fault as fault:
+  except bad_records.Fault as fault:
     return Findings(fault.key, fault.cause)
   text, image = record['text'], record['image']
   pixels = image if isinstance(image, bytes) else image.tobytes()
   tokens = examples.tokenizer.encode([text], len(text.encode()) + 8)[0]
   length = int(np.argmax(tokens == examples.tokenizer.eos_id)) + 1
   return Findings(
-    record['key'], '', _digest(pixels), _digest(text.encode('utf-8', 'replace')), length, len(text_ops.nouns(text))
+    record['key'], '', _digest(pixels), _digest(text.encode('utf-8', 'replace')), length, len(prompts.nouns(text))
   )
 
 
@@ -164,7 +164,7 @@ def _rate(examples: pipeline.Examples) -> float:
     if record is None:
       continue
     started = time.thread_time()
-    with contextlib.suppress(faults.Fault):
+    with contextlib.suppress(bad_records.Fault):
       examples.make(record, position=number)
     seconds += time.thread_time() - started
   return count / seconds if seconds else 0.0
@@ -173,7 +173,7 @@ def _rate(examples: pipeline.Examples) -> float:
 def _readable(source: Mixture, index: int) -> dict[str, object] | None:
   try:
     return source[index]
-  except faults.Fault:
+  except bad_records.Fault:
     return None
 
 

@@ -1,11 +1,11 @@
 """CLIP's byte-level BPE: from its files to ids, as `transformers`' CLIPTokenizer does it."""
 
+from collections.abc import Mapping
 import gzip
 import json
-from collections.abc import Mapping
 
-import tokenizers
 from etils import epath
+import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 BOS, EOS = '<|startoftext|>', '<|endoftext|>'

@@ -1,7 +1,7 @@
 """Pictures with their texts underneath, on one page."""
 
-import textwrap
 from collections.abc import Sequence
+import textwrap
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont

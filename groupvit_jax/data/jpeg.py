@@ -8,11 +8,11 @@ far.
 import io
 from typing import NamedTuple
 
-from PIL import ExifTags, Image
 import numpy as np
+from PIL import ExifTags, Image
 import simplejpeg
 
-from groupvit_jax.data.faults import Fault
+from groupvit_jax.data.bad_records import Fault
 
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1

@@ -15,15 +15,15 @@ run: batch b holds the positions b * B to (b + 1) * B - 1.
 Positions know nothing of hosts and workers, so neither changes what is seen, nor when.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
 from typing import Protocol
 
-import numpy as np
 from grain.experimental import index_shuffle
+import numpy as np
 
 BLOCK = 2**14  # positions over which weighted shares are exact
 

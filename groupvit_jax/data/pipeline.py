@@ -1,10 +1,10 @@
 """Batches of image-text pairs in one global order, exact to the sample on any number of hosts and workers."""
 
+from collections.abc import Iterator, Sequence
 import concurrent.futures
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -12,10 +12,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from groupvit_jax import sharding
-from groupvit_jax.data import faults, image_ops, text_ops, workers
+from groupvit_jax.data import augment as image_ops
+from groupvit_jax.data import bad_records, workers
+from groupvit_jax.data import prompts as text_ops
 from groupvit_jax.data.mixture import Mixture, Source
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.running import sharding
 
 __all__ = ['Batches', 'Example', 'Examples', 'Source', 'build_examples', 'check_batch_size', 'iterate', 'to_devices']
 
@@ -38,7 +40,7 @@ class Example(NamedTuple):
   image: np.ndarray
   texts: list[str]
   key: str
-  faults: np.ndarray
+  bad_records: np.ndarray
 
 
 class _Found(NamedTuple):
@@ -48,7 +50,7 @@ class _Found(NamedTuple):
   caption: str
   key: str
   position: int
-  faults: np.ndarray
+  bad_records: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,22 +120,22 @@ class Examples:
     drawn = self._order[position]
     part, start = self.source.set_of(drawn)
     found = []
-    for candidate in faults.neighbours(drawn, start, len(part.source)):
+    for candidate in bad_records.neighbours(drawn, start, len(part.source)):
       try:
         record = self.source[candidate]
         image = self._image(record, position)
-        return _Found(image, record['text'], record['key'], position, faults.count(found))
-      except faults.Fault as fault:
-        faults.report(fault)
+        return _Found(image, record['text'], record['key'], position, bad_records.count(found))
+      except bad_records.Fault as fault:
+        bad_records.report(fault)
         found.append(fault)
-    raise faults.TooManyFaults(
+    raise bad_records.TooManyFaults(
       f'data.sets.{part.name}: {len(found)} neighbours cannot be used, among them '
       f'{found[0]}; look at the set with python -m groupvit_jax.data.audit'
     )
 
   def _image(self, record: dict[str, object], position: int) -> np.ndarray:
     if not record['text'].strip():
-      raise faults.Fault('caption_empty', record['key'])
+      raise bad_records.Fault('caption_empty', record['key'])
     if self.augment is None:
       return record['image']
     return self.augment(record['image'], self._rng(position, _AUGMENT), record['key'])

@@ -1,14 +1,14 @@
 """From a ConfigDict to a source of image-text pairs."""
 
+from collections.abc import Iterator
 import concurrent.futures
 import hashlib
-from collections.abc import Iterator
 
 import ml_collections
 
-from groupvit_jax.data.faults import Fault
+from groupvit_jax.data.bad_records import Fault
 from groupvit_jax.data.mixture import DataSet, Mixture
-from groupvit_jax.data.scenes import Scenes
+from groupvit_jax.data.scenes.scenes import Scenes
 from groupvit_jax.data.sets import open_sets
 
 _CAPTION_THREADS, _CHUNK = 32, 1024  # each thread waits for one read

@@ -1,12 +1,12 @@
 """Image-text pairs of a prepared TFDS dataset in ArrayRecord files, without TensorFlow."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
 
-from groupvit_jax.data.faults import Fault
+from groupvit_jax.data.bad_records import Fault
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ Training one over captions, one a line:
 
 import abc
 import argparse
+from collections.abc import Iterable, Iterator, Sequence
 import functools
 import io
 import itertools
@@ -15,15 +16,15 @@ import random
 import re
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+from etils import epath
 import numpy as np
 import sentencepiece
 import tokenizers
-from etils import epath
 
-from groupvit_jax.data import clip_bpe, shards
+from groupvit_jax import storage
+from groupvit_jax.data import clip_bpe
 
 SENTENCEPIECE_FILE = 'tokenizer.model'
 
@@ -83,7 +84,7 @@ class Tokenizer(abc.ABC):
       folder: made if it is not there.
     """
     for name, data in self._files.items():
-      shards.write_whole(str(epath.Path(folder) / name), data)
+      storage.write_whole(str(epath.Path(folder) / name), data)
 
   @abc.abstractmethod
   def _text_ids(self, text: str) -> list[int]:
@@ -238,7 +239,7 @@ def train_sentencepiece(
     )
   except RuntimeError as error:
     raise _training_error(str(error), vocab_size) from error
-  shards.write_whole(str(path), model.getvalue())
+  storage.write_whole(str(path), model.getvalue())
   return SentencePieceTokenizer(path)
 
 

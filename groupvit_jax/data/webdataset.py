@@ -6,6 +6,7 @@ one file per set in the cache folder, which every process maps into memory: 16 b
 sample, shared by all workers. All of it may be deleted at any time.
 """
 
+from collections.abc import Sequence
 import concurrent.futures
 import dataclasses
 import functools
@@ -15,16 +16,15 @@ import json
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tqdm
 
-from groupvit_jax.data import shards as shards_lib
-from groupvit_jax.data.faults import Fault
-from groupvit_jax.data.shards import Shard
+from groupvit_jax import storage as shards_lib
+from groupvit_jax.data.bad_records import Fault
 from groupvit_jax.data.tar_index import BLOCK, index_tar
+from groupvit_jax.storage import Shard
 
 _FORMAT = 1  # of the index files
 _THREADS = 16  # shards indexed at a time

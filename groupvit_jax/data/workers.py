@@ -1,18 +1,18 @@
 """Worker processes that end with the run: they leave signals to their parent, and do not outlive it."""
 
+from collections.abc import Iterator
 import gc
 import multiprocessing
+from multiprocessing import resource_tracker, shared_memory
 import multiprocessing.connection
 import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator
-from multiprocessing import resource_tracker, shared_memory
 from typing import TypeVar
 
-import grain
 from absl import flags
+import grain
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _T = TypeVar('_T')

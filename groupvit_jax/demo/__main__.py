@@ -9,7 +9,7 @@ import importlib.util
 from absl import flags
 
 from groupvit_jax import cli
-from groupvit_jax.evals import protocols
+from groupvit_jax.eval import protocols
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run that segments.')
 PROTOCOL = flags.DEFINE_string(
@@ -28,7 +28,7 @@ flags.mark_flag_as_required('workdir')
 def main() -> int:
   if importlib.util.find_spec('gradio') is None:
     return cli.fail('the page needs Gradio: pip install -r requirements-demo.txt')
-  from groupvit_jax.demo import server  # after the flags: a mistake there should not wait for JAX to load
+  from groupvit_jax.demo import server
 
   server.serve(
     WORKDIR.value,

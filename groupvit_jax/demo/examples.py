@@ -9,7 +9,7 @@ from typing import NamedTuple
 import ml_collections
 from PIL import Image
 
-from groupvit_jax.data.scenes import Scenes
+from groupvit_jax.data.scenes.scenes import Scenes
 from groupvit_jax.data.sources import build_scenes
 
 _NUM_SCENES = 4

@@ -11,7 +11,7 @@ import gradio as gr
 from groupvit_jax.demo import viewer as viewer_lib
 from groupvit_jax.demo.examples import Example
 from groupvit_jax.demo.viewer import Looked, Viewer
-from groupvit_jax.evals import visualize
+from groupvit_jax.eval import draw as visualize
 
 _HOUR = 3600
 

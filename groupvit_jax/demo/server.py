@@ -7,11 +7,11 @@ import tempfile
 from etils import epath
 import gradio as gr
 
-from groupvit_jax import trained_run
 from groupvit_jax.demo.examples import make_examples
 from groupvit_jax.demo.page import build_page
 from groupvit_jax.demo.viewer import Viewer
 from groupvit_jax.predictor import Predictor
+from groupvit_jax.train import open_run
 
 _MOST_VISITORS = 32  # whose pictures are remembered, in about 20 MB each
 _MOST_WAITING = 32
@@ -35,7 +35,7 @@ def serve(
   Raises:
     ValueError: there is no such run or protocol, or the address cannot be listened at.
   """
-  run = trained_run.open_run(workdir, checkpoint)
+  run = open_run.open_run(workdir, checkpoint)
   viewer = Viewer(Predictor.from_run(run, protocol=protocol), max_pixels=max_pixels)
   title = f'`{run.workdir.name}` at step {run.step:,}. Drop or paste a picture, and type what to look for in it.'
   with tempfile.TemporaryDirectory(prefix='groupvit-demo-') as folder:

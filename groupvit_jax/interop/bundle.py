@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
-from groupvit_jax.models.image_text import SegmentOutput
-from groupvit_jax.train_step import IMAGE_MEAN, IMAGE_STD
+from groupvit_jax.model.image_text import SegmentOutput
+from groupvit_jax.model.pixels import IMAGE_MEAN, IMAGE_STD
 
 
 class Sizes(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 
 from groupvit_jax.interop import state_dicts
 from groupvit_jax.interop.state_dicts import array, batch_norm, dense, KERNEL_OUT, mlp, norm, Rule
-from groupvit_jax.models.vision import StageSpec
+from groupvit_jax.model.vision import StageSpec
 
 
 def _block(ours: str, theirs: str) -> tuple[Rule, ...]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from groupvit_jax.interop import state_dicts
-from groupvit_jax.train_step import normalize_images
+from groupvit_jax.model.pixels import normalize_images
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from groupvit_jax.models.build import build_model
-from groupvit_jax.models.image_text import ImageTextModel
+from groupvit_jax.model.build import build_model
+from groupvit_jax.model.image_text import ImageTextModel
 
 Array = np.ndarray | jax.Array
 StateDict = dict[str, np.ndarray]

@@ -1,0 +1,213 @@
+"""Takes a run's model elsewhere.
+
+  python -m groupvit_jax.commands.export --workdir=runs/quickstart --format=huggingface --output=exported
+
+Formats: huggingface (a folder `transformers` loads), stablehlo (both towers for jax alone, see
+examples/run_exported.py), safetensors (our names, and a JSON of the config).
+"""
+
+from collections.abc import Sequence
+import json
+import os
+from typing import Any, get_args, Literal
+
+from absl import flags
+from etils import epath
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors.numpy
+
+from groupvit_jax import cli
+from groupvit_jax.commands import huggingface_folder, model_card
+from groupvit_jax.interop import native, stablehlo, state_dicts
+from groupvit_jax.interop.new_folder import check_free, new_folder
+from groupvit_jax.model.losses import clamped_scale
+from groupvit_jax.train import open_run
+from groupvit_jax.train.open_run import TrainedRun
+
+Form = Literal['huggingface', 'stablehlo', 'safetensors']
+Dtype = Literal['float32', 'bfloat16']
+
+_WEIGHTS = ('.safetensors', '.stablehlo')
+_TRIAL_TEXTS = ('a dog', 'grass')  # whose ids are in bundle.json, to try the text side with
+
+_FLAT_USE = """\
+```python
+from groupvit_jax import Predictor
+prediction = Predictor.open(FOLDER)('picture.jpg', ['dog', 'grass'])
+```
+
+`model.safetensors` has groupvit_jax's own names; `config.json` says how to build the model.
+"""
+
+_BUNDLE_USE = """\
+Both towers run with jax and flatbuffers alone, on CPU, CUDA and TPU:
+
+```python
+from jax import export
+tower = export.deserialize(open('image.stablehlo', 'rb').read())
+out = tower.call(pixels)  # uint8 [b, H, W, 3], H and W multiples of the patch size
+```
+
+`bundle.json` has the sizes and the special tokens. `groupvit_jax.Predictor.open(FOLDER)` takes the folder as it is.
+"""
+
+
+def export(
+  workdir: str,
+  form: Form,
+  output: str,
+  *,
+  dtype: Dtype = 'float32',
+  scores: Sequence[str] | None = None,
+  weights: open_run.Weights = 'best',
+  checkpoint: str = open_run.NEWEST,
+) -> str:
+  """Exports a checkpoint of a run.
+
+  Args:
+    workdir: of the run.
+    form: of the folder.
+    output: folder to make; must not exist, or be empty.
+    dtype: of the weights, and of what stablehlo computes.
+    scores: results.json files of `eval.py`, of this checkpoint, which go into the model card; None for the one in
+      WORKDIR/eval, if it is of this checkpoint.
+    weights: as for `trained_run.open_run`.
+    checkpoint: likewise.
+
+  Returns:
+    What was written, a line for each file of weights, and which scores.
+
+  Raises:
+    ValueError: there is no such run, `output` is taken, or the format cannot represent the model.
+    OSError: `output` cannot be written.
+  """
+  for name, value, choices in (('format', form, get_args(Form)), ('dtype', dtype, get_args(Dtype))):
+    if value not in choices:
+      raise ValueError(f'{name}={value!r}: use {", ".join(choices)}')
+  check_free('--output', output)
+  run = open_run.open_run(workdir, checkpoint, weights=weights)
+  reports, note = _choose_reports(run, scores)
+  spec = state_dicts.ModelSpec(run.config.model, run.tokenizer.vocab_size, run.tokenizer.eos_id, run.model.multi_label)
+  number_format = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
+  with open_run.complete_config(run.workdir), new_folder('--output', output) as folder:
+    notes = {}
+    if form == 'huggingface':
+      huggingface_folder.write_folder(folder, run, spec, number_format, reports)
+    elif form == 'stablehlo':
+      notes = _write_stablehlo(folder, run, spec, number_format)
+      model_card.write(folder, run, use=_BUNDLE_USE, tags='', reports=reports)
+    else:
+      _write_flat(folder, run, spec, number_format)
+      model_card.write(folder, run, use=_FLAT_USE, tags='', reports=reports)
+    sizes = _sizes(folder)
+  files = (f'{epath.Path(output) / name}: {size / 1e6:.1f} MB{notes.get(name, "")}' for name, size in sizes.items())
+  return '\n'.join([*files, note])
+
+
+def _choose_reports(run: TrainedRun, paths: Sequence[str] | None) -> tuple[list[model_card.Report], str]:
+  """Reports for the model card, and a line that says which."""
+  usual = run.workdir / 'eval' / 'results.json'
+  if paths is None and not usual.exists():
+    return [], f'the model card has no scores: there is no {usual}, and --scores names none'
+  chosen = [usual] if paths is None else paths
+  try:
+    return model_card.read_reports(run, chosen), f'the model card has the scores in {", ".join(map(str, chosen))}'
+  except ValueError as error:
+    if paths is not None:
+      raise
+    return [], f'the model card has no scores: {error}'
+
+
+def _sizes(folder: epath.Path) -> dict[str, int]:
+  """Bytes of each file of weights."""
+  return {path.name: path.stat().length for path in sorted(folder.iterdir()) if path.suffix in _WEIGHTS}
+
+
+def _write_flat(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype) -> None:
+  state = state_dicts.cast(native.to_flat(run.variables), dtype)
+  safetensors.numpy.save_file(state, str(folder / 'model.safetensors'))
+  _write_json(folder / 'config.json', native.spec_to_json(spec))
+  run.tokenizer.save(folder)
+
+
+def _write_stablehlo(
+  folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype
+) -> dict[str, str]:
+  """Writes both towers, the tokenizer and what a caller needs to know; returns the latency of each file, in words."""
+  towers = {
+    'image.stablehlo': stablehlo.export_image_tower(spec, run.variables, dtype),
+    'text.stablehlo': stablehlo.export_text_tower(spec, run.variables, dtype),
+  }
+  for name, exported in towers.items():
+    (folder / name).write_bytes(exported.serialize())
+  run.tokenizer.save(folder / 'tokenizer')
+  length = spec.config.text.context_length
+  inputs = {'image.stablehlo': (1, *spec.config.vision.image_size, 3), 'text.stablehlo': (1, length)}
+  seconds = {name: stablehlo.measure_latency(exported, inputs[name]) for name, exported in towers.items()}
+  files = {
+    name: dict(bytes=size, input=list(inputs[name]), milliseconds=round(1000 * seconds[name], 2))
+    for name, size in _sizes(folder).items()
+  }
+  _write_json(
+    folder / 'bundle.json',
+    dict(
+      image_size=list(spec.config.vision.image_size),
+      patch_size=spec.config.vision.patch_size,
+      context_length=length,
+      bos_id=run.tokenizer.bos_id,
+      eos_id=run.tokenizer.eos_id,
+      pad_id=run.tokenizer.pad_id,
+      vocab_size=spec.vocab_size,
+      dtype=dtype.name,
+      platforms=list(stablehlo.PLATFORMS),
+      logit_scale=float(clamped_scale(run.variables['params']['logit_scale'])),
+      files=files,
+      measured_on=_describe_machine(),
+      trial_texts=dict(zip(_TRIAL_TEXTS, run.tokenizer.encode(_TRIAL_TEXTS, length).tolist())),
+      **run.provenance,
+    ),
+  )
+  return {name: f', {1000 * each:.1f} ms for one on this machine' for name, each in seconds.items()}
+
+
+def _describe_machine() -> dict[str, Any]:
+  """What a latency depends on."""
+  return dict(device=jax.devices()[0].device_kind, cores=os.cpu_count(), jax=jax.__version__)
+
+
+def _write_json(path: epath.Path, values: object) -> None:
+  path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + '\n')
+
+
+if __name__ == '__main__':
+  WORKDIR = flags.DEFINE_string('workdir', None, 'The run.')
+  FORMAT = flags.DEFINE_enum('format', None, ['huggingface', 'stablehlo', 'safetensors'], 'What to write.')
+  OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
+  DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16'], 'Of the weights; of stablehlo also of the computation.'
+  )
+  SCORES = flags.DEFINE_list(
+    'scores', None, 'results.json files of eval.py for the model card; by default WORKDIR/eval/results.json.'
+  )
+  WEIGHTS = flags.DEFINE_enum(
+    'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'
+  )
+  CHECKPOINT = flags.DEFINE_enum(
+    'checkpoint', 'newest', ['newest', 'best'], 'best: the one that scored best in training.'
+  )
+  flags.mark_flags_as_required(['workdir', 'format', 'output'])
+  cli.run(
+    lambda: print(
+      export(
+        WORKDIR.value,
+        FORMAT.value,
+        OUTPUT.value,
+        dtype=DTYPE.value,
+        scores=SCORES.value,
+        weights=WEIGHTS.value,
+        checkpoint=CHECKPOINT.value,
+      )
+    )
+  )

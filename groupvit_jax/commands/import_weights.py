@@ -1,0 +1,104 @@
+"""Makes a workdir of weights from elsewhere.
+
+  python -m groupvit_jax.commands.import_weights --from=groupvit-gcc-yfcc --workdir=runs/released
+
+`--from` is a Hugging Face folder, a folder of `export --format=safetensors`, or an authors' `.pth`; the last needs
+`--tokenizer`, a folder or file with CLIP's vocabulary.
+"""
+
+from absl import flags
+from etils import epath
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from groupvit_jax import cli
+from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
+from groupvit_jax.interop import licence
+from groupvit_jax.interop.new_folder import check_free, check_local, new_folder
+from groupvit_jax.interop.read import check_tokenizer, read_weights, Weights
+from groupvit_jax.train import workdir as workdir_lib
+from groupvit_jax.train.checkpoint import Checkpoints
+from groupvit_jax.train.state import TrainState
+
+
+def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> str:
+  """Makes a workdir that evaluation and `Predictor` open like any other.
+
+  Args:
+    source: folder or file with the weights.
+    workdir: where it goes; must not exist, or be empty.
+    tokenizer: tokenizer files, where `source` has none.
+
+  Returns:
+    What was imported, in a line or two, the licence included.
+
+  Raises:
+    ValueError: the weights or the tokenizer are missing, damaged or do not fit, or `workdir` is taken.
+    OSError: `workdir` cannot be written.
+  """
+  check_free('--workdir', workdir)
+  check_local(source)
+  if tokenizer is None and not epath.Path(source).is_dir() and epath.Path(source).exists():
+    raise ValueError(f"{source} comes without a tokenizer; name CLIP's vocabulary with --tokenizer=")
+  weights = read_weights(source)
+  loaded = build_tokenizer(source if tokenizer is None else tokenizer)
+  check_tokenizer(
+    loaded,
+    vocab_size=weights.spec.vocab_size,
+    eos_id=weights.spec.eos_id,
+    remedy='name the one they were trained with, with --tokenizer=',
+  )
+  with new_folder('--workdir', workdir) as folder:
+    _write(folder, weights, loaded, source)
+  return (
+    f'{workdir}: {_count(weights):,} parameters, imported from {source} ({weights.form})\n'
+    f'licence of the weights: {weights.licence}'
+  )
+
+
+def _write(folder: epath.Path, weights: Weights, tokenizer: Tokenizer, source: str) -> None:
+  """Writes config, tokenizer and a checkpoint at step 0, without an optimiser's state."""
+  workdir_lib.claim(
+    folder,
+    ml_collections.ConfigDict(
+      dict(
+        seed=0,
+        model=weights.spec.config,
+        tokenizer=dict(path=''),
+        # The paper makes three prompts of a caption, for models that have a temperature for them.
+        data=dict(num_prompts=3 if weights.spec.multi_label else 0),
+        imported=dict(source=source, form=weights.form),
+      )
+    ),
+  )
+  licence.keep(folder, weights.licence)
+  tokenizer.save(folder / 'tokenizer')
+  zero = jnp.zeros((), jnp.int32)
+  state = TrainState(
+    step=zero,
+    opt_state=optax.identity().init(weights.variables['params']),
+    rng=jax.random.key(0),
+    skipped=zero,
+    skipped_in_a_row=zero,
+    **jax.tree.map(jnp.asarray, weights.variables),
+  )
+  checkpoints = Checkpoints(folder, keep=1)
+  try:
+    checkpoints.save(state, workdir_lib.read_config(folder))
+    checkpoints.wait()
+  finally:
+    checkpoints.close()
+
+
+def _count(weights: Weights) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(weights.variables['params']))
+
+
+if __name__ == '__main__':
+  SOURCE = flags.DEFINE_string('from', None, 'Folder or .pth file with the weights.')
+  WORKDIR = flags.DEFINE_string('workdir', None, 'Folder to make.')
+  TOKENIZER = flags.DEFINE_string('tokenizer', None, "Tokenizer files; by default those in the weights' folder.")
+  flags.mark_flags_as_required(['from', 'workdir'])
+  cli.run(lambda: print(import_weights(SOURCE.value, WORKDIR.value, TOKENIZER.value)))

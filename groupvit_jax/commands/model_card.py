@@ -1,0 +1,140 @@
+"""The README.md of an exported model: its licence, use, data, scores and configuration."""
+
+from collections.abc import Mapping, Sequence
+import json
+from typing import Any
+
+from etils import epath
+import ml_collections
+
+from groupvit_jax.interop import licence
+from groupvit_jax.train.open_run import TrainedRun
+
+Report = Mapping[str, Any]  # a results.json of eval.py
+
+_CARD = """\
+---
+{header}
+---
+# GroupViT
+
+Segments pictures into words, learnt from captions alone (Xu et al., CVPR 2022). Written by groupvit_jax {code} from
+step {step:,} of its run.
+
+## Use
+
+{use}
+## Data
+
+{data}
+
+## Scores
+
+{scores}
+## Configuration
+
+```json
+{config}
+```
+"""
+
+_FIGURES = ('miou', 'pixel_accuracy', 'oracle_miou', 'top1', 'top5')
+
+
+def write(folder: epath.Path, run: TrainedRun, *, use: str, tags: str, reports: Sequence[Report]) -> None:
+  """Writes the card.
+
+  Args:
+    folder: of the exported model.
+    run: whose model it is.
+    use: Markdown for those who take it from there.
+    tags: further lines of the header, as the Hugging Face Hub knows them.
+    reports: of evaluations of this checkpoint.
+  """
+  header = '\n'.join(line for line in (licence.read_kept(run.workdir).header(), tags) if line)
+  (folder / 'README.md').write_text(
+    _CARD.format(
+      header=header,
+      code=run.provenance['code'],
+      step=run.step,
+      use=use,
+      data=_describe_data(run.config),
+      scores='\n'.join(map(_table, reports)) or 'None were given to the export.\n',
+      config=json.dumps(json.loads(run.config.to_json()), indent=2),
+    )
+  )
+
+
+def read_reports(run: TrainedRun, paths: Sequence[epath.PathLike]) -> list[Report]:
+  """Reports of evaluations of a run's opened checkpoint.
+
+  Args:
+    run: the run.
+    paths: of the reports.
+
+  Raises:
+    ValueError: one is not there, holds no scores, or is of another checkpoint.
+  """
+  return [_check(_read(epath.Path(path)), run, path) for path in paths]
+
+
+def _read(path: epath.Path) -> Report:
+  if not path.exists():
+    raise ValueError(f'there is no file {path}; name a results.json that eval.py wrote, or leave --scores out')
+  try:
+    report = json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON ({error}); name a results.json that eval.py wrote') from error
+  known = isinstance(report, dict) and {'benchmark', 'num_images', 'protocol', 'provenance'} <= report.keys()
+  if not known or not any(name in report for name in _FIGURES):
+    raise ValueError(f'{path} holds no scores; name the results.json of an evaluation on labelled pictures')
+  return report
+
+
+def _check(report: Report, run: TrainedRun, path: epath.PathLike) -> Report:
+  ours = run.provenance
+  for name in ('step', 'weights'):
+    theirs = report['provenance'].get(name)
+    if theirs != ours[name]:
+      raise ValueError(
+        f'{path} has the scores of {name}={theirs}, and what is exported is {name}={ours[name]}; '
+        'evaluate it again, or name another report with --scores'
+      )
+  return report
+
+
+def _describe_data(config: ml_collections.ConfigDict) -> str:
+  """Where the training pairs came from, how many there are, and what texts were made of a caption."""
+  if 'imported' in config:
+    return f'Not known: the weights were imported from {config.imported.source} ({config.imported.form}).'
+  data, lines = config.data, []
+  if data.source == 'scenes':
+    scenes = data.scenes
+    lines.append(
+      f'Scenes made while training, with captions: {len(scenes.things)} things ({", ".join(scenes.things)}) '
+      f'on {len(scenes.stuff)} kinds of stuff ({", ".join(scenes.stuff)}).'
+    )
+  else:
+    lines += ['| set | format | pairs expected | weight |', '| --- | --- | --: | --: |']
+    lines += [
+      f'| {name} | {each.format} | {f"{each.expected:,}" if each.expected else "unknown"} | '
+      f'{each.weight or "by size"} |'
+      for name, each in data.sets.items()
+    ]
+    lines.append('')
+  prompts = f'and {data.num_prompts} prompts made of it' if data.num_prompts else 'alone'
+  lines.append(
+    f'Texts of a picture: its caption {prompts}; {config.total_steps:,} steps of {config.batch_size:,} pictures.'
+  )
+  if 'init_from' in config and config.init_from:
+    lines.append(f'Training started from the weights in {config.init_from}.')
+  return '\n'.join(lines)
+
+
+def _table(report: Report) -> str:
+  """What `eval.py` found, with the protocol that the figures hold for."""
+  figures = ''.join(f'| {name} | {report[name]:.3f} |\n' for name in _FIGURES if report.get(name) is not None)
+  return (
+    f'{report["benchmark"]}, {report["num_images"]:,} pictures:\n\n| figure | value |\n| --- | --- |\n{figures}\n'
+    f'Protocol:\n\n```json\n{json.dumps(report["protocol"], indent=2)}\n```\n'
+  )

@@ -1,0 +1,148 @@
+"""What eval.py --images does: segment anyone's pictures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import glob
+import os
+from pathlib import Path
+import sys
+from typing import Any
+
+import jax
+
+from groupvit_jax import cli
+from groupvit_jax.commands.run_metadata import choose_protocol, describe_run, run_facts, say_replaced
+from groupvit_jax.data.images import read_picture
+from groupvit_jax.eval.output_folder import OutputFolder
+from groupvit_jax.predictor import parse_words, Prediction, Predictor
+from groupvit_jax.train import open_run
+
+
+def label_pictures(
+  workdir: str,
+  *,
+  images: str,
+  classes: str,
+  output: str,
+  overwrite: bool,
+  protocol: str,
+  changes: Mapping[str, str],
+  checkpoint: str = open_run.NEWEST,
+  weights: open_run.Weights = 'best',
+) -> int:
+  """Segments pictures into words, and writes for each what was found.
+
+  Of a picture NAME: NAME.mask.png (indexed, label values), NAME.overlay.png, NAME.final_groups.png,
+  NAME.first_groups.png and NAME.json (areas and scores); for all of them classes.json and results.json.
+
+  Args:
+    workdir: of the run.
+    images: a path, or a pattern such as '*.png'.
+    classes: words between commas; 'dog|puppy' is one class. With a threshold in the protocol what fits
+      no word is background.
+    output: folder.
+    overwrite: see `OutputFolder`.
+    protocol: name of the protocol.
+    changes: protocol parameters as people write them.
+    checkpoint: as for `trained_run.open_run`.
+    weights: likewise.
+
+  Returns:
+    The exit code: `cli.EXIT_PARTIAL` if a picture could not be read.
+
+  Raises:
+    ValueError: the request has a mistake; nothing was written.
+    OSError: the results cannot be written.
+  """
+  if jax.process_count() > 1:
+    raise ValueError('pictures are segmented by one process; start it alone, with --num_processes=1')
+  words = [word.strip() for word in classes.split(',')] if classes.strip() else []
+  parse_words(words)  # before anything that takes time
+  paths = _find_pictures(images)
+  folder = OutputFolder(output, overwrite=overwrite)
+  run = open_run.open_run(workdir, checkpoint, weights=weights)
+  chosen = choose_protocol(run, protocol, changes)
+  predictor = Predictor.from_run(run, protocol=chosen)
+  names, failures, done = _unique_names(paths), {}, {}
+  found = predictor.stream(_read_all(paths, failures), words, threshold=chosen.threshold)
+  folder.begin()
+  say_replaced(folder)
+  for prediction in found:
+    _write_prediction(folder, names[prediction.key], prediction)
+    if not done:
+      folder.write_json('classes.json', _class_table(prediction))
+    done[prediction.key] = names[prediction.key]
+    print(_summarize(prediction), flush=True)
+  for reason in failures.values():
+    print(f'not done: {reason}', file=sys.stderr)
+  folder.write_report(
+    {
+      'pictures': [{'picture': path, 'files': name} for path, name in sorted(done.items())],
+      'failures': [{'picture': path, 'reason': reason} for path, reason in failures.items()],
+      'words': words,
+      'protocol': chosen.to_json(),
+      'provenance': dict(run.provenance),
+      **run_facts(run),
+    }
+  )
+  print(f'{len(done)} of {len(paths)} pictures, written to {folder.path}; {describe_run(run)}')
+  return cli.EXIT_PARTIAL if failures else 0
+
+
+def _find_pictures(pattern: str) -> list[str]:
+  """The files that a pattern, or a path, stands for, sorted.
+
+  Raises:
+    ValueError: there are none.
+  """
+  # A name may hold brackets: what exists is not a pattern.
+  found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
+  paths = sorted(path for path in found if os.path.isfile(path))
+  if not paths:
+    hint = f'; for a folder write {os.path.join(pattern, "*")}' if os.path.isdir(pattern) else ''
+    raise ValueError(f'no picture matches --images={pattern}{hint}')
+  return paths
+
+
+def _unique_names(paths: Sequence[str]) -> dict[str, str]:
+  """What each picture's files are called: its name without the ending, numbered where two are equal."""
+  names: dict[str, str] = {}
+  taken: set[str] = set()
+  for path in paths:
+    name, number = Path(path).stem, 1
+    while name.casefold() in taken:
+      number += 1
+      name = f'{Path(path).stem}_{number}'
+    taken.add(name.casefold())
+    names[path] = name
+  return names
+
+
+def _read_all(paths: Sequence[str], failures: dict[str, str]) -> Iterator[tuple[str, Any]]:
+  """Yields (path, pixels) of the pictures that can be read, and notes the others."""
+  for path in paths:
+    try:
+      yield path, read_picture(path, path)
+    except ValueError as error:
+      failures[path] = str(error)
+
+
+def _write_prediction(folder: OutputFolder, name: str, prediction: Prediction) -> None:
+  folder.write_picture(f'{name}.mask.png', prediction.mask())
+  folder.write_picture(f'{name}.overlay.png', prediction.overlay())
+  folder.write_picture(f'{name}.final_groups.png', prediction.group_overlay(-1))
+  folder.write_picture(f'{name}.first_groups.png', prediction.group_overlay(0))
+  folder.write_json(f'{name}.json', prediction.to_json())
+
+
+def _class_table(prediction: Prediction) -> list[dict[str, Any]]:
+  """What the values of a mask stand for."""
+  return [
+    {'label': label, 'name': name, 'colour': '#{:02x}{:02x}{:02x}'.format(*colour)}
+    for label, (name, colour) in enumerate(zip(prediction.classes, prediction.palette))
+  ]
+
+
+def _summarize(prediction: Prediction) -> str:
+  """The classes of a picture, largest first."""
+  rows = [row for row in prediction.to_json()['classes'] if row['pixels']]
+  return f'{prediction.key}: ' + ', '.join(f'{row["name"]} {row["area"]:.0%}' for row in rows)

@@ -1,0 +1,220 @@
+"""From a picture, encoded or not, to what the model sees of it: crop, resize, flip, RandAugment.
+
+Random erasing and ImageNet's mean and deviation belong to the training step: `random_erasing.py`.
+"""
+
+import dataclasses
+import io
+import math
+from typing import NamedTuple
+
+import cv2
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from groupvit_jax.data import images, jpeg
+from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.rand_augment import RandAugment
+
+_ATTEMPTS = 10
+_REDUCTIONS = (8, 4, 2)
+
+# An example is one thread's work: OpenCV's own threads would fight the loader's over the cores.
+cv2.setNumThreads(0)
+
+
+class Box(NamedTuple):
+  """A part of a picture, in pixels."""
+
+  top: int
+  left: int
+  height: int
+  width: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+  """A picture -> uint8 [H, W, 3]; a pure function of (picture, rng).
+
+  A random resized crop, bilinear; perhaps flipped; perhaps RandAugment.
+  """
+
+  size: tuple[int, int]  # (H, W)
+  area: tuple[float, float]  # the crop's share of the picture's area
+  ratio: tuple[float, float]  # the crop's width / height
+  flip: float  # probability of a horizontal flip
+  rand_augment: RandAugment | None
+  min_side: int  # pixels; smaller pictures are faults
+  max_pixels: int  # larger ones are, before they are decoded
+
+  def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, key: str) -> np.ndarray:
+    """Returns uint8 [H, W, 3].
+
+    Args:
+      image: a file (JPEG, PNG, WebP, ...) or its pixels, uint8 [h, w, 3].
+      rng: decides everything.
+      key: the picture's name in faults.
+
+    Raises:
+      Fault: the picture is corrupt, truncated, tiny or huge.
+    """
+    pixels, box = self.read_crop(image, rng, key)
+    pixels = resize_box(pixels, box, self.size)
+    if rng.random() < self.flip:
+      pixels = cv2.flip(pixels, 1)
+    return pixels if self.rand_augment is None else self.rand_augment(pixels, rng)
+
+  def read_crop(self, image: bytes | np.ndarray, rng: np.random.Generator, key: str) -> tuple[np.ndarray, Box]:
+    """Draws a crop and decodes what it needs.
+
+    Args:
+      image: as for a call, like what follows.
+      rng: decides the crop.
+      key: the picture's name in faults.
+
+    Returns:
+      uint8 [h', w', 3], and the place of the crop there.
+    """
+    header = jpeg.read_header(image, key) if isinstance(image, bytes) else None
+    if header is None:
+      pixels = self._decode_whole(image, key) if isinstance(image, bytes) else image
+      self._check_size(*pixels.shape[:2], key)
+      return pixels, random_box(*pixels.shape[:2], self.area, self.ratio, rng)
+    self._check_size(header.height, header.width, key)
+    box = random_box(header.height, header.width, self.area, self.ratio, rng)
+    reduction = _reduction(box, self.size)
+    pixels = jpeg.decode_rows(image, header, box.top + box.height, reduction, key)
+    return pixels, _reduce(box, reduction)
+
+  def _decode_whole(self, data: bytes, key: str) -> np.ndarray:
+    """Decodes what `jpeg` leaves alone."""
+    try:
+      with Image.open(io.BytesIO(data)) as image:
+        width, height = image.size
+      self._check_size(height, width, key)
+      return images.decode_picture(data, key)
+    except Fault:
+      raise
+    except Image.DecompressionBombError as error:
+      raise Fault('image_huge', key) from error
+    except Exception as error:  # which one depends on the format and on where the damage is
+      cause = 'image_truncated' if 'truncated' in str(error) else 'image_corrupt'
+      raise Fault(cause, key) from error
+
+  def _check_size(self, height: int, width: int, key: str) -> None:
+    if min(height, width) < self.min_side:
+      raise Fault('image_tiny', key)
+    if height * width > self.max_pixels:
+      raise Fault('image_huge', key)
+
+
+def build_augment(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> Augment | None:
+  """Builds what a config's `data.augment` names.
+
+  Args:
+    config: `name` is 'none' for pixels that have the model's size already; 'plain' for crops and
+      flips, with `area`, `ratio`, `flip`, `min_side` and `max_pixels` (see `Augment`);
+      'rand_augment' for RandAugment on top, with `num_ops`, `op_probability`, `magnitude` and
+      `magnitude_std`.
+    image_size: (H, W) of the model.
+
+  Raises:
+    ValueError: there is no such augmentation, or a range or a probability is none.
+  """
+  if config.name == 'none':
+    return None
+  if config.name not in ('plain', 'rand_augment'):
+    raise ValueError(f"data.augment.name={config.name!r}: use 'none', 'plain' or 'rand_augment'")
+  area, ratio = tuple(config.area), tuple(config.ratio)
+  if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+    raise ValueError(f'data.augment.area={area}: use two shares, 0 < least <= most <= 1')
+  if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
+    raise ValueError(f'data.augment.ratio={ratio}: use two positive ratios, the smaller one first')
+  _check_probability('flip', config.flip)
+  rand_augment = _build_rand_augment(config) if config.name == 'rand_augment' else None
+  return Augment(tuple(image_size), area, ratio, config.flip, rand_augment, config.min_side, config.max_pixels)
+
+
+def random_box(
+  height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> Box:
+  """Draws the crop of a picture (Szegedy et al. 2015, as torchvision defines it).
+
+  The area is uniform, the ratio log-uniform, the place uniform. When ten crops do not fit, it is
+  the largest one in the middle whose ratio lies in the range.
+
+  Args:
+    height: of the picture.
+    width: of the picture.
+    area: range of the crop's share of the picture's area.
+    ratio: range of its width / height.
+    rng: decides.
+  """
+  for _ in range(_ATTEMPTS):
+    pixels = rng.uniform(*area) * height * width
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+    if 0 < w <= width and 0 < h <= height:
+      return Box(int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w)
+  w, h = min(width, round(height * ratio[1])), min(height, round(width / ratio[0]))
+  return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def resize_box(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
+  """Resizes a part of a picture as Pillow's bilinear filter does, within a level or so.
+
+  Pillow widens its filter, a triangle, by the factor r by which it makes a picture smaller;
+  OpenCV's bilinear does not. So a Gaussian runs first that adds the variance which is missing: a
+  triangle's is r^2 / 6, and sampling between pixels, which OpenCV does as well, is worth about
+  half of 1 / 6.
+
+  Args:
+    pixels: uint8 [h, w, 3].
+    box: the part.
+    size: (H, W).
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+  sigma_y, sigma_x = _blur(box.height / size[0]), _blur(box.width / size[1])
+  if sigma_y or sigma_x:
+    part = cv2.GaussianBlur(part, (_taps(sigma_x), _taps(sigma_y)), sigma_x, sigmaY=sigma_y)
+  return cv2.resize(part, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def _blur(factor: float) -> float:
+  """The Gaussian's standard deviation, in pixels, before pixels are made `factor` times fewer."""
+  return math.sqrt((factor**2 - 0.5) / 6) if factor > 1 else 0.0
+
+
+def _taps(sigma: float) -> int:
+  """How many pixels the Gaussian spans: two deviations to each side; more changes nothing."""
+  return 2 * round(2 * sigma) + 1
+
+
+def _reduction(box: Box, size: tuple[int, int]) -> int:
+  """How many times smaller a crop may be decoded and still be twice as large as needed."""
+  room = min(box.height / size[0], box.width / size[1]) / 2
+  return next((reduction for reduction in _REDUCTIONS if reduction <= room), 1)
+
+
+def _reduce(box: Box, reduction: int) -> Box:
+  """The box in a picture made smaller: at most a quarter of an output pixel from its place."""
+  top, left = round(box.top / reduction), round(box.left / reduction)
+  bottom = round((box.top + box.height) / reduction)
+  right = round((box.left + box.width) / reduction)
+  return Box(top, left, bottom - top, right - left)
+
+
+def _build_rand_augment(config: ml_collections.ConfigDict) -> RandAugment:
+  _check_probability('op_probability', config.op_probability)
+  if not 0 <= config.magnitude <= 10:
+    raise ValueError(f'data.augment.magnitude={config.magnitude}: use 0 to 10')
+  return RandAugment(config.num_ops, config.op_probability, config.magnitude, config.magnitude_std)
+
+
+def _check_probability(name: str, value: float) -> None:
+  if not 0 <= value <= 1:
+    raise ValueError(f'data.augment.{name}={value}: use a probability, 0 to 1')

@@ -1,0 +1,79 @@
+"""Records that cannot be used: what is wrong with them, and which record takes their place."""
+
+from collections.abc import Iterator
+import logging
+import threading
+
+import numpy as np
+
+# Order of the counts in a batch's 'faults'.
+CAUSES = (
+  'image_missing',  # no picture, or an empty file
+  'image_corrupt',  # not a picture, or damaged
+  'image_truncated',  # ends early
+  'image_tiny',  # fewer pixels on a side than the config asks for
+  'image_huge',  # more pixels than the config allows: a decompression bomb
+  'caption_missing',  # no caption
+  'caption_empty',  # nothing but blanks
+  'caption_unreadable',  # not UTF-8, or not the JSON it should be
+)
+
+_TRIES, _NEAR = 32, 16  # neighbours tried, and how many of them lie side by side
+_LINES = 20  # faults written out by each process, so that a bad set does not flood the terminal
+_log = logging.getLogger(__name__)
+_lock = threading.Lock()
+_written = 0
+
+
+class Fault(Exception):
+  """A record cannot be used.
+
+  Attributes:
+    cause: one of `CAUSES`.
+    key: names the record, its shard included.
+  """
+
+  def __init__(self, cause: str, key: str):
+    super().__init__(cause, key)
+    self.cause, self.key = cause, key
+
+  def __str__(self) -> str:
+    return f'{self.key}: {self.cause}'
+
+
+class TooManyFaults(ValueError):
+  """No usable record in reach, or more replaced than the config allows."""
+
+
+def neighbours(index: int, start: int, size: int) -> Iterator[int]:
+  """Yields a record, then those that may take its place.
+
+  First those that follow it; then the distance doubles, so that a few more steps leave even a
+  shard that is damaged as a whole.
+
+  Args:
+    index: the record that was drawn.
+    start: first record of its set.
+    size: records of its set.
+  """
+  for k in range(min(_TRIES, size)):
+    distance = k if k < _NEAR else 2 ** (k - _NEAR + 4)
+    yield start + (index - start + distance) % size
+
+
+def count(found: list[Fault]) -> np.ndarray:
+  """Counts faults by cause: int32 [causes]."""
+  causes = [fault.cause for fault in found]
+  return np.array([causes.count(cause) for cause in CAUSES], np.int32)
+
+
+def report(fault: Fault) -> None:
+  """Logs a fault with shard and key; after some, this process only counts them."""
+  global _written
+  with _lock:
+    _written += 1
+    written = _written
+  if written <= _LINES:
+    _log.warning('replaced a record: %s', fault)
+  if written == _LINES:
+    _log.warning('further records that this process replaces are only counted; the audit lists them')

@@ -1,0 +1,146 @@
+"""Words of a caption, and the prompts made from them.
+
+The tagger is textblob's `PatternTagger` (a lexicon and suffix rules; nothing is downloaded). Its
+one self-contained module is loaded by file: `import textblob` would pull in nltk, scipy and
+scikit-learn, about a second and 150 MB in every worker process.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+
+# What the multi-label loss picks from (paper section 3.3): these nouns, and every verb tag.
+WORD_TAGS = frozenset({'NN', 'NNS', 'NNP', 'VB', 'VBD', 'VBG', 'VBN', 'VBP', 'VBZ'})
+NOUN_TAGS = frozenset({'NN', 'NNS', 'NNP', 'NNPS'})
+ADJECTIVE_TAGS = frozenset({'JJ', 'JJR', 'JJS'})
+
+# The tagger's time is quadratic in a run of punctuation; nothing after this is tagged.
+LONGEST_CAPTION = 10_000
+
+# What the tagger leaves of "isn't", "we're", "they'll": it calls some of them nouns.
+_FRAGMENTS = frozenset({'n', 't', 's', 'd', 'm', 'll', 're', 've'})
+
+_TEMPLATES = Path(__file__).parents[1] / 'eval' / 'imagenet_zero_shot.json'
+
+
+def nouns(caption: str) -> list[str]:
+  """Returns the nouns and verbs of a caption, in order, as they are written there.
+
+  A word that occurs twice is listed twice. Tokens without a letter and the remains of
+  contractions, which the tagger calls nouns, are left out.
+
+  Args:
+    caption: English text; only its first `LONGEST_CAPTION` characters are read.
+
+  Returns:
+    The words whose tag is in `WORD_TAGS`.
+  """
+  return [word for sentence in _tag(caption) for word, tag in sentence if tag in WORD_TAGS]
+
+
+def noun_phrases(caption: str) -> list[str]:
+  """Returns the noun phrases of a caption: adjacent adjectives and nouns that end in a noun.
+
+  Args:
+    caption: English text; only its first `LONGEST_CAPTION` characters are read.
+
+  Returns:
+    The phrases in order: 'a small black dog on wet grass' gives 'small black dog', 'wet grass'.
+  """
+  phrases, run, length = [], [], 0  # length: up to and including the run's last noun
+  for word, tag in [pair for sentence in _tag(caption) for pair in (*sentence, ('', ''))]:
+    if tag in NOUN_TAGS or tag in ADJECTIVE_TAGS:
+      run.append(word)
+      length = len(run) if tag in NOUN_TAGS else length
+      continue
+    if length:
+      phrases.append(' '.join(run[:length]))
+    run, length = [], 0
+  return phrases
+
+
+def noun_prompts(caption: str, count: int, rng: np.random.Generator, *, phrases: bool = False) -> list[str]:
+  """Returns a caption's prompts for the multi-label loss (paper section 3.3).
+
+  Up to `count` words are picked without replacement, each in a template drawn from the 80 of
+  ImageNet; the caption fills the rest. Words are picked by occurrence: one that the caption
+  holds twice is twice as likely and may be picked twice, in two templates.
+
+  Args:
+    caption: English text.
+    count: M, the number of prompts; 0 for none.
+    rng: decides the words and the templates; equal states give equal prompts.
+    phrases: picks from `noun_phrases` instead of `nouns`.
+
+  Returns:
+    `count` texts.
+  """
+  if count == 0:
+    return []
+  words = noun_phrases(caption) if phrases else nouns(caption)
+  templates = template_set('full')
+  picked = rng.permutation(len(words))[:count]
+  drawn = rng.integers(len(templates), size=len(picked))
+  prompts = [templates[t].format(words[w]) for w, t in zip(picked, drawn, strict=True)]
+  return prompts + [caption] * (count - len(prompts))
+
+
+def class_prompts(names: Sequence[str], templates: str) -> list[list[str]]:
+  """Returns every class name in every template of a set, for zero-shot evaluation.
+
+  Args:
+    names: C class names.
+    templates: name of a template set, see `template_set`.
+
+  Returns:
+    [C][T] texts.
+
+  Raises:
+    ValueError: there is no such template set.
+  """
+  return [[template.format(name) for template in template_set(templates)] for name in names]
+
+
+@functools.cache
+def template_set(name: str) -> tuple[str, ...]:
+  """Returns the T templates of a set, each with one `{}` for the class name.
+
+  Args:
+    name: 'full' (the 80 of ImageNet), 'subset' (7 of them), 'simple' or 'identity' (one each).
+
+  Returns:
+    The templates.
+
+  Raises:
+    ValueError: there is no such set.
+  """
+  sets = json.loads(_TEMPLATES.read_text(encoding='utf-8'))['templates']
+  if name not in sets:
+    raise ValueError(f'no template set {name!r}; the known sets are {", ".join(sorted(sets))}')
+  return tuple(sets[name])
+
+
+def _tag(caption: str) -> list[list[tuple[str, str]]]:
+  """Returns the sentences of a caption as lists of (word, Penn Treebank tag)."""
+  sentences = _parse()(caption[:LONGEST_CAPTION], chunks=False, split=True)
+  return [[(word, tag if _is_word(word) else '') for word, tag in sentence] for sentence in sentences]
+
+
+def _is_word(token: str) -> bool:
+  return any(map(str.isalpha, token)) and token not in _FRAGMENTS
+
+
+@functools.cache
+def _parse() -> Callable[..., list]:
+  """Returns the parser's function behind `PatternTagger`, loaded once per process."""
+  folder = Path(importlib.util.find_spec('textblob').origin).parent
+  spec = importlib.util.spec_from_file_location('_textblob_text', folder / '_text.py')
+  text = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(text)
+  lexicon = text.Lexicon(path=str(folder / 'en' / 'en-lexicon.txt'), language='en')
+  lexicon.load()  # here, not at first use: another thread would see half of it
+  return text.Parser(lexicon=lexicon, default=('NN', 'NNP', 'CD'), language='en').parse

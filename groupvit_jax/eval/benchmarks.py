@@ -1,0 +1,179 @@
+"""What is segmented: class names, colours, label encodings, thresholds and published figures."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+
+from groupvit_jax.eval.protocols import ClassNames, Protocol
+
+IGNORE_LABEL = 255
+_FILE = Path(__file__).with_name('segmentation_benchmarks.json')
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """An mIoU that a paper prints, in percent."""
+
+  protocol: str
+  training_data: str  # of GroupViT-S/16: 'gcc_yfcc' or 'gcc_redcaps'
+  miou: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+  """A set of classes, and how files and figures of a data set refer to them.
+
+  Attributes:
+    name: short name.
+    classes: C names in label order; the background, where there is one, is the first.
+    palette: C colours, RGB.
+    background: whether the first class is whatever the others are not.
+    groupvit_names: C spellings behind the published figures; None where they are `classes`.
+    reduce_zero_label: whether label 0 of the files is ignored and the others shift down by one.
+    raw_label_ids: the files' label of each class but the background; None for the label itself.
+    split: which pictures the published figures are about.
+    num_images: how many these are; 0 where nothing is published.
+    thresholds: protocol -> its background threshold here.
+    published: figures to compare with.
+  """
+
+  name: str
+  classes: tuple[str, ...]
+  palette: tuple[tuple[int, int, int], ...]
+  background: bool = False
+  groupvit_names: tuple[str, ...] | None = None
+  reduce_zero_label: bool = False
+  raw_label_ids: tuple[int, ...] | None = None
+  split: str = ''
+  num_images: int = 0
+  thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  published: tuple[Published, ...] = ()
+
+  @property
+  def num_classes(self) -> int:
+    """C, background included."""
+    return len(self.classes)
+
+  def prompt_names(self, spelling: ClassNames) -> tuple[str, ...]:
+    """Names that a model is asked for: all but the background."""
+    names = self.groupvit_names if spelling == 'groupvit' and self.groupvit_names else self.classes
+    return names[1:] if self.background else names
+
+  def fix_threshold(self, protocol: Protocol) -> Protocol:
+    """The protocol with this benchmark's threshold: its own, the given one, or none to need.
+
+    A threshold counts as changed where it is neither the benchmark's own nor without meaning.
+
+    Raises:
+      ValueError: there is a background, and neither says from which score on it is not.
+    """
+    own = self.thresholds.get(protocol.name) if self.background else None
+    if self.background and protocol.threshold not in (None, own):
+      return protocol
+    if self.background and own is None:
+      raise ValueError(
+        f'{self.name} has a background class but no threshold under protocol {protocol.name!r}; set protocol.threshold'
+      )
+    changed = tuple(key for key in protocol.changed if key != 'threshold')
+    return dataclasses.replace(protocol, threshold=own, changed=changed)
+
+  def train_labels(self, raw: np.ndarray) -> np.ndarray:
+    """Labels 0..C-1, 255 to ignore, from those of the data set's files.
+
+    Args:
+      raw: uint8 [H, W].
+
+    Returns:
+      uint8 [H, W].
+    """
+    return _lookup_table(self.raw_label_ids, self.background, self.reduce_zero_label)[raw]
+
+
+@functools.cache
+def _lookup_table(raw_label_ids: tuple[int, ...] | None, background: bool, reduce_zero_label: bool) -> np.ndarray:
+  """Label in the files -> label, uint8 [256]."""
+  if raw_label_ids is not None:
+    # With a background everything else is background, the files' 255 included.
+    table = np.full(256, 0 if background else IGNORE_LABEL, np.uint8)
+    table[list(raw_label_ids)] = np.arange(len(raw_label_ids)) + background
+    return table
+  table = np.arange(256, dtype=np.uint8)
+  if reduce_zero_label:
+    table[1:255] -= 1
+    table[0] = IGNORE_LABEL
+  return table
+
+
+@functools.cache
+def load_benchmarks() -> dict[str, Benchmark]:
+  """The public benchmarks by name."""
+  return {name: _parse(name, facts) for name, facts in json.loads(_FILE.read_text()).items()}
+
+
+def find_benchmark(name: str) -> Benchmark:
+  """The benchmark of that name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  benchmarks = load_benchmarks()
+  if name not in benchmarks:
+    raise ValueError(f'there is no benchmark {name!r}; choose one of {", ".join(benchmarks)}')
+  return benchmarks[name]
+
+
+def _parse(name: str, facts: Mapping) -> Benchmark:
+  return Benchmark(
+    name=name,
+    classes=tuple(facts['classes']),
+    palette=tuple(map(tuple, facts['palette'])),
+    background=facts['background'],
+    groupvit_names=tuple(facts['groupvit_names']) if 'groupvit_names' in facts else None,
+    reduce_zero_label=facts['reduce_zero_label'],
+    raw_label_ids=tuple(facts['raw_label_ids']) if 'raw_label_ids' in facts else None,
+    split=facts['split'],
+    num_images=facts['num_images'],
+    thresholds=facts.get('thresholds', {}),
+    published=tuple(Published(**row) for row in facts['published']),
+  )
+
+
+def make_benchmark(name: str, classes: Sequence[str], *, background: bool = False) -> Benchmark:
+  """A benchmark of one's own classes, in VOC's colours.
+
+  Args:
+    name: what to call it.
+    classes: C names in label order; the background first, where there is one.
+    background: whether there is one.
+
+  Returns:
+    A benchmark without published figures.
+
+  Raises:
+    ValueError: no class to look for, one twice, an empty name, or more than labels of 8 bits hold.
+  """
+  classes = tuple(classes)
+  if len(classes) <= background:
+    raise ValueError(f'{name} has no classes to look for; name at least one')
+  if len(classes) > IGNORE_LABEL:
+    raise ValueError(f'{name} has {len(classes)} classes; at most {IGNORE_LABEL} fit 8-bit labels')
+  for i, label in enumerate(classes):
+    if not label.strip():
+      raise ValueError(f'class {i} of {name} has an empty name; name it or remove it')
+    if label in classes[:i]:
+      raise ValueError(f'{name} names the class {label!r} twice; remove one')
+  first = 0 if background else 1  # black is the background's
+  return Benchmark(name, classes, voc_colours(first + len(classes))[first:], background)
+
+
+def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
+  """VOC's colours: the bits of the index dealt to red, green and blue, high bits first."""
+  colours = []
+  for index in range(count):
+    channels = [sum((index >> (3 * i + c) & 1) << (7 - i) for i in range(8)) for c in range(3)]
+    colours.append(tuple(channels))
+  return tuple(colours)

@@ -1,0 +1,344 @@
+"""Pictures a person looks at: masks, overlays with names, groups with borders, and panels of them.
+
+Numpy, OpenCV and Pillow with its bundled font; nothing here knows a model. Shape letters: H W pixels,
+C classes.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from groupvit_jax.model.metrics import IGNORE_LABEL
+
+_IGNORE_COLOUR = (224, 224, 224)
+LONG_SIDE = 384  # overlays are at least this long: far below it no name is legible
+_TILE = 256  # the same for the tiles of a panel, of which there are many
+_LARGEST_TILE = 384  # and at most so long
+OPACITY = 0.55  # of classes over the picture
+GROUP_OPACITY = 0.35  # of groups, whose borders say more than their colours
+_TEXT_SHARE = 26  # a letter's height in pictures' short sides, inverted
+_SMALLEST_TEXT, _PANEL_TEXT = 12, 15  # pixels
+_SMALLEST_AREA = 0.004  # of the picture: a smaller class is not named on it
+_GAP = 6  # pixels between the tiles of a panel
+_WHITE, _INK = (255, 255, 255), (24, 24, 24)
+
+
+class Row(NamedTuple):
+  """What a panel shows of one picture; all are [H, W, ...] of one size."""
+
+  image: np.ndarray  # uint8 [H, W, 3]
+  truth: np.ndarray | None  # labels [H, W]
+  prediction: np.ndarray | None  # labels [H, W]
+  groups: tuple[np.ndarray, ...]  # per grouping stage [H, W]; the final segments come last
+
+
+@functools.cache
+def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+  """Colours as far from each other as they get, the first ones farthest; always the same.
+
+  Farthest-point sampling in CIELAB, away from black, white and grey, so that they show on pictures
+  and under letters. A longer palette starts like a shorter one.
+
+  Args:
+    count: C, at most 256.
+
+  Returns:
+    C RGB triples.
+  """
+  levels = np.linspace(0, 255, 16).round().astype(np.uint8)
+  rgb = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), axis=-1).reshape(1, -1, 3)
+  lab = cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
+  chroma = np.hypot(lab[:, 1], lab[:, 2])
+  keep = (lab[:, 0] > 35) & (lab[:, 0] < 90) & (chroma > 25)
+  rgb, lab = rgb[0][keep], lab[keep]
+  chosen = [int(np.abs(rgb.astype(int) - (0, 119, 221)).sum(axis=1).argmin())]
+  distance = np.full(len(lab), np.inf)
+  while len(chosen) < count:
+    distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+    chosen.append(int(distance.argmax()))
+  return tuple(tuple(map(int, rgb[index])) for index in chosen)
+
+
+def mask_image(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
+  """A label map as an indexed picture: pixel values are labels, 255 (grey) is 'ignore'.
+
+  Args:
+    labels: uint8 [H, W].
+    palette: C colours, at most 255.
+
+  Returns:
+    A picture of mode P.
+  """
+  image = Image.fromarray(np.ascontiguousarray(labels, np.uint8)).convert('P')
+  image.putpalette(_table(palette).tobytes())
+  return image
+
+
+def colour_map(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
+  """Labels [H, W] in their colours, uint8 [H, W, 3]; 255 is grey."""
+  return _table(palette)[labels]
+
+
+def enlarge(array: np.ndarray, factor: int) -> np.ndarray:
+  """Repeats rows and columns of [H, W, ...] a whole number of times: no pixel is invented."""
+  return array.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def enlargement(size: tuple[int, int], long_side: int) -> int:
+  """The smallest whole factor that makes the long side of a picture (H, W) at least `long_side`."""
+  return -(-long_side // max(size)) or 1
+
+
+def shrink(row: Row, long_side: int) -> Row:
+  """The row with a long side of at most so many pixels."""
+  height, width = row.image.shape[:2]
+  scale = min(1, long_side / max(height, width))
+  if scale == 1:
+    return row
+  size = max(1, round(width * scale)), max(1, round(height * scale))
+  labels = lambda array: None if array is None else cv2.resize(array, size, interpolation=cv2.INTER_NEAREST)
+  image = cv2.resize(row.image, size, interpolation=cv2.INTER_AREA)
+  return Row(image, labels(row.truth), labels(row.prediction), tuple(map(labels, row.groups)))
+
+
+def draw_overlay(
+  image: np.ndarray,
+  labels: np.ndarray,
+  palette: Sequence[Sequence[int]],
+  names: Sequence[str],
+  *,
+  opacity: float = OPACITY,
+  long_side: int = LONG_SIDE,
+) -> np.ndarray:
+  """Colours over a picture, borders between them, and each class's name on its largest area.
+
+  Args:
+    image: uint8 [H, W, 3].
+    labels: uint8 [H, W]; 255 is left as it is.
+    palette: C colours.
+    names: C names; an empty one is not drawn.
+    opacity: of the colours, 0 to 1.
+    long_side: pixels; smaller pictures are enlarged.
+
+  Returns:
+    uint8 [H * f, W * f, 3], f their `enlargement`.
+  """
+  factor = enlargement(labels.shape, long_side)
+  image, labels = enlarge(image, factor), enlarge(labels, factor)
+  coloured = _blend(image, colour_map(labels, palette), opacity * (labels != IGNORE_LABEL))
+  canvas = Image.fromarray(_draw_borders(coloured, labels))
+  _write_names(canvas, labels, palette, names)
+  return np.asarray(canvas)
+
+
+def draw_groups(
+  image: np.ndarray, groups: np.ndarray, *, opacity: float = GROUP_OPACITY, long_side: int = LONG_SIDE
+) -> np.ndarray:
+  """Groups over a picture: a tint for each and borders between them.
+
+  A group's colour is that of its number, so a group token has one colour in all pictures.
+
+  Args:
+    image: uint8 [H, W, 3].
+    groups: numbers [H, W], below 256.
+    opacity: of the tints, 0 to 1.
+    long_side: pixels; smaller pictures are enlarged.
+
+  Returns:
+    uint8 [H * f, W * f, 3], f their `enlargement`.
+  """
+  factor = enlargement(groups.shape, long_side)
+  image, groups = enlarge(image, factor), enlarge(groups, factor)
+  tints = np.array(spread_palette(int(groups.max()) + 1), np.uint8)[groups]
+  return _draw_borders(_blend(image, tints, np.full(groups.shape, opacity)), groups)
+
+
+def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Sequence[str]) -> np.ndarray:
+  """One line of tiles per picture: input, truth, prediction, final groups, first groups.
+
+  Truth and prediction are left out where no row has one, and the first groups where there is one grouping stage.
+
+  Args:
+    rows: the pictures; large ones are shown smaller.
+    palette: C colours.
+    names: C names.
+
+  Returns:
+    uint8 [H', W', 3], with titles above and the colours' names below.
+  """
+  rows = [shrink(row, _LARGEST_TILE) for row in rows]
+  labelled, named = (any(getattr(row, kind) is not None for row in rows) for kind in ('truth', 'prediction'))
+  several = len(rows[0].groups) > 1
+  titles = ['input', *['truth'] * labelled, *['prediction'] * named, 'final groups' if several else 'groups']
+  titles += ['first groups'] * several
+  tiles = [_tiles(row, palette, names, labelled, named) for row in rows]
+  width = max(row[0].shape[1] for row in tiles)
+  font = _font(_PANEL_TEXT)
+  head = _PANEL_TEXT + 2 * _GAP
+  used = _used_labels(rows)
+  columns, line = _legend_layout(names, used, len(titles) * (width + _GAP) - _GAP, font)
+  legend = line * -(-len(used) // columns) + _GAP
+  tops = np.cumsum([head, *(row[0].shape[0] + _GAP for row in tiles)]).tolist()
+  size = (_GAP + len(titles) * (width + _GAP), tops[-1] + legend)
+  canvas = Image.new('RGB', size, _WHITE)
+  draw = ImageDraw.Draw(canvas)
+  for column, title in enumerate(titles):
+    left = _GAP + column * (width + _GAP)
+    draw.text((left + width / 2, head / 2), title, _INK, font, anchor='mm')
+    for top, row in zip(tops, tiles):
+      canvas.paste(Image.fromarray(row[column]), (left, top))
+  _draw_legend(draw, size[1] - legend, palette, names, used, columns, line, size[0], font)
+  return np.asarray(canvas)
+
+
+def _tiles(
+  row: Row, palette: Sequence[Sequence[int]], names: Sequence[str], labelled: bool, named: bool
+) -> list[np.ndarray]:
+  """The tiles of one line of a panel, all of one size."""
+  grouped = lambda groups: draw_groups(row.image, groups, long_side=_TILE)
+  tiles = [enlarge(row.image, enlargement(row.image.shape[:2], _TILE))]
+  for shown, labels in ((labelled, row.truth), (named, row.prediction)):
+    if shown:
+      labels = np.full(row.image.shape[:2], IGNORE_LABEL, np.uint8) if labels is None else labels
+      tiles.append(draw_overlay(row.image, labels, palette, names, long_side=_TILE))
+  tiles.append(grouped(row.groups[-1]))
+  return tiles + [grouped(row.groups[0])] * (len(row.groups) > 1)
+
+
+def _used_labels(rows: Sequence[Row]) -> list[int]:
+  """Labels that occur in any truth or prediction."""
+  maps = [array for row in rows for array in (row.truth, row.prediction) if array is not None]
+  return sorted({label for array in maps for label in np.unique(array).tolist()} - {IGNORE_LABEL})
+
+
+def _legend_layout(
+  names: Sequence[str], used: Sequence[int], width: int, font: ImageFont.FreeTypeFont
+) -> tuple[int, int]:
+  """Columns of a legend, and the height of its lines."""
+  widest = max((font.getlength(names[label]) for label in used), default=0)
+  cell = widest + 3 * _PANEL_TEXT
+  return max(1, int(width // cell)), _PANEL_TEXT + 8
+
+
+def _draw_legend(
+  draw: ImageDraw.ImageDraw,
+  top: int,
+  palette: Sequence[Sequence[int]],
+  names: Sequence[str],
+  used: Sequence[int],
+  columns: int,
+  line: int,
+  width: int,
+  font: ImageFont.FreeTypeFont,
+) -> None:
+  """A swatch and a name for each class that occurs."""
+  cell = (width - _GAP) / columns
+  for index, label in enumerate(used):
+    left, middle = _GAP + index % columns * cell, top + (index // columns + 0.5) * line
+    half = _PANEL_TEXT / 2
+    draw.rectangle((left, middle - half, left + 2 * half, middle + half), tuple(palette[label]))
+    draw.text((left + 1.5 * _PANEL_TEXT, middle), names[label], _INK, font, anchor='lm')
+
+
+def _table(palette: Sequence[Sequence[int]]) -> np.ndarray:
+  """256 colours, uint8 [256, 3]: the palette's, then the one of what is ignored."""
+  table = np.full((256, 3), _IGNORE_COLOUR, np.uint8)
+  table[: len(palette)] = palette
+  return table
+
+
+def _blend(image: np.ndarray, colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
+  """Mixes two pictures [H, W, 3] by an opacity [H, W]."""
+  share = opacity[:, :, None].astype(np.float32)
+  return (image * (1 - share) + colours * share).round().astype(np.uint8)
+
+
+def _draw_borders(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """White lines with a dark rim where labels change, as wide as suits the picture's size."""
+  edge = np.zeros(labels.shape, np.uint8)
+  edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+  edge[1:] |= labels[1:] != labels[:-1]
+  wide = max(1, round(min(labels.shape) / 320))
+  line = cv2.dilate(edge, np.ones((wide, wide), np.uint8))
+  rim = cv2.dilate(line, np.ones((3, 3), np.uint8))
+  image = np.where(rim[:, :, None] > 0, image // 2, image)
+  return np.where(line[:, :, None] > 0, np.uint8(255), image)
+
+
+def _write_names(
+  canvas: Image.Image, labels: np.ndarray, palette: Sequence[Sequence[int]], names: Sequence[str]
+) -> None:
+  """Writes each class's name in the middle of its largest area, large areas first."""
+  draw = ImageDraw.Draw(canvas)
+  taken: list[tuple[float, float, float, float]] = []
+  areas = np.bincount(labels.ravel(), minlength=256)
+  for label in np.argsort(-areas, kind='stable').tolist():
+    if label < len(names) and names[label] and areas[label] >= _SMALLEST_AREA * labels.size:
+      font = _fitting_font(names[label], canvas.size)
+      # The same height for all names, whether or not they have ascenders.
+      size = font.getlength(names[label]), sum(font.getmetrics())
+      place = _find_place(labels == label, size, taken)
+      taken.append(place)
+      _write_name(draw, place, names[label], tuple(palette[label]), font)
+
+
+def _find_place(
+  area: np.ndarray, size: tuple[float, float], taken: Sequence[tuple[float, float, float, float]]
+) -> tuple[float, float, float, float]:
+  """Where a name goes: deep inside its area, inside the picture, clear of other names if possible."""
+  height, width = area.shape
+  half_width, half_height = size[0] / 2 + size[1] / 4, size[1] / 2
+  # Beyond the picture is not inside the area: names keep away from the picture's border too.
+  depth = cv2.distanceTransform(np.pad(area.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+  best = None
+  for _ in range(8):
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    if depth[y, x] <= 0:
+      break
+    x = min(max(x, half_width), max(width - half_width, width / 2))
+    y = min(max(y, half_height), max(height - half_height, height / 2))
+    place = (x - half_width, y - half_height, x + half_width, y + half_height)
+    best = best or place
+    if not any(_overlap(place, other) for other in taken):
+      return place
+    # Elsewhere, by a plate's height and half its width at least.
+    rows, columns = int(2 * half_height), int(half_width)
+    depth[max(0, int(y) - rows) : int(y) + rows, max(0, int(x) - columns) : int(x) + columns] = 0
+  return best
+
+
+def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+  return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _write_name(
+  draw: ImageDraw.ImageDraw,
+  place: tuple[float, float, float, float],
+  name: str,
+  colour: tuple[int, int, int],
+  font: ImageFont.FreeTypeFont,
+) -> None:
+  """A name on a plate of its class's colour, in black or white, whichever is easier to read."""
+  luminance = np.dot(colour, (0.299, 0.587, 0.114))
+  ink = _INK if luminance > 140 else _WHITE
+  side = place[3] - place[1]
+  draw.rounded_rectangle(place, side / 4, colour, ink, max(1, round(side / 16)))
+  draw.text(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), name, ink, font, anchor='mm')
+
+
+def _fitting_font(name: str, size: tuple[int, int]) -> ImageFont.FreeTypeFont:
+  """The font in the size that suits a picture (width, height), smaller where a name is too long."""
+  points = max(_SMALLEST_TEXT, round(min(size) / _TEXT_SHARE))
+  length = _font(points).getlength(name)
+  room = 0.9 * size[0]
+  return _font(points if length <= room else max(6, math.floor(points * room / length)))
+
+
+@functools.cache
+def _font(points: int) -> ImageFont.FreeTypeFont:
+  return ImageFont.load_default(points)

@@ -1,0 +1,105 @@
+"""Where an evaluation puts its files, and the promise not to touch anyone else's."""
+
+from collections.abc import Mapping
+import io
+import json
+import pathlib
+import tempfile
+from typing import Any
+
+from etils import epath
+import numpy as np
+from PIL import Image
+
+from groupvit_jax import tensorboard
+
+REPORT = 'results.json'
+# What an evaluation does not always write: an earlier one's must not stand beside another's results.
+_PASSING = ('thresholds.png', 'scenes.png', 'masks/*.png', 'tensorboard/events.*')
+_MADE_BY = 'groupvit_jax/eval.py'  # how a folder of ours is known
+
+
+class OutputFolder:
+  """A folder of results, marked by a report that says whether they are complete."""
+
+  def __init__(self, path: epath.PathLike, *, overwrite: bool):
+    """Looks at the folder; nothing is written yet.
+
+    Args:
+      path: a folder that does not exist, is empty, or holds an earlier evaluation's results, which
+        will be replaced.
+      overwrite: whether any other folder will do as well.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    self.path = epath.Path(path)
+    if self.path.exists() and not self.path.is_dir():
+      raise ValueError(f'--output={path} is a file; name a folder')
+    holds_files = self.path.exists() and any(self.path.iterdir())
+    self.replaces = holds_files
+    if holds_files and not overwrite and not self._is_ours():
+      raise ValueError(
+        f'--output={path} holds files that are not results of eval.py; name an empty folder, or add '
+        '--overwrite to replace those with the same names'
+      )
+
+  def begin(self) -> None:
+    """Makes the folder, with a report that says that the results are not complete; removes an earlier one's rest."""
+    _writing(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True))
+    if self.replaces and self._is_ours():
+      for path in [path for pattern in _PASSING for path in self.path.glob(pattern)]:
+        _writing(path, path.unlink)
+    self.write_report({}, complete=False)
+
+  def make(self, name: str) -> None:
+    """Makes a folder in it."""
+    path = self.path / name
+    _writing(path, lambda: path.mkdir(parents=True, exist_ok=True))
+
+  def write_report(self, report: Mapping[str, Any], *, complete: bool = True) -> None:
+    """Writes the report, last of all."""
+    self.write_json(REPORT, {'made_by': _MADE_BY, 'complete': complete, **report})
+
+  def write_json(self, name: str, value: Any) -> None:
+    """Writes a value as JSON."""
+    self.write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+  def write_text(self, name: str, text: str) -> None:
+    """Writes a text file."""
+    self._write(name, text.encode())
+
+  def write_picture(self, name: str, picture: np.ndarray | Image.Image) -> None:
+    """Writes a picture as PNG, with the palette of an indexed one."""
+    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+    data = io.BytesIO()
+    image.save(data, 'PNG', optimize=True)
+    self._write(name, data.getvalue())
+
+  def write_board(
+    self, step: int, figures: Mapping[str, float], texts: Mapping[str, str], pictures: Mapping[str, np.ndarray]
+  ) -> None:
+    """Writes a TensorBoard file; here first, for its library knows no buckets."""
+    with tempfile.TemporaryDirectory() as local:
+      tensorboard.write_board(local, step, figures, texts, pictures)
+      self.make('tensorboard')
+      for path in pathlib.Path(local).iterdir():
+        self._write(f'tensorboard/{path.name}', path.read_bytes())
+
+  def _write(self, name: str, data: bytes) -> None:
+    path = self.path / name
+    _writing(path, lambda: path.write_bytes(data))
+
+  def _is_ours(self) -> bool:
+    try:
+      return json.loads((self.path / REPORT).read_text())['made_by'] == _MADE_BY
+    except (OSError, ValueError, KeyError, TypeError):
+      return False
+
+
+def _writing(path: epath.Path, write: Any) -> None:
+  """Runs `write`; an OSError names the path and the fix."""
+  try:
+    write()
+  except OSError as error:
+    raise OSError(f'cannot write {path}: {error.strerror or error}; make room, or name another --output') from error

@@ -1,0 +1,193 @@
+"""How a model is asked for label maps: every choice that moves mIoU, under a name."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, get_args, Literal
+
+from groupvit_jax.data import prompts
+
+ThresholdMode = Literal['window', 'global']
+ClassNames = Literal['groupvit', 'benchmark']
+NATIVE = 'native'  # the protocol made to measure, by `native_protocol`
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """A way to label a picture. A figure holds only for its protocol, so results name all of it.
+
+  Attributes:
+    name: which of `PROTOCOLS` it is, or was made from.
+    short_side: pixels that a picture's short side is resized to.
+    max_long_side: pixels that its long side may have at most; where it would have more, the picture
+      is made smaller than `short_side` asks.
+    antialias: whether pictures are averaged where they shrink; OpenCV's bilinear skips pixels.
+    window: side of the square windows, in pixels; a smaller picture is one smaller window.
+    stride: pixels from one window to the next; the last one is moved back inside.
+    class_filter: classes kept per window, those that fit its pooled feature best; None for all.
+    double_softmax: whether the filtered softmax is multiplied by the unfiltered one.
+    threshold: score below which a pixel is background; None for the benchmark's own under this
+      protocol. Without a background class it has no meaning.
+    threshold_mode: 'window' lowers it to the best score of any segment of the window where that is
+      smaller, so the best segment is never background (paper); 'global' is the same everywhere.
+    templates: name of the set of sentences that class names are put into.
+    class_names: 'groupvit' for the spellings behind the published figures, 'benchmark' for its own.
+    changed: parameters that are not those of the protocol of this name.
+  """
+
+  name: str
+  short_side: int
+  max_long_side: int
+  antialias: bool
+  window: int
+  stride: int
+  class_filter: int | None
+  double_softmax: bool
+  threshold: float | None
+  threshold_mode: ThresholdMode
+  templates: str
+  class_names: ClassNames
+  changed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+  def __post_init__(self):
+    for field in ('short_side', 'max_long_side', 'window', 'stride'):
+      _check(field, getattr(self, field), 1, None, int)
+    if self.class_filter is not None:
+      _check('class_filter', self.class_filter, 1, None, int)
+    if self.threshold is not None:
+      _check('threshold', self.threshold, 0, 1, (int, float))
+    for field in ('antialias', 'double_softmax'):
+      if not isinstance(getattr(self, field), bool):
+        raise ValueError(f'protocol.{field}={getattr(self, field)!r}: use True or False')
+    if self.max_long_side < self.short_side:
+      raise ValueError(
+        f'protocol.max_long_side={self.max_long_side} is less than short_side={self.short_side}; raise it'
+      )
+    if self.short_side < self.window:
+      raise ValueError(
+        f'protocol.short_side={self.short_side} is less than window={self.window}: every picture would be a window of '
+        f'its own size; set protocol.window={self.short_side} as well, and a stride of at most that'
+      )
+    if self.stride > self.window:
+      raise ValueError(
+        f'protocol.stride={self.stride} leaves gaps between windows of {self.window} px; use {self.window} or less'
+      )
+    _check_choice('threshold_mode', self.threshold_mode, get_args(ThresholdMode))
+    _check_choice('class_names', self.class_names, get_args(ClassNames))
+    prompts.template_set(str(self.templates))  # raises ValueError if there is none
+
+  @property
+  def title(self) -> str:
+    """The name, with everything that is not as the name says: 'groupvit with stride=112'."""
+    changes = ', '.join(f'{key}={getattr(self, key)}' for key in self.changed)
+    return f'{self.name} with {changes}' if changes else self.name
+
+  @property
+  def max_windows(self) -> int:
+    """The most windows that any picture is cut into."""
+    return self.windows_along(self.short_side) * self.windows_along(self.max_long_side)
+
+  def windows_along(self, length: int) -> int:
+    """How many windows cover `length` pixels along one axis."""
+    return -(-max(length - self.window, 0) // self.stride) + 1
+
+  def to_json(self) -> dict[str, Any]:
+    """Every parameter, and under 'changed' those that differ from the protocol of this name."""
+    return dataclasses.asdict(self) | {'changed': list(self.changed)}
+
+
+# What `override` can change.
+PARAMETERS = tuple(field.name for field in dataclasses.fields(Protocol) if field.name not in ('name', 'changed'))
+
+
+def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
+  """The protocol with some parameters changed; it keeps its name, and says what changed.
+
+  Args:
+    protocol: where to start.
+    changes: parameter -> value.
+
+  Returns:
+    A protocol.
+
+  Raises:
+    ValueError: there is no such parameter, or it cannot have that value.
+  """
+  for key in changes:
+    if key not in PARAMETERS:
+      raise ValueError(f'a protocol has no {key!r}; it has {", ".join(PARAMETERS)}')
+  differs = lambda key: key in changes and changes[key] != getattr(protocol, key)
+  changed = tuple(key for key in PARAMETERS if key in protocol.changed or differs(key))
+  return dataclasses.replace(protocol, **changes, changed=changed)
+
+
+def native_protocol(image_size: tuple[int, int]) -> Protocol:
+  """The paper's protocol at a model's own scale: windows of the size it was trained on.
+
+  Args:
+    image_size: (H, W) of the training pictures.
+
+  Returns:
+    A protocol named 'native', without a threshold.
+  """
+  side = min(image_size)
+  return dataclasses.replace(
+    GROUPVIT,
+    name=NATIVE,
+    short_side=side,
+    max_long_side=4 * side,
+    antialias=True,
+    window=side,
+    stride=max(side // 2, 1),
+    class_names='benchmark',
+  )
+
+
+def find_protocol(name: str, image_size: tuple[int, int]) -> Protocol:
+  """The protocol of that name.
+
+  Args:
+    name: one of `PROTOCOLS`, or 'native'.
+    image_size: (H, W) that the model was trained on.
+
+  Raises:
+    ValueError: there is none.
+  """
+  protocols = {NATIVE: native_protocol(image_size)} | PROTOCOLS
+  if name not in protocols:
+    raise ValueError(f'there is no protocol {name!r}; choose one of {", ".join(protocols)}')
+  return protocols[name]
+
+
+def _check(field: str, value: Any, low: float, high: float | None, kind: type | tuple[type, ...]) -> None:
+  valid = isinstance(value, kind) and not isinstance(value, bool)
+  if not valid or value < low or (high is not None and value > high):
+    noun = 'a whole number' if kind is int else 'a number'
+    bounds = f'from {low} up' if high is None else f'from {low} to {high}'
+    raise ValueError(f'protocol.{field}={value!r}: use {noun} {bounds}')
+
+
+def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise ValueError(f'protocol.{field}={value!r}: use {" or ".join(map(repr, choices))}')
+
+
+# The paper's. The thresholds belong to the benchmarks.
+GROUPVIT = Protocol(
+  name='groupvit',
+  short_side=448,
+  max_long_side=2048,
+  antialias=False,
+  window=448,
+  stride=224,
+  class_filter=5,
+  double_softmax=True,
+  threshold=None,
+  threshold_mode='window',
+  templates='simple',
+  class_names='groupvit',
+)
+# The unified one of later papers: the same windows, the benchmark's names, one threshold for all.
+TCL = dataclasses.replace(GROUPVIT, name='tcl', threshold=0.5, class_names='benchmark')
+# Without post-processing: softmax over all classes, one threshold.
+PLAIN = dataclasses.replace(TCL, name='plain', class_filter=None, double_softmax=False, threshold_mode='global')
+PROTOCOLS = {protocol.name: protocol for protocol in (GROUPVIT, TCL, PLAIN)}

@@ -1,0 +1,150 @@
+"""Reads weights in the forms they come in: Hugging Face folders, authors' checkpoints, our own exports."""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import json
+from typing import Any, NamedTuple
+
+from etils import epath
+import numpy as np
+import safetensors
+
+from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.interop import huggingface, native, nvlabs, state_dicts, torch_file
+from groupvit_jax.interop import licence as licence_lib
+from groupvit_jax.interop.licence import Licence
+from groupvit_jax.interop.new_folder import check_local
+
+# Beside an exported model's config.json: what `transformers` has no place for.
+SIDE_FILE = 'groupvit_jax.json'
+
+
+class Weights(NamedTuple):
+  """Weights and the model they belong to."""
+
+  spec: state_dicts.ModelSpec
+  variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, float32
+  form: str  # what was found, in words
+  licence: Licence  # what the source says of it
+
+
+def read_weights(path: epath.PathLike) -> Weights:
+  """Reads weights of any known form.
+
+  Args:
+    path: a Hugging Face folder, a folder that `export --format=safetensors` wrote, or an authors' `.pth` file.
+
+  Returns:
+    The weights.
+
+  Raises:
+    ValueError: there is nothing there, it is damaged, or it is not GroupViT's.
+  """
+  check_local(path)
+  path = epath.Path(path)
+  if not path.exists():
+    raise ValueError(f'there is no file or folder {path}')
+  if not path.is_dir():
+    state = torch_file.read_state_dict(path)
+    with _naming(path):
+      return _from_authors(state)
+  config = _read_json(path / 'config.json')
+  state = _read_state_dict(path)
+  licence = licence_lib.read_card(path)
+  with _naming(path):
+    if config.get('model_type') == native.MODEL_TYPE:
+      return _from_flat(state, config, licence)
+    side = _read_json(path / SIDE_FILE) if (path / SIDE_FILE).exists() else None
+    return _from_huggingface(state, config, side, licence)
+
+
+def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int, eos_id: int, remedy: str) -> None:
+  """Raises ValueError when a tokenizer is not the one that weights were trained with.
+
+  Args:
+    tokenizer: that was found.
+    vocab_size: of the weights.
+    eos_id: of the weights.
+    remedy: what to do about it.
+  """
+  for name, value in (('vocab_size', vocab_size), ('eos_id', eos_id)):
+    if getattr(tokenizer, name) != value:
+      raise ValueError(f'the tokenizer has {name}={getattr(tokenizer, name)} and the weights have {value}; {remedy}')
+
+
+def _from_authors(state: Mapping[str, np.ndarray]) -> Weights:
+  spec = nvlabs.spec_from_shapes(state)
+  variables = nvlabs.from_nvlabs(state, state_dicts.abstract_variables(spec.build()))
+  licence = "the file names none; the authors' code is for non-commercial use, see the page that the weights come from"
+  return Weights(spec, variables, "an authors' checkpoint", Licence(name=licence))
+
+
+def _from_flat(state: Mapping[str, np.ndarray], config: Mapping[str, Any], licence: Licence) -> Weights:
+  spec = native.spec_from_json(config)
+  variables = native.from_flat(state, state_dicts.abstract_variables(spec.build()))
+  return Weights(spec, variables, 'a folder of export --format=safetensors', licence)
+
+
+def _from_huggingface(
+  state: Mapping[str, np.ndarray], config: Mapping[str, Any], side: Mapping[str, Any] | None, licence: Licence
+) -> Weights:
+  """`side` comes with an export of ours: the rest of the config and the prompts' temperature."""
+  spec = huggingface.from_huggingface_config(config) if side is None else native.spec_from_json(side)
+  without_prompts = spec._replace(multi_label=False)
+  variables = huggingface.from_huggingface(state, state_dicts.abstract_variables(without_prompts.build()))
+  if spec.multi_label:
+    variables['params']['multi_label_logit_scale'] = np.array(side['multi_label_logit_scale'], np.float32)
+  return Weights(spec, variables, 'a Hugging Face folder', licence)
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+  if not path.exists():
+    raise ValueError(f'{path.parent} holds no {path.name}; name a folder that has one, or a .pth file')
+  try:
+    values = json.loads(path.read_text())
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read: {error.strerror or error}') from error
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON ({error}); download it again') from error
+  if not isinstance(values, dict):
+    raise ValueError(f'{path} is not a JSON object; download it again')
+  return values
+
+
+def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
+  if not path.exists():
+    raise ValueError(f'there is no file {path}')
+  try:
+    with safetensors.safe_open(str(path), framework='np') as file:
+      return {name: file.get_tensor(name) for name in file.keys()}
+  except (safetensors.SafetensorError, OSError) as error:
+    raise ValueError(f'{path} cannot be read: {error}; download it again') from error
+
+
+# Tried in this order, each whole or as shards that an index lists.
+_READERS: dict[str, Callable[[epath.Path], dict[str, np.ndarray]]] = {
+  'model.safetensors': _read_safetensors,
+  'pytorch_model.bin': torch_file.read_state_dict,
+}
+
+
+def _read_state_dict(folder: epath.Path) -> dict[str, np.ndarray]:
+  for name, read in _READERS.items():
+    if (folder / name).exists():
+      return read(folder / name)
+    index = folder / f'{name}.index.json'
+    if index.exists():
+      shards = sorted(set(_read_json(index).get('weight_map', {}).values()))
+      if missing := [shard for shard in shards if not (folder / shard).exists()]:
+        raise ValueError(f'{folder} lacks {", ".join(missing)}, which {index.name} lists; download them')
+      return {key: x for shard in shards for key, x in read(folder / shard).items()}
+  raise ValueError(f'{folder} holds neither {" nor ".join(_READERS)}, whole or in shards; download the weights')
+
+
+@contextlib.contextmanager
+def _naming(path: epath.Path) -> Iterator[None]:
+  """Puts the path before what does not fit."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'{path}: {error}') from error

@@ -1,0 +1,135 @@
+"""From a ConfigDict to the model."""
+
+from typing import get_args
+
+from flax import linen as nn
+import jax.numpy as jnp
+import ml_collections
+
+from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.model.layers import Initializer, Remat
+from groupvit_jax.model.text import TextTower
+from groupvit_jax.model.vision import StageSpec, VisionInit, VisionTower
+
+
+def build_model(
+  config: ml_collections.ConfigDict,
+  *,
+  vocab_size: int,
+  eos_id: int,
+  multi_label: bool,
+  remat: Remat = 'none',
+  scan_layers: bool = False,
+) -> ImageTextModel:
+  """Builds the model a config describes.
+
+  Args:
+    config: the `model` part of a config; see configs/ for its keys.
+    vocab_size: of the tokenizer.
+    eos_id: the tokenizer's end-of-text id.
+    multi_label: whether prompts are trained beside captions.
+    remat: what blocks keep of their activations for the backward pass; matters in training alone.
+    scan_layers: whether blocks of one shape are a loop, of which the compiler sees one turn.
+
+  Returns:
+    An unbound module.
+
+  Raises:
+    ValueError: sizes that do not fit together, an unknown dtype, assignment mode or remat.
+  """
+  vision, text, dtype = config.vision, config.text, _dtype(config.dtype)
+  stages = _stages(vision)
+  _check_heads('vision', vision)
+  _check_heads('text', text)
+  if min(vision.image_size) < vision.patch_size:
+    raise ValueError(f'model.vision.patch_size={vision.patch_size} exceeds image_size={tuple(vision.image_size)}')
+  if vision.assignment not in ('soft', 'hard', 'gumbel'):
+    raise ValueError(f"model.vision.assignment={vision.assignment!r}: use 'gumbel', 'hard' or 'soft'")
+  if remat not in get_args(Remat):
+    raise ValueError(f"remat={remat!r}: use 'none', 'dots' or 'blocks'")
+  return ImageTextModel(
+    vision=VisionTower(
+      image_size=tuple(vision.image_size),
+      patch_size=vision.patch_size,
+      width=vision.width,
+      num_heads=vision.num_heads,
+      stages=stages,
+      init=_vision_init(vision.init),
+      mlp_ratio=vision.mlp_ratio,
+      drop_path=vision.drop_path,
+      remat=remat,
+      scan_layers=scan_layers,
+      assignment=vision.assignment,
+      dtype=dtype,
+    ),
+    text=TextTower(
+      vocab_size=vocab_size,
+      context_length=text.context_length,
+      width=text.width,
+      depth=text.depth,
+      num_heads=text.num_heads,
+      eos_id=eos_id,
+      mlp_ratio=text.mlp_ratio,
+      remat=remat,
+      scan_layers=scan_layers,
+      dtype=dtype,
+    ),
+    embed_dim=config.embed_dim,
+    projector_dim=config.projector_dim,
+    multi_label=multi_label,
+    dtype=dtype,
+  )
+
+
+def _dtype(name: str) -> jnp.dtype:
+  if name not in ('float32', 'bfloat16'):
+    raise ValueError(f"model.dtype={name!r}: use 'float32' or 'bfloat16'")
+  return jnp.dtype(name)
+
+
+def _check_heads(tower: str, config: ml_collections.ConfigDict) -> None:
+  if config.width % config.num_heads:
+    raise ValueError(f'model.{tower}.width={config.width} is not divisible by num_heads={config.num_heads}')
+
+
+def _stages(vision: ml_collections.ConfigDict) -> tuple[StageSpec, ...]:
+  """Zips depths, group tokens and segments, and checks that the last stage alone does not group."""
+  lists = vision.depths, vision.num_group_tokens, vision.num_segments
+  if len(set(map(len, lists))) != 1:
+    raise ValueError(
+      'model.vision.depths, num_group_tokens and num_segments must have one entry per stage each, got '
+      + ', '.join(str(tuple(values)) for values in lists)
+    )
+  stages = tuple(StageSpec(*values) for values in zip(*lists))
+  if len(stages) < 2 or stages[-1].num_group_tokens or not all(s.num_group_tokens for s in stages[:-1]):
+    raise ValueError(
+      'model.vision.num_group_tokens must be positive in every stage but the last, where it is 0, got '
+      f'{tuple(vision.num_group_tokens)}'
+    )
+  if any(s.num_segments < 1 for s in stages[:-1]):
+    raise ValueError(f'model.vision.num_segments must be positive, got {tuple(vision.num_segments)}')
+  return stages
+
+
+def _vision_init(config: ml_collections.ConfigDict) -> VisionInit:
+  return VisionInit(
+    kernel=_kernel_init('kernel', config.kernel),
+    assign_kernel=_kernel_init('assign_kernel', config.assign_kernel),
+    value_kernel=_kernel_init('value_kernel', config.value_kernel),
+    tokens=nn.initializers.normal(config.tokens_std),
+    positions=nn.initializers.normal(config.positions_std),
+  )
+
+
+def _kernel_init(key: str, spec: str) -> Initializer:
+  """'normal:STD' or 'fan_in:SCALE' (a normal of variance SCALE / fan-in; 1 is LeCun's)."""
+  kind, _, value = spec.partition(':')
+  try:
+    number = float(value)
+  except ValueError:
+    number = None
+  if number is None or kind not in ('normal', 'fan_in'):
+    raise ValueError(f"model.vision.init.{key}={spec!r}: use 'normal:STD' or 'fan_in:SCALE', as in 'normal:0.02'")
+  if kind == 'normal':
+    return nn.initializers.normal(number)
+  return nn.initializers.variance_scaling(number, 'fan_in', 'normal')

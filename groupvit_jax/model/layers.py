@@ -1,0 +1,274 @@
+"""Transformer parts shared by both towers: attention, MLPs, the pre-norm block, stochastic depth."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+from typing import Literal
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from groupvit_jax.model.attention import attend, Implementation
+from groupvit_jax.model.norm import LayerNorm
+from groupvit_jax.model.projection import project
+
+Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
+Activation = Callable[[jax.Array], jax.Array]
+
+# What a block keeps of its activations for the backward pass: all, the results of matrix products with weights, or
+# none. The rest is computed again.
+Remat = Literal['none', 'dots', 'blocks']
+
+
+def _from_its_input(function: Activation, slope: Activation) -> Activation:
+  """The function, of whose arrays x alone waits for the backward pass.
+
+  Args:
+    function: of x.
+    slope: its derivative at x, which shares no dear operation with it: compilers would compute that once, in the
+      forward pass, and keep what it gives as well as x.
+  """
+  activation = jax.custom_vjp(function)
+  activation.defvjp(lambda x: (function(x), x), lambda x, grad: (grad * slope(x),))
+  return functools.wraps(function)(activation)
+
+
+def _exact_gelu(x: jax.Array) -> jax.Array:
+  """The erf form; Flax's default is the tanh approximation, and its erf form is computed by the slower erfc."""
+  return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+
+
+def _exact_gelu_slope(x: jax.Array) -> jax.Array:
+  """The normal distribution function, by erf(-x) = -erf(x), and x times its density."""
+  density = jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+  return 0.5 * (1 - jax.lax.erf(-x * 0.5**0.5)) + x * density
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+  """CLIP's activation, x * sigmoid(1.702 x), for an array of any shape."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+def _quick_gelu_slope(x: jax.Array) -> jax.Array:
+  """By sigmoid(-x) = 1 - sigmoid(x)."""
+  rest = jax.nn.sigmoid(-1.702 * x)
+  return (1 - rest) * (1 + 1.702 * x * rest)
+
+
+exact_gelu = _from_its_input(_exact_gelu, _exact_gelu_slope)
+quick_gelu = _from_its_input(_quick_gelu, _quick_gelu_slope)
+
+
+def sample_keys(key: jax.Array, batch: int) -> jax.Array:
+  """A key [B] for each sample of a global batch.
+
+  All noise is drawn from these, a sample at a time. So a sample's noise depends on its row in the global batch, not on
+  which other rows are computed with it.
+  """
+  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def fold_keys(keys: jax.Array | None, data: int) -> jax.Array | None:
+  """`fold_in` for the keys [B] of samples; None stays None."""
+  return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
+
+
+def drop_path(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> jax.Array:
+  """Stochastic depth: zeroes whole samples of a residual branch [B, ...] and rescales the others.
+
+  Args:
+    x: the branch's output.
+    rate: probability of dropping a sample.
+    keys: [B], source of each sample's choice; without them nothing is dropped.
+
+  Returns:
+    An array like `x`, with the same expectation.
+  """
+  if keys is None or (isinstance(rate, float) and rate == 0):
+    return x
+  keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
+  return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x / (1 - rate), 0).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockInit:
+  """Kernel initialisers of a transformer block; biases start at zero."""
+
+  attn_in: Initializer
+  attn_out: Initializer
+  mlp_in: Initializer
+  mlp_out: Initializer
+
+  @classmethod
+  def uniform(cls, kernel: Initializer) -> 'BlockInit':
+    """The same initialiser everywhere."""
+    return cls(kernel, kernel, kernel, kernel)
+
+
+def rematerialized(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
+  """A module class whose instances keep no more activations than `remat` says; parameters are the same."""
+  if remat == 'none':
+    return module
+  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  return nn.remat(module, policy=dots if remat == 'dots' else None)
+
+
+class Mlp(nn.Module):
+  """Two dense layers over the last axis, [..., D] -> [..., out]."""
+
+  hidden: int
+  out: int
+  kernel_in: Initializer
+  kernel_out: Initializer
+  activation: Activation = exact_gelu
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    dense = functools.partial(nn.Dense, dot_general=project, dtype=self.dtype)
+    x = dense(self.hidden, kernel_init=self.kernel_in, name='fc1')(x)
+    x = self.activation(x)
+    return dense(self.out, kernel_init=self.kernel_out, name='fc2')(x)
+
+
+class TokenMixer(nn.Module):
+  """An MLP across the token axis, [B, G, D] -> [B, S, D]."""
+
+  hidden: int
+  out: int  # S
+  kernel: Initializer
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    mlp = Mlp(self.hidden, self.out, self.kernel, self.kernel, dtype=self.dtype, name='mlp')
+    return mlp(x.swapaxes(-1, -2)).swapaxes(-1, -2)
+
+
+@jax.custom_vjp
+def unfuse(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Query, key and value [B, N, h, k] of a fused projection [B, N, 3, h, k].
+
+  Their gradients are stacked; indexing would pad each with zeros and add them up.
+  """
+  return tuple(qkv[..., i, :, :] for i in range(3))
+
+
+unfuse.defvjp(lambda qkv: (unfuse(qkv), None), lambda _, grads: (jnp.stack(grads, axis=-3),))
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention with one fused query/key/value projection, [B, N, D] -> [B, N, D]."""
+
+  num_heads: int
+  kernel_in: Initializer
+  kernel_out: Initializer
+  dtype: jnp.dtype = jnp.float32
+  attention: Implementation = 'xla'
+
+  @nn.compact
+  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    width = x.shape[-1]
+    qkv = nn.DenseGeneral(
+      (3, self.num_heads, width // self.num_heads),
+      kernel_init=self.kernel_in,
+      dtype=self.dtype,
+      dot_general=project,
+      name='qkv',
+    )(x)
+    out = attend(*unfuse(qkv), mask, self.attention)
+    return nn.DenseGeneral(
+      width, axis=(-2, -1), kernel_init=self.kernel_out, dtype=self.dtype, dot_general=project, name='out'
+    )(out)
+
+
+class CrossAttention(nn.Module):
+  """Multi-head attention of queries [B, S, D] on tokens [B, N, D], -> [B, S, D]."""
+
+  num_heads: int
+  kernel: Initializer
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
+    width = queries.shape[-1]
+    dense = functools.partial(nn.DenseGeneral, kernel_init=self.kernel, dtype=self.dtype, dot_general=project)
+    heads = (self.num_heads, width // self.num_heads)
+    out = attend(
+      dense(heads, name='query')(queries), dense(heads, name='key')(tokens), dense(heads, name='value')(tokens)
+    )
+    return dense(width, axis=(-2, -1), name='out')(out)
+
+
+class Block(nn.Module):
+  """Pre-norm transformer block with stochastic depth, [B, N, D] -> [B, N, D]."""
+
+  num_heads: int
+  mlp_ratio: float
+  init: BlockInit
+  activation: Activation = exact_gelu
+  drop_rate: float = 0.0
+  dtype: jnp.dtype = jnp.float32
+  attention: Implementation = 'xla'
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    keys: jax.Array | None = None,
+    drop_rate: jax.Array | None = None,
+  ) -> jax.Array:
+    """Applies the block.
+
+    Args:
+      x: tokens [B, N, D].
+      mask: what each token may attend to, broadcasting to [B, h, N, N].
+      keys: [B], source of stochastic depth; None keeps every branch.
+      drop_rate: [], instead of the module's.
+
+    Returns:
+      Tokens [B, N, D].
+    """
+    width, init = x.shape[-1], self.init
+    rate = self.drop_rate if drop_rate is None else drop_rate
+    attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, self.attention, name='attn')
+    x = x + drop_path(attn(LayerNorm(name='norm1')(x), mask), rate, fold_keys(keys, 0))
+    mlp = Mlp(int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
+    return x + drop_path(mlp(LayerNorm(name='norm2')(x)), rate, fold_keys(keys, 1))
+
+
+def scan_blocks(
+  block: nn.Module,
+  params: Sequence[dict],
+  x: jax.Array,
+  *,
+  mask: jax.Array | None = None,
+  keys: jax.Array | None = None,
+  drop_rates: Sequence[float] | None = None,
+) -> jax.Array:
+  """Applies blocks of one shape one after the other, as a loop: the compiler sees one of them.
+
+  Args:
+    block: a `Block` that has no parent.
+    params: of each block.
+    x: tokens [B, N, D].
+    mask: as a block takes it.
+    keys: [B], of all the blocks; each folds in its number.
+    drop_rates: of each block; None for none.
+
+  Returns:
+    Tokens [B, N, D].
+  """
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+  rates = jnp.zeros(len(params)) if drop_rates is None else jnp.array(drop_rates, jnp.float32)
+
+  def step(x, inputs):
+    params, rate, i = inputs
+    rate = None if drop_rates is None else rate
+    return block.apply({'params': params}, x, mask=mask, keys=fold_keys(keys, i), drop_rate=rate), None
+
+  return jax.lax.scan(step, x, (stacked, rates, jnp.arange(len(params))))[0]

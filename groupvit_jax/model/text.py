@@ -1,0 +1,65 @@
+"""The text tower: a causal transformer pooled at the end-of-text token (CLIP's, narrower)."""
+
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from groupvit_jax.model.layers import Block, BlockInit, quick_gelu, Remat, rematerialized, scan_blocks
+from groupvit_jax.model.norm import LayerNorm
+from groupvit_jax.model.text_rows import TextRows
+
+
+def clip_block_init(width: int, depth: int) -> BlockInit:
+  """CLIP's initialisation: residual branches shrink with the depth."""
+  normal = nn.initializers.normal
+  out = normal(width**-0.5 * (2 * depth) ** -0.5)
+  return BlockInit(attn_in=normal(width**-0.5), attn_out=out, mlp_in=normal((2 * width) ** -0.5), mlp_out=out)
+
+
+class TextTower(nn.Module):
+  """GroupViT's text encoder."""
+
+  vocab_size: int
+  context_length: int  # the longest text, in tokens
+  width: int
+  depth: int
+  num_heads: int
+  eos_id: int
+  mlp_ratio: float = 4.0
+  remat: Remat = 'none'
+  scan_layers: bool = False  # loop over the blocks: the compiler sees one turn; the same parameters
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, rows: TextRows) -> jax.Array:
+    """Encodes texts.
+
+    Args:
+      rows: P groups of n texts, none longer than `context_length`.
+
+    Returns:
+      Features at the EOS tokens [P * n, D], float32.
+    """
+    embedding = self.param('token_embedding', nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
+    positions = self.param('positions', nn.initializers.normal(0.01), (self.context_length, self.width), jnp.float32)
+    groups, _, length = rows.tokens.shape
+    x = (embedding[rows.tokens] + positions[rows.positions]).astype(self.dtype).reshape(-1, length, self.width)
+    mask = rows.mask.reshape(-1, 1, length, length)
+    make_block = functools.partial(
+      rematerialized(Block, self.remat),
+      self.num_heads,
+      self.mlp_ratio,
+      clip_block_init(self.width, self.depth),
+      quick_gelu,
+      dtype=self.dtype,
+    )
+    names = [f'block{j}' for j in range(self.depth)]
+    if self.scan_layers and len(names) > 1 and not self.is_initializing():
+      x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, mask=mask)
+    else:
+      for name in names:
+        x = make_block(name=name)(x, mask=mask)
+    at_eos = jnp.take_along_axis(x.reshape(groups, -1, self.width), rows.ends[..., None], axis=1)
+    return LayerNorm(name='norm')(at_eos.reshape(-1, self.width))

@@ -1,0 +1,164 @@
+"""Features of a batch's texts without computing what pads them: as many rows as texts usually need, then the rest."""
+
+from collections.abc import Callable
+import functools
+from typing import NamedTuple
+
+import flax.struct
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from groupvit_jax.model.text_rows import eos_positions, one_a_row, pack, Packing, take_rows, TextRows
+
+# A multiple of what matrix units and vector registers take at once. Longer rows hold more texts with less waste and
+# cost attention; 128 tokens of width 256 spend 8 % of their arithmetic on it.
+ROW_LENGTH = 128
+
+# Rows of the rest are computed so many at a time: an eighth of the others.
+_REST_SHARE = 8
+
+Encode = Callable[[object, TextRows], jax.Array]
+
+
+class Encoders(NamedTuple):
+  """The text tower, as (parameters, rows) -> features [P * n, D], for two uses."""
+
+  most: Encode  # fast to run
+  rest: Encode  # fast to compile: it is seldom run
+
+
+def check_budget(budget: int) -> None:
+  """Raises ValueError for a number of tokens that is none."""
+  if budget < 0:
+    raise ValueError(
+      f'text_budget={budget} is negative; use 0 to pad texts, or about a fifth more than the tokens an image has'
+    )
+
+
+class TextLoad(flax.struct.PyTreeNode):
+  """What a batch's texts cost; adds up over micro-batches."""
+
+  tokens: jax.Array  # [], that texts have
+  turns: jax.Array  # [], of the loop that computes what the budget has no rows for
+
+
+def text_load(tokens: jax.Array, *, eos_id: int, budget: int, groups: int) -> TextLoad:
+  """The load of `text_features`, of which the arguments are."""
+  lengths = eos_positions(tokens, eos_id) + 1
+  turns = jnp.zeros((), jnp.int32)
+  if budget:
+    packing = _pack(tokens, eos_id, groups)
+    turns = _num_turns(_rows_of(budget * len(tokens) // groups, packing), packing)
+  return TextLoad(lengths.sum(), turns)
+
+
+def needed_budget(tokens: jax.Array, *, eos_id: int, groups: int) -> int:
+  """The least budget with which no group of these texts, as for `text_features`, needs a turn of the loop."""
+  packing = _pack(tokens, eos_id, groups)
+  return -(-int(packing.num_rows.max()) * packing.row_length * groups // len(tokens))
+
+
+def text_features(
+  encoders: Encoders, params: object, tokens: jax.Array, *, eos_id: int, budget: int, groups: int
+) -> jax.Array:
+  """Features of the texts of each image.
+
+  Texts are packed into rows in which none sees another. Each group of images (those of one device) has the rows that
+  `budget` pays for; where a group's texts need more, further rows are computed by a loop that otherwise runs not at
+  all, and the backward pass computes them again.
+
+  Args:
+    encoders: the text tower.
+    params: its parameters; the features are differentiable in them.
+    tokens: ids [B, T, L].
+    eos_id: ends a text.
+    budget: tokens an image that are computed at once; 0 computes all B * T * L.
+    groups: how many groups of consecutive images; divides B.
+
+  Returns:
+    [B, T, D]; the same whatever budget and groups.
+  """
+  batch, texts, length = tokens.shape
+  if not budget:
+    features = encoders.most(params, one_a_row(tokens.reshape(-1, length), eos_id))
+  else:
+    packing = _pack(tokens, eos_id, groups)
+    features = _encode_packed(encoders, _rows_of(budget * batch // groups, packing), params, packing)
+  return features.reshape(batch, texts, -1)
+
+
+def _pack(tokens: jax.Array, eos_id: int, groups: int) -> Packing:
+  length = tokens.shape[-1]
+  with jax.named_scope('pack_texts'):
+    return pack(tokens.reshape(groups, -1, length), eos_id, max(ROW_LENGTH, length))
+
+
+def _rows_of(tokens: int, packing: Packing) -> int:
+  """Rows of each group that hold so many tokens."""
+  return -(-tokens // packing.row_length)
+
+
+def _encode_some(
+  encode: Encode, params: object, packing: Packing, first_row: jax.Array | int, num_rows: int
+) -> jax.Array:
+  """Features [P * n, D] of the texts that begin in these rows, zeros for the others."""
+  rows, here = take_rows(packing, first_row, num_rows)
+  return jnp.where(here.reshape(-1, 1), encode(params, rows), 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _encode_packed(encoders: Encoders, num_rows: int, params: object, packing: Packing) -> jax.Array:
+  """Features [P * n, D] of all texts, the first `num_rows` rows of each group at once."""
+  features = _encode_some(encoders.most, params, packing, 0, num_rows)
+  return _add_rest(encoders.rest, num_rows, params, packing, features)
+
+
+def _add_rest(encode: Encode, num_rows: int, params: object, packing: Packing, features: jax.Array) -> jax.Array:
+  count, first_row = _rest(num_rows)
+
+  def body(i, features):
+    here = _only_here(params, i)
+    return features + _encode_some(encode, here, packing, first_row(i), count)
+
+  return lax.fori_loop(0, _num_turns(num_rows, packing), body, features)
+
+
+def _only_here(params: object, turn: jax.Array) -> object:
+  """The same, in a loop: what is computed of parameters alone, as stacking those of all blocks, stays in its turns.
+
+  Compilers move it out of the loop, where it is computed also when there is no turn.
+  """
+  return lax.optimization_barrier((params, turn))[0]
+
+
+def _rest(num_rows: int) -> tuple[int, Callable[[jax.Array], jax.Array]]:
+  """How many rows the loop computes at a time, and the first of its i-th turn."""
+  count = max(1, num_rows // _REST_SHARE)
+  return count, lambda i: num_rows + i * count
+
+
+def _num_turns(num_rows: int, packing: Packing) -> jax.Array:
+  """Turns of the loop: the same on all devices."""
+  count, _ = _rest(num_rows)
+  return jnp.maximum(0, -(-(packing.num_rows.max() - num_rows) // count))
+
+
+def _forward(encoders: Encoders, num_rows: int, params: object, packing: Packing) -> tuple[jax.Array, tuple]:
+  features, pull = jax.vjp(lambda params: _encode_some(encoders.most, params, packing, 0, num_rows), params)
+  return _add_rest(encoders.rest, num_rows, params, packing, features), (pull, params, packing)
+
+
+def _backward(encoders: Encoders, num_rows: int, saved: tuple, grad: jax.Array) -> tuple[object, None]:
+  pull, params, packing = saved
+  count, first_row = _rest(num_rows)
+
+  def body(i, grads):
+    encode = lambda params: _encode_some(encoders.rest, params, packing, first_row(i), count)
+    _, pull = jax.vjp(encode, _only_here(params, i))
+    return jax.tree.map(jnp.add, grads, *pull(grad))
+
+  return lax.fori_loop(0, _num_turns(num_rows, packing), body, *pull(grad)), None
+
+
+_encode_packed.defvjp(_forward, _backward)

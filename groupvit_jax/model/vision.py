@@ -1,0 +1,239 @@
+"""The image tower: patches, stages of transformer blocks and grouping blocks (paper section 3.1)."""
+
+import dataclasses
+import functools
+import itertools
+from typing import NamedTuple
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from groupvit_jax.model.assignment import AssignmentMode
+from groupvit_jax.model.attention import Implementation
+from groupvit_jax.model.grouping import GroupingBlock
+from groupvit_jax.model.layers import (
+  Block,
+  BlockInit,
+  fold_keys,
+  Initializer,
+  Remat,
+  rematerialized,
+  scan_blocks,
+  TokenMixer,
+)
+from groupvit_jax.model.norm import LayerNorm
+from groupvit_jax.model.projection import project
+
+
+class VisionOutput(NamedTuple):
+  """What the image tower returns."""
+
+  pooled: jax.Array  # [B, D], mean over the final segments
+  segments: jax.Array  # [B, S, D], after the final norm
+  assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft, float32
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionInit:
+  """Initialisers of the image tower.
+
+  The paper's (timm's) are `normal(0.02)` throughout. A small model learns to group only when its assignment starts
+  out decisive, see the README's design notes.
+  """
+
+  kernel: Initializer
+  assign_kernel: Initializer  # query and key projections of the assignment
+  value_kernel: Initializer  # its value and output projections
+  tokens: Initializer  # group tokens of the first stage
+  positions: Initializer
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSpec:
+  """One stage: `depth` blocks over tokens and `num_group_tokens` group tokens, grouped into `num_segments`."""
+
+  depth: int
+  num_group_tokens: int  # 0 in a stage that does not group
+  num_segments: int
+
+
+def bicubic_matrix(size_in: int, size_out: int) -> jax.Array:
+  """Weights [size_out, size_in] of torch's bicubic resize along one axis.
+
+  Half-pixel centres, Keys' kernel with a = -0.75, no antialiasing, edge samples repeated. `jax.image.resize` differs
+  in all but the first.
+
+  Args:
+    size_in: samples there are.
+    size_out: samples to make; in an exported program perhaps not known before it runs.
+  """
+  a = -0.75
+  # Centres are (i + 0.5) * size_in / size_out - 0.5: their whole part, and exactly what is left.
+  doubled = (2 * jnp.arange(size_out) + 1) * size_in - size_out
+  base, rest = doubled // (2 * size_out), doubled % (2 * size_out)
+  offsets = jnp.arange(-1, 3)[None]
+  x = jnp.abs((rest / (2 * size_out))[:, None] - offsets)  # [size_out, 4], distances of the samples around
+  near = (a + 2) * x**3 - (a + 3) * x**2 + 1
+  far = a * (x - 1) * (x - 2) ** 2
+  columns = jnp.clip(base[:, None] + offsets, 0, size_in - 1)
+  return (jnp.where(x <= 1, near, far)[..., None] * jax.nn.one_hot(columns, size_in)).sum(axis=1)
+
+
+def resize_positions(positions: jax.Array, height: int, width: int) -> jax.Array:
+  """Resizes position embeddings [h, w, D] to [height, width, D] as torch's bicubic interpolation does."""
+  if positions.shape[:2] == (height, width):
+    return positions
+  rows = bicubic_matrix(positions.shape[0], height)
+  columns = bicubic_matrix(positions.shape[1], width)
+  return jnp.einsum('ih,jw,hwd->ijd', rows, columns, positions, precision='highest')
+
+
+class PatchEmbed(nn.Module):
+  """Patches of p x p pixels, each projected: [B, H, W, C] -> [B, H // p, W // p, D].
+
+  The same as a convolution of stride p, with its parameters; compilers multiply matrices faster.
+  """
+
+  patch_size: int
+  width: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    batch, height, width, channels = images.shape
+    size, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
+    kernel = self.param('kernel', nn.initializers.lecun_normal(), (size, size, channels, self.width), jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, (self.width,), jnp.float32)
+    pixels = images[:, : rows * size, : columns * size].astype(self.dtype)
+    patches = pixels.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+    patches = patches.reshape(batch, rows, columns, size * size * channels)
+    kernel = kernel.reshape(-1, self.width).astype(self.dtype)
+    out = project(patches, kernel, (((3,), (0,)), ((), ())))
+    return out + bias.reshape(1, 1, 1, -1).astype(self.dtype)
+
+
+class GroupProjector(nn.Module):
+  """Turns a stage's group tokens [B, G, D] into the next stage's [B, G', D]: norm, then an MLP across tokens."""
+
+  num_group_tokens: int
+  kernel: Initializer
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, groups: jax.Array) -> jax.Array:
+    width = groups.shape[-1]
+    mixer = TokenMixer(width // 2, self.num_group_tokens, self.kernel, self.dtype, name='mixer')
+    return mixer(LayerNorm(name='norm')(groups))
+
+
+class VisionTower(nn.Module):
+  """GroupViT's image encoder."""
+
+  image_size: tuple[int, int]  # H, W of training; others are accepted, with positions resized
+  patch_size: int
+  width: int
+  num_heads: int
+  stages: tuple[StageSpec, ...]
+  init: VisionInit
+  mlp_ratio: float = 4.0
+  drop_path: float = 0.1  # of the last block; rises linearly from 0 at the first
+  remat: Remat = 'none'
+  scan_layers: bool = False  # loop over the blocks of a stage: the compiler sees one turn; the same parameters
+  assignment: AssignmentMode = 'gumbel'  # in training; evaluation pools with the hard assignment unless 'soft'
+  dtype: jnp.dtype = jnp.float32
+  attention: Implementation = 'xla'  # of the blocks
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> VisionOutput:
+    """Encodes images.
+
+    Args:
+      images: [B, H, W, 3], normalised. H and W need not be those of training; pixels beyond the last whole patch are
+        not seen.
+      keys: [B], source of stochastic depth and Gumbel noise; None (evaluation) for neither.
+
+    Returns:
+      Pooled feature, segments and soft assignments.
+
+    Raises:
+      ValueError: an image is smaller than a patch.
+    """
+    x = self._embed(images)
+    rates = iter(np.linspace(0, self.drop_path, sum(stage.depth for stage in self.stages)))
+    groups, assignments = None, []
+    for i, stage in enumerate(self.stages):
+      rate = list(itertools.islice(rates, stage.depth))
+      stage_keys = fold_keys(keys, i)
+      if stage.num_group_tokens:
+        groups = self._group_tokens(i, stage.num_group_tokens, groups, x.shape[0])
+      with jax.named_scope(f'stage{i}'):
+        x, groups = self._blocks(i, x, groups if stage.num_group_tokens else None, rate, stage_keys)
+        if stage.num_group_tokens:
+          x, soft = self._grouping(i, stage.num_segments)(x, groups, keys=fold_keys(stage_keys, stage.depth))
+          assignments.append(soft)
+    segments = LayerNorm(name='norm')(x)
+    return VisionOutput(segments.mean(axis=1), segments, tuple(assignments))
+
+  def _embed(self, images: jax.Array) -> jax.Array:
+    """Patch tokens [B, N, D] with positions."""
+    if images.shape[1] < self.patch_size or images.shape[2] < self.patch_size:
+      raise ValueError(
+        f'an image of {images.shape[1]} x {images.shape[2]} px is smaller than one patch '
+        f'({self.patch_size} px); enlarge it first'
+      )
+    grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
+    x = PatchEmbed(self.patch_size, self.width, self.dtype, name='patch_embed')(images)
+    x = LayerNorm(name='patch_norm')(x)
+    positions = self.param('positions', self.init.positions, (*grid, self.width), jnp.float32)
+    x = x + resize_positions(positions, *x.shape[1:3])[None]
+    return x.reshape(x.shape[0], -1, self.width).astype(self.dtype)
+
+  def _group_tokens(self, i: int, count: int, previous: jax.Array | None, batch: int) -> jax.Array:
+    """Group tokens [B, G, D] entering stage i: learned, plus a projection of the previous ones where there are any."""
+    init = self.init.tokens if previous is None else nn.initializers.zeros
+    tokens = self.param(f'stage{i}_group_tokens', init, (count, self.width), jnp.float32)
+    tokens = jnp.broadcast_to(tokens, (batch, count, self.width)).astype(self.dtype)
+    if previous is None:
+      return tokens
+    projector = GroupProjector(count, self.init.kernel, self.dtype, name=f'stage{i}_group_projector')
+    return tokens + projector(previous)
+
+  def _blocks(
+    self, i: int, x: jax.Array, groups: jax.Array | None, rates: list[float], keys: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Runs stage i's blocks over tokens and group tokens together; returns both, apart again."""
+    num_tokens = x.shape[1]
+    if groups is not None:
+      x = jnp.concatenate([x, groups], axis=1)
+    make_block = functools.partial(
+      rematerialized(Block, self.remat),
+      self.num_heads,
+      self.mlp_ratio,
+      BlockInit.uniform(self.init.kernel),
+      dtype=self.dtype,
+      attention=self.attention,
+    )
+    names = [f'stage{i}_block{j}' for j in range(len(rates))]
+    if self.scan_layers and len(names) > 1 and not self.is_initializing():
+      x = scan_blocks(
+        make_block(parent=None), [self.variables['params'][name] for name in names], x, keys=keys, drop_rates=rates
+      )
+    else:
+      for j, (name, rate) in enumerate(zip(names, rates)):
+        x = make_block(drop_rate=float(rate), name=name)(x, keys=fold_keys(keys, j))
+    return x[:, :num_tokens], None if groups is None else x[:, num_tokens:]
+
+  def _grouping(self, i: int, num_segments: int) -> GroupingBlock:
+    return rematerialized(GroupingBlock, self.remat)(
+      num_segments,
+      self.num_heads,
+      self.mlp_ratio,
+      self.assignment,
+      self.init.kernel,
+      self.init.assign_kernel,
+      self.init.value_kernel,
+      self.dtype,
+      name=f'stage{i}_grouping',
+    )

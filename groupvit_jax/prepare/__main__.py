@@ -1,0 +1,116 @@
+"""Makes ArrayRecord files of a data set in its official layout.
+
+  python -m groupvit_jax.prepare voc2012 --manual_dir=FOLDER --data_dir=data
+
+Segmentation, from the official archives unpacked in --manual_dir:
+  voc2012          VOCdevkit/VOC2012                                                         (voc21, voc20)
+  pascal_context   VOCdevkit/VOC2010 with trainval_merged.json in it                         (context60, context59)
+  coco_stuff       val2017/*.jpg, stuffthingmaps/val2017/*.png or annotations/val2017/*.png  (coco_stuff, coco_object)
+  ade20k           ADEChallengeData2016
+  cityscapes_fine  leftImg8bit and gtFine
+
+Image-text pairs, from downloads in --manual_dir, by --workers processes; the same command goes on where one ended:
+  cc3m, cc12m      *.tar as img2dataset writes them, local or remote
+  yfcc14m          **/*.zip with HASH.jpg, yfcc100m_dataset.sql, yfcc100m_subset_data.tsv
+  redcaps12m       annotations/SUBREDDIT_YEAR.json, images/SUBREDDIT/IMAGE_ID.jpg
+"""
+
+import argparse
+from collections.abc import Sequence
+import importlib
+import os
+import sys
+
+from etils import epath
+
+from groupvit_jax import cli
+from groupvit_jax.data import prepared
+from groupvit_jax.storage import is_local
+
+# Data set -> module and class of its builder, imported when asked for.
+BUILDERS = {
+  'voc2012': ('segmentation_sets', 'Voc2012'),
+  'pascal_context': ('segmentation_sets', 'PascalContext'),
+  'coco_stuff': ('segmentation_sets', 'CocoStuff'),
+  'ade20k': ('segmentation_sets', 'Ade20k'),
+  'cityscapes_fine': ('segmentation_sets', 'CityscapesFine'),
+}
+CAPTION_SETS = ('cc3m', 'cc12m', 'yfcc14m', 'redcaps12m')
+
+
+def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> str:
+  """Builds a data set, unless it is there already.
+
+  Args:
+    name: one of `BUILDERS`.
+    manual_dir: where its archives were unpacked.
+    data_dir: where TFDS data sets are kept, on a local disk.
+
+  Returns:
+    What is there now, in a line.
+
+  Raises:
+    ValueError: there is no such folder, it has another layout, or one of both is remote.
+  """
+  for flag, folder in (('manual_dir', manual_dir), ('data_dir', data_dir)):
+    if not is_local(str(folder)):
+      raise ValueError(f'--{flag}={folder} is remote; build from a disk onto a disk, then copy the folder')
+  if (kept := prepared.newest_version(data_dir, name)) is not None:
+    return (
+      f'{_describe(name, kept)}; it was there before, and --manual_dir={manual_dir} was not looked at: to build '
+      f'it again delete {kept}'
+    )
+  if not epath.Path(manual_dir).is_dir():
+    raise ValueError(f'there is no folder --manual_dir={manual_dir}; unpack the official archives there')
+  import tensorflow_datasets as tfds  # it takes a second to import
+
+  module, builder_class = BUILDERS[name]
+  module = importlib.import_module(f'groupvit_jax.prepare.{module}')
+  builder = getattr(module, builder_class)(data_dir=str(data_dir), file_format='array_record')
+  builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
+  return _describe(name, builder.data_dir)
+
+
+def _describe(name: str, folder: epath.PathLike) -> str:
+  """How many pictures there are, of how many, and where."""
+  from groupvit_jax.eval import benchmarks, labelled
+
+  found = len(prepared.open_records(folder, labelled.SPLIT, ('image', 'label')))
+  benchmark = next(each for each, stored in labelled.STORED_IN.items() if stored == name)
+  wanted = benchmarks.find_benchmark(benchmark).num_images
+  line = f'{name}: {found:,} of {wanted:,} pictures, in {folder}'
+  return line if found == wanted else f'{line}; published figures are about all {wanted:,}: is the download whole?'
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command; see this module.
+
+  Args:
+    arguments: without the program's name.
+
+  Returns:
+    The exit code: 0, or 2 after one line on stderr that names the mistake.
+  """
+  parser = argparse.ArgumentParser(
+    prog='python -m groupvit_jax.prepare', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument('name', choices=[*BUILDERS, *CAPTION_SETS])
+  parser.add_argument('--manual_dir', required=True, help='the folder with the official archives, unpacked')
+  parser.add_argument('--data_dir', required=True, help='where TFDS data sets are kept')
+  parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes, for image-text pairs')
+  args = parser.parse_args(arguments)
+  try:
+    if args.name in CAPTION_SETS:
+      from groupvit_jax.prepare import caption_sets
+
+      folder = caption_sets.build(args.name, args.manual_dir, args.data_dir, args.workers)
+      print(f'{caption_sets.describe(args.name, folder)}; in {folder}')
+      return 0
+    print(build(args.name, args.manual_dir, args.data_dir))
+  except (ValueError, OSError) as error:
+    return cli.fail(str(error))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))

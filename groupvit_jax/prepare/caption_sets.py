@@ -1,0 +1,203 @@
+"""TFDS data sets of image-text pairs: encoded pictures as they come, in ArrayRecord files, one for each input file.
+
+Any number of processes write at once, each a file at a time. What is finished stays: after an interruption the same
+command goes on. The metadata without which nobody takes the folder for a data set are written last.
+"""
+
+import collections
+from collections.abc import Mapping
+import concurrent.futures
+import concurrent.futures.process
+import json
+import multiprocessing
+import os
+import pathlib
+import shutil
+from typing import NamedTuple
+
+from array_record.python.array_record_module import ArrayRecordWriter
+import tensorflow_datasets as tfds
+import tqdm
+
+from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.prepare import caption_layouts
+from groupvit_jax.prepare.caption_layouts import Layout, Part, Record
+from groupvit_jax.storage import is_local, write_whole
+
+VERSION, SPLIT = '1.0.0', 'train'
+
+
+class CaptionSet(NamedTuple):
+  """A set: what its download looks like, the records there should be, its texts, and where it comes from."""
+
+  layout: Layout
+  expected: int
+  texts: tuple[str, ...]
+  homepage: str
+
+
+SETS = {
+  'cc3m': CaptionSet(
+    caption_layouts.tars,
+    2_891_445,
+    ('caption', 'key'),
+    'https://github.com/google-research-datasets/conceptual-captions',
+  ),
+  'cc12m': CaptionSet(
+    caption_layouts.tars, 11_156_203, ('caption', 'key'), 'https://github.com/google-research-datasets/conceptual-12m'
+  ),
+  'yfcc14m': CaptionSet(
+    caption_layouts.yfcc14m,
+    14_615_499,
+    ('caption', 'key', 'title', 'description'),
+    'https://github.com/openai/CLIP/blob/main/data/yfcc100m.md',
+  ),
+  'redcaps12m': CaptionSet(caption_layouts.redcaps12m, 11_866_987, ('caption', 'key'), 'https://redcaps.xyz'),
+}
+
+
+def build(name: str, manual_dir: str, data_dir: str, workers: int) -> pathlib.Path:
+  """Builds a set, or what is left of it.
+
+  Args:
+    name: one of `SETS`.
+    manual_dir: its download; see `caption_layouts`.
+    data_dir: where TFDS data sets are kept, on a local disk.
+    workers: processes; 0 uses this one alone.
+
+  Returns:
+    The folder of the data set's version.
+
+  Raises:
+    ValueError: the download has another layout, is damaged, or is another one than the folder was begun with.
+  """
+  if not is_local(data_dir):
+    raise ValueError(f'--data_dir={data_dir} is remote; build on a disk, then copy the folder')
+  described = SETS[name]
+  folder = pathlib.Path(data_dir).expanduser() / name / VERSION
+  if (folder / 'dataset_info.json').exists():
+    return folder
+  folder.mkdir(parents=True, exist_ok=True)
+  parts = described.layout(manual_dir, folder)
+  _claim(folder, parts)
+  template = tfds.core.ShardedFileTemplate(
+    data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix='array_record'
+  )
+  jobs = [
+    (part, str(template.sharded_filepath(shard_index=n, num_shards=len(parts))), described.texts)
+    for n, part in enumerate(parts)
+  ]
+  reports = _in_processes(jobs, workers, name)
+  _finish(folder, name, template, reports)
+  return folder
+
+
+def describe(name: str, folder: pathlib.Path) -> str:
+  """What a built set holds, in a line."""
+  report = json.loads((folder / 'build.json').read_text())
+  left_out = ', '.join(f'{cause} {n:,}' for cause, n in report['left_out'].items()) or 'none'
+  return (
+    f'{name}: {report["records"]:,} records (the paper: {SETS[name].expected:,}) in {report["files"]:,} files, '
+    f'{report["bytes"] / 1e9:,.2f} GB; left out: {left_out}'
+  )
+
+
+def write_part(part: Part, path: str, texts: tuple[str, ...]) -> dict[str, object]:
+  """Writes a file, unless it is there; returns its records, its bytes, and what was left out by cause."""
+  done = pathlib.Path(f'{path}.json')
+  if done.exists():
+    return json.loads(done.read_text())
+  features, partial = _features(texts), f'{path}.partial'
+  left_out, records = collections.Counter(), 0
+  writer = ArrayRecordWriter(partial, 'group_size:1')  # one record a read: they are read in any order
+  try:
+    for record in part.read():
+      cause = record.cause if isinstance(record, Fault) else _cause(record)
+      if cause:
+        left_out[cause] += 1
+        continue
+      writer.write(features.serialize_example(record))
+      records += 1
+  finally:
+    writer.close()
+  os.replace(partial, path)
+  report = {'records': records, 'bytes': os.path.getsize(path), 'left_out': dict(left_out)}
+  write_whole(str(done), json.dumps(report).encode())
+  return report
+
+
+def _cause(record: Record) -> str:
+  """Why a record cannot be used, as far as that can be seen without decoding its picture; '' if it can."""
+  if not record['image']:
+    return 'image_missing'
+  return '' if record['caption'].strip() else 'caption_empty'
+
+
+def _features(texts: tuple[str, ...]) -> tfds.features.FeaturesDict:
+  return tfds.features.FeaturesDict({'image': tfds.features.Image()} | {text: tfds.features.Text() for text in texts})
+
+
+def _in_processes(jobs: list[tuple], workers: int, name: str) -> list[Mapping[str, object]]:
+  """Writes all parts; the first error ends it, and leaves what is finished."""
+  with tqdm.tqdm(total=len(jobs), desc=name, unit='file') as bar:
+    if workers:
+      return _in_pool(jobs, workers, bar)
+    reports = []
+    for job in jobs:
+      reports.append(write_part(*job))
+      bar.update()
+    return reports
+
+
+def _in_pool(jobs: list[tuple], workers: int, bar: tqdm.tqdm) -> list[Mapping[str, object]]:
+  context = multiprocessing.get_context('spawn')
+  with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    futures = [pool.submit(write_part, *job) for job in jobs]
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        future.result()
+        bar.update()
+    except concurrent.futures.process.BrokenProcessPool as error:
+      raise OSError(
+        'a process died (killed, or out of memory?); the same command goes on, perhaps with fewer --workers'
+      ) from error
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+    return [future.result() for future in futures]
+
+
+def _claim(folder: pathlib.Path, parts: list[Part]) -> None:
+  """Notes what the set is built from, or checks it."""
+  path = folder / 'inputs.json'
+  inputs = [[part.name, part.size] for part in parts]
+  if not path.exists():
+    write_whole(str(path), json.dumps(inputs).encode())
+  elif json.loads(path.read_text()) != inputs:
+    raise ValueError(f'{folder} was begun from other files; bring those back, or delete the folder')
+
+
+def _finish(
+  folder: pathlib.Path, name: str, template: tfds.core.ShardedFileTemplate, reports: list[Mapping[str, object]]
+) -> None:
+  """Writes the metadata, and removes what only the building needed."""
+  lengths = [report['records'] for report in reports]
+  if not any(lengths):
+    raise ValueError(f'{name}: none of the {len(lengths)} input files holds a usable record; see {folder}')
+  left_out = sum((collections.Counter(report['left_out']) for report in reports), collections.Counter())
+  size = sum(report['bytes'] for report in reports)
+  summary = {'records': sum(lengths), 'files': len(lengths), 'bytes': size, 'left_out': dict(left_out)}
+  write_whole(str(folder / 'build.json'), json.dumps(summary, indent=2).encode())
+  split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
+  tfds.folder_dataset.write_metadata(
+    data_dir=folder,
+    features=_features(SETS[name].texts),
+    split_infos=[split],
+    version=VERSION,
+    filename_template=template,
+    check_data=False,
+    homepage=SETS[name].homepage,
+  )
+  shutil.rmtree(folder / caption_layouts.SCRATCH, ignore_errors=True)
+  for path in folder.glob('*.array_record-*.json'):
+    path.unlink()

@@ -1,0 +1,87 @@
+"""TFDS builders of segmentation data sets. Pictures and label maps are stored as they come, in one split 'validation'.
+
+What a benchmark makes of the labels (`Benchmark.train_labels`) is made when they are read, so VOC20, Context59 and
+COCO-Object need no copy of their own.
+"""
+
+from collections.abc import Callable, Iterator
+import io
+
+from etils import epath
+import tensorflow_datasets as tfds
+
+from groupvit_jax.data.images import read_picture
+from groupvit_jax.eval.labelled import decode_label, SPLIT
+from groupvit_jax.prepare import segmentation_layouts
+
+
+class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
+  """Labelled pictures of one split: 'image' and 'label' are files, 'key' is the picture's name."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  MANUAL_DOWNLOAD_INSTRUCTIONS = 'Unpack the official archives in --manual_dir.'
+  url_infos = {}  # nothing is downloaded: TFDS need not look for checksums beside this file
+  skip_registration = True
+  find_files: Callable[[epath.PathLike], list[segmentation_layouts.LabelledFile]]
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    features = tfds.features.FeaturesDict(
+      {
+        'image': tfds.features.Image(),
+        'label': tfds.features.Image(shape=(None, None, 1), encoding_format='png'),
+        'key': tfds.features.Text(),
+      }
+    )
+    return tfds.core.DatasetInfo(builder=self, description=self.find_files.__doc__, features=features)
+
+  def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+    return {SPLIT: self._generate_examples(self.find_files(dl_manager.manual_dir))}
+
+  def _generate_examples(
+    self, files: list[segmentation_layouts.LabelledFile]
+  ) -> Iterator[tuple[str, dict[str, object]]]:
+    for file in files:
+      image, label = file.image.read_bytes(), file.read_label()
+      height, width = read_picture(image, str(file.image)).shape[:2]
+      found = decode_label(label, f'the label map of {file.image}').shape
+      if found != (height, width):
+        raise ValueError(
+          f'{file.image} is {height} x {width} px, its label map {found[0]} x {found[1]}; '
+          'unpack the official archives again'
+        )
+      yield file.key, {'image': io.BytesIO(image), 'label': io.BytesIO(label), 'key': file.key}
+
+
+class Voc2012(_SegmentationSet):
+  """Of voc21 and voc20."""
+
+  name = 'voc2012'
+  find_files = staticmethod(segmentation_layouts.voc2012)
+
+
+class PascalContext(_SegmentationSet):
+  """Of context60 and context59."""
+
+  name = 'pascal_context'
+  find_files = staticmethod(segmentation_layouts.pascal_context)
+
+
+class CocoStuff(_SegmentationSet):
+  """Of coco_stuff and coco_object."""
+
+  name = 'coco_stuff'
+  find_files = staticmethod(segmentation_layouts.coco_stuff)
+
+
+class Ade20k(_SegmentationSet):
+  """Of ade20k."""
+
+  name = 'ade20k'
+  find_files = staticmethod(segmentation_layouts.ade20k)
+
+
+class CityscapesFine(_SegmentationSet):
+  """Of cityscapes."""
+
+  name = 'cityscapes_fine'
+  find_files = staticmethod(segmentation_layouts.cityscapes_fine)

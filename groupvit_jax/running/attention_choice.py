@@ -1,0 +1,128 @@
+"""Which implementation of attention the image tower's blocks use: the one that is fastest on this hardware.
+
+Masked rows of text always take XLA's, and so does cross-attention.
+"""
+
+from collections.abc import Callable
+import math
+import statistics
+import time
+from typing import NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from groupvit_jax.model.attention import attend, Implementation
+from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.model.vision import VisionTower
+from groupvit_jax.running import sharding
+
+# cuDNN must save so much of the time: two starts of a run should not differ for a difference that is noise.
+_WORTH = 0.95
+_ROUNDS = 10
+_SAMPLES = 16  # of a device, that the forward pass is timed on
+
+Measure = Callable[[Implementation], float]
+
+
+class Choice(NamedTuple):
+  """An implementation, and why."""
+
+  implementation: Implementation
+  reason: str
+  measured: bool = False  # rather than known
+
+
+def choose_attention(tower: VisionTower, samples: int, mesh: Mesh, *, train: bool) -> Choice:
+  """Measures what this hardware offers; all processes of a run take part, and come to one choice.
+
+  Args:
+    tower: the blocks of all its stages are measured.
+    samples: of all devices, at a time; divisible over them.
+    mesh: over which samples and heads are divided.
+    train: whether gradients count as well.
+
+  Returns:
+    The choice; 'xla' where there is none. On a CPU it is known: nothing is measured.
+  """
+  platform = mesh.devices.flat[0].platform
+  if platform == 'cpu' and mesh.size == 1 and not train:
+    return Choice('xla_in_parts', 'on one CPU device encoders take 6 to 10 % less time with it')
+  if platform != 'gpu':
+    return Choice('xla', f'cuDNN is for NVIDIA GPUs, this is a {platform}')
+  if tower.dtype == jnp.float32:
+    return Choice('xla', 'cuDNN does not take float32')
+  heads = 'model' if tower.num_heads % mesh.shape['model'] == 0 else None
+  place = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, heads))
+  of_stages = stage_shapes(tower, samples)
+  measure = lambda implementation: sum(
+    depth * seconds(implementation, shape, tower.dtype, place, train) for depth, shape in of_stages
+  )
+  return fastest(measure, 'forward and backward' if train else 'forward')
+
+
+def with_fastest_attention(model: ImageTextModel, mesh: Mesh) -> ImageTextModel:
+  """The model with what `choose_attention` finds for the forward pass."""
+  choice = choose_attention(model.vision, _SAMPLES * sharding.batch_ways(mesh), mesh, train=False)
+  return model.clone(vision=model.vision.clone(attention=choice.implementation))
+
+
+def stage_shapes(tower: VisionTower, samples: int) -> list[tuple[int, tuple[int, int, int, int]]]:
+  """Of each stage the number of its blocks, and [B, N, h, k] of what they attend to."""
+  tokens, found = math.prod(side // tower.patch_size for side in tower.image_size), []
+  for stage in tower.stages:
+    shape = samples, tokens + stage.num_group_tokens, tower.num_heads, tower.width // tower.num_heads
+    found.append((stage.depth, shape))
+    tokens = stage.num_segments
+  return found
+
+
+def fastest(measure: Measure, work: str) -> Choice:
+  """Chooses by a function that returns seconds, or raises where an implementation does not run.
+
+  What does not run in one process is used by none; the slowest process counts.
+  """
+  times, errors = zip(*(_try(measure, implementation) for implementation in ('xla', 'cudnn')))
+  if jax.process_count() > 1:
+    times = multihost_utils.process_allgather(np.array(times)).max(axis=0)
+  xla, cudnn = times
+  why = lambda error: error or 'not in another process'
+  if math.isinf(cudnn):
+    return Choice('xla', f'cuDNN does not run: {why(errors[1])}', measured=True)
+  if math.isinf(xla):
+    return Choice('cudnn', f"XLA's does not run: {why(errors[0])}", measured=True)
+  figures = f'{work} take {1e3 * cudnn:.2f} ms with cuDNN, {1e3 * xla:.2f} ms with XLA'
+  return Choice('cudnn' if cudnn < _WORTH * xla else 'xla', figures, measured=True)
+
+
+def _try(measure: Measure, implementation: Implementation) -> tuple[float, str]:
+  """Seconds, infinite with an error."""
+  try:
+    return measure(implementation), ''
+  except Exception as error:  # whatever a driver or a library says of itself
+    return math.inf, ' '.join(str(error).split())[:200]
+
+
+def seconds(
+  implementation: Implementation, shape: tuple[int, int, int, int], dtype: jnp.dtype, place: NamedSharding, train: bool
+) -> float:
+  """Median time of attention, with its gradients in training, among arrays [B, N, h, k] that lie in some place."""
+  draw = lambda key: tuple(jax.random.normal(key, (3, *shape), dtype))
+  arrays = jax.jit(draw, out_shardings=place)(jax.random.key(0))
+  forward = lambda *args: attend(*args, implementation=implementation)
+
+  def both(*args):
+    out, pull = jax.vjp(forward, *args)
+    return out, pull(out)
+
+  run = jax.jit(both if train else forward)
+  jax.block_until_ready(run(*arrays))
+  found = []
+  for _ in range(_ROUNDS):
+    started = time.perf_counter()
+    jax.block_until_ready(run(*arrays))
+    found.append(time.perf_counter() - started)
+  return statistics.median(found)

@@ -1,0 +1,356 @@
+"""Shards wherever they lie: patterns of paths, sizes and versions, and reads of byte ranges.
+
+Local paths go to the system; `gs://`, `s3://`, `http(s)://` and whatever else `fsspec` knows go to
+it. Reads are thread-safe and meant to be made by many threads at once: that is what hides the
+latency of a remote store. Credentials and endpoints are those of the store's own library and of
+fsspec's configuration (`FSSPEC_S3_ENDPOINT_URL`, `FSSPEC_GS_TOKEN`, ...).
+"""
+
+import atexit
+from collections.abc import Callable, Iterable, Iterator, Sequence
+import concurrent.futures
+import contextlib
+import glob
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+import threading
+import time
+from typing import NamedTuple, TypeVar
+
+import fsspec
+
+from groupvit_jax import cli
+
+# Seconds waited before a failed remote read is tried again: rides out an overloaded server.
+RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
+
+_REQUESTS = 32  # in flight while shards are looked up
+_CONNECT_S, _STALLED_S = 10, 60  # then a connection, or a read without a byte, is given up
+_BRACES = re.compile(r'\{([^{}]*)\}')
+_RANGE = re.compile(r'(\d+)\.\.(\d+)')
+_lock = threading.Lock()
+_systems: dict[str, fsspec.AbstractFileSystem] = {}
+_T = TypeVar('_T')
+_R = TypeVar('_R')
+
+
+class Shard(NamedTuple):
+  """A file of records.
+
+  Attributes:
+    path: local, or with a protocol.
+    size: in bytes.
+    version: changes when the file does: its modification time or its store's tag.
+  """
+
+  path: str
+  size: int
+  version: str
+
+  @property
+  def name(self) -> str:
+    """The file's name without its folder."""
+    return self.path.rsplit('/', 1)[-1]
+
+
+def expand_braces(pattern: str) -> list[str]:
+  """Returns the paths that a pattern stands for, as bash does.
+
+  Args:
+    pattern: `{0000..1243}` counts (with as many digits as its ends are written with), `{a,b}`
+      lists; several multiply.
+
+  Returns:
+    Paths in order.
+
+  Raises:
+    ValueError: braces that do not close, count down, or hold neither a range nor a list.
+  """
+  match = _BRACES.search(pattern)
+  if not match:
+    if '{' in pattern or '}' in pattern:
+      raise ValueError(f'{pattern!r}: a brace is missing its partner')
+    return [pattern]
+  head, tail = pattern[: match.start()], expand_braces(pattern[match.end() :])
+  return [head + middle + end for middle in _alternatives(match[1], pattern) for end in tail]
+
+
+def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
+  """Finds every shard of some patterns, in order.
+
+  Args:
+    patterns: paths with braces (see `expand_braces`) and, where the store can list, `*`.
+    what: names the set in messages.
+
+  Returns:
+    The shards.
+
+  Raises:
+    ValueError: a shard is missing, is listed twice or cannot be reached, or there is none.
+  """
+  paths = [path for pattern in patterns for path in _list_paths(os.path.expanduser(pattern), what)]
+  if not paths:
+    raise ValueError(f'{what}: no shards; name some, as in /data/{{0000..0099}}.tar')
+  if len(set(paths)) < len(paths):
+    twice = next(path for path in paths if paths.count(path) > 1)
+    raise ValueError(f'{what}: the patterns name {twice} twice')
+  found = in_threads(_stat, paths, _REQUESTS)
+  missing = [path for path, shard in zip(paths, found, strict=True) if shard is None]
+  if missing:
+    raise ValueError(
+      f'{what}: {len(missing)} of {len(paths)} shards are missing, first '
+      f'{missing[0]}; fetch them, or leave them out of the pattern'
+    )
+  return found
+
+
+def list_files(pattern: str) -> list[str]:
+  """The files that a pattern with '*' stands for, in order. Raises ValueError where a store cannot be reached."""
+  return _reach(pattern, lambda: _glob(pattern))
+
+
+def cache_folder() -> pathlib.Path:
+  """Where what can be made or fetched again is kept: `$XDG_CACHE_HOME/groupvit_jax`, or the same under `~/.cache`."""
+  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return pathlib.Path(base) / 'groupvit_jax'
+
+
+def read(path: str, start: int, size: int) -> bytes:
+  """Reads a byte range in one request, trying again where a remote store fails.
+
+  Args:
+    path: of a shard.
+    start: first byte.
+    size: number of bytes, at least 1.
+
+  Returns:
+    Exactly `size` bytes.
+
+  Raises:
+    OSError: the file ends earlier, or cannot be read.
+  """
+  if is_local(path):
+    return _read_local(path, start, size)
+
+  def fetch() -> bytes:
+    data = _system(path).cat_file(path, start=start, end=start + size)
+    if len(data) > size:
+      raise PermissionError('the server ignores byte ranges; use one that serves them')
+    if len(data) < size:
+      raise OSError(f'the server sent {len(data)} of {size} bytes')
+    return data
+
+  try:
+    return tried(fetch)
+  except cli.Unavailable as error:
+    raise OSError(f'cannot read {path} {error}') from error
+  except OSError as error:
+    raise OSError(f'cannot read {path}: {_line(error)}') from error
+
+
+def tried(operation: Callable[..., _R], *arguments: object) -> _R:
+  """What an operation of a remote store returns, tried again where it fails.
+
+  Raises:
+    FileNotFoundError, PermissionError: as `operation` does; another attempt would end the same way.
+    cli.Unavailable: the last attempt failed too.
+  """
+  for delay in (*RETRY_DELAYS, None):
+    try:
+      return operation(*arguments)
+    except (FileNotFoundError, PermissionError):
+      raise
+    except Exception as error:  # every library behind fsspec has exceptions of its own
+      if delay is None:
+        raise cli.Unavailable(f'after {len(RETRY_DELAYS) + 1} attempts: {_line(error)}') from error
+    time.sleep(delay)
+
+
+def read_whole(path: str) -> bytes | None:
+  """Reads a small file, or returns None when there is none."""
+  try:
+    return pathlib.Path(path).read_bytes() if is_local(path) else _system(path).cat_file(path)
+  except FileNotFoundError:
+    return None
+
+
+def write_whole(path: str, data: bytes) -> None:
+  """Writes a file so that no reader, and no kill, ever sees half of it.
+
+  Raises:
+    OSError: see `writing`; cli.Unavailable where a store fails again and again.
+  """
+  if not is_local(path):
+    return _store(path, data)
+  file = pathlib.Path(path)
+  part = file.with_name(f'.{file.name}.{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}')
+  with writing(path):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      part.write_bytes(data)
+      part.replace(file)
+    except OSError:
+      part.unlink(missing_ok=True)
+      raise
+
+
+def _store(path: str, data: bytes) -> None:
+  """Writes an object of a store, which shows only whole ones."""
+  try:
+    tried(_system(path).pipe_file, path, data)
+  except cli.Unavailable as error:
+    raise cli.Unavailable(f'cannot write {path} {error}') from error
+  except OSError as error:
+    raise OSError(f'cannot write {path}: {_line(error)}') from error
+
+
+@contextlib.contextmanager
+def writing(path: object) -> Iterator[None]:
+  """Raises OSError, with the path and what to do about it, where something cannot be written inside."""
+  try:
+    yield
+  except OSError as error:
+    raise OSError(
+      f'cannot write {path}: {error.strerror or error}; make room there, or permit it, and give the same command again'
+    ) from error
+
+
+def is_local(path: str) -> bool:
+  """Whether a path names a file of this machine."""
+  return '://' not in path
+
+
+def in_threads(function: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+  """Maps in threads, in order. The first error ends it without starting what is still queued."""
+  with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    futures = [pool.submit(function, item) for item in items]
+    try:
+      return [future.result() for future in futures]
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+
+
+def _alternatives(inside: str, pattern: str) -> list[str]:
+  if bounds := _RANGE.fullmatch(inside):
+    first, last = map(int, bounds.groups())
+    if first > last:
+      raise ValueError(f'{pattern!r} counts down; write {{{bounds[2]}..{bounds[1]}}}')
+    width = max(map(len, bounds.groups()))
+    padded = any(text[0] == '0' and len(text) > 1 for text in bounds.groups())
+    return [str(n).zfill(width if padded else 0) for n in range(first, last + 1)]
+  if ',' not in inside:
+    raise ValueError(f'{pattern!r}: {{{inside}}} is neither a range as {{00..99}} nor a list')
+  return inside.split(',')
+
+
+def _list_paths(pattern: str, what: str) -> list[str]:
+  """Paths of one pattern: braces, then '*'."""
+  paths = []
+  for path in expand_braces(pattern):
+    if '*' not in path:
+      paths.append(path)
+      continue
+    found = list_files(path)
+    if not found:
+      raise ValueError(f'{what}: nothing matches {path}')
+    paths += found
+  return paths
+
+
+def _glob(path: str) -> list[str]:
+  if is_local(path):
+    return sorted(glob.glob(path))
+  system = _system(path)
+  return sorted(map(system.unstrip_protocol, system.glob(path)))
+
+
+def _stat(path: str) -> Shard | None:
+  """Size and version of a file, or None when there is none."""
+  if is_local(path):
+    try:
+      stat = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+      return None
+    if not pathlib.Path(path).is_file():
+      raise ValueError(f'{path} is not a file')
+    return Shard(path, stat.st_size, str(stat.st_mtime_ns))
+  info = _reach(path, lambda: _info(path))
+  if info is None:
+    return None
+  if info.get('size') is None or info.get('partial') is False:
+    raise ValueError(f'{path}: the server does not serve byte ranges; use one that does')
+  tags = (info.get(key) for key in ('ETag', 'etag', 'generation', 'Last-Modified', 'LastModified', 'mtime', 'updated'))
+  return Shard(path, info['size'], str(next(filter(None, tags), '')))
+
+
+def _info(path: str) -> dict[str, object] | None:
+  try:
+    return _system(path).info(path)
+  except FileNotFoundError as error:
+    # The HTTP file system calls every failure by this name; only a refusal by the server is one.
+    if error.__cause__ is not None and getattr(error.__cause__, 'status', None) not in (404, 410):
+      raise error.__cause__ from None
+    return None
+
+
+def _reach(path: str, function: Callable[[], _R]) -> _R:
+  """Runs a remote operation; whatever it raises becomes one line."""
+  try:
+    return function()
+  except Exception as error:  # every library behind fsspec has exceptions of its own
+    raise ValueError(f'cannot reach {path}: {_line(error)}') from error
+
+
+def _system(path: str) -> fsspec.AbstractFileSystem:
+  """The file system of a path; one for each protocol and process, so that connections are shared."""
+  protocol = path.split('://', 1)[0]
+  with _lock:
+    if protocol not in _systems:
+      options = {}
+      if protocol in ('http', 'https'):
+        import aiohttp  # only here: without remote shards nobody needs it
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_STALLED_S)
+        options = {'client_kwargs': {'timeout': timeout}}
+      _systems[protocol] = fsspec.filesystem(protocol, **options)
+    return _systems[protocol]
+
+
+def _read_local(path: str, start: int, size: int) -> bytes:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    data = os.pread(descriptor, size, start)
+  finally:
+    os.close(descriptor)
+  if len(data) != size:
+    raise OSError(f'{path} ends before byte {start + size}; it was changed while it was in use')
+  return data
+
+
+def _line(error: BaseException) -> str:
+  return ' '.join(str(error).split())[:300] or type(error).__name__
+
+
+def temporary_folder(purpose: str, url: str | None = None, process: int = 0) -> pathlib.Path:
+  """Makes an empty temporary folder, which is gone when the process has ended in order.
+
+  Args:
+    purpose: a word for its name.
+    url: what it is a copy of, when one process at a time has it: what one that was killed left is removed, so
+      that a run that is killed again and again does not fill the disk.
+    process: number of this process among those that keep copies of it.
+  """
+  if url is None:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f'groupvit-{purpose}-'))
+  else:
+    name = hashlib.sha256(f'{url} {os.getuid()}'.encode()).hexdigest()[:16]  # hosts are shared, names are not
+    folder = pathlib.Path(tempfile.gettempdir()) / f'groupvit-{purpose}-{name}-{process}'
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder

@@ -1,0 +1,100 @@
+"""Counts the records a run had to replace, over all hosts and restarts, and ends it when they are too many."""
+
+import json
+from typing import NamedTuple
+
+from etils import epath
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from groupvit_jax import storage
+from groupvit_jax.data import bad_records
+from groupvit_jax.data.pipeline import to_devices
+from groupvit_jax.running import sharding
+
+_FEWEST = 1000  # examples a share is taken of: one fault in a small batch is no sign of anything
+_KEPT = 20  # checkpoints whose counts are kept
+
+
+class _Checked(NamedTuple):
+  """Where the share was looked at last."""
+
+  step: int
+  count: int
+
+
+class FaultTally:
+  """Faults by cause since step 0.
+
+  The count is a function of the batches consumed: it is saved with each checkpoint, and goes on from there.
+  """
+
+  def __init__(self, workdir: epath.PathLike, step: int, *, batch_size: int, max_share: float, mesh: Mesh):
+    """Starts counting, or goes on.
+
+    Args:
+      workdir: of the run.
+      step: batches consumed before.
+      batch_size: global.
+      max_share: of the examples; more faults than this end the run.
+      mesh: of the run.
+
+    Raises:
+      ValueError: `max_share` is not a share.
+    """
+    if not 0 <= max_share <= 1:
+      raise ValueError(f'data.max_fault_share={max_share}: use a share from 0 to 1')
+    self._path, self._mesh = epath.Path(workdir) / 'faults.json', mesh
+    self._batch_size, self._max_share = batch_size, max_share
+    self._saved = json.loads(self._path.read_text()) if self._path.exists() else {}
+    known = self._saved.get(str(step), {})
+    self._before = np.array([known.get(cause, 0) for cause in bad_records.CAUSES])
+    # Since then; by row, so that it is laid out over processes as a batch is.
+    self._rows = np.zeros((len(sharding.local_rows(batch_size, mesh)), len(bad_records.CAUSES)), np.int32)
+    self._checked = _Checked(step, int(self._before.sum()))
+    self._sum = jax.jit(lambda rows: rows.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def add(self, rows: np.ndarray) -> None:
+    """Counts this host's part of a batch's 'faults', int32 [b, causes]."""
+    self._rows = self._rows + rows
+
+  def total(self) -> jax.Array:
+    """Faults by cause since this process started, over all hosts, int32 [causes]: a promise, nothing waits for it."""
+    total = self._sum(to_devices({'faults': self._rows}, self._mesh)['faults'])
+    sharding.settle(total, self._mesh)
+    return total
+
+  def counts(self, total: jax.Array) -> dict[str, int]:
+    """Fetches a total: faults since step 0 by cause, without zeros."""
+    values = (self._before + np.asarray(total)).tolist()
+    return {cause: n for cause, n in zip(bad_records.CAUSES, values, strict=True) if n}
+
+  def check(self, step: int, counts: dict[str, int]) -> None:
+    """Raises TooManyFaults when the share since the last check is too large.
+
+    Args:
+      step: that `counts` was taken at.
+      counts: see `counts`.
+    """
+    examples = (step - self._checked.step) * self._batch_size
+    if examples < _FEWEST:
+      return
+    found, since = sum(counts.values()) - self._checked.count, self._checked.step
+    self._checked = _Checked(step, sum(counts.values()))
+    if found > self._max_share * examples:
+      listed = ', '.join(f'{cause} {n:,}' for cause, n in counts.items())
+      raise bad_records.TooManyFaults(
+        f'{found / examples:.1%} of the {examples:,} records since step {since} could not be used, more than '
+        f'data.max_fault_share={self._max_share} (since step 0: {listed}); look at the data with '
+        'python -m groupvit_jax.data.audit, or raise the share'
+      )
+
+  def save(self, step: int) -> None:
+    """Keeps the counts of a step that a checkpoint is saved at; all hosts take part, the first one writes."""
+    counts = self.counts(self.total())
+    if jax.process_index():
+      return
+    self._saved[str(step)] = counts
+    self._saved = dict(sorted(self._saved.items(), key=lambda item: int(item[0]))[-_KEPT:])
+    storage.write_whole(str(self._path), (json.dumps(self._saved, indent=2) + '\n').encode())

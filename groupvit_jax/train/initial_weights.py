@@ -1,0 +1,164 @@
+"""Where the weights of a run start: at random, or at weights from elsewhere (`config.init_from`)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+from flax import traverse_util
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from groupvit_jax.data.tokenizer import build_tokenizer
+from groupvit_jax.interop import licence as licence_lib
+from groupvit_jax.interop import read, state_dicts
+from groupvit_jax.interop.licence import Licence
+from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.model.vision import resize_positions
+from groupvit_jax.train import open_run
+from groupvit_jax.train import state as train_state
+from groupvit_jax.train.state import TrainState
+
+_POSITIONS = 'params/vision/positions'
+_PROMPTS_SCALE = 'params/multi_label_logit_scale'
+
+
+class Source(NamedTuple):
+  """Weights from elsewhere."""
+
+  variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, as they are there
+  eos_id: int
+  licence: Licence
+
+
+def initial_state(
+  model: ImageTextModel,
+  tx: optax.GradientTransformation,
+  seed: int,
+  text_shape: tuple[int, int],
+  mesh: jax.sharding.Mesh,
+  *,
+  init_from: str,
+  average: bool = False,
+) -> TrainState:
+  """The state at step 0.
+
+  Args:
+    model: the model.
+    tx: the optimiser.
+    seed: of the run, and of the parameters unless they come from elsewhere.
+    text_shape: (T, L) of the tokens.
+    mesh: where the state lives.
+    init_from: a workdir, or what `import_weights` takes; '' for random parameters.
+    average: whether to keep a moving average.
+
+  Raises:
+    ValueError: there are no such weights, or they do not fit the model.
+  """
+  state = train_state.init_state(model, tx, seed, text_shape, mesh)
+  if init_from:
+    found = fit_variables(read_source(init_from).variables, state.variables)
+    state = state.replace(**jax.tree.map(_place, found, state.variables))
+  return state.start_average() if average else state
+
+
+def read_source(path: epath.PathLike) -> Source:
+  """Reads weights from elsewhere.
+
+  Args:
+    path: a workdir (of which the moving average is taken, if there is one), a Hugging Face folder, a folder of
+      `export`, or a `.pth` file.
+
+  Raises:
+    ValueError: nothing is there, or it is damaged.
+  """
+  path = epath.Path(path)
+  if _is_workdir(path):
+    run = open_run.open_run(path)
+    return Source(jax.tree.map(np.asarray, run.variables), run.tokenizer.eos_id, licence_lib.read_kept(path))
+  found = read.read_weights(path)
+  return Source(found.variables, found.spec.eos_id, found.licence)
+
+
+def fit_variables(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+  """Weights from elsewhere in the shapes of a model.
+
+  Position embeddings are resized to the model's pictures. A temperature of the prompts that the source lacks starts
+  anew; one that the model lacks is left out.
+
+  Args:
+    found: what was read.
+    like: the model's variables, or their shapes.
+
+  Returns:
+    {'params': ..., 'batch_stats': ...}.
+
+  Raises:
+    ValueError: lists all names that are missing, unexpected or misshapen.
+  """
+  theirs, ours = (traverse_util.flatten_dict(tree, sep='/') for tree in (found, like))
+  if _POSITIONS in theirs and theirs[_POSITIONS].shape[2:] == ours[_POSITIONS].shape[2:]:
+    theirs[_POSITIONS] = np.asarray(resize_positions(theirs[_POSITIONS], *ours[_POSITIONS].shape[:2]))
+  if _PROMPTS_SCALE in ours:
+    theirs.setdefault(_PROMPTS_SCALE, ours[_PROMPTS_SCALE])
+  else:
+    theirs.pop(_PROMPTS_SCALE, None)
+  state_dicts.check_names(theirs, {name: leaf.shape for name, leaf in ours.items()})
+  return traverse_util.unflatten_dict(theirs, sep='/')
+
+
+def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The `tokenizer` part of a config; without a path of its own it names the one that the weights came with.
+
+  Raises:
+    ValueError: the weights come without one.
+  """
+  tokenizer, path = config.tokenizer.copy_and_resolve_references(), epath.Path(config.init_from)
+  if not config.init_from or tokenizer.path:
+    return tokenizer
+  if path.exists() and not path.is_dir():
+    raise ValueError(f'init_from={config.init_from!r} comes without a tokenizer; name it in tokenizer.path')
+  tokenizer.path = str(path / 'tokenizer' if _is_workdir(path) else path)
+  return tokenizer
+
+
+def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel]) -> Licence:
+  """Reads the weights that a config names, so that what does not fit shows before anything is written.
+
+  Args:
+    config: of the run.
+    build: makes the model, given vocab_size and eos_id.
+
+  Returns:
+    The licence of the weights.
+
+  Raises:
+    ValueError: they cannot be read, they or the tokenizer do not fit, or the tokenizer cannot be read.
+  """
+  name = f'init_from={config.init_from!r}'
+  if not epath.Path(config.init_from).exists():
+    raise ValueError(f'{name}: there is no such file or folder')
+  tokenizer, source = build_tokenizer(with_tokenizer(config).path), read_source(config.init_from)
+  model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+  try:
+    fit_variables(source.variables, state_dicts.abstract_variables(model))
+    read.check_tokenizer(
+      tokenizer,
+      vocab_size=tokenizer.vocab_size,
+      eos_id=source.eos_id,
+      remedy='name the one they were trained with in tokenizer.path',
+    )
+  except ValueError as error:
+    raise ValueError(f'{name}: {error}') from error
+  return source.licence
+
+
+def _is_workdir(path: epath.Path) -> bool:
+  return (path / 'checkpoints').is_dir()
+
+
+def _place(value: Any, like: jax.Array) -> jax.Array:
+  """A copy of the value where `like` lies, on however many hosts."""
+  value = np.asarray(value, like.dtype)
+  return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])

@@ -1,0 +1,153 @@
+"""A run that has been trained: its model and newest checkpoint, for reading only."""
+
+from collections.abc import Mapping
+import contextlib
+import functools
+import pathlib
+import subprocess
+from typing import get_args, Literal, NamedTuple
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+import groupvit_jax
+from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.model.build import build_model
+from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.running import sharding
+from groupvit_jax.running.attention_choice import with_fastest_attention
+from groupvit_jax.train import best_checkpoint
+from groupvit_jax.train import state as train_state
+from groupvit_jax.train import workdir as workdir_lib
+from groupvit_jax.train.checkpoint import Checkpoints
+
+Weights = Literal['best', 'ema', 'trained']
+NEWEST, BEST = 'newest', 'best'  # checkpoints of a run
+
+
+class TrainedRun(NamedTuple):
+  """What a workdir holds, ready for `model.apply`."""
+
+  workdir: epath.Path
+  config: ml_collections.ConfigDict
+  tokenizer: Tokenizer
+  model: ImageTextModel
+  mesh: jax.sharding.Mesh
+  variables: dict[str, object]  # {'params': ..., 'batch_stats': ...}, whole on each device
+  weights: Weights  # which of them: 'ema' or 'trained'
+  step: int
+  skipped: tuple[int, ...]  # newer checkpoints, which are damaged
+
+  @property
+  def provenance(self) -> Mapping[str, str]:
+    """See `provenance`."""
+    return provenance(self.workdir, self.step, self.weights, self.model, self.mesh)
+
+
+def provenance(
+  workdir: epath.PathLike, step: int, weights: Weights, model: ImageTextModel, mesh: jax.sharding.Mesh
+) -> dict[str, str]:
+  """What figures of a checkpoint depend on besides their protocol, the same in training and after it."""
+  products = jax.config.jax_default_matmul_precision or 'default'
+  return {
+    'workdir': str(workdir),
+    'step': str(step),
+    'weights': weights,
+    'code': code_version(),
+    'precision': f'{jnp.dtype(model.dtype).name}, matrix products {products} on {mesh.devices.flat[0].device_kind}',
+  }
+
+
+def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best') -> TrainedRun:
+  """Opens a checkpoint of a workdir, on all devices; nothing is written there.
+
+  Args:
+    workdir: of the run.
+    checkpoint: 'newest' for the newest whole one, 'best' for the one that scored best in training.
+    weights: 'ema' for the moving average, 'trained' for what training itself works on, 'best' for the average of a
+      run that keeps one and what was trained of another.
+
+  Raises:
+    ValueError: there is no such workdir, no run in it, no checkpoint yet, none that can be read, or no average.
+  """
+  if checkpoint not in (NEWEST, BEST):
+    raise ValueError(f'--checkpoint={checkpoint}: use {NEWEST} or {BEST}')
+  config = workdir_lib.read_config(workdir)
+  weights = _choose_weights(workdir, config, weights)
+  tokenizer = workdir_lib.load_tokenizer(workdir)
+  with complete_config(workdir):
+    model = build_model(
+      config.model, vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id, multi_label=config.data.num_prompts > 0
+    )
+  mesh = sharding.make_mesh()
+  model = with_fastest_attention(model, mesh)
+  state = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh, average=weights == 'ema')
+  shapes = state.variables if state.ema is None else {'ema': state.ema}
+  if checkpoint == BEST and not (epath.Path(workdir) / best_checkpoint.FOLDER).exists():
+    raise ValueError(f'the run in {workdir} kept no best checkpoint; train with --config.checkpoint.best=eval/...')
+  folder = {} if checkpoint == NEWEST else {'folder': best_checkpoint.FOLDER}
+  checkpoints = Checkpoints(workdir, keep=1, read_only=True, **folder)
+  try:
+    restored = checkpoints.restore_variables(shapes)
+  finally:
+    checkpoints.close()
+  if restored is None:
+    raise ValueError(f'the run in {workdir} has no checkpoint yet; let train.py reach its first')
+  variables = restored.state if state.ema is None else restored.state['ema']
+  return TrainedRun(
+    epath.Path(workdir), config, tokenizer, model, mesh, variables, weights, restored.step, restored.skipped
+  )
+
+
+def _choose_weights(workdir: epath.PathLike, config: ml_collections.ConfigDict, weights: Weights) -> Weights:
+  """'ema' or 'trained'."""
+  if weights not in get_args(Weights):
+    raise ValueError(f'weights={weights!r}: use {", ".join(get_args(Weights))}')
+  kept = workdir_lib.keeps_average(config)
+  if weights == 'ema' and not kept:
+    raise ValueError(f'the run in {workdir} keeps no moving average; use weights=trained, or train with ema_decay')
+  return 'ema' if kept and weights != 'trained' else 'trained'
+
+
+def complete_config(workdir: epath.PathLike) -> contextlib.AbstractContextManager[None]:
+  """Raises ValueError, with its name, for an entry that is asked for and that a run's config lacks."""
+  return workdir_lib.complete_config(
+    str(epath.Path(workdir) / 'config.json'),
+    'the run was made by another version of this code; use that one, or train again',
+  )
+
+
+def untrained_variables(run: TrainedRun) -> dict[str, object]:
+  """The variables that the run started from.
+
+  Raises:
+    ValueError: it started from weights that are no longer where its config says.
+  """
+  from groupvit_jax.train import initial_weights
+
+  init_from = run.config.init_from if 'init_from' in run.config else ''
+  return initial_weights.initial_state(
+    run.model, optax.identity(), run.config.seed, _text_shape(run.model), run.mesh, init_from=init_from
+  ).variables
+
+
+@functools.cache
+def code_version() -> str:
+  """The commit of this code, with '-dirty' after changes, or the package's version outside git."""
+  root = pathlib.Path(__file__).parents[2]
+  if (root / '.git').exists():
+    command = ['git', '-C', str(root), 'describe', '--always', '--dirty', '--abbrev=12', '--exclude=*']
+    try:
+      done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+      return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git here, or it distrusts the folder's owner
+      pass
+  return groupvit_jax.__version__
+
+
+def _text_shape(model: ImageTextModel) -> tuple[int, int]:
+  """Any (T, L) will do: no parameter's shape depends on T."""
+  return 1, model.text.context_length

@@ -1,0 +1,123 @@
+"""AdamW with the paper's schedule, clipping and decay mask."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from groupvit_jax.running.sharding import path_name
+
+# The paper's learning rates belong to this batch size and scale linearly with it.
+REFERENCE_BATCH = 4096
+
+
+def decay_mask(params: object) -> object:
+  """True for what weight decay applies to: everything but biases and norms.
+
+  That is every tensor with two or more axes in the reference, and the two scalar log temperatures.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: path_name(path).rsplit('/', 1)[-1] not in ('bias', 'scale'), params
+  )
+
+
+def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_size: int) -> optax.Schedule:
+  """Linear warm-up, then cosine, per step; all rates scale with batch_size / 4096.
+
+  Args:
+    config: the `optim` part of a config: warmup_lr, peak_lr, end_lr (at batch 4096) and warmup_steps.
+    total_steps: where the cosine ends.
+    batch_size: the global batch.
+
+  Returns:
+    step -> learning rate.
+
+  Raises:
+    ValueError: the warm-up is as long as the run or longer.
+  """
+  if not 0 <= config.warmup_steps < total_steps:
+    raise ValueError(f'optim.warmup_steps={config.warmup_steps} must be less than total_steps={total_steps}')
+  factor = batch_size / REFERENCE_BATCH
+  return optax.warmup_cosine_decay_schedule(
+    config.warmup_lr * factor, config.peak_lr * factor, config.warmup_steps, total_steps, config.end_lr * factor
+  )
+
+
+def select(chosen: jax.Array, new: object, old: object) -> object:
+  """The new tree if `chosen`, bool [], else the old one."""
+  return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), new, old)
+
+
+def clip_by_global_norm(most: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm` with one factor for all gradients.
+
+  There each number is divided by the norm. A division is too dear for compilers for CPUs to do it twice, once for each
+  moment; so they do it in a pass of its own, and write down what it gives.
+
+  Raises:
+    ValueError: `most`, `optim.clip_norm` of a config, is not positive.
+  """
+  if not most > 0:
+    raise ValueError(f'optim.clip_norm={most} must be positive; inf clips nothing')
+
+  def update(grads: object, state: optax.EmptyState, params: object = None) -> tuple[object, optax.EmptyState]:
+    del params
+    factor = jnp.minimum(1, most / optax.tree.norm(grads))
+    return jax.tree.map(lambda grad: grad * factor.astype(grad.dtype), grads), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+  """Adam (Kingma and Ba, 2015, algorithm 1) as `optax.scale_by_adam`, with its state, which `finite=False` keeps.
+
+  Updates are computed from the moments that are kept, whichever these are. Where they are computed from new moments
+  and the old ones are selected afterwards, compilers for CPUs copy the old ones before replacing them.
+  """
+  adam = optax.scale_by_adam(b1, b2, eps)
+
+  def update(
+    grads: object, state: optax.ScaleByAdamState, params: object = None, *, finite: jax.Array, **_
+  ) -> tuple[object, optax.ScaleByAdamState]:
+    del params
+    state = select(
+      finite,
+      optax.ScaleByAdamState(
+        optax.safe_increment(state.count),
+        optax.tree.update_moment(grads, state.mu, b1, 1),
+        optax.tree.update_moment(grads, state.nu, b2, 2),
+      ),
+      state,
+    )
+    mu, nu = (
+      optax.tree.bias_correction(moment, decay, state.count) for moment, decay in ((state.mu, b1), (state.nu, b2))
+    )
+    return jax.tree.map(lambda mu, nu: mu / (jnp.sqrt(nu) + eps), mu, nu), state
+
+  return optax.GradientTransformationExtraArgs(adam.init, update)
+
+
+def keep_unless_finite(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+  """The same transformation, whose state `finite=False` keeps."""
+
+  def update(updates: object, state: object, params: object = None, *, finite: jax.Array, **_) -> tuple[object, object]:
+    updates, new = tx.update(updates, state, params)
+    return updates, select(finite, new, state)
+
+  return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def build_optimizer(
+  config: ml_collections.ConfigDict, schedule: optax.Schedule
+) -> optax.GradientTransformationExtraArgs:
+  """`optax.adamw` after clipping by global norm, once per optimiser step.
+
+  Its update takes `finite`, bool []: whether the gradients are. If not, its state stays as it was, and the updates are
+  not to be applied.
+  """
+  adamw = optax.chain(
+    scale_by_adam(config.beta1, config.beta2, config.eps),
+    optax.add_decayed_weights(config.weight_decay, decay_mask),
+    keep_unless_finite(optax.scale_by_learning_rate(schedule)),
+  )
+  return optax.chain(clip_by_global_norm(config.clip_norm), adamw)

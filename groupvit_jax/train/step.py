@@ -1,0 +1,194 @@
+"""One step of training: a pure function of state and batch."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+import optax
+
+from groupvit_jax.model import losses, metrics
+from groupvit_jax.model.image_text import ImageTextModel, Projected
+from groupvit_jax.model.layers import sample_keys
+from groupvit_jax.model.pixels import normalize_images
+from groupvit_jax.model.text_packing import Encoders, text_features, text_load, TextLoad
+from groupvit_jax.running import sharding
+from groupvit_jax.train import optim
+from groupvit_jax.train.accumulation import map_micro_batches
+from groupvit_jax.train.random_erasing import RandomErasing
+from groupvit_jax.train.state import TrainState
+
+Batch = dict[str, jax.Array]  # 'image': uint8 [B, H, W, 3], 'tokens': int32 [B, T, L]
+
+
+class Figures(NamedTuple):
+  """What a step reports."""
+
+  scalars: dict[str, jax.Array]
+  health: metrics.GroupingHealth
+
+
+class LossOutput(NamedTuple):
+  """What else the loss returns."""
+
+  batch_stats: object
+  figures: Figures
+
+
+def total_loss(
+  out: Projected, multi_label_weight: float, place: NamedSharding | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """Caption loss plus weighted multi-label loss (paper section 3.3), and everything worth logging about them."""
+  with jax.named_scope('caption_loss'):
+    caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, place=place)
+  loss = caption.loss
+  logged = {
+    'caption_loss': caption.loss,
+    'image_to_text_accuracy': caption.image_to_text_accuracy,
+    'text_to_image_accuracy': caption.text_to_image_accuracy,
+    'logit_scale': losses.clamped_scale(out.logit_scale),
+  }
+  if out.multi_label_logit_scale is not None:
+    with jax.named_scope('multi_label_loss'):
+      prompts = losses.multi_label_loss(
+        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, place=place
+      )
+    loss = loss + multi_label_weight * prompts.loss
+    logged |= {
+      'multi_label_loss': prompts.loss,
+      'multi_label_logit_scale': losses.clamped_scale(out.multi_label_logit_scale),
+    }
+  return loss, logged | {'loss': loss}
+
+
+def loss_and_grads(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: ImageTextModel,
+  multi_label_weight: float,
+  grad_accum_steps: int,
+  text_budget: int,
+  random_erasing: RandomErasing | None,
+  place: NamedSharding | None,
+) -> tuple[LossOutput, object]:
+  """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss.
+
+  The towers see the batch in `grad_accum_steps` micro-batches, projectors and losses see it whole; so neither result
+  depends on their number. Arguments as in `train_step`.
+  """
+  groups = 1 if place is None else sharding.batch_ways(place.mesh)
+  read = lambda model: lambda params, texts: model.apply({'params': params}, texts, method='text_features')
+  readers = Encoders(read(model), read(model.clone(text=model.text.clone(scan_layers=True))))
+  keys = sample_keys(jax.random.fold_in(state.rng, state.step), len(batch['image']))
+
+  packed = dict(eos_id=model.text.eos_id, budget=text_budget, groups=groups)
+
+  def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], tuple[metrics.GroupingHealth, TextLoad]]:
+    images = normalize_images(rows['image'])
+    if random_erasing is not None:
+      images = random_erasing(images, rows['keys'])
+    vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
+    text = text_features(readers, params, rows['tokens'], **packed)
+    health = metrics.GroupingHealth.from_assignments(vision.assignments)
+    return (vision.pooled, text), (health, text_load(rows['tokens'], **packed))
+
+  def loss_fn(params):
+    features, (health, load) = map_micro_batches(
+      functools.partial(encode, params), batch | {'keys': keys}, grad_accum_steps
+    )
+    out, updated = model.apply(
+      state.variables | {'params': params}, *features, train=True, method='project', mutable=['batch_stats']
+    )
+    loss, logged = total_loss(out, multi_label_weight, place)
+    logged |= {'text_tokens': load.tokens / len(batch['image']), 'text_turns': load.turns}
+    return loss, LossOutput(updated['batch_stats'], Figures(logged, health))
+
+  grads, out = jax.grad(loss_fn, has_aux=True)(state.params)
+  return out, grads
+
+
+def average_variables(state: TrainState, decay: float) -> dict[str, object]:
+  """The moving average after an update: `d * average + (1 - d) * variables`.
+
+  After n updates d is min(decay, (1 + n) / (10 + n)), so that the average soon forgets where the run started. A
+  skipped update leaves it as it was.
+
+  Args:
+    state: after the update, with the average from before it.
+    decay: the d of a long run.
+  """
+  updates = (state.step - state.skipped).astype(jnp.float32)
+  rate = jnp.minimum(decay, (1 + updates) / (10 + updates))
+  weight = jnp.where(state.skipped_in_a_row > 0, 0, 1 - rate)
+  return optax.incremental_update(state.variables, state.ema, weight)
+
+
+def train_step(
+  state: TrainState,
+  batch: Batch,
+  *,
+  model: ImageTextModel,
+  tx: optax.GradientTransformationExtraArgs,
+  multi_label_weight: float,
+  grad_accum_steps: int,
+  text_budget: int,
+  random_erasing: RandomErasing | None,
+  place: NamedSharding | None,
+  ema_decay: float = 0.0,
+) -> tuple[TrainState, Figures]:
+  """Applies one update.
+
+  An update with a non-finite loss or gradient is skipped and counted: parameters, statistics and optimiser stay as
+  they were, the step (and so the position in the data) moves on.
+
+  Args:
+    state: the state, which may be donated.
+    batch: images and tokens.
+    model: the model (static).
+    tx: the optimiser, of `optim.build_optimizer` (static).
+    multi_label_weight: weight of the multi-label loss (static).
+    grad_accum_steps: micro-batches in which the towers see the batch (static); divides B.
+    text_budget: tokens an image that the text tower computes at once (static); 0 for padded texts.
+    random_erasing: what some images lose (static); None when no image loses anything.
+    place: how B is divided over devices (static); None when there is but one.
+    ema_decay: of the moving average, in a state that has one (static).
+
+  Returns:
+    The next state and the step's figures.
+  """
+  out, grads = loss_and_grads(
+    state,
+    batch,
+    model=model,
+    multi_label_weight=multi_label_weight,
+    grad_accum_steps=grad_accum_steps,
+    text_budget=text_budget,
+    random_erasing=random_erasing,
+    place=place,
+  )
+  with jax.named_scope('optimizer'):
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
+    updated = (optax.apply_updates(state.params, updates), out.batch_stats)
+    params, batch_stats = optim.select(finite, updated, (state.params, state.batch_stats))
+
+  bad = 1 - finite.astype(jnp.int32)
+  state = state.replace(
+    step=state.step + 1,
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    skipped=state.skipped + bad,
+    skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+  )
+  if state.ema is not None:
+    state = state.replace(ema=average_variables(state, ema_decay))
+  scalars = out.figures.scalars | {
+    'grad_norm': grad_norm,
+    'skipped': state.skipped,
+    'skipped_in_a_row': state.skipped_in_a_row,
+  }
+  return state, Figures(scalars, out.figures.health)

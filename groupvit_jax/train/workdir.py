@@ -1,0 +1,207 @@
+"""The folder of a run: its config, tokenizer and checkpoints, written once and read by every command."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import importlib.util
+import json
+
+from etils import epath
+import jax
+import ml_collections
+
+from groupvit_jax import storage
+from groupvit_jax.data.mixture import Mixture
+from groupvit_jax.data.sources import sample_captions
+from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tokenizer, train_sentencepiece
+from groupvit_jax.running.attention_choice import Choice
+
+# Where a run can be kept besides disks, and what reads and writes there.
+_BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
+
+# What decides whether a checkpoint fits: everything else may change from one start to the next.
+_FITTING = ('model', 'tokenizer')
+
+
+def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
+  """Reads the config a workdir's run was started with.
+
+  Raises:
+    ValueError: there is no such folder, no run in it, or weights of another form.
+  """
+  check_place(workdir)
+  workdir = epath.Path(workdir)
+  importing = f'make a workdir of it: python -m groupvit_jax.commands.import_weights --from={workdir} --workdir=...'
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f'{workdir} is a file and no workdir; if it holds weights, {importing}')
+  if not workdir.is_dir():
+    raise ValueError(f'there is no workdir {workdir}; train one with train.py --config=... --workdir={workdir}')
+  path = workdir / 'config.json'
+  if (workdir / 'bundle.json').exists():
+    raise ValueError(
+      f'{workdir} is a bundle of export --format=stablehlo and no workdir; groupvit_jax.Predictor.open '
+      'takes it; name the workdir that it was exported from'
+    )
+  if not path.exists():
+    raise ValueError(f'{workdir} holds no run (it has no config.json); name the folder train.py wrote')
+  try:
+    config = json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(f'{path} is not a config: {error}') from error
+  if 'model_type' in config:  # as in config.json of Hugging Face folders, and of ours in that manner
+    raise ValueError(f'{workdir} holds weights and no run; {importing}')
+  return ml_collections.ConfigDict(config)
+
+
+@contextlib.contextmanager
+def complete_config(source: str, remedy: str) -> Iterator[None]:
+  """Raises ValueError for an entry that is asked for and that a config lacks, with its name.
+
+  Args:
+    source: what to call the config.
+    remedy: what to do about it.
+  """
+  try:
+    yield
+  except AttributeError as error:
+    if not error.args or not isinstance(error.args[0], KeyError):  # what ConfigDict makes it from; others are defects
+      raise
+    key = str(error.args[0].args[0]).splitlines()[0]  # and then, what else might have been meant
+    raise ValueError(f'{source} has no entry {key}: {remedy}') from error
+
+
+def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
+  """Makes a workdir this run's: writes its config, or checks that it fits the one already there.
+
+  Args:
+    workdir: made if it is not there.
+    config: of the run that starts or goes on.
+
+  Returns:
+    See `compare`.
+
+  Raises:
+    ValueError: see `compare`; nothing was changed.
+  """
+  workdir = epath.Path(workdir)
+  changed = compare(workdir, config)
+  if not (workdir / 'config.json').exists():
+    if jax.process_index():
+      raise ValueError(
+        f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
+        'that all hosts share: a network disk, or a bucket'
+      )
+    storage.write_whole(str(workdir / 'config.json'), (config.to_json(indent=2) + '\n').encode())
+  return changed
+
+
+def check_place(workdir: epath.PathLike) -> None:
+  """Raises ValueError for a place where a run cannot be kept."""
+  scheme, bucket, _ = str(workdir).partition('://')
+  if not bucket:
+    return
+  if scheme not in _BUCKETS:
+    raise ValueError(
+      f'--workdir={workdir}: a run is kept on a disk, or in a bucket, {" or ".join(f"{name}://" for name in _BUCKETS)}'
+    )
+  if importlib.util.find_spec(_BUCKETS[scheme]) is None:
+    raise ValueError(f'--workdir={workdir} needs {_BUCKETS[scheme]}: pip install {_BUCKETS[scheme]}')
+
+
+def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
+  """Checks that a config fits the run in a workdir, if there is one.
+
+  Returns:
+    Keys that differ from the first start without making the checkpoints unusable, with both values.
+
+  Raises:
+    ValueError: `workdir` holds a run whose checkpoints this config cannot go on from, or can hold none.
+  """
+  check_place(workdir)
+  if not (epath.Path(workdir) / 'config.json').exists():
+    return []
+  before = read_config(workdir)
+  differences = _differences(before, config)
+  unfit = [text for key, text in differences.items() if key.split('.')[0] in _FITTING]
+  if keeps_average(before) != keeps_average(config):
+    unfit.append(differences['ema_decay'])
+  if (before.data.num_prompts > 0) != (config.data.num_prompts > 0):  # prompts have a temperature of their own
+    unfit.append(differences['data.num_prompts'])
+  if unfit:
+    raise ValueError(
+      f'the config does not fit the run in {workdir}: '
+      + '; '.join(unfit)
+      + '; use another --workdir, or the values of that run'
+    )
+  return list(differences.values())
+
+
+def keeps_average(config: ml_collections.ConfigDict) -> bool:
+  """Whether the checkpoints of a run hold a moving average; runs from before there were any lack the entry."""
+  return 'ema_decay' in config and config.ema_decay > 0
+
+
+def load_tokenizer(workdir: epath.PathLike) -> Tokenizer:
+  """The tokenizer a run was trained with. Raises ValueError if it has none."""
+  return build_tokenizer(epath.Path(workdir) / 'tokenizer')
+
+
+def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict, source: Mixture) -> Tokenizer:
+  """The run's tokenizer: the one in its workdir, or else a copy of the one named, or else one trained on captions.
+
+  Args:
+    workdir: of the run.
+    config: the `tokenizer` part of its config: path, or vocab_size and num_captions to train on.
+    source: where captions come from.
+  """
+  folder = epath.Path(workdir) / 'tokenizer'
+  if folder.exists():
+    return load_tokenizer(workdir)
+  partial = epath.Path(workdir) / 'tokenizer.partial'
+  if partial.exists():  # of a start that was killed
+    partial.rmtree()
+  if config.path:
+    build_tokenizer(config.path).save(partial)
+  else:
+    train_sentencepiece(sample_captions(source, config.num_captions), partial / SENTENCEPIECE_FILE, config.vocab_size)
+  partial.rename(folder)
+  return load_tokenizer(workdir)
+
+
+def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], Choice]) -> Choice:
+  """How the run's attention is computed in some place: as when it first trained there, so that a run that goes on does
+  not change its arithmetic.
+
+  Args:
+    workdir: of the run.
+    place: hardware and what else decides which is fastest.
+    choose: measures; by all processes together where it measures at all, so none writes before all have read.
+  """
+  path = epath.Path(workdir) / 'attention.json'
+  kept = json.loads(path.read_text()) if path.exists() else {}
+  if place in kept:
+    return Choice(**kept[place])._replace(reason=f'{kept[place]["reason"]} (when the run first trained here)')
+  choice = choose()
+  if choice.measured and jax.process_index() == 0:
+    storage.write_whole(str(path), (json.dumps(kept | {place: choice._asdict()}, indent=2) + '\n').encode())
+  return choice
+
+
+def _differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> dict[str, str]:
+  """Keys whose values differ, with a sentence each. Compared as JSON: tuples and lists are the same thing."""
+  before, after = (_flatten(json.loads(config.to_json())) for config in (old, new))
+  text = lambda values, key: repr(values[key]) if key in values else 'absent'
+  return {
+    key: f'{key} is {text(after, key)} here and {text(before, key)} there'
+    for key in sorted(before.keys() | after.keys())
+    if text(before, key) != text(after, key)
+  }
+
+
+def _flatten(tree: object, prefix: str = '') -> dict[str, object]:
+  if not isinstance(tree, dict):
+    return {prefix: tree}
+  return {
+    path: value
+    for key, child in tree.items()
+    for path, value in _flatten(child, f'{prefix}.{key}' if prefix else key).items()
+  }

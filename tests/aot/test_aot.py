@@ -1,0 +1,264 @@
+"""What a step needs of a pod: reading compiled programs, figures, advice, and blocks that are compiled once."""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from groupvit_jax import cli
+from groupvit_jax.aot import chips, program, report, step
+from groupvit_jax.model.layers import sample_keys
+from groupvit_jax.model.pixels import normalize_images
+from groupvit_jax.model.text_rows import one_a_row
+from groupvit_jax.model.vision import StageSpec
+from groupvit_jax.train.accumulation import map_micro_batches
+from tests.agreement import assert_agree
+from tests.running.test_sharding import random_batch
+from tests.tiny import tiny_config, tiny_model
+from tests.weights import random_variables
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# A loop of five turns with a ring step and a fusion that takes one row of a stack; a sum over all four devices; one of
+# which each pair keeps its parts; and values gathered behind two fusions, which both name it.
+PROGRAM = """HloModule step, is_scheduled=true, num_partitions=4
+
+%take_row (p0: f32[5,256], p1: s32[]) -> f32[1,256] {
+  %p0 = f32[5,256]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  ROOT %row = f32[1,256]{1,0} dynamic-slice(%p0, %p1, %p1), dynamic_slice_sizes={1,256}
+}
+
+%body (state: (s32[], f32[5,256])) -> (s32[], f32[5,256]) {
+  %state = (s32[], f32[5,256]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %stack = f32[5,256]{1,0} get-tuple-element(%state), index=1
+  %row = f32[1,256]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%take_row, config={"estimated_cycles":"9"}
+  %away = (f32[1,256]{1,0:S(1)}, f32[1,256]{1,0:S(1)}, u32[]{:S(2)}) collective-permute-start(%row), channel_id=1
+  %here = f32[1,256]{1,0:S(1)} collective-permute-done(%away)
+  ROOT %next = (s32[], f32[5,256]{1,0}) tuple(%i, %stack)
+}
+
+%condition (state: (s32[], f32[5,256])) -> pred[] {
+  %state = (s32[], f32[5,256]{1,0}) parameter(0)
+  %turns = s32[] constant(5)
+  %i = s32[] get-tuple-element(%state), index=0
+  %capacity = s32[] constant(1000)
+  ROOT %more = pred[] compare(%i, %turns), direction=LT
+}
+
+%all-reduce-scatter (whole: f32[512]) -> f32[256] {
+  %whole = f32[512]{0} parameter(0)
+  %summed = f32[512]{0} all-reduce(%whole), channel_id=3, replica_groups=[2,2]<=[4], to_apply=%add
+  %place = u32[] partition-id()
+  ROOT %part = f32[256]{0} dynamic-slice(%summed, %place), dynamic_slice_sizes={256}
+}
+
+%behind_one (p: f32[64]) -> f32[128] {
+  %p = f32[64]{0:S(1)} parameter(0)
+  ROOT %all.1 = f32[128]{0:S(1)} all-gather(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}
+}
+
+%behind_other (p: f32[64]) -> f32[128] {
+  %p = f32[64]{0:S(1)} parameter(0)
+  ROOT %all.2 = f32[128]{0:S(1)} all-gather(%p), channel_id=4, replica_groups=mesh['a'=2,'b'=2] {'b'}, dimensions={0}
+}
+
+ENTRY %main (a: f32[5,256], b: bf16[1024]) -> bf16[1024] {
+  %a = f32[5,256]{1,0} parameter(0)
+  %b = bf16[1024]{0} parameter(1)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[5,256]{1,0}) tuple(%zero, %a)
+  %c = f32[512]{0:S(1)} bitcast(%zero)
+  %half = f32[256]{0:S(1)} fusion(%c), kind=kCustom, calls=%all-reduce-scatter
+  %one = f32[128]{0:S(1)} fusion(%half), kind=kLoop, calls=%behind_one, backend_config={"estimated_cycles":"70"}
+  %other = f32[128]{0:S(1)} fusion(%one), kind=kLoop, calls=%behind_other
+  %started = (f32[64]{0:S(1)}, f32[256]{0:S(1)}) all-gather-start(%other), channel_id=5, replica_groups={{0,1,2,3}}
+  %loop = (s32[], f32[5,256]{1,0}) while(%start), condition=%condition, body=%body
+  ROOT %sum = bf16[1024]{0} all-reduce(%b), channel_id=2, to_apply=%add
+}
+"""
+
+
+def test_traffic_counts_loops_and_only_what_is_taken():
+  traffic = program.read_traffic(PROGRAM)
+  assert traffic.cycles == 5 * 9 + 70
+  assert traffic.counts == {'collective-permute': 5, 'all-reduce': 1, 'reduce-scatter': 1, 'all-gather': 2}
+  # Of four devices each sends 3/4 of a sum twice; of two, half of what is scattered or gathered once.
+  assert traffic.sent == {
+    'collective-permute': 5 * 1024,
+    'all-reduce': 1.5 * 2048,
+    'reduce-scatter': 2048 / 2,
+    'all-gather': 512 / 2 + 0.75 * 1024,
+  }
+  # Each turn reads a row and its index into memory beside the processor; the sum is read and written.
+  assert traffic.hbm_bytes == 5 * (1024 + 4) + 2 * 2048
+
+
+@pytest.mark.parametrize(
+  'groups, size',
+  [
+    ('replica_groups={{0,2,4},{1,3,5}}', 3),
+    ('replica_groups=[4,2]<=[8]', 2),
+    ('replica_groups=[2,4]<=[4,2]T(1,0)', 4),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a'}", 4),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a','b'}", 8),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a':(1)2,'b'}", 4),
+    ('replica_groups={}', 8),
+    ('channel_id=1', 8),
+  ],
+)
+def test_how_many_devices_a_collective_joins(groups, size):
+  assert program._group_size(f'channel_id=1, {groups}, dimensions={{0}}', 8) == size
+
+
+def test_a_loop_whose_turns_the_compiler_names():
+  named = PROGRAM.replace('body=%body', 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+  assert program.read_traffic(named).counts['collective-permute'] == 7
+
+
+@pytest.mark.parametrize('name', ['v5e', 'v3:2x2', 'v5e:4', '16x16', 'v5e:axb'])
+def test_no_such_topology(name):
+  with pytest.raises(ValueError, match='as in v5e:16x16'):
+    chips.find_topology(name)
+
+
+def topology(count: int) -> chips.Topology:
+  return chips.Topology('v5e:8x8', chips.CHIPS['v5e'], count, [None] * count)
+
+
+def compiled(gib: float) -> step.CompiledStep:
+  traffic = program.Traffic(819e9 / 2, 10**9, {'all-reduce': 100e9}, {'all-reduce': 300})
+  size = int(gib * 2**30)
+  return step.CompiledStep(
+    step.Memory(size, 0, 0, 0), size, traffic, 64 * 197e12 * 2, 1.0, 2.0, 2, step.State(2**30, 2**30)
+  )
+
+
+def test_figures():
+  config = tiny_config()
+  config.batch_size, config.total_steps = 4096, 24 * 60 * 60
+  found = report.make_report(config, topology(64), compiled(8))
+  assert found['roofline_s'] == {'arithmetic': 2.0, 'memory': 0.5, 'collectives': 0.5 + 300e-6}
+  assert (found['limited_by'], found['images_per_s'], found['days'], found['fits']) == ('arithmetic', 2048, 2.0, True)
+  text = report.describe(found, config)
+  assert '8.00 of 16.0 GiB' in text and 'does not fit' not in text
+  json.dumps(found)
+  row = report.tabulate([found]).splitlines()[-1]
+  assert row == '| v5e:8x8 | 64 | 64 | 8.0 of 16 | 2000.0 | 500.0 | 500.3 | arithmetic | 2,048 | 2.00 | 3,072 | 1 |'
+
+
+def test_a_program_that_jaxlib_cannot_read_leaves_the_rest_known():
+  """As of v6e, with jaxlib 0.10.2: the compiled program names operations that it does not know."""
+  config = tiny_config()
+  config.batch_size, config.total_steps = 4096, 24 * 60 * 60
+  found = report.make_report(config, topology(64), compiled(8)._replace(traffic=None))
+  text = report.describe(found, config)
+  assert '8.00 of 16.0 GiB' in text and 'jaxlib cannot read the program' in text
+  assert 'arithmetic 2000.0 ms; limited by arithmetic, as far as is known' in text
+  assert '| 2000.0 | ? | ? | arithmetic, as far as is known | 2,048 |' in report.tabulate([found])
+
+
+def test_advice_takes_what_costs_least_first():
+  config = tiny_config()
+  config.batch_size = 64 * 2
+  advised = []
+  for change in ({}, {'remat': 'dots'}, {'grad_accum_steps': 2}, {'remat': 'blocks'}):
+    config.update(change)
+    found = report.make_report(config, topology(64), compiled(17))
+    assert '1.00 GiB of parameters and optimiser, of which a chip holds 1.00' in report.describe(found, config)
+    assert not found['fits']
+    advised.append(report.describe(found, config).splitlines()[-1])
+  for text, key in zip(advised, ('remat=dots', 'grad_accum_steps=2', 'remat=blocks', 'mesh.fsdp=64'), strict=True):
+    assert 'does not fit' in text and key in text
+
+
+@pytest.mark.parametrize('remat, micro_batches', [('none', 1), ('dots', 2)])
+def test_a_loop_over_blocks_changes_nothing(remat, micro_batches):
+  """Features and gradients, with stochastic depth, of three blocks; parameters keep their places."""
+  stages = (StageSpec(3, 4, 4), StageSpec(1, 0, 0))
+  plain = tiny_model(remat, stages=stages, drop_path=0.5)
+  plain = plain.clone(text=plain.text.clone(depth=2))
+  looped = plain.clone(vision=plain.vision.clone(scan_layers=True), text=plain.text.clone(scan_layers=True))
+  params, batch = random_variables(plain)['params'], random_batch(8)
+  assert jax.tree.structure(random_variables(looped)['params']) == jax.tree.structure(params)
+  batch['keys'] = sample_keys(jax.random.key(0), 8)
+
+  def outcome(model, micro_batches):
+    def encode(params, rows):
+      images = normalize_images(rows['image'])
+      vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
+      texts = one_a_row(rows['tokens'].reshape(-1, rows['tokens'].shape[-1]), model.text.eos_id)
+      text = model.apply({'params': params}, texts, method='text_features')
+      return (vision.pooled, text.reshape(len(images), -1)), ()
+
+    def loss(params):
+      features, _ = map_micro_batches(functools.partial(encode, params), batch, micro_batches)
+      return sum((x**2).sum() for x in features), features
+
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+  with jax.default_matmul_precision('highest'):
+    one, other = outcome(plain, 1), outcome(looped, micro_batches)
+  for a, b in zip(jax.device_get(one), jax.device_get(other), strict=True):
+    assert_agree(a, b, 5e-5)
+
+
+def test_pairs_of_a_device_are_those_of_the_mesh():
+  """With heads over two devices, or two devices to a chip, advice on micro-batches is not by chips."""
+  config = tiny_config()
+  config.batch_size, config.remat, config.mesh.model = 64 * 2, 'dots', 2
+  found = report.make_report(config, topology(64)._replace(devices=[None] * 128), compiled(17)._replace(rows=4))
+  assert (found['pairs_a_device'], found['devices']) == (4, 128)
+  config.grad_accum_steps = 2
+  assert 'grad_accum_steps=4' in report.advise(config, found)
+  config.grad_accum_steps, config.remat = 4, 'blocks'
+  assert 'mesh.fsdp=64' in report.advise(config, found)
+
+
+def compile_for(topologies: str, folder: pathlib.Path, *flags: str) -> tuple[int, list[dict], str]:
+  """Exit code, reports and output of the command."""
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('needs libtpu')
+  command = [
+    sys.executable,
+    '-m',
+    'groupvit_jax.aot',
+    '--config=tests/tiny_run.py',
+    f'--topology={topologies}',
+    f'--json={folder / "out.json"}',
+    *flags,
+  ]
+  done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
+  assert (folder / 'out.json').exists(), done.stderr
+  return done.returncode, json.loads((folder / 'out.json').read_text()), done.stdout
+
+
+def test_compiles_for_a_tpu(tmp_path):
+  code, (found,), text = compile_for('v5e:2x2', tmp_path)
+  assert code == 0 and found['chips'] == 4 and found['fits'], text
+  assert found['collectives']['all-reduce']['count'] > 0 and found['compile_cpu_s'] > 0
+
+
+@pytest.mark.long
+def test_compiles_for_all_chips(tmp_path):
+  """A host of each kind: the same arithmetic, and gradients as large to add up."""
+  code, reports, text = compile_for('v4:2x2x1,v5e:2x2,v5p:2x2x1,v6e:2x2,tpu7x:2x2x1', tmp_path)
+  assert code == 0, text
+  for found in reports:
+    assert found['chips'] == 4 and found['fits'] and found['collectives']['all-reduce']['count'] > 0, found
+    assert found['devices'] == (8 if found['topology'].startswith('tpu7x') else 4)
+  assert len({found['gflop'] for found in reports}) == 1
+
+
+@pytest.mark.long
+def test_says_what_to_change_where_a_step_does_not_fit(tmp_path):
+  size = ('--config.batch_size=65536', '--config.model.vision.image_size=(224, 224)', '--config.model.vision.width=384')
+  code, (found,), text = compile_for('v5e:1x1', tmp_path, *size)
+  assert code == cli.EXIT_PARTIAL and not found['fits'] and 'set --config.remat=dots' in text, text

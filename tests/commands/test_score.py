@@ -1,0 +1,240 @@
+"""eval.py --benchmark: official layouts in, tables, JSON, TensorBoard files, curves and masks out."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from groupvit_jax.commands import score
+from groupvit_jax.commands.request import Request
+from groupvit_jax.eval import image_scores, labelled, protocols
+from groupvit_jax.eval import report as html_report
+from groupvit_jax.model import metrics
+from groupvit_jax.prepare import __main__ as build
+from groupvit_jax.train import open_run
+from tests import official_layouts as layouts
+from tests.board import read_board
+from tests.trained import trained_workdir
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = dict(short_side='32', max_long_side='128', window='32', stride='16')  # the tiny model's size
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory) -> pathlib.Path:
+  """All data sets, built from official layouts."""
+  data_dir = tmp_path_factory.mktemp('data')
+  for name in build.BUILDERS:
+    if name in labelled.STORED_IN.values():
+      folder = tmp_path_factory.mktemp(name)
+      getattr(layouts, name)(folder)
+      build.build(name, folder, data_dir)
+  return data_dir
+
+
+def evaluate(benchmark, data_dir, output, **options):
+  options = dict(changes=SMALL) | options
+  request = Request(benchmark, str(data_dir), output=str(output), **options)
+  assert score.evaluate_benchmark(str(trained_workdir()), request) == 0
+  return json.loads((output / 'results.json').read_text())
+
+
+def run_eval(*flags):
+  """eval.py on the tiny run by a tiny protocol; what it prints."""
+  done = subprocess.run(
+    [
+      sys.executable,
+      'eval.py',
+      f'--workdir={trained_workdir()}',
+      *(f'--protocol.{key}={value}' for key, value in SMALL.items()),
+      *flags,
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+# The others have the same kinds of labels, each with its own number of classes to compile for.
+QUICK = ('voc21', 'coco_object', 'ade20k')
+ALL = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in labelled.STORED_IN]
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_every_benchmark_by_its_published_protocol(name, data_dir, tmp_path, capsys):
+  if name == 'voc21':  # as people type it
+    table = run_eval('--benchmark=voc21', f'--data_dir={data_dir}', f'--output={tmp_path}', '--masks')
+    report = json.loads((tmp_path / 'results.json').read_text())
+  else:
+    report, table = evaluate(name, data_dir, tmp_path, masks=True), capsys.readouterr().out
+  published, pictures = report['published'][0]['protocol'], f'3 of {report["num_images_published"]:,} pictures'
+  assert report['complete'] and report['num_images'] == 3 and report['benchmark'] == name
+  assert report['protocol']['name'] == published and report['protocol']['changed'] == list(SMALL)
+  assert (report['protocol']['threshold'] is not None) == report['background']
+  _, source = labelled.open_benchmark(name, data_dir)
+  counts = 0
+  for record in map(source.__getitem__, range(3)):
+    mask = Image.open(tmp_path / 'masks' / f'{record["key"]}.png')
+    assert mask.mode == 'P' and mask.size == record['label'].shape[::-1]
+    counts += metrics.ConfusionMatrix.from_labels(record['label'], np.asarray(mask), len(source.classes)).counts()
+  assert report['miou'] == pytest.approx(metrics.scores_from_counts(counts).miou)
+  assert table == (tmp_path / 'table.txt').read_text() + f'written to {tmp_path}\n'
+  assert table.startswith(f'{name}, {pictures}, protocol {published} with short_side=32, ')
+  assert f'published ({published}, GroupViT-S/16 of ' in table
+  assert f'; changed here: {", ".join(SMALL)}; here {pictures}' in table
+
+
+def test_another_protocol_and_a_benchmarks_own_threshold(data_dir, tmp_path, capsys):
+  report = evaluate('voc21', data_dir, tmp_path, protocol='tcl', changes=SMALL | {'threshold': '0.95'}, num_pictures=1)
+  assert report['protocol']['changed'] == [*SMALL, 'threshold']  # 0.95 is that of protocol groupvit
+  assert '52.3; another protocol; changed here: ' in capsys.readouterr().out
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory):
+  """A folder of one's own through the front door, with a sweep."""
+  data, output = tmp_path_factory.mktemp('mine'), tmp_path_factory.mktemp('out') / 'new'
+  layouts.folder(data)
+  table = run_eval(
+    '--benchmark=folder',
+    f'--data_dir={data}',
+    '--protocol=groupvit',
+    '--protocol.threshold=0.3',
+    '--thresholds=0.1:0.9:0.2',
+    '--masks',
+    f'--output={output}',
+    f'--report={output}/report.html',
+  )
+  return output, data, table
+
+
+def test_every_result_names_what_it_depends_on(swept):
+  output, data, table = swept
+  report = json.loads((output / 'results.json').read_text())
+  board = read_board(output / 'tensorboard')
+  prefix = f'eval/{data.name}'
+  _, text = board[f'{prefix}/settings/text_summary']
+  step, value = board[f'{prefix}/miou']
+  assert value == pytest.approx(report['miou']) and step == report['checkpoint']['step'] == 6
+  expected = protocols.override(protocols.GROUPVIT, {key: int(value) for key, value in SMALL.items()})
+  expected = protocols.override(expected, {'threshold': 0.3}).to_json()
+  provenance = {
+    'workdir': str(trained_workdir()),
+    'step': '6',
+    'weights': 'trained',
+    'code': open_run.code_version(),
+    'precision': 'float32, matrix products default on cpu',
+  }
+  for found in (report, json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))):
+    assert found['protocol'] == expected and found['provenance'] == provenance
+    assert found['templates'] == ['a photo of a {}.'] and found['class_names'] == ['dog', 'grass']
+    assert found['num_images'] == 3 and found['benchmark'] == data.name
+  lines, page = table.splitlines(), (output / 'report.html').read_text()
+  assert lines[0] == f'{data.name}, 3 pictures, protocol groupvit with ' + ', '.join(
+    f'{key}={value}' for key, value in (SMALL | {'threshold': 0.3}).items()
+  )
+  assert lines[1] == '(' + ', '.join(f'{key}={expected[key]}' for key in protocols.PARAMETERS) + ')'
+  assert (
+    f'checkpoint {provenance["workdir"]} step 6, weights trained, code {provenance["code"]}, {provenance["precision"]}'
+  ) in lines
+  assert f'protocol <b>{lines[0].partition("protocol ")[2]}</b>' in page
+  assert all(f'{key} {value}' in page for key, value in provenance.items())
+
+
+def test_a_sweep_is_counted_along_and_drawn(swept):
+  output, data, _ = swept
+  report = json.loads((output / 'results.json').read_text())
+  rows = {row['threshold']: row['miou'] for row in report['threshold_miou']}
+  assert list(rows) == [0.1, 0.3, 0.5, 0.7, 0.9]
+  assert rows[0.3] == report['miou']  # which is counted apart
+  curve = np.asarray(Image.open(output / 'thresholds.png'))
+  assert curve.shape == (480, 840, 3) and (curve == (0, 119, 221)).all(-1).sum() > 200  # the line
+
+
+def test_a_page_for_people(swept, tmp_path):
+  output, _, table = swept
+  page = (output / 'report.html').read_text()
+  assert html_report.MARK in page and f'a page for people: {output}/report.html' in table
+  for title in ('Best pictures', 'Median pictures', 'Worst pictures', 'Background threshold', 'Worst confusions'):
+    assert f'<h2>{title}</h2>' in page, title
+  assert [page.count(f'<p>{key}: mIoU') for key in ('a', 'b', 'c.d')] == [1, 1, 1]
+  assert page.count('data:image/webp;base64,') == 1 + 3 * 4  # the tiny model has one grouping stage
+  (tmp_path / 'mine.html').write_text('mine')
+  for path, message in (('mine.html', 'did not write'), ('report.pdf', 'end it in .html')):
+    with pytest.raises(ValueError, match=message):
+      score.evaluate_benchmark(str(trained_workdir()), Request('ade20k', str(tmp_path), report=str(tmp_path / path)))
+
+
+def test_pictures_are_scored_one_by_one(swept):
+  output, data, _ = swept
+  _, source = labelled.open_benchmark('folder', data)
+  found = json.loads((output / 'pictures.json').read_text())
+  assert list(found) == ['a', 'b', 'c.d']
+  for record in map(source.__getitem__, range(3)):
+    labels = np.asarray(Image.open(output / 'masks' / f'{record["key"]}.png'))
+    counted = record['label'] != 255
+    iou = [
+      np.sum((labels == c) & (record['label'] == c)) / union
+      for c in range(3)
+      if (union := np.sum(((labels == c) | (record['label'] == c)) & counted))
+    ]
+    assert found[record['key']] == pytest.approx(np.mean(iou))
+
+
+def test_some_pictures_and_held_out_scenes(data_dir, tmp_path):
+  report = evaluate('ade20k', data_dir, tmp_path / 'some', num_pictures=2)
+  assert report['num_images'] == 2 and report['num_pictures_asked_for'] == 2
+  report = evaluate('scenes', '', tmp_path / 'scenes', changes={}, num_pictures=5)
+  assert report['num_images'] == 5 and report['protocol']['name'] == 'native'
+
+
+@pytest.mark.parametrize(
+  'request_, message',
+  [
+    (dict(benchmark='voc'), "no benchmark 'voc'; choose one of voc21, .* folder, scenes"),
+    (dict(data_dir=''), 'needs --data_dir'),
+    (dict(thresholds='0.1:0.9'), 'write FIRST:LAST:STEP'),
+    (dict(thresholds='0.1:0.9:0'), 'write FIRST:LAST:STEP'),
+    (dict(thresholds='0.9:0.1:0.1'), 'use values from 0 to 1'),
+    (dict(thresholds='1.5'), 'use values from 0 to 1'),
+    (dict(thresholds='0:1:1e-6'), '1e-6 are more than 200; use a larger step'),
+    (dict(changes={'templates': 'imagenet'}), "no template set 'imagenet'"),
+    (dict(changes={'short_side': '32'}), 'short_side=32 is less than window=448'),
+    (dict(benchmark='ade20k', thresholds='0.5'), 'ade20k has no background'),
+    (dict(protocol='plan'), "no protocol 'plan'"),
+    (dict(protocol='native'), 'no threshold under protocol .native.; set protocol.threshold'),
+    (dict(output=None, masks=True), '--masks needs --output'),
+    (dict(num_pictures=-1), 'of 3 pictures -1 cannot be taken'),
+  ],
+)
+def test_mistakes_write_nothing(request_, message, data_dir, tmp_path):
+  options = dict(benchmark='voc21', data_dir=str(data_dir), output=str(tmp_path / 'out'), changes=SMALL) | request_
+  with pytest.raises(ValueError, match=message):
+    score.evaluate_benchmark(str(trained_workdir()), Request(**options))
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  'text, values',
+  [
+    ('0.05:0.95:0.05', tuple(round(0.05 * i, 2) for i in range(1, 20))),
+    ('0.3, 0.5', (0.3, 0.5)),
+    ('', ()),
+    ('0:1:0.5', (0, 0.5, 1)),
+  ],
+)
+def test_thresholds_as_people_write_them(text, values):
+  assert score.parse_thresholds(text) == values
+
+
+def test_best_median_and_worst_pictures():
+  miou = np.array([0.5, np.nan, 0.9, 0.1, 0.7, 0.3, 0.2])
+  assert image_scores.pick(miou, 1) == {'best': [2], 'median': [0], 'worst': [3]}
+  assert image_scores.pick(miou, 5) == {'best': [2, 4], 'median': [0, 5], 'worst': [3, 6]}
+  assert image_scores.pick(miou[:2], 2) == {'best': [0], 'median': [], 'worst': []}

@@ -1,0 +1,331 @@
+"""eval.py: scores of held-out scenes, anyone's pictures, and one line for every mistake."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+from PIL import Image
+import pytest
+
+import groupvit_jax
+from groupvit_jax import cli
+from groupvit_jax.commands import score, segment
+from groupvit_jax.commands.request import Request, SCENES
+from groupvit_jax.eval import labeller, window_encoder
+from groupvit_jax.eval import scenes as scene_eval
+from groupvit_jax.train import open_run, state
+from tests.forbidden import run_without
+from tests.tiny import tiny_config
+from tests.trained import trained_workdir
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def scenes(workdir=None, output=None, overwrite=False, protocol='', **changes):
+  request = Request(SCENES, protocol=protocol, changes=changes, output=output and str(output), overwrite=overwrite)
+  return score.evaluate_benchmark(str(workdir or trained_workdir()), request)
+
+
+def label(images, output, classes='dog|puppy,grass', workdir=None, overwrite=False, **changes):
+  return segment.label_pictures(
+    str(workdir or trained_workdir()),
+    images=str(images),
+    classes=classes,
+    output=str(output),
+    overwrite=overwrite,
+    protocol='native',
+    changes=changes,
+  )
+
+
+@pytest.fixture(scope='module')
+def evaluated(tmp_path_factory) -> pathlib.Path:
+  """Results of the held-out scenes."""
+  folder = tmp_path_factory.mktemp('evaluated') / 'new' / 'eval'
+  assert scenes(output=folder) == 0
+  return folder
+
+
+def test_scores_name_everything_they_depend_on(evaluated):
+  report = json.loads((evaluated / 'results.json').read_text())
+  assert report['complete'] and report['split'] == 'test' and report['num_images'] == 8
+  protocol = report['protocol']
+  assert (protocol['name'], protocol['window'], protocol['stride']) == ('native', 32, 16)
+  assert protocol['changed'] == [] and protocol['threshold'] is None
+  assert report['checkpoint'] == {'step': 6, 'damaged_newer_steps': []}
+  assert re.fullmatch('[0-9a-f]{12}(-dirty)?|' + groupvit_jax.__version__, report['provenance']['code'])
+  assert report['config'] == json.loads(tiny_config().to_json())
+  assert report['templates'] == ['a photo of a {}.']
+  classes = [*tiny_config().data.scenes.things, *tiny_config().data.scenes.stuff]
+  assert report['class_names'] == classes and list(report['iou']) == classes
+  iou = [value for value in report['iou'].values() if value is not None]
+  assert report['miou'] == pytest.approx(np.mean(iou))
+  assert report['oracle_miou'] > report['miou']
+
+
+def test_baselines_of_the_same_run(evaluated):
+  baselines = json.loads((evaluated / 'results.json').read_text())['baselines']
+  run = open_run.open_run(trained_workdir())
+  evaluator = scene_eval.SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
+  truth = np.concatenate([evaluator.source[i]['label'].ravel() for i in range(8)])
+  shares = np.bincount(truth, minlength=18) / truth.size
+  assert baselines['constant']['class'] == evaluator.source.classes[shares.argmax()]
+  assert baselines['constant']['pixel_accuracy'] == pytest.approx(shares.max())
+  untrained = open_run.untrained_variables(run)
+  fresh = evaluator.evaluate(untrained)
+  assert baselines['untrained']['miou'] == pytest.approx(fresh.scores.miou)
+  assert baselines['untrained']['oracle_miou'] == pytest.approx(fresh.oracle.miou)
+  # Where the run started: whatever the optimiser and the number of prompts.
+  shape = 2, run.model.text.context_length
+  start = state.init_state(run.model, optax.adam(1.0), run.config.seed, shape, run.mesh)
+  for got, want in zip(jax.tree.leaves(untrained), jax.tree.leaves(start.variables), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_table_and_contact_sheet(evaluated):
+  table = (evaluated / 'table.txt').read_text()
+  report = json.loads((evaluated / 'results.json').read_text())
+  for line in (f'mIoU            {100 * report["miou"]:6.1f}', 'the untrained model: mIoU', 'step 6'):
+    assert line in table, line
+  sheet = np.asarray(Image.open(evaluated / 'scenes.png'))
+  assert sheet.shape[1] == 6 + 4 * 262 and sheet.shape[0] > 6 * 262  # six scenes, four tiles each
+
+
+def test_the_same_again_replaces_its_own_results(evaluated, capsys):
+  # Someone may commit while this runs.
+  read = lambda: re.sub('"code": .*', '', (evaluated / 'results.json').read_text())
+  before = read()
+  (evaluated / 'notes.txt').write_text('mine')
+  (evaluated / 'masks').mkdir()
+  for stale in ('thresholds.png', 'masks/a.png'):  # as an evaluation with other flags leaves them
+    (evaluated / stale).write_text('old')
+  assert scenes(output=evaluated) == 0
+  assert not (evaluated / 'thresholds.png').exists() and not list((evaluated / 'masks').iterdir())
+  assert len(list((evaluated / 'tensorboard').iterdir())) == 1
+  assert 'files of the same names are replaced' in capsys.readouterr().err
+  assert read() == before  # to the bit
+  assert (evaluated / 'notes.txt').read_text() == 'mine'
+
+
+def test_protocol_overrides_are_named(capsys, tmp_path):
+  assert scenes(output=tmp_path, stride='8', class_filter='none', double_softmax='false') == 0
+  protocol = json.loads((tmp_path / 'results.json').read_text())['protocol']
+  assert protocol['changed'] == ['stride', 'class_filter', 'double_softmax']
+  assert (protocol['stride'], protocol['class_filter']) == (8, None)
+  assert 'stride=8, class_filter=None, double_softmax=False' in capsys.readouterr().out
+
+
+def test_evaluator_compiles_once():
+  run = open_run.open_run(trained_workdir())
+  evaluator = scene_eval.SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh)
+  first, panel = evaluator.evaluate(run.variables), evaluator.pictures(run.variables)
+  before = window_encoder.encode_windows._cache_size(), labeller.label_pixels._cache_size()
+  again = evaluator.evaluate(run.variables)
+  assert np.array_equal(again.counts, first.counts)
+  assert np.array_equal(evaluator.pictures(run.variables), panel)
+  after = window_encoder.encode_windows._cache_size(), labeller.label_pixels._cache_size()
+  assert before == after
+  assert evaluator.split == 'validation' and panel.dtype == np.uint8 and panel.ndim == 3
+  test = scene_eval.SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
+  assert not np.array_equal(test.source[0]['image'], evaluator.source[0]['image'])
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory) -> pathlib.Path:
+  """Odd ones, two of one name, and one that is none."""
+  folder = tmp_path_factory.mktemp('pictures')
+  rgb = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.fromarray(rgb).save(folder / 'a.png')
+  Image.fromarray(rgb).save(folder / 'a.jpg', exif=exif)
+  Image.fromarray(rgb[:, :, 0]).save(folder / 'grey[1].png')
+  Image.fromarray((rgb[:30, :, 0] * 257.0).astype(np.uint16)).save(folder / 'deep.png')
+  Image.fromarray(np.dstack([rgb, rgb[:, :, 0]])).save(folder / 'alpha.png')
+  Image.fromarray(rgb).convert('P').save(folder / 'palette.gif')
+  (folder / 'broken.png').write_bytes((folder / 'a.png').read_bytes()[:200])
+  return folder
+
+
+@pytest.fixture(scope='module')
+def labelled(pictures, tmp_path_factory) -> pathlib.Path:
+  """What eval.py makes of them, through the front door."""
+  output = tmp_path_factory.mktemp('labelled') / 'out'
+  done = subprocess.run(
+    [sys.executable, 'eval.py', f'--workdir={trained_workdir()}', f'--images={pictures}/*',
+     '--classes=dog|puppy, grass', f'--output={output}', '--protocol.threshold=0.5'],
+    cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+  assert done.returncode == cli.EXIT_PARTIAL, done.stderr
+  assert [line for line in done.stderr.splitlines() if 'broken.png' in line] == [
+    line for line in done.stderr.splitlines() if line.startswith('not done: ')
+  ]
+  assert '6 of 7 pictures' in done.stdout
+  return output
+
+
+def test_every_picture_has_its_files(labelled, pictures):
+  report = json.loads((labelled / 'results.json').read_text())
+  files = {pathlib.Path(row['picture']).name: row['files'] for row in report['pictures']}
+  assert files == {'a.jpg': 'a', 'a.png': 'a_2', 'alpha.png': 'alpha', 'deep.png': 'deep',
+                   'grey[1].png': 'grey[1]', 'palette.gif': 'palette'}  # fmt: skip
+  assert report['failures'][0]['picture'] == str(pictures / 'broken.png')
+  assert report['words'] == ['dog|puppy', 'grass'] and report['protocol']['threshold'] == 0.5
+  kinds = ('mask.png', 'overlay.png', 'first_groups.png', 'final_groups.png', 'json')
+  expected = {f'{name}.{kind}' for name in files.values() for kind in kinds}
+  assert {path.name for path in labelled.iterdir()} == expected | {'classes.json', 'results.json'}
+
+
+def test_masks_are_indexed_with_the_class_tables_colours(labelled):
+  table = json.loads((labelled / 'classes.json').read_text())
+  assert [row['name'] for row in table] == ['background', 'dog', 'grass']
+  sizes = {'a': (40, 50), 'a_2': (50, 40), 'grey[1]': (50, 40), 'deep': (50, 30)}
+  for name, size in sizes.items():
+    mask = Image.open(labelled / f'{name}.mask.png')
+    assert mask.mode == 'P' and mask.size == size, name  # a.jpg was turned by its EXIF
+    labels = np.asarray(mask)
+    report = json.loads((labelled / f'{name}.json').read_text())
+    pixels = {row['label']: row['pixels'] for row in report['classes']}
+    assert pixels == {label: int((labels == label).sum()) for label in range(3)}
+    colours = mask.convert('RGB')
+    for label, row in enumerate(table):
+      assert row['label'] == label
+      for y, x in np.argwhere(labels == label)[:1]:
+        assert '#{:02x}{:02x}{:02x}'.format(*colours.getpixel((int(x), int(y)))) == row['colour']
+    assert Image.open(labelled / f'{name}.overlay.png').size == (size[0] * (factor := 8), size[1] * factor)
+
+
+def damage(workdir: pathlib.Path, step: int) -> None:
+  """Cuts every file of a checkpoint's arrays in two."""
+  for path in (workdir / 'checkpoints' / str(step) / 'state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, capsys):
+  workdir = tmp_path / 'run'
+  shutil.copytree(trained_workdir(), workdir)
+  damage(workdir, 6)
+  assert scenes(workdir, output=tmp_path / 'out') == 0
+  report = json.loads((tmp_path / 'out' / 'results.json').read_text())
+  assert report['checkpoint'] == {'step': 4, 'damaged_newer_steps': [6]}
+  assert 'step 4, weights trained, code' in (out := capsys.readouterr().out) and '6 is newer but damaged' in out
+  damage(workdir, 4)
+  with pytest.raises(ValueError, match=r'none of the checkpoints \[4, 6\]'):
+    scenes(workdir, output=tmp_path / 'other')
+  assert not (tmp_path / 'other').exists()
+
+
+def test_workdirs_without_a_run_a_checkpoint_or_an_entry(tmp_path):
+  output = tmp_path / 'out'
+  with pytest.raises(ValueError, match='there is no workdir .*nowhere'):
+    scenes(tmp_path / 'nowhere', output=output)
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ValueError, match='holds no run'):
+    scenes(tmp_path / 'empty', output=output)
+  workdir = tmp_path / 'run'
+  shutil.copytree(trained_workdir(), workdir)
+  config = json.loads((workdir / 'config.json').read_text())
+  del config['data']['scenes']['things']
+  (workdir / 'config.json').write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="has no entry 'things': the run was made by another version"):
+    scenes(workdir, output=output)
+  shutil.rmtree(workdir / 'checkpoints')
+  with pytest.raises(ValueError, match='has no checkpoint yet'):
+    scenes(workdir, output=output)
+  assert not output.exists()
+
+
+@pytest.mark.parametrize(
+  'request_, message',
+  [
+    (dict(classes=''), 'there are no classes to look for'),
+    (dict(classes='dog,,cat'), "the word '' has an empty name"),
+    (dict(classes='dog,grass,dog'), "the class 'dog' is named twice"),
+    (dict(classes='background,dog', threshold='0.5'), "the class 'background' is named twice"),
+    (dict(classes=','.join(f'word{i}' for i in range(256))), '256 classes'),
+    (dict(images='*.nothing'), r'no picture matches --images=.*\*\.nothing'),
+    (dict(images=''), r'no picture matches .* for a folder write .*/\*'),
+    (dict(stride='64'), 'protocol.stride=64 leaves gaps'),
+    (dict(threshold='2'), 'protocol.threshold=2'),
+    (dict(window='wide'), "protocol.window='wide'"),
+  ],
+)
+def test_mistakes_write_nothing(request_, message, pictures, tmp_path):
+  images = pictures / request_.pop('images', 'a.png')
+  with pytest.raises(ValueError, match=message) as caught:
+    label(images, tmp_path / 'out', **request_)
+  assert '\n' not in str(caught.value) and not (tmp_path / 'out').exists()
+
+
+def test_unknown_protocol():
+  with pytest.raises(ValueError, match="no protocol 'nativ'; choose one of native, groupvit"):
+    scenes(protocol='nativ')
+
+
+def test_folders_of_others_are_left_alone(pictures, tmp_path):
+  before = {path.name: path.read_bytes() for path in pictures.iterdir()}
+  with pytest.raises(ValueError, match='holds files that are not results of eval.py'):
+    label(pictures / 'a.png', pictures)
+  assert {path.name: path.read_bytes() for path in pictures.iterdir()} == before
+  with pytest.raises(ValueError, match='is a file; name a folder'):
+    label(pictures / 'a.png', pictures / 'a.png')
+  (tmp_path / 'results.json').write_text('{"made_by": "someone else"}')
+  with pytest.raises(ValueError, match='add --overwrite'):
+    scenes(output=tmp_path)
+  assert label(pictures / 'grey[1].png', tmp_path, overwrite=True) == 0
+  assert (tmp_path / 'grey[1].mask.png').exists()
+
+
+def test_mistakes_end_in_one_line_and_code_2(tmp_path):
+  done = subprocess.run(
+    [sys.executable, 'eval.py', f'--workdir={tmp_path / "nowhere"}'],
+    cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+  assert done.returncode == cli.EXIT_USAGE and not done.stdout
+  assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith('error: there is no workdir')
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--checkpoint=best'], 'kept no best checkpoint'),
+    (['--checkpoint=best', '--images=docs/demo.png', '--classes=dog', '--output=out'], 'kept no best checkpoint'),
+    (['--images=docs/demo.png', '--output=out', '--thresholds=0.5'], '--thresholds is about a benchmark, not about'),
+    (['--data_dir=data'], '--data_dir=data holds benchmarks; name one with --benchmark'),
+  ],
+)
+def test_flags_reach_what_they_are_about(flags, message):
+  done = subprocess.run(
+    [sys.executable, 'eval.py', f'--workdir={trained_workdir()}', *flags],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == cli.EXIT_USAGE and message in done.stderr, done.stderr
+
+
+def test_nothing_imports_tensorflow_or_torch(tmp_path):
+  """Training, evaluating, segmenting and predicting; data sets and workers have such tests of their own."""
+  Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / 'picture.png')
+  run_without(
+    f"""
+import numpy as np
+import groupvit_jax
+from groupvit_jax.train import loop
+from groupvit_jax.commands import request, score, segment
+from tests.tiny import tiny_config
+assert loop.train(tiny_config(), '{tmp_path}/run') == 0
+score.evaluate_benchmark('{tmp_path}/run', request.Request('scenes', output='{tmp_path}/eval'))
+assert segment.label_pictures('{tmp_path}/run', images='{tmp_path}/picture.png', classes='dog,grass',
+                               output='{tmp_path}/out', overwrite=False, protocol='native', changes={{}}) == 0
+predictor = groupvit_jax.Predictor.from_workdir('{tmp_path}/run')
+predictor(np.zeros((32, 32, 3), np.uint8), ['dog', 'grass']).overlay()
+""",
+    tmp_path,
+  )

@@ -1,0 +1,118 @@
+"""The audit: what it finds in sets whose contents are known."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+import ml_collections
+import numpy as np
+from PIL import Image
+import pytest
+
+from configs import quickstart
+from groupvit_jax.data import audit, contact_sheet
+from groupvit_jax.data.prompts import nouns
+from tests.tars import encode, samples, set_config, write_tar
+
+AUGMENT = dict(name='plain', area=(0.5, 1.0), ratio=(0.75, 4 / 3), flip=0.5, min_side=8, max_pixels=10_000)
+ROOT = Path(__file__).parents[2]
+
+
+def make_config(data: dict[str, object] | None = None) -> ml_collections.ConfigDict:
+  """The quickstart, over other data."""
+  config = quickstart.get_config()
+  config.tokenizer.vocab_size = 300
+  config.data.num_prompts = 3
+  with config.data.unlocked():
+    config.data.update(data or {})
+  return config
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
+def config(tmp_path):
+  good = samples(range(40)) | {
+    '00001.jpg': encode(0),
+    '00002.jpg': encode(0),  # three times the same picture
+    '00005.txt': b'a dog number 4',  # twice the same caption
+    '00007.jpg': b'',
+    '00008.jpg': b'no picture',
+    '00009.txt': b'caf\xe9',
+    '00010.txt': b'dogs ' * 200,
+  }
+  return make_config(
+    dict(
+      source='sets',
+      index_dir='',
+      augment=AUGMENT,
+      sets=dict(
+        first=set_config(write_tar(tmp_path / 'a.tar', good), expected=50),
+        second=set_config(write_tar(tmp_path / 'b.tar', samples(range(100, 110))), weight=0.0),
+      ),
+    )
+  )
+
+
+def test_an_audit_finds_what_is_there(config, tmp_path):
+  report = audit.audit(config, tmp_path / 'out', samples=0)
+  assert json.loads((tmp_path / 'out' / 'audit.json').read_text()) == report
+  first, second = report['sets']['first'], report['sets']['second']
+  assert (first['records'], first['expected'], first['shards'], first['looked_at']) == (40, 50, 1, 40)
+  assert first['unusable'] == {'image_missing': 1, 'image_corrupt': 1, 'caption_unreadable': 1}
+  assert first['unusable_share'] == 3 / 40
+  assert sorted(key.split('/')[-1] for key in first['unusable_keys']) == [
+    '00007: image_missing',
+    '00008: image_corrupt',
+    '00009: caption_unreadable',
+  ]
+  assert (first['duplicate_pictures'], first['duplicate_captions']) == (2, 1)
+  assert first['captions_cut'] == 1 / 37 and first['tokens_percentiles'][-1] > 200
+  assert first['words_percentiles'][2] == len(nouns('a dog number 4')) and first['words_percentiles'][-1] == 200
+  assert first['captions_with_too_few_words'] == 36 / 37
+  assert second['unusable'] == {} and second['unusable_share'] == 0 and second['examples_per_core_second'] > 1
+  assert len(report['fingerprint']) == 16
+  for name in ('first', 'second'):
+    page = np.asarray(Image.open(tmp_path / 'out' / f'{name}.png'))
+    assert page.shape[1] == 6 * 232 + 8 and 100 < page.mean() < 250
+
+
+def test_a_sample_is_spread_over_the_set(config, tmp_path):
+  report = audit.audit(config, tmp_path, samples=8)
+  assert report['sets']['first']['looked_at'] == 8 and report['sets']['second']['looked_at'] == 8
+  assert report['sets']['first']['unusable'] == {}  # every fifth record, of which none is damaged
+
+
+def test_scenes_can_be_audited_too(tmp_path):
+  report = audit.audit(make_config(), tmp_path, samples=5)
+  assert report['sets']['scenes']['looked_at'] == 5 and (tmp_path / 'scenes.png').exists()
+
+
+def test_command_says_it_in_lines_and_fails_on_a_bad_set(config, tmp_path):
+  (tmp_path / 'config.py').write_text(
+    'import json, ml_collections\n'
+    f'def get_config(): return ml_collections.ConfigDict(json.loads({config.to_json()!r}))\n'
+  )
+  done = subprocess.run(
+    [sys.executable, '-m', 'groupvit_jax.data.audit', f'--config={tmp_path}/config.py', f'--output={tmp_path}/out'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 1, done.stderr
+  assert 'first: 40 records of 50 expected (80.0%) in 1 shards, digest' in done.stdout
+  assert '7.50% (image_missing 1, image_corrupt 1, caption_unreadable 1)' in done.stdout
+  assert 'first has 7.5% unusable records, more than data.max_fault_share=0.05' in done.stdout
+
+
+def test_sheet_has_room_for_every_line():
+  images = [np.full((20, 10, 3), 50, np.uint8), np.full((10, 10, 3), 50, np.uint8)]
+  short = contact_sheet.draw_sheet(images[1:], [['a dog']], 1)
+  assert short.shape == (224 + 14 + 2 * 8 + 8, 224 + 2 * 8, 3)
+  assert (short[8:232, 8:232] == 50).all() and (short[232:] < 100).any()  # the picture, ink below it
+  both = contact_sheet.draw_sheet(images, [['a dog'], ['dog ' * 1000, 'second', '']], 1)
+  assert both.shape[0] == 448 + 14 + 16 + 224 + 6 * 14 + 16 + 8

@@ -1,0 +1,234 @@
+"""Records that cannot be used: found, replaced, counted, logged, and not put up with for ever."""
+
+import logging
+import struct
+import zlib
+
+import numpy as np
+import pytest
+
+from configs import quickstart
+from groupvit_jax.data import augment, bad_records, pipeline
+from groupvit_jax.data.bad_records import Fault, TooManyFaults
+from groupvit_jax.data.sources import build_source, sample_captions
+from groupvit_jax.running import sharding
+from groupvit_jax.train import manifest
+from groupvit_jax.train.bad_record_tally import FaultTally
+from tests.tars import data_config, encode, fault_counts, samples, set_config, Words, write_tar
+
+AUGMENT = augment.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.setattr(bad_records, '_written', 0)
+
+
+def png_header(width: int, height: int) -> bytes:
+  """A PNG that claims to be large, in a few bytes."""
+  body = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + body + struct.pack('>I', zlib.crc32(body)) + b'\0\0\1\0IDAT'
+
+
+DAMAGED = {
+  'image_missing': {'jpg': b''},
+  'image_corrupt': {'jpg': b'<html>404 not found</html>'},
+  'image_truncated': {'jpg': encode(1, (90, 90))[:-20]},
+  'image_tiny': {'jpg': encode(1, (40, 7))},
+  'image_huge': {'jpg': encode(1, (101, 100))},
+  'caption_missing': {'txt': b''},
+  'caption_empty': {'txt': b' \n\t '},
+  'caption_unreadable': {'txt': b'caf\xe9 12'},
+}
+
+
+def write_damaged(path, *damages: str, count: int = 16):
+  """A tar whose first samples are damaged in the ways named."""
+  members = samples(range(count))
+  for n, cause in enumerate(damages):
+    members |= {f'{n:05}.{kind}': data for kind, data in DAMAGED[cause].items()}
+  return build_source(data_config(a=set_config(write_tar(path, members))), (16, 16))
+
+
+def examples(source, **changes) -> pipeline.Examples:
+  fields = dict(seed=0, batch_size=16, num_prompts=1, text_length=4, first_batch=0, num_batches=4, rows=range(16))
+  return pipeline.Examples(source, AUGMENT, Words(), **(fields | changes))
+
+
+def epoch(source) -> dict[str, pipeline.Example]:
+  """The first epoch's examples by the key of the record that was drawn."""
+  made = examples(source)
+  order = source.order(0)
+  return {f'{order[i]:05}': made.look_up(i) for i in range(len(source))}
+
+
+def test_there_is_a_case_for_every_cause():
+  assert tuple(DAMAGED) == bad_records.CAUSES
+
+
+@pytest.mark.parametrize('cause', bad_records.CAUSES)
+def test_every_cause_is_found_replaced_counted_and_logged(tmp_path, cause, caplog):
+  drawn = epoch(write_damaged(tmp_path / 'set' / 'a.tar', cause))
+  assert drawn['00000'].key == 'set/a.tar/00001'  # its neighbour
+  assert drawn['00000'].texts[0] == 'a dog number 1' and drawn['00000'].image.shape == (16, 16, 3)
+  assert fault_counts(drawn['00000'].faults[None]) == {cause: 1}
+  assert not any(example.faults.any() for key, example in drawn.items() if key != '00000')
+  assert [record.getMessage() for record in caplog.records] == [f'replaced a record: set/a.tar/00000: {cause}']
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')  # pytest undoes ours
+@pytest.mark.parametrize(
+  'data, cause',
+  [
+    (png_header(60_000, 60_000), 'image_huge'),  # Pillow itself refuses it
+    (png_header(12_000, 12_000), 'image_huge'),  # Pillow warns of it
+    (png_header(50, 50), 'image_truncated'),
+    (encode(1, (50, 50), 'PNG')[:60], 'image_truncated'),
+    (encode(1, (50, 50), 'WEBP')[:-20], 'image_corrupt'),
+  ],
+  ids=['refused', 'warned', 'header', 'cut PNG', 'cut WebP'],
+)
+def test_pictures_that_are_none(data, cause):
+  with pytest.raises(Fault, match=cause):
+    AUGMENT(data, np.random.default_rng(0), 'key')
+
+
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
+def test_damage_anywhere_is_a_fault_or_a_picture(kind):
+  """Whatever Pillow raises on bytes that were flipped, cut or shifted."""
+  whole, rng = np.frombuffer(encode(7, (60, 50), kind), np.uint8), np.random.default_rng(0)
+  seen = set()
+  for _ in range(300):
+    data = whole.copy()
+    data[rng.integers(len(data), size=3)] = rng.integers(256, size=3)
+    cut = rng.integers(1, len(data)) if rng.random() < 0.3 else len(data)
+    try:
+      assert AUGMENT(data[:cut].tobytes(), rng, 'key').shape == (16, 16, 3)
+      seen.add('')
+    except Fault as fault:
+      seen.add(fault.cause)
+  assert len(seen) > 1
+
+
+def test_neighbours_leave_a_damaged_region_in_a_few_steps():
+  distances = [n - 7 for n in bad_records.neighbours(7, 0, 10**9)]
+  assert distances[:18] == [*range(16), 16, 32] and distances[-1] == 2**19 and len(distances) == 32
+
+
+def test_neighbours_stay_in_their_set_and_reach_all_of_a_small_one():
+  assert list(bad_records.neighbours(102, 100, 4)) == [102, 103, 100, 101]
+  for size in range(1, 17):
+    assert sorted(bad_records.neighbours(100 + size // 2, 100, size)) == list(range(100, 100 + size))
+
+
+def test_replacement_is_the_same_in_threads_on_hosts_and_after_a_restart(tmp_path):
+  source = write_damaged(tmp_path / 'a.tar', *bad_records.CAUSES)
+  alone = list(map(pipeline.Batches(examples(source), 0).__getitem__, range(4)))
+  threaded = list(pipeline.iterate(examples(source), num_threads=4, num_workers=0, prefetch_batches=2))
+  halves = [pipeline.Batches(examples(source, rows=range(8 * h, 8 * h + 8), first_batch=2), 0) for h in range(2)]
+  for batch, other in zip(alone, threaded, strict=True):
+    np.testing.assert_array_equal(batch['image'], other['image'])
+    np.testing.assert_array_equal(batch['faults'], other['faults'])
+  for n, batch in enumerate(alone[2:]):
+    for name in batch:
+      np.testing.assert_array_equal(np.concatenate([half[n][name] for half in halves]), batch[name])
+  assert fault_counts(alone[0]['faults'])['image_missing'] == 1
+
+
+def test_a_set_without_usable_records_ends_the_run(tmp_path):
+  source = write_damaged(tmp_path / 'a.tar', *(8 * ['image_missing', 'caption_empty']))
+  with pytest.raises(TooManyFaults, match=r'data.sets.a: 16 neighbours cannot be used, .*data.audit'):
+    examples(source)[0]
+
+
+def test_a_replacement_comes_from_the_same_set(tmp_path):
+  bad = write_tar(tmp_path / 'bad.tar', samples(range(4)) | {'00003.txt': b''})
+  good = write_tar(tmp_path / 'good.tar', samples(range(100, 120)))
+  source = build_source(data_config(bad=set_config(bad), good=set_config(good)), (16, 16))
+  made = examples(source)
+  keys = [made.look_up(i).key for i in range(24) if source.order(0)[i] == 3]
+  assert keys == [f'{tmp_path.name}/bad.tar/00000']
+
+
+def test_log_is_cut_off_and_says_so(caplog):
+  for n in range(30):
+    bad_records.report(Fault('image_corrupt', f'key{n}'))
+  lines = [record.getMessage() for record in caplog.records]
+  assert len(lines) == 21 and 'key19' in lines[-2] and 'only counted' in lines[-1]
+  assert all(record.levelno == logging.WARNING for record in caplog.records)
+
+
+def test_captions_are_sampled_evenly_and_without_the_faulty(tmp_path):
+  source = write_damaged(
+    tmp_path / 'a.tar', *(['caption_unreadable', 'image_corrupt', 'caption_missing'] + ['caption_empty']), count=40
+  )
+  assert list(sample_captions(source, 10)) == [f'a dog number {n}' for n in range(4, 40, 4)]
+  assert len(list(sample_captions(source, 1000))) == 37
+
+
+def test_captions_of_scenes_are_those_of_the_first():
+  config = quickstart.get_config()
+  scenes = build_source(config.data, (64, 64))
+  assert list(sample_captions(scenes, 20)) == [scenes[n]['text'] for n in range(20)]
+
+
+class TestTally:
+  """Over a mesh of all devices."""
+
+  def tally(self, folder, step=0, **changes):
+    fields = dict(batch_size=16, max_share=0.1, mesh=sharding.make_mesh())
+    return FaultTally(folder, step, **(fields | changes))
+
+  def rows(self, **found):
+    rows = np.zeros((16, len(bad_records.CAUSES)), np.int32)
+    for row, (cause, count) in enumerate(found.items()):
+      rows[row, bad_records.CAUSES.index(cause)] = count
+    return rows
+
+  def test_counts_are_of_the_moment_they_were_asked_for(self, tmp_path):
+    tally = self.tally(tmp_path)
+    tally.add(self.rows(image_tiny=2, caption_empty=1))
+    early = tally.total()
+    tally.add(self.rows(image_tiny=5))
+    assert tally.counts(early) == {'image_tiny': 2, 'caption_empty': 1}
+    assert tally.counts(tally.total()) == {'image_tiny': 7, 'caption_empty': 1}
+
+  def test_counts_go_on_from_the_checkpoint_restored_not_from_the_newest(self, tmp_path):
+    tally = self.tally(tmp_path)
+    for step, count in ((10, 1), (20, 4), (30, 9)):
+      tally.add(self.rows(image_huge=count))
+      tally.save(step)
+    again = self.tally(tmp_path, step=20)
+    again.add(self.rows(image_corrupt=2))
+    assert again.counts(again.total()) == {'image_huge': 5, 'image_corrupt': 2}
+    again.save(30)
+    assert self.tally(tmp_path, 30).counts(self.tally(tmp_path, 30).total()) == {'image_huge': 5, 'image_corrupt': 2}
+
+  def test_the_share_is_of_a_thousand_examples_and_since_the_last_check(self, tmp_path):
+    tally = self.tally(tmp_path)
+    tally.check(50, {'image_tiny': 800})  # too few to judge
+    tally.check(100, {'image_tiny': 160})  # a tenth exactly
+    with pytest.raises(
+      TooManyFaults,
+      match=(
+        r'10.1% of the 1,600 records since step 100 could not be used, more than data.max_fault_share=0.1 '
+        r'\(since step 0: image_tiny 160, caption_empty 161\)'
+      ),
+    ):
+      tally.check(200, {'image_tiny': 160, 'caption_empty': 161})
+
+  def test_a_share_that_is_none(self, tmp_path):
+    with pytest.raises(ValueError, match='data.max_fault_share=5: use a share'):
+      self.tally(tmp_path, max_share=5)
+
+
+def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path):
+  def facts(name, numbers):
+    path = write_tar(tmp_path / name / 'a.tar', samples(numbers))
+    return build_source(data_config(a=set_config(path)), (16, 16)).facts()
+
+  manifest.claim(tmp_path, facts('one', range(5)))
+  manifest.claim(tmp_path, facts('moved', range(5)))
+  with pytest.raises(ValueError, match=r'the data changed .* started: a \(5 records then, 6 now\).*data.json'):
+    manifest.claim(tmp_path, facts('grown', range(6)))

@@ -1,0 +1,142 @@
+"""Whatever people call a picture becomes 8-bit RGB, or one line that names it."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from groupvit_jax.data import images
+
+RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+
+
+def encoded(image: Image.Image | np.ndarray, kind: str = 'PNG', **options) -> bytes:
+  data = io.BytesIO()
+  (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(data, kind, **options)
+  return data.getvalue()
+
+
+def read(data: bytes) -> np.ndarray:
+  pixels = images.read_picture(data, 'a')
+  assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+  return pixels
+
+
+@pytest.mark.parametrize('kind', ['PNG', 'BMP', 'PPM', 'TIFF', 'TGA'])
+def test_formats_without_loss_come_back_exactly(kind):
+  assert np.array_equal(read(encoded(RGB, kind)), RGB)
+
+
+def test_grey_and_black_and_white():
+  grey = RGB[:, :, 0]
+  assert np.array_equal(read(encoded(grey)), np.dstack([grey] * 3))
+  bilevel = Image.fromarray(grey).convert('1', dither=Image.Dither.NONE)
+  assert np.array_equal(read(encoded(bilevel))[:, :, 0], np.where(grey >= 128, 255, 0))
+
+
+def test_alpha_lies_over_white():
+  rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [0, 100, 200, 51]]], np.uint8)
+  assert read(encoded(rgba)).tolist() == [[[10, 20, 30], [255, 255, 255], [204, 224, 244]]]
+  grey_alpha = Image.fromarray(rgba).convert('LA')
+  assert read(encoded(grey_alpha))[0, 1].tolist() == [255, 255, 255]
+
+
+def test_palettes_with_and_without_transparency():
+  image = Image.fromarray(np.array([[0, 1]], np.uint8)).convert('P')
+  image.putpalette([255, 0, 0, 0, 0, 255])
+  assert read(encoded(image)).tolist() == [[[255, 0, 0], [0, 0, 255]]]
+  assert read(encoded(image, transparency=1)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+def test_sixteen_bits():
+  deep = np.array([[0, 200, 257, 128 * 257, 65535]], np.uint16)
+  assert read(encoded(deep))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+  assert read(encoded(deep, 'TIFF'))[0, :, 0].tolist() == [0, 1, 1, 128, 255]
+  # RGB of 16 bits, which Pillow cannot write: one pixel by hand.
+  rows = b'\0' + struct.pack('>3H', 65535, 128 * 257, 257)
+  chunk = lambda kind, data: struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+  header = struct.pack('>IIBBBBB', 1, 1, 16, 2, 0, 0, 0)
+  data = b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows))
+  assert read(data + chunk(b'IEND', b'')).tolist() == [[[255, 128, 1]]]
+
+
+def test_floats_from_zero_to_one():
+  image = Image.fromarray(np.array([[0, 0.2, 1]], np.float32))
+  assert read(encoded(image, 'TIFF'))[0, :, 0].tolist() == [0, 51, 255]
+  wild = Image.fromarray(np.array([[-1, 7]], np.float32))
+  with pytest.raises(ValueError, match="picture 'a' is damaged .its values go from -1 to 7"):
+    read(encoded(wild, 'TIFF'))
+
+
+def test_cmyk_jpeg():
+  red = Image.new('RGB', (16, 16), (200, 30, 40))
+  got = read(encoded(red.convert('CMYK'), 'JPEG', quality=95))
+  np.testing.assert_allclose(got.reshape(-1, 3).mean(axis=0), (200, 30, 40), atol=6)
+
+
+def test_exif_turns_the_picture():
+  exif = Image.Exif()
+  exif[0x0112] = 6  # the camera was turned: rotate clockwise to see it upright
+  image = Image.fromarray(RGB)
+  assert np.array_equal(read(encoded(image, exif=exif)), np.rot90(RGB, -1))
+  assert read(encoded(image, 'JPEG', exif=exif)).shape == (7, 5, 3)
+
+
+def test_a_damaged_exif_block_is_no_reason_to_refuse_the_pixels():
+  exif = b'Exif\0\0not the header of EXIF'
+  assert np.array_equal(read(encoded(RGB, exif=exif)), RGB)
+
+
+@pytest.mark.parametrize('kind', ['GIF', 'PNG', 'WEBP'])
+def test_animations_show_their_first_frame(kind):
+  frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
+  data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+  assert read(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_arrays_images_and_paths(tmp_path):
+  path = tmp_path / 'a.png'
+  path.write_bytes(encoded(RGB))
+  for picture in (path, str(path), Image.fromarray(RGB), RGB):
+    assert np.array_equal(images.read_picture(picture, 'a'), RGB)
+  assert images.read_picture(RGB, 'a') is RGB
+  assert images.read_picture(RGB[:, :, 0], 'a').shape == (5, 7, 3)
+  assert images.read_picture(np.ones((2, 2), bool), 'a').max() == 255
+
+
+@pytest.mark.parametrize(
+  'picture, message',
+  [
+    (b'', "picture 'a' is empty"),
+    (b'not a picture', "picture 'a' is not a picture this reads"),
+    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'not a picture this reads'),
+    (encoded(RGB)[:70], "picture 'a' is damaged"),
+    (encoded(RGB.repeat(9, axis=0), 'JPEG')[:-200], "picture 'a' is damaged"),
+    ('/nowhere/a.png', 'there is no picture /nowhere/a.png'),
+    (np.zeros((4, 4, 3)), 'is float64; make it uint8'),
+    (np.zeros((4, 4, 2), np.uint8), r'has the shape \(4, 4, 2\)'),
+    (np.zeros((0, 4, 3), np.uint8), r'has the shape \(0, 4, 3\)'),
+  ],
+)
+def test_what_is_no_picture_gets_one_line(picture, message):
+  with pytest.raises(ValueError, match=message) as caught:
+    images.read_picture(picture, 'a')
+  assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('side', [10_001, 20_000])
+def test_bombs_are_refused_before_they_go_off(side, recwarn):
+  header = struct.pack('>IIBBBBB', side, side, 1, 0, 0, 0, 0)
+  bomb = b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + b'IHDR' + header
+  bomb += struct.pack('>I', zlib.crc32(b'IHDR' + header)) + struct.pack('>I', 0) + b'IDAT'
+  with pytest.raises(ValueError, match="'a' has more than 100 million pixels; make it smaller"):
+    read(bomb + struct.pack('>I', zlib.crc32(b'IDAT')))
+  assert not recwarn
+
+
+def test_a_folder_is_no_picture(tmp_path):
+  with pytest.raises(ValueError, match="picture 'a' cannot be read: Is a directory"):
+    images.read_picture(tmp_path, 'a')

@@ -1,0 +1,166 @@
+"""Tests for the words of captions and the prompts made from them."""
+
+from collections import Counter
+import concurrent.futures
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from textblob.en import lexicon
+from textblob.en.taggers import PatternTagger
+
+from groupvit_jax.data import prompts as text_ops
+
+CAPTION = 'a photo of a dog and a banana on the grass'
+
+
+@pytest.mark.parametrize(
+  'caption, words',
+  [
+    (CAPTION, ['photo', 'dog', 'banana', 'grass']),
+    ('Two small dogs are running in Paris.', ['dogs', 'are', 'running', 'Paris']),
+    ('a dog and a dog', ['dog', 'dog']),
+    ("it isn't the dog's bone; we're here", ['is', 'bone', 'dog']),
+    ('of the and 12, (3.5)!', []),
+    ('🐶 — ♥ dog', ['dog']),
+    ('', []),
+    (' \n\n\t ', []),
+  ],
+)
+def test_nouns_are_the_tagged_words(caption, words):
+  assert sorted(text_ops.nouns(caption)) == sorted(words)
+
+
+def test_nouns_keep_the_captions_order():
+  assert text_ops.nouns('the sky. A dog jumped over the wall') == ['sky', 'dog', 'jumped', 'wall']
+
+
+def test_every_kept_tag_is_kept_and_no_other(monkeypatch):
+  tags = 'NN NNS NNP VB VBD VBG VBN VBP VBZ NNPS JJ RB IN DT CD PRP MD'.split()
+  monkeypatch.setattr(text_ops, '_tag', lambda _: [[(f'word{t}', t) for t in tags]])
+  assert text_ops.nouns('') == [f'word{t}' for t in tags[:9]]
+
+
+def test_tags_are_those_of_textblobs_pattern_tagger():
+  tagger = PatternTagger()
+  draw = random.Random(0)
+  known = sorted(lexicon)
+  odd = ['🐶', "'s", "isn't", '&amp;', 'a/b', '<b>', ':-)', 'Blorping', '3.5', '...', '猫', '\n\n']
+  for _ in range(2000):
+    words = [draw.choice(odd if draw.random() < 0.3 else known) for _ in range(draw.randrange(12))]
+    caption = ' '.join(words)
+    ours = [(word, tag) for sentence in text_ops._tag(caption) for word, tag in sentence]
+    theirs = [(w, t if text_ops._is_word(w) else '') for w, t in tagger.tag(caption)]
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+  'caption, phrases',
+  [
+    ('a small black dog on wet grass', ['small black dog', 'wet grass']),
+    ('a red, blue car', ['blue car']),
+    ('the sky is blue', ['sky']),
+    ('a dog. Cats', ['dog', 'Cats']),
+    ('the dog blue', ['dog']),
+    ('he is big', []),
+    ('', []),
+  ],
+)
+def test_noun_phrases_are_runs_that_end_in_a_noun(caption, phrases):
+  assert text_ops.noun_phrases(caption) == phrases
+
+
+def test_prompts_hold_distinct_words_in_the_80_templates():
+  made = {template.format(word): word for template in text_ops.template_set('full') for word in text_ops.nouns(CAPTION)}
+  picked = Counter()
+  for seed in range(200):
+    prompts = text_ops.noun_prompts(CAPTION, 3, np.random.default_rng(seed))
+    words = [made[prompt] for prompt in prompts]
+    assert len(set(words)) == 3
+    picked.update(words)
+  # 600 picks over four equally likely words: 150 each, standard deviation 6.
+  assert set(picked) == set(text_ops.nouns(CAPTION))
+  assert all(115 < count < 185 for count in picked.values())
+
+
+def test_every_template_is_drawn():
+  drawn = {text_ops.noun_prompts('dog', 1, np.random.default_rng(s))[0] for s in range(1500)}
+  assert drawn == {t.format('dog') for t in text_ops.template_set('full')}
+
+
+def test_the_caption_fills_the_rest():
+  dog, *rest = text_ops.noun_prompts('the dog', 3, np.random.default_rng(0))
+  assert dog != 'the dog' and 'dog' in dog
+  assert rest == ['the dog', 'the dog']
+  assert text_ops.noun_prompts('', 2, np.random.default_rng(0)) == ['', '']
+  assert text_ops.noun_prompts(CAPTION, 0, np.random.default_rng(0)) == []
+
+
+def test_a_repeated_word_is_picked_once_per_occurrence():
+  prompts = text_ops.noun_prompts('a dog and a dog', 3, np.random.default_rng(0))
+  assert prompts[2] == 'a dog and a dog'
+  assert all(p in {t.format('dog') for t in text_ops.template_set('full')} for p in prompts[:2])
+
+
+def test_prompts_of_phrases_hold_phrases():
+  prompts = text_ops.noun_prompts('a wet dog ran', 2, np.random.default_rng(0), phrases=True)
+  assert 'wet dog' in prompts[0]
+  assert prompts[1] == 'a wet dog ran'
+
+
+def test_prompts_are_a_function_of_the_rngs_state():
+  def draw(seed):
+    return text_ops.noun_prompts(CAPTION, 3, np.random.default_rng([seed, 7]))
+
+  assert draw(1) == draw(1)
+  assert draw(1) == ['a photo of a large grass.', 'a origami dog.', 'a photo of a nice banana.']
+  assert len({tuple(draw(seed)) for seed in range(20)}) == 20
+
+
+def test_template_sets():
+  full = text_ops.template_set('full')
+  assert len(full) == len(set(full)) == 80
+  assert full[0] == 'a bad photo of a {}.' and full[-1] == 'a tattoo of the {}.'
+  assert all(template.count('{}') == 1 for template in full)
+  assert len(text_ops.template_set('subset')) == 7
+  assert set(text_ops.template_set('subset')) < set(full)
+  assert text_ops.template_set('simple') == ('a photo of a {}.',)
+
+
+def test_class_prompts():
+  assert text_ops.class_prompts(['dog', '{cat}'], 'simple') == [['a photo of a dog.'], ['a photo of a {cat}.']]
+  assert [len(row) for row in text_ops.class_prompts(['a', 'b', 'c'], 'subset')] == [7, 7, 7]
+
+
+def test_an_unknown_template_set_names_the_known_ones():
+  with pytest.raises(ValueError, match="no template set 'all'.* full, identity, simple, subset$"):
+    text_ops.class_prompts(['dog'], 'all')
+
+
+def test_a_very_long_caption_is_tagged_up_to_a_limit():
+  limit = text_ops.LONGEST_CAPTION
+  assert text_ops.nouns('!' * (limit - 4) + ' dog cat') == ['dog']
+
+
+def test_tagging_imports_neither_nltk_nor_scipy():
+  code = (
+    'import sys; from groupvit_jax.data import prompts; assert prompts.nouns("a dog") == ["dog"];'
+    'print([m for m in ("nltk", "scipy", "sklearn", "textblob") if m in sys.modules])'
+  )
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == '[]'
+
+
+def test_threads_that_tag_first_see_the_whole_lexicon():
+  text_ops._parse.cache_clear()
+  interval = sys.getswitchinterval()
+  sys.setswitchinterval(1e-5)
+  try:
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+      # 'of' is late in the lexicon; a word that is not in it is called a noun.
+      tagged = list(pool.map(text_ops.nouns, ['young dog of the year'] * 200))
+  finally:
+    sys.setswitchinterval(interval)
+  assert tagged == [['dog', 'year']] * 200

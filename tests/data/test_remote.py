@@ -1,0 +1,183 @@
+"""Shards behind a web server and in an S3 bucket, read as local ones are."""
+
+import logging
+import time
+
+import numpy as np
+import pytest
+
+from groupvit_jax import storage
+from groupvit_jax.data import augment, pipeline, webdataset
+from groupvit_jax.data.sources import build_source
+from groupvit_jax.eval import labelled
+from groupvit_jax.eval.output_folder import OutputFolder
+from groupvit_jax.prepare import __main__ as build
+from tests import official_layouts as layouts
+from tests.tars import data_config, encode, set_config, Words, write_set
+
+pytest.importorskip('aiohttp')
+from benchmarks.range_server import RangeServer  # noqa: E402
+
+AUGMENT = augment.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  monkeypatch.setattr(storage, 'RETRY_DELAYS', (0.0, 0.01, 0.01))
+
+
+@pytest.fixture
+def server(tmp_path):
+  server = RangeServer(str(tmp_path))
+  with server.running() as server.address:
+    yield server
+
+
+def open_set(*patterns: str, index_dir: str = '') -> webdataset.WebDataset:
+  return webdataset.open_webdataset(patterns, 'txt', index_dir, 'data.sets.x')
+
+
+def batches(source, num_threads: int) -> list[dict[str, np.ndarray]]:
+  examples = pipeline.Examples(
+    source,
+    AUGMENT,
+    Words(),
+    seed=0,
+    batch_size=16,
+    num_prompts=1,
+    text_length=4,
+    first_batch=0,
+    num_batches=3,
+    rows=range(16),
+  )
+  return list(pipeline.iterate(examples, num_threads=num_threads, num_workers=0, prefetch_batches=2))
+
+
+def test_batches_are_those_of_local_shards_and_requests_overlap(server, tmp_path):
+  local = write_set(tmp_path / 'set', 24)
+  remote = build_source(data_config(a=set_config(local.replace(str(tmp_path), server.address))), (16, 16))
+  alone = batches(build_source(data_config(a=set_config(local)), (16, 16)), 0)
+  server.delay, server.requests, server.most_at_once = 0.2, 0, 0
+  for ours, theirs in zip(batches(remote, 12), alone, strict=True):
+    for name in theirs:
+      np.testing.assert_array_equal(ours[name], theirs[name])
+  assert server.requests == 48  # one a sample
+  assert 8 <= server.most_at_once <= 12
+
+
+def test_index_of_remote_shards_is_built_in_parallel_and_kept(server, tmp_path):
+  pattern = write_set(tmp_path / 'set', 64).replace(str(tmp_path), server.address)
+  server.delay = 0.2
+  source = open_set(pattern)
+  assert server.most_at_once >= 3 and server.requests == 16  # one to look, one to read, per shard
+  assert source[20]['text'] == 'a dog number 20' and source[20]['image'] == encode(20)
+  assert list((tmp_path / 'cache').rglob('0000.tar.*.npy')) and not (tmp_path / 'set' / '.index').exists()
+  server.requests = 0
+  assert open_set(pattern).index == source.index
+  assert server.requests == 8  # one look at each
+  write_set(tmp_path / 'set', 63)
+  assert len(open_set(pattern)) == 63
+
+
+def test_a_failing_server_is_asked_again(server, tmp_path):
+  source = open_set(write_set(tmp_path / 'set', 8).replace(str(tmp_path), server.address))
+  server.failures = 3
+  assert source[1]['text'] == 'a dog number 1'
+  server.failures = 4
+  with pytest.raises(OSError, match=f'cannot read {server.address}/set/0000.tar after 4 attempts: 503'):
+    source[1]
+  (tmp_path / 'set' / '0000.tar').unlink()
+  server.failures, server.requests = 0, 0
+  with pytest.raises(OSError, match='cannot read .*0000.tar'):
+    source[1]
+  assert server.requests == 1
+
+
+def test_a_server_without_ranges_is_refused_before_it_sends_every_tar_whole(server, tmp_path):
+  pattern = write_set(tmp_path / 'set', 16).replace(str(tmp_path), server.address)
+  source = open_set(pattern)
+  server.ranges, server.requests = False, 0
+  with pytest.raises(OSError, match='the server ignores byte ranges'):
+    source[1]
+  assert server.requests == 1
+
+
+def test_what_cannot_be_reached_is_said_at_once(server, tmp_path):
+  write_set(tmp_path / 'set', 16)
+  with pytest.raises(ValueError, match=f'x: 2 of 4 shards are missing, first {server.address}/set/0002.tar'):
+    open_set(f'{server.address}/set/{{0000..0003}}.tar')
+  server.failures = 100
+  with pytest.raises(ValueError, match=f'cannot reach {server.address}/set/0000.tar: 503'):
+    open_set(f'{server.address}/set/0000.tar')
+  with pytest.raises(ValueError, match='cannot reach http://127.0.0.1:9/a.tar: Cannot connect'):
+    open_set('http://127.0.0.1:9/a.tar')
+
+
+def test_one_connection_pool_serves_all_threads(monkeypatch):
+  """Threads that meet a protocol for the first time together do not each open their own."""
+  opened = []
+  monkeypatch.setattr(storage, '_systems', {})
+  monkeypatch.setattr(storage.fsspec, 'filesystem', lambda *_, **__: time.sleep(0.05) or opened.append(1))
+  storage.in_threads(storage._system, ['http://host/a.tar'] * 8, 8)
+  assert len(opened) == 1
+
+
+@pytest.fixture(scope='module')
+def bucket():
+  """A bucket of an S3 server on loopback, found through the usual environment variables."""
+  pytest.importorskip('s3fs')
+  server_lib = pytest.importorskip('moto.server')
+  logging.getLogger('werkzeug').setLevel(logging.ERROR)
+  server = server_lib.ThreadedMotoServer(port=0, verbose=False)
+  server.start()
+  with pytest.MonkeyPatch.context() as patch:
+    host, port = server.get_host_and_port()
+    for name, value in (
+      ('AWS_ENDPOINT_URL', f'http://{host}:{port}'),
+      ('AWS_ACCESS_KEY_ID', 'test'),
+      ('AWS_SECRET_ACCESS_KEY', 'test'),
+      ('AWS_DEFAULT_REGION', 'us-east-1'),
+    ):
+      patch.setenv(name, value)
+    storage._system('s3://').mkdir('photographs')
+    yield 's3://photographs'
+  storage._systems.pop('s3')
+  server.stop()
+
+
+def test_a_bucket_holds_shards_and_their_index(bucket, tmp_path, monkeypatch):
+  local = write_set(tmp_path / 'set', 20)
+  for path in storage.expand_braces(local):
+    storage.write_whole(path.replace(str(tmp_path), bucket), open(path, 'rb').read())
+  source = open_set(local.replace(str(tmp_path), bucket), index_dir=f'{bucket}/index')
+  assert [source[n] for n in (0, 9, 19)] == [open_set(local)[n] for n in (0, 9, 19)]
+  (tmp_path / 'cache').rename(tmp_path / 'gone')  # another machine: only the bucket's index is there
+  system = storage._system(bucket)
+  assert len(system.ls(f'{bucket}/index')) == 3
+  monkeypatch.delattr(webdataset, 'index_tar')  # it must not be built again
+  assert len(open_set(f'{bucket}/set/*.tar', index_dir=f'{bucket}/index')) == 20
+  with pytest.raises(ValueError, match='x: 1 of 2 shards are missing, first s3://photographs/set/0007.tar'):
+    open_set(f'{bucket}/set/{{0000,0007}}.tar')
+
+
+def test_a_benchmark_in_a_bucket(bucket, tmp_path):
+  layouts.voc2012(tmp_path / 'raw')
+  build.build('voc2012', tmp_path / 'raw', tmp_path / 'data')
+  storage._system(bucket).put(str(tmp_path / 'data' / 'voc2012'), f'{bucket}/data/voc2012', recursive=True)
+  _, source = labelled.open_benchmark('voc21', f'{bucket}/data')
+  _, local = labelled.open_benchmark('voc21', tmp_path / 'data')
+  assert [source[n]['image'] for n in range(3)] == [local[n]['image'] for n in range(3)]
+
+
+def test_results_in_a_bucket(bucket):
+  """Also TensorBoard's file; what an earlier evaluation left goes."""
+  folder = OutputFolder(f'{bucket}/out', overwrite=False)
+  folder.begin()
+  folder.write_board(3, {'miou': 0.5}, {'settings': '{}'}, {'thresholds': np.zeros((4, 4, 3), np.uint8)})
+  folder.write_text('thresholds.png', 'old')
+  system = storage._system(bucket)
+  names = lambda: [path.removeprefix('photographs/out/').split('.')[0] for path in sorted(system.find(f'{bucket}/out'))]
+  assert names() == ['results', 'tensorboard/events', 'thresholds']
+  OutputFolder(f'{bucket}/out', overwrite=False).begin()
+  assert names() == ['results']

@@ -1,0 +1,291 @@
+"""The page: what it does with pictures and words, and all of it in a real browser."""
+
+import base64
+import contextlib
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import ml_collections
+import numpy as np
+from PIL import Image
+from playwright import sync_api
+import pytest
+
+from groupvit_jax.commands.import_weights import import_weights
+from groupvit_jax.demo import viewer as viewer_lib
+from groupvit_jax.demo.examples import make_examples
+from groupvit_jax.demo.viewer import Viewer
+from groupvit_jax.eval import groups, window_encoder
+from groupvit_jax.predictor import Predictor
+from groupvit_jax.train import open_run
+from tests import browser, huggingface_models, photos
+from tests.photos import photo
+from tests.trained import trained_workdir
+
+ROOT = pathlib.Path(__file__).parents[2]
+# What copying a picture in another program does.
+COPY = """async data => {
+  const blob = await (await fetch('data:image/png;base64,' + data)).blob();
+  await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
+}"""
+# What dragging a file from elsewhere onto the page does.
+DROP = """data => {
+  const files = new DataTransfer();
+  files.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], 'dropped.png', {type: 'image/png'}));
+  return files;
+}"""
+WORDS = 'dog|puppy, banana, grass'
+# Where nobody answers: the page must not be asked for there.
+PROXY = dict.fromkeys(('HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'), 'http://127.0.0.1:9')
+
+
+@pytest.fixture(scope='module')
+def viewer() -> Viewer:
+  return Viewer(Predictor.from_workdir(trained_workdir()), max_pixels=10_000)
+
+
+@pytest.fixture
+def picture(tmp_path) -> str:
+  Image.fromarray(photo(60, 90)).save(tmp_path / 'a.png')
+  return str(tmp_path / 'a.png')
+
+
+def test_other_words_and_sliders_do_not_encode_again(viewer, picture, monkeypatch):
+  passes = []
+  for module, name in ((window_encoder, 'encode_windows'), (groups, '_affinities')):
+    run = getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, run=run, name=name, **kw: passes.append(name) or run(*args, **kw))
+  first = viewer.look(picture, WORDS, 0, None)
+  assert first.prediction.classes == ('dog', 'banana', 'grass')
+  shown = viewer_lib.for_screen(first.prediction)
+  drawn = [shown.overlay(opacity) for opacity in (0.1, 0.9)]
+  assert not np.array_equal(*drawn) and passes == ['encode_windows', '_affinities']
+  cut = viewer.look(picture, WORDS, 0.9, first)
+  assert cut.prediction.classes[0] == 'background'
+  np.testing.assert_array_equal(viewer_lib.for_screen(cut.prediction).group_overlay(), shown.group_overlay())
+  assert viewer.look(picture, 'cat,', 0, cut._replace(prediction=None)).prediction.areas.tolist() == [1]
+  assert len(passes) == 2
+
+
+def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_path):
+  (tmp_path / 'no.png').write_bytes(b'not a picture')
+  Image.new('RGB', (101, 100)).save(tmp_path / 'large.png')
+  for path, text, message in (
+    (None, WORDS, 'There is no picture yet'),
+    (picture, ' , ', 'There are no words to look for'),
+    (picture, 'dog, dog', "the class 'dog' is named twice"),
+    (str(tmp_path / 'no.png'), WORDS, "^picture 'no.png' is not a picture"),
+    (str(tmp_path / 'large.png'), WORDS, 'large.png has 101 x 100 pixels; this page takes up to 0.01 million'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      viewer.look(path, text, 0, None)
+
+
+def test_the_legend_has_areas_and_no_markup_of_the_visitors(viewer, picture):
+  found = viewer.look(picture, '<b>x</b>', 0, None).prediction
+  text = viewer_lib.legend(found)
+  assert '&lt;b&gt;x&lt;/b&gt;</td><td>100.0%' in text and '<b>' not in text
+  some = viewer.look(picture, WORDS, 0, None).prediction
+  found, _, absent = viewer_lib.legend(some).partition('not found: ')
+  for name, area in zip(some.classes, some.areas):
+    assert (name in found, name in absent) == (area > 0, area == 0)
+
+
+def test_what_is_kept_fits_a_screen(viewer, tmp_path):
+  Image.fromarray(photo(8, 1250)).resize((1300, 7)).save(tmp_path / 'long.png')
+  looked = viewer.look(str(tmp_path / 'long.png'), WORDS, 0, None)
+  shown = viewer_lib.for_screen(looked.prediction)
+  assert looked.prediction.labels.shape == (7, 1300) and shown.overlay(0.5).shape == (7, 1280, 3)
+  assert [x.shape for x in shown.groups] == [(7, 1280)] and shown.group_overlay(0).shape == (7, 1280, 3)
+  assert {x.shape for x in (shown.image[..., 0], shown.labels, shown.pixel_scores)} == {(7, 1280)}
+  assert looked.encoded.image.shape == (7, 1280, 3)
+
+
+def test_examples_are_scenes_of_the_run_and_photographs(tmp_path):
+  pytest.importorskip('skimage')
+  config = open_run.open_run(trained_workdir()).config
+  *scenes, cat, cup, rocket = make_examples(config, tmp_path)
+  assert len(scenes) == 4 and len({pathlib.Path(path).read_bytes() for path, _ in scenes}) == 4
+  assert {words for _, words in scenes} == {', '.join([*config.data.scenes.things, *config.data.scenes.stuff])}
+  for (path, words), name in zip((cat, cup, rocket), ('cat', 'coffee|cup', 'rocket')):
+    assert min(Image.open(path).size) >= 300 and words.split(', ')[0] == name
+
+
+def test_examples_for_weights_from_elsewhere(tmp_path):
+  """An imported workdir's config names no scenes: it gets some of the page's own, as large as its pictures."""
+  size = (224, 224)
+  config = ml_collections.ConfigDict(dict(data=dict(num_prompts=0), model=dict(vision=dict(image_size=size))))
+  scenes = make_examples(config, tmp_path)[:4]
+  assert {Image.open(path).size for path, _ in scenes} == {size}
+  assert {words for _, words in scenes} == {'dog, panda, banana, rocket, grass, sky, sand, water'}
+
+
+@pytest.fixture(scope='module')
+def imported(tmp_path_factory) -> pathlib.Path:
+  """A workdir made of a narrow stand-in for the released weights."""
+  folder = tmp_path_factory.mktemp('released')
+  huggingface_models.write_released_folder(folder / 'hub')
+  import_weights(str(folder / 'hub'), str(folder / 'run'))
+  return folder / 'run'
+
+
+@contextlib.contextmanager
+def served(workdir: pathlib.Path, *options: str):
+  """The address of the page, served by the command that people give, on a machine behind a proxy."""
+  command = [sys.executable, '-m', 'groupvit_jax.demo', f'--workdir={workdir}', '--port=0', *options]
+  process = subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=os.environ | PROXY | {'JAX_NUM_CPU_DEVICES': '1'},
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+  )
+  try:
+    line = process.stdout.readline()
+    found = re.fullmatch(r'the page is at (\S+)\n', line)
+    assert found, line + process.stdout.read()
+    yield found[1]
+  finally:
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+def picture_bytes(image: np.ndarray) -> dict[str, object]:
+  """A file as a browser uploads it."""
+  return dict(name='mine.png', mimeType='image/png', buffer=photos.encode(image, 'PNG'))
+
+
+def encoded(image: np.ndarray) -> str:
+  """A file's contents as scripts of a page take them."""
+  return base64.b64encode(photos.encode(image, 'PNG')).decode()
+
+
+def changed(page: sync_api.Page, before: str) -> str:
+  """Waits for another overlay; returns it."""
+  page.wait_for_function(
+    "old => { const i = document.querySelector('#overlay img'); return i && i.src && i.src !== old }", arg=before
+  )
+  return page.locator('#overlay img').get_attribute('src')
+
+
+@contextlib.contextmanager
+def opened(address: str):
+  """The page in a browser."""
+  sync_api.expect.set_options(timeout=90_000)
+  with browser.launched() as chromium:
+    page = chromium.new_page(viewport=dict(width=1100, height=1000))
+    page.set_default_timeout(90_000)
+    page.goto(address)
+    yield page
+
+
+def test_imported_weights_in_a_browser(imported, tmp_path):
+  """What most people come with: the released weights at the paper's windows; a picture is dropped."""
+  with served(imported, '--protocol=groupvit') as address, opened(address) as page:
+    sync_api.expect(page.get_by_text('at step 0')).to_be_visible()
+    page.locator('#words textarea').fill('dog, cat, grass')
+    files = page.evaluate_handle(DROP, encoded(photo(60, 90)))
+    page.locator('#picture button:has(input[type=file])').dispatch_event('drop', {'dataTransfer': files})
+    changed(page, '')
+    for stage in ('first', 'final'):
+      sync_api.expect(page.locator(f'#{stage}-groups img')).to_be_visible()
+    page.screenshot(path=tmp_path / 'page.png', full_page=True)
+    with page.expect_download() as download:
+      page.locator('#report').click()
+    report = json.loads(download.value.path().read_text())
+    assert report['picture'] == 'dropped.png' and {row['name'] for row in report['classes']} == {'dog', 'cat', 'grass'}
+
+
+def test_in_a_browser(tmp_path):
+  """Upload, paste, type, look; move the sliders; make mistakes; take the results home."""
+  options = '--max_upload_mb=1', '--max_megapixels=0.25'
+  with served(trained_workdir(), *options) as address, opened(address) as page:
+    page.context.grant_permissions(['clipboard-read', 'clipboard-write'], origin=address.rstrip('/'))
+    elsewhere = []
+    page.on(
+      'request',
+      lambda request: (
+        elsewhere.append(request.url) if not request.url.startswith((address, 'data:', 'blob:')) else None
+      ),
+    )
+    page.reload()
+    message, legend, words = page.locator('#message'), page.locator('#legend'), page.locator('#words textarea')
+    upload = page.locator('#picture input[type=file]')
+    upload.set_input_files(picture_bytes(photo(60, 90)))
+    sync_api.expect(message).to_contain_text('There are no words to look for')
+    words.fill('dog|puppy, banana')
+    words.press('Enter')
+    first = changed(page, '')
+    sync_api.expect(message).to_be_empty()
+    assert {'dog', 'banana'} <= set(re.findall(r'\w+', legend.inner_text()))
+    words.fill('grass, sky')  # as many words as before: nothing to compile
+    page.locator('#segment').click()
+    second = changed(page, first)
+    sync_api.expect(legend).to_contain_text('grass')
+    page.locator('#opacity input[type=number]').fill('0.9')
+    third = changed(page, second)
+    page.locator('#threshold input[type=number]').fill('1')
+    sync_api.expect(legend).to_contain_text('background')
+    changed(page, third)
+    assert page.locator('#final-groups img').count() == 1
+    assert page.locator('#first-groups').count() == 0  # of one grouping stage the final ones are the first
+    page.screenshot(path=tmp_path / 'page.png', full_page=True)
+    files = {}
+    for name in ('mask', 'report'):
+      with page.expect_download() as download:
+        page.locator(f'#{name}').click()
+      files[name] = download.value.path()
+    report = json.loads(files['report'].read_text())
+    assert report['picture'] == 'mine.png' and (report['height'], report['width']) == (60, 90)
+    assert {row['name'] for row in report['classes']} == {'background', 'grass', 'sky'}
+    mask = np.asarray(Image.open(files['mask']))
+    for row in report['classes']:
+      assert (mask == row['label']).sum() == row['pixels']
+
+    upload.set_input_files(dict(name='bad.png', mimeType='image/png', buffer=b'not a picture'))
+    sync_api.expect(message).to_contain_text("picture 'bad.png' is not a picture")
+    assert page.locator('#overlay img').count() == 0
+    page.locator('#opacity input[type=number]').fill('0.5')  # draws nothing: there is no picture
+    upload.set_input_files(picture_bytes(np.zeros((600, 500, 3), np.uint8)))
+    sync_api.expect(message).to_contain_text('this page takes up to 0.25 million')
+    assert page.locator('#overlay img').count() == 0
+    noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
+    upload.set_input_files(picture_bytes(noise))
+    sync_api.expect(page.get_by_text(re.compile('maximum allowed size'))).to_be_visible()
+    page.locator('.gallery-item, .tr-body').first.click()  # an example
+    before = changed(page, '')
+    page.evaluate(COPY, encoded(photo(70, 40, seed=2)))
+    page.locator('#opacity').click(position=dict(x=5, y=5))  # from here, too, keys paste
+    page.keyboard.press('Control+V')
+    before = changed(page, before)
+    page.evaluate(COPY, encoded(photo(50, 80, seed=1)))
+    page.get_by_label('Paste from clipboard').click()
+    changed(page, before)
+    with page.expect_download() as download:
+      page.locator('#mask').click()
+    assert Image.open(download.value.path()).size == (80, 50)
+    words.fill(' , ')
+    page.locator('#segment').click()
+    sync_api.expect(message).to_contain_text('There are no words to look for')
+    assert not elsewhere
+    host, port = re.fullmatch(r'http://(.+):(\d+)/', address).groups()
+    assert host == '127.0.0.1'
+    with pytest.raises(ConnectionRefusedError):  # answers only where everything is let in
+      socket.create_connection(('127.0.0.2', int(port)), timeout=5).close()
+
+
+def test_one_line_for_mistakes():
+  for options, message in (
+    (['--workdir=/nowhere/at/all'], 'there is no workdir /nowhere/at/all'),
+    (['--workdir=x', '--port=-1'], 'port'),
+  ):
+    done = subprocess.run(
+      [sys.executable, '-m', 'groupvit_jax.demo', *options], cwd=ROOT, text=True, capture_output=True
+    )
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count('\n') == 1, done.stderr

@@ -1,0 +1,131 @@
+"""The benchmarks' facts: complete, consistent, and encoded as the data sets encode them."""
+
+import numpy as np
+import pytest
+
+from groupvit_jax.eval import benchmarks, protocols
+
+SIZES = {
+  'voc21': 21,
+  'voc20': 20,
+  'context60': 60,
+  'context59': 59,
+  'coco_object': 81,
+  'coco_stuff': 171,
+  'ade20k': 150,
+  'cityscapes': 19,
+}
+
+
+def test_all_eight_are_there_with_names_and_colours():
+  found = benchmarks.load_benchmarks()
+  assert {name: b.num_classes for name, b in found.items()} == SIZES
+  for name, benchmark in found.items():
+    assert benchmark.name == name
+    assert len(benchmark.palette) == benchmark.num_classes
+    assert benchmark.background == (benchmark.classes[0] == 'background')
+    assert benchmark.published
+
+
+def test_prompts_leave_out_the_background_and_use_the_spelling_asked_for():
+  voc = benchmarks.find_benchmark('voc21')
+  assert len(voc.prompt_names('groupvit')) == 20 and 'background' not in voc.prompt_names('groupvit')
+  assert 'plant' in voc.prompt_names('groupvit')
+  assert 'pottedplant' in voc.prompt_names('benchmark')
+  city = benchmarks.find_benchmark('cityscapes')
+  assert city.prompt_names('groupvit') == city.prompt_names('benchmark') == city.classes
+
+
+def test_thresholds_are_those_of_benchmark_and_protocol():
+  fix = lambda name, protocol: benchmarks.find_benchmark(name).fix_threshold(protocol).threshold
+  thresholds = {name: fix(name, protocols.GROUPVIT) for name in SIZES}
+  assert {k: v for k, v in thresholds.items() if v is not None} == {
+    'voc21': 0.95,
+    'context60': 0.35,
+    'coco_object': 0.95,
+  }
+  assert fix('voc21', protocols.TCL) == 0.5
+  assert fix('ade20k', protocols.TCL) is None
+  assert fix('voc21', protocols.override(protocols.GROUPVIT, {'threshold': 0.8})) == 0.8
+  changed = lambda name, value: (
+    benchmarks.find_benchmark(name)
+    .fix_threshold(protocols.override(protocols.GROUPVIT, {'threshold': value, 'stride': 448}))
+    .changed
+  )
+  assert changed('voc21', None) == changed('voc21', 0.95) == ('stride',)  # its own
+  assert changed('voc21', 0.8) == ('stride', 'threshold') and changed('ade20k', 0.8) == ('stride',)
+  mine = benchmarks.make_benchmark('mine', ['background', 'cat'], background=True)
+  with pytest.raises(ValueError, match="mine has a background .* 'groupvit'; set protocol.threshold"):
+    mine.fix_threshold(protocols.GROUPVIT)
+
+
+def test_how_many_pictures_figures_are_about():
+  found = {name: benchmark.num_images for name, benchmark in benchmarks.load_benchmarks().items()}
+  assert found == dict(
+    voc21=1449,
+    voc20=1449,
+    context60=5105,
+    context59=5105,
+    coco_object=5000,
+    coco_stuff=5000,
+    ade20k=2000,
+    cityscapes=500,
+  )
+  assert all(f'({count} images' in benchmarks.find_benchmark(name).split for name, count in found.items())
+
+
+def test_published_figures():
+  rows = {
+    (row.protocol, name, row.training_data): row.miou
+    for name, benchmark in benchmarks.load_benchmarks().items()
+    for row in benchmark.published
+  }
+  assert rows['groupvit', 'voc21', 'gcc_yfcc'] == 52.3
+  assert rows['groupvit', 'coco_object', 'gcc_redcaps'] == 27.5
+  assert rows['tcl', 'ade20k', 'gcc_redcaps'] == 9.2
+  assert len(rows) == 12
+  assert {protocol for protocol, _, _ in rows} <= set(protocols.PROTOCOLS)
+
+
+@pytest.mark.parametrize(
+  'name, raw, labels',
+  [
+    ('voc21', [0, 20, 255], [0, 20, 255]),
+    ('voc20', [0, 1, 20, 255], [255, 0, 19, 255]),
+    ('ade20k', [0, 1, 150, 255], [255, 0, 149, 255]),
+    ('cityscapes', [0, 7, 8, 33, 255], [255, 0, 1, 18, 255]),  # 7 is road, 33 bicycle
+    # Raw COCO ids have gaps (11, street sign, is not annotated); stuff is background, so is 255.
+    ('coco_object', [0, 10, 12, 89, 91, 255], [1, 11, 12, 80, 0, 0]),
+    ('coco_stuff', [0, 10, 11, 12, 181, 255], [0, 10, 255, 11, 170, 255]),
+  ],
+)
+def test_label_encodings(name, raw, labels):
+  got = benchmarks.find_benchmark(name).train_labels(np.array([raw], np.uint8))
+  assert got.dtype == np.uint8 and got.tolist() == [labels]
+
+
+def test_own_classes():
+  mine = benchmarks.make_benchmark('mine', ('cat', 'dog'))
+  assert mine.palette == ((128, 0, 0), (0, 128, 0)) and not mine.background
+  voc = benchmarks.find_benchmark('voc21')
+  assert benchmarks.make_benchmark('voc', voc.classes, background=True).palette == voc.palette
+
+
+@pytest.mark.parametrize(
+  'classes, background, message',
+  [
+    ([], False, 'mine has no classes to look for'),
+    (['background'], True, 'mine has no classes to look for'),
+    (['cat', 'dog', 'cat'], False, "names the class 'cat' twice"),
+    (['cat', ' '], False, 'class 1 of mine has an empty name'),
+    ([str(i) for i in range(256)], False, 'at most 255'),
+  ],
+)
+def test_bad_classes_are_refused(classes, background, message):
+  with pytest.raises(ValueError, match=message):
+    benchmarks.make_benchmark('mine', classes, background=background)
+
+
+def test_unknown_benchmark():
+  with pytest.raises(ValueError, match="no benchmark 'voc'; choose one of voc21, voc20"):
+    benchmarks.find_benchmark('voc')

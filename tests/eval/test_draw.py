@@ -1,0 +1,183 @@
+"""Pictures for people: what they show, where names go, and that masks keep their labels."""
+
+import functools
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+
+from groupvit_jax.eval import draw, groups
+from groupvit_jax.model import segmentation
+from groupvit_jax.model.pixels import normalize_images
+from groupvit_jax.running import sharding
+from tests.tiny import tiny_model
+
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def rng():
+  return np.random.default_rng(0)
+
+
+def halves(height: int, width: int) -> np.ndarray:
+  """Label 0 on the left, 1 on the right."""
+  labels = np.zeros((height, width), np.uint8)
+  labels[:, width // 2 :] = 1
+  return labels
+
+
+def test_palette_is_fixed_distinct_and_grows_at_its_end():
+  palette = draw.spread_palette(60)
+  assert len(set(palette)) == 60
+  assert draw.spread_palette(7) == palette[:7]
+  apart = np.abs(np.array(palette[:12])[:, None] - np.array(palette[:12])[None]).sum(axis=-1)
+  assert apart[~np.eye(12, dtype=bool)].min() > 80
+  assert len(draw.spread_palette(256)) == 256
+
+
+def test_mask_is_indexed_and_keeps_every_label(rng):
+  labels = rng.integers(0, 256, (5, 7), np.uint8)
+  palette = draw.spread_palette(255)
+  data = io.BytesIO()
+  draw.mask_image(labels, palette).save(data, 'PNG')
+  mask = Image.open(data)
+  assert mask.mode == 'P' and np.array_equal(np.asarray(mask), labels)
+  colours = np.array([*palette, (224, 224, 224)], np.uint8)
+  assert np.array_equal(np.asarray(mask.convert('RGB')), colours[labels])
+  assert np.array_equal(draw.colour_map(labels, palette), colours[labels])
+
+
+def test_overlay_mixes_colours_and_leaves_what_is_ignored():
+  image = np.full((400, 400, 3), 100, np.uint8)
+  labels = halves(400, 400)
+  labels[:100] = 255
+  out = draw.draw_overlay(image, labels, (RED, GREEN), ('', ''), opacity=0.5)
+  assert out.shape == image.shape
+  assert out[300, 50].tolist() == [178, 50, 50] and out[300, 350].tolist() == [50, 178, 50]
+  assert out[50, 50].tolist() == [100, 100, 100]
+  assert out[300, 200].tolist() == [255, 255, 255]  # the border between them
+
+
+def test_small_pictures_are_enlarged_by_a_whole_factor():
+  image = np.zeros((20, 30, 3), np.uint8)
+  overlay = draw.draw_overlay(image, halves(20, 30), (RED, GREEN), ('a', 'b'))
+  assert overlay.shape == (260, 390, 3)  # 13 times: at least 384 pixels long
+  assert draw.draw_groups(image, halves(20, 30)).shape == (260, 390, 3)
+  assert draw.enlargement((384, 10), 384) == 1 and draw.enlargement((5000, 10), 384) == 1
+
+
+@pytest.mark.parametrize('side', [64, 400, 1600])
+def test_names_lie_on_their_areas_at_any_size(side):
+  """Plates are opaque: their pixels are in the classes' own colours, which the overlay mixes."""
+  image = np.full((side, side, 3), 255, np.uint8)
+  out = draw.draw_overlay(image, halves(side, side), (BLUE, RED), ('sky', 'a tractor'))
+  for colour, area in ((BLUE, slice(0, out.shape[1] // 2)), (RED, slice(out.shape[1] // 2, None))):
+    plate = (out == colour).all(axis=-1)
+    inside = np.zeros_like(plate)
+    inside[:, area] = plate[:, area]
+    assert plate.any() and inside.sum() == plate.sum()
+    height = np.ptp(np.nonzero(plate)[0])
+    assert height >= max(12, out.shape[0] / 40)  # legible
+    # Letters are dark or bright on it: within its box not everything is plate.
+    box = out[np.ix_(*(np.unique(axis) for axis in np.nonzero(plate)))]
+    assert 0.05 < 1 - (box == colour).all(axis=-1).mean() < 0.6
+
+
+def test_tiny_areas_and_absent_classes_have_no_name():
+  image = np.full((400, 400, 3), 255, np.uint8)
+  labels = np.zeros((400, 400), np.uint8)
+  labels[:9, :9] = 1
+  out = draw.draw_overlay(image, labels, (BLUE, RED, GREEN), ('sky', 'gnat', 'dog'))
+  assert (out == BLUE).all(axis=-1).any()
+  assert not (out == RED).all(axis=-1).any() and not (out == GREEN).all(axis=-1).any()
+
+
+def test_names_do_not_cover_each_other():
+  """Stripes lower than a plate: plates must move along them."""
+  labels = np.arange(12, dtype=np.uint8)[:, None].repeat(48, axis=1)
+  palette = draw.spread_palette(12)
+  image = np.full((12, 48, 3), 128, np.uint8)
+  out = draw.draw_overlay(image, labels, palette, [f'class {c}' for c in range(10, 22)])
+  plates = [int((out == colour).all(axis=-1).sum()) for colour in palette]
+  assert min(plates) > 0.8 * max(plates)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (3, 900), (900, 3)])
+def test_extreme_shapes_do_not_fail(shape):
+  image, labels = np.zeros((*shape, 3), np.uint8), np.zeros(shape, np.uint8)
+  name = 'a name much longer than the picture is wide or high'
+  out = draw.draw_overlay(image, labels, (RED,), (name,))
+  assert min(out.shape[:2]) >= 1 and out.dtype == np.uint8
+
+
+def test_a_group_has_one_colour_in_all_pictures():
+  image = np.zeros((400, 400, 3), np.uint8)
+  few, many = halves(400, 400), halves(400, 400)
+  many[300:] = 5
+  a, b = draw.draw_groups(image, few), draw.draw_groups(image, many)
+  assert np.array_equal(a[100, 50], b[100, 50]) and np.array_equal(a[100, 350], b[100, 350])
+  assert not np.array_equal(a[100, 50], a[100, 350])
+
+
+def row(rng, *, stages: int, truth: bool = True) -> draw.Row:
+  image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+  labels = halves(32, 32)
+  return draw.Row(image, labels if truth else None, labels, (labels,) * stages)
+
+
+def test_panel_has_a_tile_for_everything_there_is(rng):
+  tile = 256 + 6
+  sizes = {
+    (truth, stages): draw.draw_panel([row(rng, stages=stages, truth=truth)] * 2, (RED, GREEN), ('dog', 'grass')).shape
+    for truth in (True, False)
+    for stages in (1, 2)
+  }
+  assert sizes[True, 2][1] == 6 + 5 * tile  # input, truth, prediction, final and first groups
+  assert sizes[True, 1][1] == sizes[False, 2][1] == 6 + 4 * tile
+  assert sizes[False, 1][1] == 6 + 3 * tile
+  unnamed = row(rng, stages=2, truth=False)._replace(prediction=None)
+  assert draw.draw_panel([unnamed], (), ()).shape[1] == 6 + 3 * tile  # input, final and first groups
+  height = sizes[True, 2][0]
+  assert 2 * tile < height < 2 * tile + 90  # two rows, titles and a legend
+  panel = draw.draw_panel([row(rng, stages=1)], (RED, GREEN), ('dog', 'grass'))
+  legend = panel[-30:].reshape(-1, 3)
+  assert (legend == RED).all(axis=1).any() and (legend == GREEN).all(axis=1).any()
+  assert (panel[:24] < 60).any()  # titles
+
+
+def test_panel_of_pictures_of_several_sizes(rng):
+  """Small ones are enlarged, large ones shrunk, each keeps its shape."""
+
+  def of_size(height, width):
+    labels = halves(height, width)
+    return draw.Row(rng.integers(0, 256, (height, width, 3), np.uint8), labels, labels, (labels,))
+
+  panel = draw.draw_panel([of_size(32, 64), of_size(1500, 1000)], (RED, GREEN), ('dog', 'grass'))
+  assert panel.shape[1] == 6 + 4 * (256 + 6)
+  assert 128 + 384 + 3 * 6 < panel.shape[0] < 128 + 384 + 3 * 6 + 90
+
+
+def test_group_maps_are_those_of_the_windows(rng):
+  """At the window's size: the same as upsampling each stage's assignments on the device."""
+  model = tiny_model()
+  images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
+  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 1, 6), jnp.int32))
+  maps = groups.group_maps(model, variables, list(images), 16, sharding.make_mesh())
+  encode = jax.jit(functools.partial(model.apply, method='encode_segments'))
+  assignments = encode(variables, normalize_images(images)).assignments
+  want = [
+    segmentation.segment_map(segmentation.token_affinity(assignments[:stages]), (4, 4), (16, 16)) for stages in (1, 2)
+  ]
+  assert [len(stages) for stages in maps] == [2, 2]
+  for b in range(2):
+    for stage in range(2):
+      assert (maps[b][stage] == np.asarray(want[stage][b])).mean() > 0.99  # near-ties may differ
+  assert len(np.unique(maps[0][0])) > 1
+  # Any other size is seen through the same square.
+  large = groups.group_maps(model, variables, [draw.enlarge(images[0], 3)], 16, sharding.make_mesh())
+  assert large[0][0].shape == (48, 48)
+  assert (large[0][0][1::3, 1::3] == maps[0][0]).mean() > 0.95

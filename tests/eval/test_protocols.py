@@ -1,0 +1,124 @@
+"""Protocols: what their names stand for, and what is refused."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from groupvit_jax.commands import run_metadata
+from groupvit_jax.eval import protocols
+from tests.tiny import tiny_config
+
+
+def test_groupvit_is_the_published_procedure():
+  assert protocols.GROUPVIT.to_json() == {
+    'name': 'groupvit',
+    'short_side': 448,
+    'max_long_side': 2048,
+    'antialias': False,
+    'window': 448,
+    'stride': 224,
+    'class_filter': 5,
+    'double_softmax': True,
+    'threshold': None,
+    'threshold_mode': 'window',
+    'templates': 'simple',
+    'class_names': 'groupvit',
+    'changed': [],
+  }
+
+
+def test_tcl_and_plain_differ_where_they_should():
+  tcl, plain = protocols.TCL.to_json(), protocols.PLAIN.to_json()
+  assert (tcl['threshold'], tcl['class_names'], tcl['window']) == (0.5, 'benchmark', 448)
+  assert plain['class_filter'] is None and not plain['double_softmax']
+  assert plain['threshold_mode'] == 'global'
+
+
+def test_native_fits_the_models_own_pictures():
+  native = protocols.native_protocol((64, 96))
+  assert (native.short_side, native.window, native.stride) == (64, 64, 32)
+  assert native.max_long_side == 256 and native.threshold is None and native.antialias
+  assert native.class_filter == protocols.GROUPVIT.class_filter
+
+
+def test_overrides_are_named_in_the_result():
+  protocol = protocols.override(protocols.GROUPVIT, {'stride': 448, 'class_filter': None})
+  found = json.loads(json.dumps(protocol.to_json()))
+  assert found['name'] == 'groupvit' and found['stride'] == 448
+  assert found['changed'] == ['stride', 'class_filter']
+  assert protocol.title == 'groupvit with stride=448, class_filter=None'
+  same = protocols.override(protocols.native_protocol((64, 64)), {'stride': 32, 'antialias': False})
+  assert same.title == 'native with antialias=False'  # 32 is what it was
+
+
+def test_every_part_can_be_changed_on_the_command_line():
+  texts = dict(
+    short_side='224',
+    max_long_side='1024',
+    antialias='true',
+    window='224',
+    stride='112',
+    class_filter='none',
+    double_softmax='False',
+    threshold='0.9',
+    threshold_mode='global',
+    templates='full',
+    class_names='benchmark',
+  )
+  run = types.SimpleNamespace(config=tiny_config())
+  found = run_metadata.choose_protocol(run, 'groupvit', texts).to_json()
+  assert found['changed'] == list(texts) == list(protocols.PARAMETERS)
+  assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
+  assert [found[key] for key in texts] == [224, 1024, True, 224, 112, None, False, 0.9, 'global', 'full', 'benchmark']
+  command = [sys.executable, 'eval.py', '--help']
+  said = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True).stdout
+  assert all(f'--protocol.{key}:' in said for key in texts) and '--protocol:' in said
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    ({'strides': 2}, "a protocol has no 'strides'; it has short_side"),
+    ({'name': 'mine'}, "no 'name'"),
+    ({'stride': 449}, 'stride=449 leaves gaps between windows of 448 px'),
+    ({'stride': 0}, 'stride=0: use a whole number from 1 up'),
+    ({'window': 448.0}, 'window=448.0: use a whole number'),
+    ({'class_filter': 0}, 'class_filter=0'),
+    ({'threshold': 1.5}, 'threshold=1.5: use a number from 0 to 1'),
+    ({'threshold': True}, 'threshold=True'),
+    ({'threshold_mode': 'both'}, "threshold_mode='both': use 'window' or 'global'"),
+    ({'class_names': 'imagenet'}, "class_names='imagenet'"),
+    ({'double_softmax': 1}, 'double_softmax=1: use True or False'),
+    ({'max_long_side': 400}, 'max_long_side=400 is less than short_side=448'),
+    ({'short_side': 224}, 'short_side=224 is less than window=448: every picture would be a window of its own size'),
+    ({'templates': 'none'}, "no template set 'none'; the known sets are full"),
+    ({'templates': 80}, "no template set '80'"),
+  ],
+)
+def test_bad_overrides_are_refused_in_one_line(changes, message):
+  with pytest.raises(ValueError) as error:
+    protocols.override(protocols.GROUPVIT, changes)
+  assert message in str(error.value) and '\n' not in str(error.value)
+
+
+def test_unknown_protocol():
+  assert protocols.find_protocol('tcl', (64, 64)) is protocols.TCL
+  assert protocols.find_protocol('native', (64, 96)) == protocols.native_protocol((64, 96))
+  with pytest.raises(ValueError, match="'voc'; choose one of native, groupvit, tcl, plain"):
+    protocols.find_protocol('voc', (64, 64))
+
+
+@pytest.mark.parametrize('length, count', [(448, 1), (100, 1), (449, 2), (672, 2), (673, 3), (2048, 9)])
+def test_windows_along_an_axis(length, count):
+  assert protocols.GROUPVIT.windows_along(length) == count
+
+
+def test_most_windows():
+  assert protocols.GROUPVIT.max_windows == 9
+  square = dataclasses.replace(protocols.GROUPVIT, short_side=896, max_long_side=896)
+  assert square.max_windows == 9

@@ -1,0 +1,158 @@
+"""Losses on arrays small enough to work out by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import plain_losses
+from groupvit_jax.model import losses, streamed_logits
+from groupvit_jax.running import sharding
+
+LOG2 = np.log(2.0)
+
+
+def test_l2_normalize():
+  out = losses.l2_normalize(jnp.array([[3.0, 4.0], [0.0, 0.0]], jnp.bfloat16))
+  assert out.dtype == jnp.float32
+  np.testing.assert_allclose(out, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
+
+
+def test_l2_normalize_of_zero_has_a_finite_gradient():
+  assert np.isfinite(jax.grad(lambda x: losses.l2_normalize(x).sum())(jnp.zeros((1, 3)))).all()
+
+
+def test_contrastive_loss_of_a_right_pairing():
+  # Similarities [[1, 0], [0, 1]] at scale 2: each row's cross entropy is log(1 + e^-2).
+  out = losses.contrastive_loss(jnp.array([[2.0, 0.0], [0.0, 3.0]]), jnp.array([[5.0, 0.0], [0.0, 1.0]]), LOG2)
+  np.testing.assert_allclose(out.loss, np.log1p(np.exp(-2.0)), rtol=1e-5)
+  assert out.image_to_text_accuracy == out.text_to_image_accuracy == 1
+
+
+def test_contrastive_loss_is_the_mean_of_two_different_directions():
+  # Similarities [[0.6, 1], [0.8, 0]], scale 2, logits [[1.2, 2], [1.6, 0]].
+  out = losses.contrastive_loss(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[3.0, 4.0], [7.0, 0.0]]), LOG2)
+  image_to_text = (np.log(np.exp(1.2) + np.exp(2.0)) - 1.2 + np.log(np.exp(1.6) + 1)) / 2
+  text_to_image = (np.log(np.exp(1.2) + np.exp(1.6)) - 1.2 + np.log(np.exp(2.0) + 1)) / 2
+  np.testing.assert_allclose(out.loss, (image_to_text + text_to_image) / 2, rtol=1e-5)
+  assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (0, 0)
+
+
+def test_accuracies_count_each_direction_apart():
+  # Both images look most like the second text; each text most like its own image.
+  images, texts = jnp.array([[1.0, 1.0, 0.5], [0.0, 2.0, 0.0]]), jnp.array([[1.0, 0.0, 0.0], [0.2, 1.0, 0.0]])
+  out = losses.contrastive_loss(images, texts, LOG2)
+  assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (0.5, 1)
+
+
+def test_the_temperature_is_clamped_at_100_and_has_no_gradient_beyond():
+  np.testing.assert_allclose(losses.clamped_scale(jnp.float32(np.log(99.0))), 99, rtol=1e-5)
+  assert losses.clamped_scale(jnp.float32(5.0)) == 100
+  gradient = jax.grad(losses.clamped_scale)
+  np.testing.assert_allclose(gradient(jnp.float32(4.0)), np.exp(4.0), rtol=1e-5)
+  assert gradient(jnp.float32(5.0)) == 0
+  images, texts = jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[3.0, 4.0], [7.0, 0.0]])
+  for scale, moves in ((4.0, True), (5.0, False)):
+    loss = lambda x: losses.contrastive_loss(images, texts, x).loss
+    assert (jax.grad(loss)(jnp.float32(scale)) != 0) == moves
+
+
+def test_multi_label_loss_by_hand():
+  # Two images, two prompts each; similarities of image 0: (1, 0.6), (0, 0), of image 1: (0, 0.8), (1, 1).
+  images = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+  prompts = jnp.array([[[2.0, 0.0], [3.0, 4.0]], [[0.0, 5.0], [0.0, 1.0]]])
+  out = losses.multi_label_loss(images, prompts, LOG2)
+  logits = 2 * np.array([[1, 0.6, 0, 0], [0, 0.8, 1, 1]])
+  targets = np.array([[0.5, 0.5, 0, 0], [0, 0, 0.5, 0.5]])
+  log_softmax = lambda x, axis: x - np.log(np.exp(x).sum(axis=axis, keepdims=True))
+  image_to_text = -(targets * log_softmax(logits, 1)).sum(axis=1).mean()
+  text_to_image = -(2 * targets * log_softmax(logits, 0)).sum(axis=0).mean()
+  np.testing.assert_allclose(out.loss, (image_to_text + text_to_image) / 2, rtol=1e-5)
+  # Prompt 1 of image 0 looks more like image 1.
+  assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (1, 0.75)
+
+
+@pytest.mark.parametrize('log_scale', [0.5, 6.0])
+def test_one_prompt_an_image_is_the_contrastive_loss(log_scale):
+  images, texts = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
+  one = losses.multi_label_loss(images, texts[:, None], log_scale)
+  np.testing.assert_allclose(one, losses.contrastive_loss(images, texts, log_scale), rtol=1e-5)
+
+
+def test_equal_prompts_share_the_target():
+  # With all four prompts of a batch alike nothing can be told apart: log 4 one way, log 2 the other.
+  out = losses.multi_label_loss(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.full((2, 2, 2), 1.0), LOG2)
+  np.testing.assert_allclose(out.loss, (np.log(4) + np.log(2)) / 2, rtol=1e-5)
+
+
+def embeds(batch: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+  """Embeddings [B, E] and [B, M, E] of unequal lengths, of which two pairs are alike."""
+  rng = np.random.default_rng(0)
+  images = rng.standard_normal((batch, 6)).astype(np.float32)
+  texts = images[:, None] + rng.standard_normal((batch, prompts, 6)).astype(np.float32)
+  images[-1], texts[-1] = images[1], texts[1]
+  return 3 * images, texts
+
+
+RING, GATHERED = 0, 1000  # rows of a device below which they are gathered
+
+
+@pytest.mark.parametrize(
+  'mesh, few_rows, batch, prompts, block',
+  [
+    (None, RING, 13, 1, 1),
+    (None, RING, 13, 3, 7),
+    (None, RING, 6, 2, 1024),
+    ({'data': 8}, RING, 24, 1, 2),
+    ({'data': 2, 'fsdp': 4}, RING, 24, 3, 4),
+    ({'data': 2, 'fsdp': 2, 'model': 2}, RING, 12, 2, 1024),
+    ({'data': 8}, GATHERED, 24, 1, 2),
+    ({'data': 2, 'fsdp': 4}, GATHERED, 24, 3, 6),
+    ({'data': 2, 'fsdp': 2, 'model': 2}, GATHERED, 12, 2, 1024),
+  ],
+)
+def test_streamed_losses_are_the_plain_ones(mesh, few_rows, batch, prompts, block, monkeypatch):
+  """Values, accuracies and every gradient, on both sides of the clamp."""
+  monkeypatch.setattr(streamed_logits, '_FEW_ROWS', few_rows)
+  place = mesh and sharding.batch_sharding(sharding.make_mesh(**mesh))
+  streamed = functools.partial(losses.multi_label_loss, place=place, block=block)
+
+  @jax.jit
+  def both(*args):
+    with_aux = lambda loss: lambda *args: (loss(*args).loss, loss(*args))
+    return tuple(
+      jax.value_and_grad(with_aux(loss), argnums=(0, 1, 2), has_aux=True)(*args)
+      for loss in (streamed, plain_losses.multi_label_loss)
+    )
+
+  images, texts = jax.device_put(embeds(batch, prompts), place)
+  for log_scale in (0.0, 3.0, 5.0):
+    ours, plain = both(images, texts, jnp.float32(log_scale))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+    assert (ours[1][2] == 0) == (log_scale == 5.0)
+
+
+@pytest.mark.parametrize('few_rows', [RING, GATHERED])
+def test_equals_count_for_the_first_on_any_number_of_devices(few_rows, monkeypatch):
+  """As argmax does: a batch of equal pairs has one hit, not all or none."""
+  monkeypatch.setattr(streamed_logits, '_FEW_ROWS', few_rows)
+  ones = jnp.ones((16, 4))
+  for place in (None, sharding.batch_sharding(sharding.make_mesh())):
+    out = jax.jit(functools.partial(losses.contrastive_loss, place=place, block=3))(ones, ones, 1.0)
+    assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (1 / 16, 1 / 16)
+
+
+def test_far_logits_neither_overflow_nor_vanish():
+  """At the clamp a row may have all logits but its own 200 below; here its own is the lowest."""
+  images = jnp.array([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]])
+  out = losses.contrastive_loss(images, -images, 9.0, block=2)
+  row = np.log(2.0) + 200, np.log(np.exp(-200.0) + 1) + 200
+  np.testing.assert_allclose(out.loss, (row[0] + 2 * row[1]) / 3, rtol=1e-6)
+
+
+def test_no_prompts_have_no_loss():
+  with pytest.raises(ValueError, match='needs prompts and got 0 per image'):
+    losses.multi_label_loss(jnp.ones((2, 3)), jnp.ones((2, 0, 3)), 1.0)

@@ -1,0 +1,169 @@
+"""Saving and restoring: bit for bit, whole or not at all."""
+
+import contextlib
+import functools
+import pathlib
+import resource
+import signal
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from groupvit_jax.running import sharding
+from groupvit_jax.train import state as train_state
+from groupvit_jax.train.checkpoint import Checkpoints
+from tests.tiny import tiny_config, tiny_model
+
+TEXT_SHAPE = (2, 6)
+MODEL, TX = tiny_model(), optax.adamw(1e-3)
+
+
+@pytest.fixture(scope='module')
+def state() -> train_state.TrainState:
+  return train_state.init_state(MODEL, TX, seed=3, text_shape=TEXT_SHAPE, mesh=sharding.make_mesh(fsdp=2))
+
+
+@functools.cache
+def abstract(**mesh) -> train_state.TrainState:
+  return train_state.abstract_state(MODEL, TX, TEXT_SHAPE, sharding.make_mesh(**mesh))
+
+
+def save_steps(folder: pathlib.Path, state: train_state.TrainState, *steps: int) -> None:
+  checkpoints = Checkpoints(folder, keep=5)
+  for step in steps:
+    checkpoints.save(state.replace(step=state.step + step), tiny_config())
+    checkpoints.wait()
+  checkpoints.close()
+
+
+def raw(tree) -> list[np.ndarray]:
+  as_bits = lambda leaf: jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+  return [np.asarray(as_bits(leaf)) for leaf in jax.tree.leaves(tree)]
+
+
+def test_round_trip_onto_another_mesh(state, tmp_path):
+  save_steps(tmp_path, state, 7)
+  restored = Checkpoints(tmp_path, keep=5).restore(abstract(model=2))
+  assert restored.step == 7 and int(restored.state.step) == 7 and restored.skipped == ()
+  for saved, read in zip(raw(state.replace(step=state.step + 7)), raw(restored.state), strict=True):
+    np.testing.assert_array_equal(saved, read)
+  assert restored.state.params['vision']['stage0_block0']['attn']['qkv']['kernel'].sharding.spec[2] == 'model'
+
+
+@pytest.mark.parametrize('axes', [{'data': 1}, {'fsdp': 2}, {'data': 2, 'model': 2}])
+def test_saved_on_eight_devices_restored_on_fewer(state, tmp_path, axes):
+  save_steps(tmp_path, state, 7)
+  mesh = sharding.make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
+  restored = Checkpoints(tmp_path, keep=5).restore(train_state.abstract_state(MODEL, TX, TEXT_SHAPE, mesh))
+  assert {device for leaf in jax.tree.leaves(restored.state) for device in leaf.devices()} == set(mesh.devices.flat)
+  for saved, read in zip(raw(state.replace(step=state.step + 7)), raw(restored.state), strict=True):
+    np.testing.assert_array_equal(saved, read)
+
+
+def test_keeps_the_newest(state, tmp_path):
+  checkpoints = Checkpoints(tmp_path, keep=2)
+  for step in (1, 2, 3):
+    checkpoints.save(state.replace(step=state.step + step), tiny_config())
+  checkpoints.wait()
+  assert checkpoints.steps() == [2, 3]
+
+
+def damage(folder: pathlib.Path, how: str) -> None:
+  """Cuts all files of array data in two, empties them, or removes them."""
+  for path in (folder / 'state').glob('**/d/*'):
+    data = path.read_bytes()
+    if how == 'removed':
+      path.unlink()
+    else:
+      path.write_bytes(data[: len(data) // 2] if how == 'cut' else b'')
+
+
+@pytest.mark.parametrize('how', ['cut', 'emptied', 'removed'])
+def test_a_damaged_checkpoint_is_passed_over_and_kept(how, state, tmp_path):
+  save_steps(tmp_path, state, 1, 2)
+  damage(tmp_path / 'checkpoints' / '2', how)
+  left = tmp_path / 'checkpoints' / 'damaged-2' / 'left'  # when this step was damaged before
+  left.parent.mkdir()
+  left.touch()
+  checkpoints = Checkpoints(tmp_path, keep=5)
+  restored = checkpoints.restore(abstract())
+  assert (restored.step, restored.skipped) == (1, (2,))
+  assert (tmp_path / 'checkpoints' / 'damaged-2' / 'state').is_dir() and not left.exists()
+  checkpoints.save(state.replace(step=state.step + 2), tiny_config())  # the step can be written again
+  checkpoints.wait()
+  assert checkpoints.steps() == [1, 2]
+
+
+def test_what_fails_once_is_tried_again(state, tmp_path, monkeypatch):
+  save_steps(tmp_path, state, 1, 2)
+  restore, calls = ocp.CheckpointManager.restore, []
+
+  def fail_once(self, step, **kwargs):
+    calls.append(step)
+    if len(calls) == 1:
+      raise OSError('a disk that was busy')
+    return restore(self, step, **kwargs)
+
+  monkeypatch.setattr(ocp.CheckpointManager, 'restore', fail_once)
+  restored = Checkpoints(tmp_path, keep=5).restore(abstract())
+  assert (restored.step, restored.skipped, calls) == (2, (), [2, 2])
+  assert sorted(path.name for path in (tmp_path / 'checkpoints').iterdir()) == ['1', '2']
+
+
+def test_no_cut_file_ever_gives_wrong_numbers(state, tmp_path):
+  """Whichever file is cut: either the checkpoint is passed over, or what is read is what was saved."""
+  save_steps(tmp_path, state, 1, 2)
+  expected, outcomes = raw(state.replace(step=state.step + 2)), []
+  for path in [p for p in (tmp_path / 'checkpoints' / '2').rglob('*') if p.is_file()]:
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    restored = Checkpoints(tmp_path, keep=5, read_only=True).restore(abstract())
+    path.write_bytes(data)
+    outcomes.append(restored.step)
+    if restored.step == 2:
+      for saved, read in zip(expected, raw(restored.state), strict=True):
+        np.testing.assert_array_equal(saved, read, err_msg=path.name)
+  assert {1, 2} == set(outcomes)
+
+
+def test_reading_only_moves_nothing(state, tmp_path):
+  save_steps(tmp_path, state, 1, 2)
+  damage(tmp_path / 'checkpoints' / '2', 'cut')
+  assert Checkpoints(tmp_path, keep=5, read_only=True).restore(abstract()).step == 1
+  assert (tmp_path / 'checkpoints' / '2').is_dir()
+
+
+def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(state, tmp_path):
+  assert Checkpoints(tmp_path / 'empty', keep=5).restore(abstract()) is None
+  save_steps(tmp_path, state, 4)
+  damage(tmp_path / 'checkpoints' / '4', 'cut')
+  with pytest.raises(ValueError, match=r'none of the checkpoints \[4\]'):
+    Checkpoints(tmp_path, keep=5).restore(abstract())
+  assert (tmp_path / 'checkpoints' / '4').is_dir()
+
+
+@contextlib.contextmanager
+def no_room_for(size: int):
+  """Every file write beyond `size` bytes fails, as it does on a full disk."""
+  previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, previous)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(state, tmp_path):
+  save_steps(tmp_path, state, 1)
+  checkpoints = Checkpoints(tmp_path, keep=1)
+  with no_room_for(1000), pytest.raises(OSError, match='cannot save a checkpoint in .*untouched') as error:
+    checkpoints.save(state.replace(step=state.step + 2), tiny_config())
+    checkpoints.wait()
+  assert '\n' not in str(error.value)
+  restored = Checkpoints(tmp_path, keep=5).restore(abstract())
+  assert restored.step == 1

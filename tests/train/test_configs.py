@@ -1,0 +1,185 @@
+"""The experiments: complete, the paper's, and able to train."""
+
+import functools
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from configs import groupvit_vits16_gcc_redcaps, groupvit_vits16_gcc_yfcc, quickstart
+from groupvit_jax import cli
+from groupvit_jax.data import augment, rand_augment
+from groupvit_jax.model.build import build_model
+from groupvit_jax.running import sharding
+from groupvit_jax.train import loop, optim
+from groupvit_jax.train import state as train_state
+from groupvit_jax.train import step as train_step
+from groupvit_jax.train.random_erasing import build_random_erasing, RandomErasing
+from tests.board import read_board
+from tests.tars import samples, set_config, write_set, write_tar
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECIPES = [groupvit_vits16_gcc_yfcc, groupvit_vits16_gcc_redcaps]
+MACHINES = ['', '8gpu', '1gpu']
+
+
+def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
+  """Entries by dotted key."""
+  found = {}
+  for key, value in config.items():
+    nested = isinstance(value, ml_collections.ConfigDict)
+    found |= {f'{key}.{rest}': leaf for rest, leaf in flat(value).items()} if nested else {key: value}
+  return found
+
+
+def shrink(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collections.ConfigDict:
+  """The experiment on a few small pictures and a small model, for a few steps."""
+  config.batch_size, config.total_steps, config.log_every = 16, 3, 1
+  config.remat, config.text_budget = 'none', 0  # quicker to compile, and tested elsewhere
+  config.optim.warmup_steps, config.checkpoint.every_steps = 1, 100
+  config.data.num_workers, config.data.num_threads = 0, 2
+  config.data.augment.min_side = 8
+  config.data.max_fault_share = 0.5
+  with config.unlocked():
+    config.data.sets = dict(
+      a=set_config(write_set(folder / 'a', 20)),
+      b=set_config(write_tar(folder / 'b.tar', samples(range(20, 32)) | {'00021.jpg': b'none', '00022.txt': b' '})),
+    )
+  config.tokenizer.vocab_size = 300
+  config.model.update(embed_dim=8, projector_dim=16, dtype='float32')
+  config.model.vision.update(
+    image_size=(32, 32), width=16, num_heads=2, depths=(1, 1), num_group_tokens=(4, 0), num_segments=(4, 0)
+  )
+  config.model.text.update(context_length=24, width=16, depth=1, num_heads=2)
+  return config
+
+
+@pytest.mark.parametrize('machine', MACHINES)
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_every_key_of_the_quickstart_is_there(recipe, machine):
+  other = lambda key: key.startswith(('data.scenes', 'data.sets', 'data.augment', 'data.index_dir', 'evals'))
+  keys = {key for key in flat(recipe.get_config(machine)) if not other(key)}
+  assert keys == {key for key in flat(quickstart.get_config()) if not other(key)}
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_machines_change_memory_and_workers_alone(recipe):
+  base = flat(recipe.get_config())
+  for machine in MACHINES[1:]:
+    changed = {key for key, value in flat(recipe.get_config(machine)).items() if value != base[key]}
+    assert changed and changed <= {'grad_accum_steps', 'remat', 'data.num_workers', 'data.num_threads'}
+
+
+def test_recipes_are_the_papers():
+  yfcc, redcaps = (recipe.get_config() for recipe in RECIPES)
+  assert yfcc.total_steps == 30 * ((2_891_445 + 11_156_203 + 14_615_499) // 4096) == 209_910
+  assert redcaps.total_steps == 30 * ((2_891_445 + 11_156_203 + 11_866_987) // 4096) == 189_780
+  assert (yfcc.data.num_prompts, redcaps.data.num_prompts) == (3, 0)
+  for config in (yfcc, redcaps):
+    schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
+    two_epochs = config.total_steps // 15
+    np.testing.assert_allclose(
+      [schedule(0), schedule(two_epochs), schedule(config.total_steps)], [4e-6, 1.6e-3, 4e-5], rtol=1e-4
+    )
+    assert augment.build_augment(config.data.augment, config.model.vision.image_size) == augment.Augment(
+      (224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, rand_augment.RandAugment(2, 0.5, 9.0, 0.5), 16, 10**8
+    )
+    assert build_random_erasing(config.data.augment) == RandomErasing(0.25)
+    assert config.model.dtype == 'bfloat16'
+
+
+@pytest.mark.parametrize('recipe, prompts', [(RECIPES[0], 3), (RECIPES[1], 0)])
+def test_recipes_build_the_released_model(recipe, prompts):
+  config, mesh = recipe.get_config('1gpu'), sharding.make_mesh()
+  model = build_model(config.model, vocab_size=49408, eos_id=49407, multi_label=prompts > 0, remat=config.remat)
+  schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
+  tx = optim.build_optimizer(config.optim, schedule)
+  state = train_state.abstract_state(model, tx, (1 + prompts, 77), mesh)
+  assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == 55_726_609 + (prompts > 0)
+  assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype('float32')}
+  batch = {
+    'image': jax.ShapeDtypeStruct((4096, 224, 224, 3), jnp.uint8),
+    'tokens': jax.ShapeDtypeStruct((4096, 1 + prompts, 77), jnp.int32),
+  }
+  step = functools.partial(
+    train_step.train_step,
+    model=model,
+    tx=tx,
+    multi_label_weight=1.0,
+    grad_accum_steps=config.grad_accum_steps,
+    text_budget=config.text_budget,
+    random_erasing=build_random_erasing(config.data.augment),
+    place=sharding.batch_sharding(mesh),
+  )
+  after, figures = jax.eval_shape(step, state, batch)
+  assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(
+    lambda leaf: (leaf.shape, leaf.dtype), state
+  )
+  assert ('multi_label_loss' in figures.scalars) == (prompts > 0)
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--config=configs/groupvit_vits16_gcc_redcaps.py:2gpu'], "no variant '2gpu'"),
+    (
+      ['--config=configs/groupvit_vits16_gcc_yfcc.py:1gpu', '--config.optim.momentum=0.9'],
+      '--config.optim.momentum=0.9: the config has no such entry',
+    ),
+    (['--config=configs/none.py'], "--config: [Errno 2] No such file or directory: 'configs/none.py'; configs/ holds"),
+    (
+      ['--config=configs/quickstart.py', '--config.batch_sze=8'],
+      '--config.batch_sze=8: the config has no such entry. Did you mean "batch_size" instead of "batch_sze"?',
+    ),
+    (['--config=configs/groupvit_vits16_gcc_yfcc.py'], 'data.sets.cc12m: 1243 of 1243 shards are missing'),
+  ],
+)
+def test_unknown_keys_and_other_mistakes_take_one_line(flags, message, tmp_path):
+  done = subprocess.run(
+    [sys.executable, 'train.py', *flags, f'--workdir={tmp_path}/run'], cwd=ROOT, text=True, capture_output=True
+  )
+  assert done.returncode == cli.EXIT_USAGE and message in done.stderr.splitlines()[-1], done.stderr
+  assert not (tmp_path / 'run').exists()
+
+
+def test_the_whole_recipe_trains(tmp_path, monkeypatch):
+  """Tars, faults, RandAugment, prompts, random erasing and pictures in one run, which goes on exactly."""
+  erasing = RandomErasing.__call__
+  erased = []
+  monkeypatch.setattr(RandomErasing, '__call__', lambda *args: erased.append(args[1].shape) or erasing(*args))
+  config, run = shrink(groupvit_vits16_gcc_yfcc.get_config('8gpu'), tmp_path), tmp_path / 'run'
+  config.checkpoint.every_steps, config.eval.every_steps = 1, 2
+  assert loop.train(config, run) == 0
+  assert set(erased) == {(16, 32, 32, 3)}
+  lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  first, *_, last = lines
+  assert np.isfinite(first['train/loss']) and first['train/multi_label_loss'] > 0
+  assert first['train/learning_rate'] == pytest.approx(4e-6 * 16 / 4096)
+  assert last['step'] == 3 and last['data/faults/image_corrupt'] >= 1 and last['data/faults/caption_empty'] >= 1
+  step, panel = read_board(run / 'tensorboard')['train/pictures']
+  assert step == 3 and panel.shape[0] > 4 * 256 and panel.shape[1] == 6 + 2 * (256 + 6)  # four pictures, their groups
+  for step in (2, 3):  # as if it had been killed after the first
+    shutil.rmtree(run / 'checkpoints' / str(step))
+  shutil.rmtree(run / 'tensorboard')
+  assert loop.train(config, run) == 0
+  again = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  without_clock = lambda found: [{key: line[key] for key in line if key != 'train/images_per_s'} for line in found]
+  assert without_clock(again) == without_clock(lines) and 3 <= len(lines)
+
+
+def test_a_mistake_in_the_augmentation_writes_nothing(tmp_path):
+  config = shrink(groupvit_vits16_gcc_yfcc.get_config(), tmp_path)
+  config.data.augment.erase = 25.0
+  with pytest.raises(ValueError, match='data.augment.erase=25.0: use a probability'):
+    loop.train(config, tmp_path / 'run')
+  config.data.augment.update(erase=0.25, flip=2.0)
+  with pytest.raises(ValueError, match='data.augment.flip=2.0'):
+    loop.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()

@@ -1,0 +1,122 @@
+"""The dry run: it finds what the run would stumble over, and leaves nothing behind."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import groupvit_vits16_gcc_yfcc
+from groupvit_jax import cli
+from groupvit_jax.data.sources import build_source
+from groupvit_jax.train import dry_run, manifest, workdir
+from tests.tars import samples, write_tar
+from tests.train.test_configs import shrink
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  return shrink(groupvit_vits16_gcc_yfcc.get_config(), tmp_path)
+
+
+def contents(folder: pathlib.Path) -> dict[str, bytes]:
+  return {str(path): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_says_what_a_run_would_be_and_leaves_no_workdir(config, tmp_path, capsys):
+  config.dry_run = True
+  config.data.num_workers = 1
+  assert dry_run.check(config, tmp_path / 'run') == 0
+  assert not (tmp_path / 'run').exists()
+  out = capsys.readouterr().out
+  for text in (
+    'a: 20 records in 3 shards',
+    'b: 12 records in 1 shards',
+    '3 steps of 16 pairs: 1.5 epochs',
+    'SentencePieceTokenizer, 300 pieces, tried on 2,000 captions',
+    'image uint8 [16, 32, 32, 3]',
+    'tokens int32 [16, 4, 24]',
+    'a dog number',
+    'tokens an image on average; text_budget=',
+    "parameters on {'data': 8, 'fsdp': 1, 'model': 1} x cpu",
+    'temporaries of a step',
+    'would be new',
+    'nothing was trained',
+  ):
+    assert text in out, text
+
+
+def test_memory_is_the_devices(config, tmp_path):
+  """Of eight devices, each with an eighth of the batch; parameters, two moments of each, and little else."""
+  run = dry_run._set_up(config, tmp_path / 'run')
+  memory = dry_run.measure_memory(run, dry_run._first_batch(run, lambda _: None))
+  assert memory.batch == 2 * (32 * 32 * 3 + 4 * 24 * 4)
+  parameters = sum(
+    leaf.size
+    for leaf in dry_run.jax.tree.leaves(
+      dry_run.train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh).params
+    )
+  )
+  assert 3 * 4 * parameters <= memory.state < 3 * 4 * parameters + 10_000
+  assert memory.temporaries > memory.batch
+  dry_run.check_memory(memory)
+  dry_run.check_memory(memory._replace(limit=memory.together))
+  with pytest.raises(ValueError, match=r"a step needs .* GiB of a device, which has 0.0; set remat='dots'"):
+    dry_run.check_memory(memory._replace(limit=memory.together - 1))
+
+
+def test_a_workdir_with_another_run_is_named_and_left_alone(config, tmp_path):
+  run = tmp_path / 'run'
+  workdir.claim(run, config)
+  manifest.claim(run, build_source(config.data, (32, 32)).facts())
+  before = contents(run)
+  config.model.vision.width = 32
+  with pytest.raises(ValueError, match='model.vision.width is 32 here and 16 there'):
+    dry_run.check(config, run)
+  config.model.vision.width = 16
+  config.data.sets.b.path = write_tar(tmp_path / 'c.tar', samples(range(40, 50)))
+  with pytest.raises(ValueError, match='the data changed since the run'):
+    dry_run.check(config, run)
+  assert contents(run) == before
+
+
+def test_a_run_that_goes_on_needs_no_longer_what_it_began_with(config, tmp_path, capsys):
+  """And a folder that was made beforehand holds no run."""
+  (tmp_path / 'empty').mkdir()
+  config.data.num_workers = 1
+  dry_run.check(config, tmp_path / 'empty')
+  assert 'empty would be new' in capsys.readouterr().out
+  config.init_from = str(tmp_path / 'gone')
+  workdir.claim(tmp_path / 'run', config)
+  with pytest.raises(ValueError, match='init_from=.*gone'):  # killed before its first checkpoint
+    dry_run._set_up(config, tmp_path / 'run')
+  (tmp_path / 'run/checkpoints/3').mkdir(parents=True)
+  assert dry_run._set_up(config, tmp_path / 'run').config.init_from
+
+
+@pytest.mark.parametrize(
+  'flag, message',
+  [
+    ('--config.data.source=sets', 'data.sets is empty'),
+    ('--config.tokenizer.path=/nowhere.model', 'there is no file /nowhere.model'),  # training would leave a workdir
+  ],
+)
+def test_command_ends_in_one_line(flag, message, tmp_path):
+  done = subprocess.run(
+    [
+      sys.executable,
+      'train.py',
+      '--config=tests/tiny_run.py',
+      f'--workdir={tmp_path}/run',
+      '--config.dry_run=True',
+      flag,
+    ],
+    cwd=ROOT,
+    text=True,
+    capture_output=True,
+  )
+  assert done.returncode == cli.EXIT_USAGE and message in done.stderr.splitlines()[-1], done.stderr
+  assert not (tmp_path / 'run').exists()

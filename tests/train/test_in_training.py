@@ -1,0 +1,215 @@
+"""Benchmarks along a training run, and the checkpoint that scored best."""
+
+import json
+import math
+import shutil
+
+import jax
+import ml_collections
+import numpy as np
+import pytest
+
+from groupvit_jax.commands import score, segment
+from groupvit_jax.commands.score import Request
+from groupvit_jax.eval import evaluator, labeller, window_encoder
+from groupvit_jax.train import best_checkpoint, in_training, loop, open_run
+from groupvit_jax.train.best_checkpoint import BestCheckpoint
+from groupvit_jax.train.log import RunLog
+from groupvit_jax.train.state import TrainState
+from tests import official_layouts as layouts
+from tests.board import read_board
+from tests.tiny import tiny_config
+
+CHANGES = dict(short_side=32, max_long_side=128, window=32, stride=16, threshold=0.3)
+
+
+def entry(folder, **changes):
+  described = dict(
+    benchmark='folder', data_dir=str(folder), every_steps=2, num_pictures=0, protocol='groupvit', changes=CHANGES
+  )
+  return ml_collections.ConfigDict(described | changes)
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A run that is scored on a folder after steps 2, 4 and 6, and on one with a bad label map; compilations there were
+  after each time, and what was said."""
+  folder, bad, workdir = (tmp_path_factory.mktemp(name) for name in ('mine', 'bad', 'run'))
+  layouts.folder(folder), layouts.folder(bad)
+  layouts.save_indices(bad / 'labels' / 'b.png', np.full(layouts.SIZES[1], 7, np.uint8))
+  config = tiny_config()
+  config.eval.every_steps = 100
+  config.evals.mine, config.evals.off = entry(folder), entry('/nowhere', every_steps=0)
+  config.evals.bad = entry(bad, every_steps=3)
+  config.checkpoint.best = 'eval/mine/pixel_accuracy'
+  compiled, said, evaluate = [], [], evaluator.Evaluator.evaluate
+
+  def count(self, variables, **options):
+    result = evaluate(self, variables, **options)
+    compiled.append((window_encoder.encode_windows._cache_size(), labeller.label_pixels._cache_size()))
+    return result
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(evaluator.Evaluator, 'evaluate', count)
+    patch.setattr(RunLog, 'say', lambda self, line: said.append(line))
+    assert loop.train(config, workdir) == 0
+  return workdir, folder, compiled, said
+
+
+def test_figures_after_the_steps_asked_for(run):
+  workdir, _, compiled, _ = run
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  scored = {line['step']: line['eval/mine/pixel_accuracy'] for line in lines if 'eval/mine/miou' in line}
+  assert sorted(scored) == [2, 4, 6] and not any('off' in key for line in lines for key in line)
+  # Three folder evaluations, and that of the scenes at the end, which has other classes.
+  assert compiled[0] == compiled[1], 'a second evaluation compiled again'
+  best = json.loads((workdir / 'best.json').read_text())
+  line = next(line for line in lines if line['step'] == best['step'] and 'eval/mine/miou' in line)
+  assert best == {
+    'metric': 'eval/mine/pixel_accuracy',
+    'value': max(scored.values()),
+    'step': min(step for step, value in scored.items() if value == max(scored.values())),
+    'settings': line['eval/mine/settings'],
+  }
+  assert [path.name for path in (workdir / 'best').iterdir()] == [str(best['step'])]
+  settings = best['settings']
+  assert settings['num_images'] == 3 and settings['num_images_published'] is None
+  assert settings['protocol'] | CHANGES == settings['protocol'] and settings['protocol']['changed'] == list(CHANGES)
+  assert settings['provenance'] == provenance(workdir, best['step'])
+
+
+def provenance(workdir, step):
+  return {
+    'workdir': str(workdir),
+    'step': str(step),
+    'weights': 'trained',
+    'code': open_run.code_version(),
+    'precision': 'float32, matrix products default on cpu',
+  }
+
+
+def test_figures_on_the_board_name_what_they_depend_on(run):
+  workdir = run[0]
+  board = read_board(workdir / 'tensorboard')
+  for name, value in {'mine': 'groupvit', 'validation': 'native'}.items():
+    step, text = board[f'eval/{name}/settings/text_summary']
+    settings = json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))
+    assert step == 6 and settings['protocol']['name'] == value and settings['protocol']['stride'] == 16
+    assert settings['provenance'] == provenance(workdir, 6)
+    assert settings['miou'] == pytest.approx(board[f'eval/{name}/miou'][1])
+
+
+def test_pictures_on_the_board(run):
+  """Of what is scored: input, truth, prediction, final and first groups of its pictures."""
+  workdir, folder, *_ = run
+  board = read_board(workdir / 'tensorboard')
+  sizes = {name: board[f'eval/{name}'][1].shape for name in ('mine', 'validation')}
+  pictures = len(list((folder / 'images').iterdir()))
+  assert sizes['mine'][0] > 128 * min(pictures, 4) and sizes['validation'][0] > 4 * 256
+  assert sizes['validation'][1] == 6 + 4 * (256 + 6)  # there is one grouping stage
+  assert board['eval/mine'][0] == board['eval/validation'][0] == 6
+
+
+def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
+  workdir, folder, *_ = run
+  best = json.loads((workdir / 'best.json').read_text())
+  request = Request(
+    'folder',
+    str(folder),
+    protocol='groupvit',
+    output=str(tmp_path),
+    checkpoint='best',
+    changes={key: str(value) for key, value in CHANGES.items()},
+  )
+  assert score.evaluate_benchmark(str(workdir), request) == 0
+  report = json.loads((tmp_path / 'results.json').read_text())
+  assert report['pixel_accuracy'] == pytest.approx(best['value'], abs=1e-6)
+  assert report['checkpoint']['step'] == best['step']
+  assert {key: report[key] for key in best['settings']} == best['settings']  # it is named as in training
+  assert (
+    segment.label_pictures(
+      str(workdir),
+      images=f'{folder}/images/a.jpg',
+      classes='dog,grass',
+      protocol='native',
+      changes={},
+      output=str(tmp_path / 'mine'),
+      overwrite=False,
+      checkpoint='best',
+    )
+    == 0
+  )
+  assert json.loads((tmp_path / 'mine' / 'results.json').read_text())['checkpoint']['step'] == best['step']
+
+
+def test_only_what_is_better_than_ever_is_kept(run, tmp_path):
+  state = train_state_of(run[0])
+  config = tiny_config()
+  best = BestCheckpoint(tmp_path, 'eval/a/miou')
+  at = lambda step: state.replace(step=np.int32(step))
+  assert best.offer({'eval/a/miou': 0.5}, at(1), config, {})
+  assert not best.offer({'eval/a/miou': 0.5}, at(2), config, {})
+  assert not best.offer({'eval/a/miou': math.nan}, at(3), config, {})
+  assert not best.offer({'eval/b/miou': 0.9}, at(4), config, {})
+  best.close()
+  again = BestCheckpoint(tmp_path, 'eval/a/miou')
+  assert (again.value, again.step) == (0.5, 1)
+  assert again.offer({'eval/a/miou': 0.6}, at(5), config, {})
+  assert [path.name for path in (tmp_path / best_checkpoint.FOLDER).iterdir()] == ['5']
+  with pytest.raises(ValueError, match='eval/a/miou. is not measured; there are eval/a/top1'):
+    again.offer({'eval/a/top1': 0.6}, at(6), config, {})
+  again.close()
+  assert BestCheckpoint(tmp_path, 'eval/a/top1').step == 0  # another figure starts anew
+  with pytest.raises(ValueError, match='kept no best checkpoint'):
+    open_run.open_run(shutil.copytree(run[0], tmp_path / 'copy', ignore=lambda *_: ['best']), 'best')
+
+
+def train_state_of(workdir):
+  """A state with the run's variables and no optimiser, whole on one device."""
+  found = open_run.open_run(workdir)
+  zero = np.int32(0)
+  return TrainState(
+    step=zero,
+    opt_state=(),
+    rng=jax.random.key(0),
+    skipped=zero,
+    skipped_in_a_row=zero,
+    **jax.tree.map(np.asarray, found.variables),
+  )
+
+
+@pytest.mark.parametrize(
+  'changes, message',
+  [
+    (dict(benchmark='voc'), "evals.mine: there is no benchmark 'voc'"),
+    (dict(every_steps=-1), 'evals.mine.every_steps=-1'),
+    (dict(protocol='x'), "evals.mine: there is no protocol 'x'"),
+    (dict(benchmark='imagenet', protocol='', changes={}), 'evals.mine: .*holds no .*imagenet2012'),
+    (dict(benchmark='imagenet', changes={}), 'evals.mine: imagenet has neither label maps nor windows'),
+    (dict(benchmark='imagenet', protocol=''), 'evals.mine: imagenet has neither label maps nor windows'),
+    (dict(extra=1), 'evals.mine.extra is unknown'),
+  ],
+)
+def test_a_mistake_shows_before_the_first_step(changes, message, tmp_path):
+  layouts.folder(tmp_path)
+  with pytest.raises(ValueError, match=message):
+    in_training.open_evals(ml_collections.ConfigDict(dict(mine=entry(tmp_path, **changes))), (32, 32))
+
+
+def test_the_best_of_what_is_not_measured(tmp_path):
+  layouts.folder(tmp_path)
+  evals = in_training.open_evals(ml_collections.ConfigDict(dict(mine=entry(tmp_path))), (32, 32))
+  in_training.check_best('eval/mine/miou', evals, ())
+  in_training.check_best('eval/validation/oracle_miou', evals, ('validation',))
+  in_training.check_best('', (), ())
+  for metric in ('eval/voc21/miou', 'eval/mine/mIoU', 'eval/mine/top1', 'mine/miou', 'eval/mine'):
+    with pytest.raises(ValueError, match='of no evaluation; there are eval/mine/{miou,.*}, eval/validation/{miou,'):
+      in_training.check_best(metric, evals, ('validation',))
+
+
+def test_a_bad_label_map_costs_its_evaluation_and_not_the_run(run):
+  workdir, *_, said = run
+  said = [line for line in said if 'left out' in line]
+  assert [line.split(':')[0] for line in said] == [f'bad after step {n} left out' for n in (3, 6)]
+  assert "label map of 'b' holds 7" in said[0]
+  assert '"eval/bad/' not in (workdir / 'metrics.jsonl').read_text()

@@ -1,0 +1,99 @@
+"""AdamW as the paper has it: what decays, how much is clipped, and when the rate is what."""
+
+import flax.traverse_util
+import jax
+import ml_collections
+import numpy as np
+import optax
+import pytest
+
+from groupvit_jax.train import optim
+from tests.tiny import tiny_model
+from tests.weights import random_variables
+
+CONFIG = ml_collections.ConfigDict(
+  dict(
+    warmup_lr=0.1,
+    peak_lr=0.5,
+    end_lr=0.2,
+    warmup_steps=2,
+    beta1=0.9,
+    beta2=0.999,
+    eps=1e-8,
+    weight_decay=0.05,
+    clip_norm=5.0,
+  )
+)
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+  return flax.traverse_util.flatten_dict(jax.device_get(tree), sep='/')
+
+
+def test_what_decays():
+  """Without gradients AdamW does nothing but decay: by rate times weight decay, or not at all."""
+  params = random_variables(tiny_model())['params']
+  tx = optim.build_optimizer(CONFIG, optax.constant_schedule(0.5))
+  updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params, finite=True)
+  decayed = set()
+  for name, update in flat(updates).items():
+    if update.any():
+      decayed.add(name)
+      np.testing.assert_allclose(update, -0.5 * 0.05 * flat(params)[name], rtol=1e-5)
+  kept = set(flat(params)) - decayed
+  assert kept == {name for name in flat(params) if name.endswith(('/bias', '/scale'))}
+  assert {'logit_scale', 'multi_label_logit_scale', 'vision/positions', 'text/positions'} <= decayed
+  assert len([name for name in decayed if 'group_tokens' in name]) == 2
+  assert all(value.ndim < 2 or name.endswith('/bias') for name, value in flat(params).items() if name in kept)
+
+
+@pytest.mark.parametrize('norm, share', [(4.0, 1.0), (50.0, 0.1)])
+def test_gradients_are_clipped_at_a_norm_of_five(norm, share):
+  """Of all gradients together; the first moment shows what came through."""
+  params = {'a': np.ones(16, np.float32), 'b': {'kernel': np.ones((3, 3), np.float32)}}
+  grads = jax.tree.map(lambda p: np.full_like(p, norm / 5), params)  # 25 equal elements
+  tx = optim.build_optimizer(CONFIG, optax.constant_schedule(0.5))
+  _, state = tx.update(grads, tx.init(params), params, finite=True)
+  moments = optax.tree.get(state, 'mu')
+  for moment, grad in zip(jax.tree.leaves(moments), jax.tree.leaves(grads), strict=True):
+    np.testing.assert_allclose(moment, 0.1 * share * grad, rtol=1e-5)
+
+
+@pytest.mark.parametrize('scale', [0.1, 0.0, 3.0, 1e9])
+def test_clipping_is_optaxs_but_for_rounding(scale):
+  """Below the norm bit for bit."""
+  grads = {'a': (scale * np.random.default_rng(0).normal(size=(3, 16))).astype('f'), 'b': np.ones(1, 'f')}
+  ours, theirs = (
+    clip.update(grads, clip.init(grads))[0] for clip in (optim.clip_by_global_norm(5.0), optax.clip_by_global_norm(5.0))
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-7 if scale > 1 else 0), ours, theirs)
+
+
+@pytest.mark.parametrize('norm', [0.0, -1.0, float('nan')])
+def test_a_norm_to_clip_at_is_positive(norm):
+  with pytest.raises(ValueError, match=f'optim.clip_norm={norm} must be positive'):
+    optim.build_optimizer(ml_collections.ConfigDict(dict(CONFIG, clip_norm=norm)), optax.constant_schedule(0.1))
+
+
+def test_finite_updates_are_those_of_optax_and_others_leave_the_state():
+  """Those of `optax.adamw` after clipping, bit for bit, with their state, as if other steps had not been."""
+  schedule = optim.build_schedule(CONFIG, total_steps=6, batch_size=4096)
+  theirs = optax.chain(optim.clip_by_global_norm(5.0), optax.adamw(schedule, weight_decay=0.05, mask=optim.decay_mask))
+  ours, rng = optim.build_optimizer(CONFIG, schedule), np.random.default_rng(0)
+  params = {'kernel': rng.normal(size=(3, 16)).astype('f'), 'norm': {'scale': np.ones(3, 'f')}}
+  states = [ours.init(params), theirs.init(params)]
+  for scale in (0.1, np.nan, 3.0, np.inf, 0.1):
+    grads = jax.tree.map(lambda p, scale=scale: (scale * rng.normal(size=p.shape)).astype('f'), params)
+    found, state = ours.update(grads, states[0], params, finite=np.isfinite(scale))
+    if np.isfinite(scale):
+      expected, states[1] = theirs.update(grads, states[1], params)
+      jax.tree.map(np.testing.assert_array_equal, found, expected)
+    states[0] = state
+    jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_rates_scale_with_the_batch_and_can_be_had_all_at_once():
+  schedule = optim.build_schedule(CONFIG, total_steps=6, batch_size=2048)
+  rates = np.asarray(schedule(np.arange(6)))
+  np.testing.assert_allclose(rates, [float(schedule(step)) for step in range(6)], rtol=1e-6)
+  np.testing.assert_allclose(rates[[0, 1, 2, 4]], [0.05, 0.15, 0.25, (0.25 + 0.1) / 2], rtol=1e-5)

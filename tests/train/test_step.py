@@ -1,0 +1,83 @@
+"""One update: what a step that is not finite leaves alone, and what it counts."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from groupvit_jax.model.vision import StageSpec
+from groupvit_jax.train import optim
+from groupvit_jax.train import state as train_state
+from groupvit_jax.train import step as train_step
+from tests.running.test_sharding import EFFORTLESS, random_batch
+from tests.tiny import tiny_config, tiny_model
+from tests.train.test_checkpoint import raw
+from tests.weights import random_variables
+
+# Weights of the prompts' loss. The last leaves the loss finite, and the norm of its gradient overflows.
+GOOD, BAD_LOSS, BAD_GRADIENT = 1.0, float('nan'), 1e37
+
+
+@pytest.fixture(scope='module')
+def history():
+  """(state, figures) before any step and after a good one, one of each bad kind, and a good one again."""
+  model, zero = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))), np.int32(0)
+  tx = optim.build_optimizer(tiny_config().optim, optax.constant_schedule(1e-3))
+  variables = random_variables(model)
+  state = train_state.TrainState(
+    step=zero,
+    opt_state=tx.init(variables['params']),
+    rng=jax.random.key(0),
+    skipped=zero,
+    skipped_in_a_row=zero,
+    **variables,
+  ).start_average()
+
+  def step(state, batch, weight):
+    return train_step.train_step(
+      state,
+      batch,
+      model=model,
+      tx=tx,
+      multi_label_weight=weight,
+      grad_accum_steps=1,
+      text_budget=0,
+      random_erasing=None,
+      place=None,
+      ema_decay=0.9,
+    )
+
+  found, batch = [(state, None)], random_batch(8)
+  compiled = jax.jit(step).lower(state, batch, GOOD).compile(EFFORTLESS)
+  for weight in (GOOD, BAD_LOSS, BAD_GRADIENT, GOOD):
+    found.append(compiled(found[-1][0], batch, weight))
+  return found
+
+
+def learnt(state: train_state.TrainState) -> list[np.ndarray]:
+  """Parameters, statistics, moments and averages."""
+  return raw((state.params, state.batch_stats, state.opt_state, state.ema))
+
+
+def test_both_kinds_of_bad_steps_are_bad(history):
+  scalars = [jax.device_get(figures.scalars) for _, figures in history[1:]]
+  assert [bool(np.isfinite(found['loss'])) for found in scalars] == [True, False, True, True]
+  assert [bool(np.isfinite(found['grad_norm'])) for found in scalars] == [True, False, False, True]
+
+
+@pytest.mark.parametrize('number', [2, 3])
+def test_a_bad_step_moves_the_position_and_nothing_that_was_learnt(history, number):
+  (before, _), (after, _) = history[number - 1], history[number]
+  for old, new in zip(learnt(before), learnt(after), strict=True):
+    np.testing.assert_array_equal(old, new)
+  assert int(after.step) == number
+  assert (int(after.skipped), int(after.skipped_in_a_row)) == (number - 1, number - 1)
+
+
+@pytest.mark.parametrize('number', [1, 4])
+def test_a_good_step_learns_and_ends_the_row(history, number):
+  (before, _), (after, figures) = history[number - 1], history[number]
+  changed = [not np.array_equal(old, new) for old, new in zip(learnt(before), learnt(after), strict=True)]
+  assert np.mean(changed) > 0.9  # some arrays have no gradient
+  assert (int(after.step), int(after.skipped_in_a_row), int(figures.scalars['skipped_in_a_row'])) == (number, 0, 0)
+  assert int(after.skipped) == (2 if number == 4 else 0)
