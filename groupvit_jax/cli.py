@@ -1,13 +1,14 @@
 """What the commands share: flags from a config file, one line for a user's mistake, exit codes."""
 
 from collections.abc import Callable, Sequence
+import errno
 import os
-import pathlib
 import re
 import sys
-import traceback
 
 from absl import app, flags, logging
+
+from groupvit_jax.errors import Unavailable, UserError
 
 EXIT_PARTIAL = 1  # done, but for what was listed
 EXIT_UNAVAILABLE = 1  # a service failed however often it was asked; the same command may go on later
@@ -19,18 +20,14 @@ EXIT_PREEMPTED = 75  # stopped by SIGTERM with everything saved; the same comman
 # device waits in takes one: with few cores they wait for ever. XLA takes the size of the pool from NPROC.
 _THREADS_PER_CPU_DEVICE = 8
 
-_PACKAGE = pathlib.Path(__file__).parent
-
-
-class Unavailable(OSError):
-  """A service, as a store of buckets, failed however often it was asked: the request has no mistake."""
+_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE}
 
 
 def run(main: Callable[[], int | None]) -> None:
   """Parses flags, runs `main` and exits with its code; a user's mistake ends in one line and code 2.
 
-  A ValueError or OSError counts as a user's mistake when this package raised it: those are our messages. Anything that
-  comes out of a library is a defect, and keeps its traceback.
+  That is a `UserError`, or the refusal of a full disk or a missing permission. Anything else is a defect: it keeps
+  its traceback, and Python exits with 1.
   """
   devices = int(os.environ.get('JAX_NUM_CPU_DEVICES', 1))
   if devices > 1:
@@ -40,12 +37,17 @@ def run(main: Callable[[], int | None]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       return main()
-    except (ValueError, OSError) as error:
-      if not raised_here(error):
+    except (UserError, OSError) as error:
+      if not is_mistake(error):
         raise
       return fail(error)
 
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def is_mistake(error: BaseException) -> bool:
+  """Whether an error is the user's or the machine's, and its message says all that there is to say."""
+  return isinstance(error, UserError) or isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
 def fail(reason: str | Exception) -> int:
@@ -80,9 +82,3 @@ def _unknown_entry(error: Exception, args: Sequence[str]) -> str | None:
   override = re.compile(rf'--config\.([\w.]+\.)?{re.escape(name)}(=|$)')
   found = next(filter(override.match, args), None) if isinstance(error, KeyError | AttributeError) else None
   return found and f'{found}: the config has no such entry. {hint or "Its file lists all that there are."}'
-
-
-def raised_here(error: BaseException) -> bool:
-  """Whether the error was raised by this package: those are messages to people."""
-  frame = traceback.extract_tb(error.__traceback__)[-1]
-  return pathlib.Path(frame.filename).is_relative_to(_PACKAGE)

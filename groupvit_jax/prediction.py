@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw
 from groupvit_jax.eval.window_encoder import EncodedPicture
 
@@ -65,7 +66,7 @@ class Prediction:
     """
     words = self.classes[self.background :]
     if name not in words:
-      raise ValueError(f'{name!r} was not looked for; there are {", ".join(words)}')
+      raise UserError(f'{name!r} was not looked for; there are {", ".join(words)}')
     scores = self.class_scores[:, :, words.index(name)]
     picture = self.windows.picture
     total, covers = np.zeros((2, *picture.resized), np.float32)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from groupvit_jax.data.images import read_picture
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw, groups, semantic_seg, windows
 from groupvit_jax.eval.benchmarks import Benchmark, make_benchmark
 from groupvit_jax.eval.evaluator import windows_per_batch
@@ -86,7 +87,7 @@ class Predictor:
       ValueError: there is more than one process, or no protocol of that name.
     """
     if jax.process_count() > 1:
-      raise ValueError(f'pictures are labelled by one process and there are {jax.process_count()}; start only one')
+      raise UserError(f'pictures are labelled by one process and there are {jax.process_count()}; start only one')
     if not isinstance(protocol, Protocol):
       protocol = find_protocol(NATIVE if protocol is None else protocol, model.vision.image_size)
     self.protocol = protocol
@@ -141,7 +142,7 @@ class Predictor:
     if not is_bundle and (not path.is_dir() or (path / 'checkpoints').is_dir()):
       return cls.from_workdir(path, protocol=protocol, weights=weights, checkpoint=checkpoint)
     if weights != 'best' or checkpoint != open_run.NEWEST:
-      raise ValueError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
+      raise UserError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
     if is_bundle:
       model, variables, tokenizer = bundle.read_bundle(path)
       return cls(model, variables, tokenizer, sharding.make_mesh(devices=jax.devices()[:1]), protocol=protocol)
@@ -320,19 +321,19 @@ def parse_words(words: Sequence[str], reserved: Sequence[str] = ()) -> tuple[Wor
     ValueError: there are none, one is empty, or a name occurs twice (case does not count).
   """
   if isinstance(words, str):
-    raise ValueError(f'words is one text, {words!r}; put it into a list')
+    raise UserError(f'words is one text, {words!r}; put it into a list')
   parsed, seen = [], {name.casefold() for name in reserved}
   for word in words:
     synonyms = tuple(' '.join(name.split()) for name in word.split('|'))
     for name in synonyms:
       if not name:
-        raise ValueError(f'the word {word!r} has an empty name; write it or remove it')
+        raise UserError(f'the word {word!r} has an empty name; write it or remove it')
       if name.casefold() in seen:
-        raise ValueError(f'the class {name!r} is named twice; remove one')
+        raise UserError(f'the class {name!r} is named twice; remove one')
       seen.add(name.casefold())
     parsed.append(Word(synonyms[0], synonyms))
   if not parsed:
-    raise ValueError('there are no classes to look for; name at least one, as in dog,banana')
+    raise UserError('there are no classes to look for; name at least one, as in dog,banana')
   return tuple(parsed)
 
 

@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 
 import fsspec
 
-from groupvit_jax import cli
+from groupvit_jax.errors import ResourceError, Unavailable, UserError
 
 # Seconds waited before a failed remote read is tried again: rides out an overloaded server.
 RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
@@ -73,7 +73,7 @@ def expand_braces(pattern: str) -> list[str]:
   match = _BRACES.search(pattern)
   if not match:
     if '{' in pattern or '}' in pattern:
-      raise ValueError(f'{pattern!r}: a brace is missing its partner')
+      raise UserError(f'{pattern!r}: a brace is missing its partner')
     return [pattern]
   head, tail = pattern[: match.start()], expand_braces(pattern[match.end() :])
   return [head + middle + end for middle in _alternatives(match[1], pattern) for end in tail]
@@ -94,14 +94,14 @@ def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
   """
   paths = [path for pattern in patterns for path in _list_paths(os.path.expanduser(pattern), what)]
   if not paths:
-    raise ValueError(f'{what}: no shards; name some, as in /data/{{0000..0099}}.tar')
+    raise UserError(f'{what}: no shards; name some, as in /data/{{0000..0099}}.tar')
   if len(set(paths)) < len(paths):
     twice = next(path for path in paths if paths.count(path) > 1)
-    raise ValueError(f'{what}: the patterns name {twice} twice')
+    raise UserError(f'{what}: the patterns name {twice} twice')
   found = in_threads(_stat, paths, _REQUESTS)
   missing = [path for path, shard in zip(paths, found, strict=True) if shard is None]
   if missing:
-    raise ValueError(
+    raise UserError(
       f'{what}: {len(missing)} of {len(paths)} shards are missing, first '
       f'{missing[0]}; fetch them, or leave them out of the pattern'
     )
@@ -141,15 +141,15 @@ def read(path: str, start: int, size: int) -> bytes:
     if len(data) > size:
       raise PermissionError('the server ignores byte ranges; use one that serves them')
     if len(data) < size:
-      raise OSError(f'the server sent {len(data)} of {size} bytes')
+      raise ResourceError(f'the server sent {len(data)} of {size} bytes')
     return data
 
   try:
     return tried(fetch)
-  except cli.Unavailable as error:
-    raise OSError(f'cannot read {path} {error}') from error
+  except Unavailable as error:
+    raise ResourceError(f'cannot read {path} {error}') from error
   except OSError as error:
-    raise OSError(f'cannot read {path}: {_line(error)}') from error
+    raise ResourceError(f'cannot read {path}: {_line(error)}') from error
 
 
 def tried(operation: Callable[..., _R], *arguments: object) -> _R:
@@ -157,7 +157,7 @@ def tried(operation: Callable[..., _R], *arguments: object) -> _R:
 
   Raises:
     FileNotFoundError, PermissionError: as `operation` does; another attempt would end the same way.
-    cli.Unavailable: the last attempt failed too.
+    Unavailable: the last attempt failed too.
   """
   for delay in (*RETRY_DELAYS, None):
     try:
@@ -166,7 +166,7 @@ def tried(operation: Callable[..., _R], *arguments: object) -> _R:
       raise
     except Exception as error:  # every library behind fsspec has exceptions of its own
       if delay is None:
-        raise cli.Unavailable(f'after {len(RETRY_DELAYS) + 1} attempts: {_line(error)}') from error
+        raise Unavailable(f'after {len(RETRY_DELAYS) + 1} attempts: {_line(error)}') from error
     time.sleep(delay)
 
 
@@ -182,7 +182,7 @@ def write_whole(path: str, data: bytes) -> None:
   """Writes a file so that no reader, and no kill, ever sees half of it.
 
   Raises:
-    OSError: see `writing`; cli.Unavailable where a store fails again and again.
+    OSError: see `writing`; Unavailable where a store fails again and again.
   """
   if not is_local(path):
     return _store(path, data)
@@ -202,10 +202,10 @@ def _store(path: str, data: bytes) -> None:
   """Writes an object of a store, which shows only whole ones."""
   try:
     tried(_system(path).pipe_file, path, data)
-  except cli.Unavailable as error:
-    raise cli.Unavailable(f'cannot write {path} {error}') from error
+  except Unavailable as error:
+    raise Unavailable(f'cannot write {path} {error}') from error
   except OSError as error:
-    raise OSError(f'cannot write {path}: {_line(error)}') from error
+    raise ResourceError(f'cannot write {path}: {_line(error)}') from error
 
 
 @contextlib.contextmanager
@@ -214,7 +214,7 @@ def writing(path: object) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise OSError(
+    raise ResourceError(
       f'cannot write {path}: {error.strerror or error}; make room there, or permit it, and give the same command again'
     ) from error
 
@@ -239,12 +239,12 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
   if bounds := _RANGE.fullmatch(inside):
     first, last = map(int, bounds.groups())
     if first > last:
-      raise ValueError(f'{pattern!r} counts down; write {{{bounds[2]}..{bounds[1]}}}')
+      raise UserError(f'{pattern!r} counts down; write {{{bounds[2]}..{bounds[1]}}}')
     width = max(map(len, bounds.groups()))
     padded = any(text[0] == '0' and len(text) > 1 for text in bounds.groups())
     return [str(n).zfill(width if padded else 0) for n in range(first, last + 1)]
   if ',' not in inside:
-    raise ValueError(f'{pattern!r}: {{{inside}}} is neither a range as {{00..99}} nor a list')
+    raise UserError(f'{pattern!r}: {{{inside}}} is neither a range as {{00..99}} nor a list')
   return inside.split(',')
 
 
@@ -257,7 +257,7 @@ def _list_paths(pattern: str, what: str) -> list[str]:
       continue
     found = list_files(path)
     if not found:
-      raise ValueError(f'{what}: nothing matches {path}')
+      raise UserError(f'{what}: nothing matches {path}')
     paths += found
   return paths
 
@@ -277,13 +277,13 @@ def _stat(path: str) -> Shard | None:
     except (FileNotFoundError, NotADirectoryError):
       return None
     if not pathlib.Path(path).is_file():
-      raise ValueError(f'{path} is not a file')
+      raise UserError(f'{path} is not a file')
     return Shard(path, stat.st_size, str(stat.st_mtime_ns))
   info = _reach(path, lambda: _info(path))
   if info is None:
     return None
   if info.get('size') is None or info.get('partial') is False:
-    raise ValueError(f'{path}: the server does not serve byte ranges; use one that does')
+    raise UserError(f'{path}: the server does not serve byte ranges; use one that does')
   tags = (info.get(key) for key in ('ETag', 'etag', 'generation', 'Last-Modified', 'LastModified', 'mtime', 'updated'))
   return Shard(path, info['size'], str(next(filter(None, tags), '')))
 
@@ -303,7 +303,7 @@ def _reach(path: str, function: Callable[[], _R]) -> _R:
   try:
     return function()
   except Exception as error:  # every library behind fsspec has exceptions of its own
-    raise ValueError(f'cannot reach {path}: {_line(error)}') from error
+    raise UserError(f'cannot reach {path}: {_line(error)}') from error
 
 
 def _system(path: str) -> fsspec.AbstractFileSystem:
@@ -328,7 +328,7 @@ def _read_local(path: str, start: int, size: int) -> bytes:
   finally:
     os.close(descriptor)
   if len(data) != size:
-    raise OSError(f'{path} ends before byte {start + size}; it was changed while it was in use')
+    raise ResourceError(f'{path} ends before byte {start + size}; it was changed while it was in use')
   return data
 
 

@@ -18,6 +18,7 @@ FLOORS = (
   ('model',),
   ('storage',),
   ('cli', 'tensorboard'),
+  ('errors',),
 )
 
 

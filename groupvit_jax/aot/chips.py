@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from jax.experimental import topologies
 
+from groupvit_jax.errors import UserError
+
 
 class Chip(NamedTuple):
   """A chip, by Google Cloud's pages on TPU versions (docs.cloud.google.com/tpu/docs)."""
@@ -45,7 +47,7 @@ def find_topology(name: str) -> Topology:
   """
   version, _, shape = name.partition(':')
   if version not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', shape):
-    raise ValueError(
+    raise UserError(
       f'--topology={name} is none; write a chip ({", ".join(CHIPS)}) and a shape, as in v5e:16x16 or v5p:4x4x4'
     )
   # Nothing is run: no machine is asked for what it is, and several processes may compile at a time.
@@ -61,7 +63,7 @@ def find_topology(name: str) -> Topology:
   try:
     devices = topologies.get_topology_desc(name, platform='tpu', **options).devices
   except (RuntimeError, ImportError, OSError) as error:
-    raise ValueError(
+    raise UserError(
       f'cannot compile for --topology={name}: {str(error).splitlines()[0]}; the compiler comes with '
       "pip install 'libtpu'"
     ) from error

@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from groupvit_jax import cli
 from groupvit_jax.commands import huggingface_folder, model_card
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import native, stablehlo, state_dicts
 from groupvit_jax.interop.new_folder import check_free, new_folder
 from groupvit_jax.model.losses import clamped_scale
@@ -85,7 +86,7 @@ def export(
   """
   for name, value, choices in (('format', form, get_args(Form)), ('dtype', dtype, get_args(Dtype))):
     if value not in choices:
-      raise ValueError(f'{name}={value!r}: use {", ".join(choices)}')
+      raise UserError(f'{name}={value!r}: use {", ".join(choices)}')
   check_free('--output', output)
   run = open_run.open_run(workdir, checkpoint, weights=weights)
   reports, note = _choose_reports(run, scores)

@@ -4,6 +4,7 @@ import jax
 
 from groupvit_jax.commands.request import Request
 from groupvit_jax.commands.run_metadata import describe_run, run_facts, say_replaced, write_board
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import classified, labelled, zero_shot
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.train import open_run
@@ -12,9 +13,9 @@ from groupvit_jax.train import open_run
 def evaluate_imagenet(workdir: str, request: Request) -> int:
   """Scores a run on ImageNet and prints top-1 and top-5 accuracy; see `run_benchmark.evaluate_benchmark`."""
   if request.masks or request.thresholds or request.report or request.protocol or set(request.changes) - {'templates'}:
-    raise ValueError(zero_shot.NO_PROTOCOL)
+    raise UserError(zero_shot.NO_PROTOCOL)
   if not request.data_dir:
-    raise ValueError(f'--benchmark={zero_shot.IMAGENET} needs --data_dir: where its pictures are')
+    raise UserError(f'--benchmark={zero_shot.IMAGENET} needs --data_dir: where its pictures are')
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   source = labelled.take(classified.open_imagenet(request.data_dir), request.num_pictures)
   run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)

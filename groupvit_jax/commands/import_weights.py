@@ -15,6 +15,7 @@ import optax
 
 from groupvit_jax import cli
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence
 from groupvit_jax.interop.new_folder import check_free, check_local, new_folder
 from groupvit_jax.interop.read import check_tokenizer, read_weights, Weights
@@ -41,7 +42,7 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
   check_free('--workdir', workdir)
   check_local(source)
   if tokenizer is None and not epath.Path(source).is_dir() and epath.Path(source).exists():
-    raise ValueError(f"{source} comes without a tokenizer; name CLIP's vocabulary with --tokenizer=")
+    raise UserError(f"{source} comes without a tokenizer; name CLIP's vocabulary with --tokenizer=")
   weights = read_weights(source)
   loaded = build_tokenizer(source if tokenizer is None else tokenizer)
   check_tokenizer(

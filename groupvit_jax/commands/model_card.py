@@ -7,6 +7,7 @@ from typing import Any
 from etils import epath
 import ml_collections
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence
 from groupvit_jax.train.open_run import TrainedRun
 
@@ -80,14 +81,14 @@ def read_reports(run: TrainedRun, paths: Sequence[epath.PathLike]) -> list[Repor
 
 def _read(path: epath.Path) -> Report:
   if not path.exists():
-    raise ValueError(f'there is no file {path}; name a results.json that eval.py wrote, or leave --scores out')
+    raise UserError(f'there is no file {path}; name a results.json that eval.py wrote, or leave --scores out')
   try:
     report = json.loads(path.read_text())
   except ValueError as error:
-    raise ValueError(f'{path} is not JSON ({error}); name a results.json that eval.py wrote') from error
+    raise UserError(f'{path} is not JSON ({error}); name a results.json that eval.py wrote') from error
   known = isinstance(report, dict) and {'benchmark', 'num_images', 'protocol', 'provenance'} <= report.keys()
   if not known or not any(name in report for name in _FIGURES):
-    raise ValueError(f'{path} holds no scores; name the results.json of an evaluation on labelled pictures')
+    raise UserError(f'{path} holds no scores; name the results.json of an evaluation on labelled pictures')
   return report
 
 
@@ -96,7 +97,7 @@ def _check(report: Report, run: TrainedRun, path: epath.PathLike) -> Report:
   for name in ('step', 'weights'):
     theirs = report['provenance'].get(name)
     if theirs != ours[name]:
-      raise ValueError(
+      raise UserError(
         f'{path} has the scores of {name}={theirs}, and what is exported is {name}={ours[name]}; '
         'evaluate it again, or name another report with --scores'
       )

@@ -12,6 +12,7 @@ import numpy as np
 from groupvit_jax.commands import imagenet
 from groupvit_jax.commands.request import BENCHMARKS, Request, SCENES
 from groupvit_jax.commands.run_metadata import choose_protocol, describe_run, run_facts, say_replaced, write_board
+from groupvit_jax.errors import ResourceError, UserError
 from groupvit_jax.eval import draw, image_scores, labelled, plots, report, scenes, windows, zero_shot
 from groupvit_jax.eval.benchmarks import Benchmark
 from groupvit_jax.eval.draw import Row
@@ -52,7 +53,7 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
     return imagenet.evaluate_imagenet(workdir, request)
   thresholds = parse_thresholds(request.thresholds)
   if request.masks and request.output is None:
-    raise ValueError('--masks needs --output: the folder that label maps go to')
+    raise UserError('--masks needs --output: the folder that label maps go to')
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   page = None if request.report is None else _page_path(request)
   opened = open_pictures(request) if request.benchmark != SCENES else None
@@ -108,11 +109,11 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
     else:
       values = [float(part) for part in text.split(',') if part.strip()]
   except (ValueError, ZeroDivisionError, OverflowError) as error:
-    raise ValueError(f'--thresholds={text}: write FIRST:LAST:STEP or numbers between commas') from error
+    raise UserError(f'--thresholds={text}: write FIRST:LAST:STEP or numbers between commas') from error
   if (text.strip() and not values) or any(not 0 <= value <= 1 for value in values):
-    raise ValueError(f'--thresholds={text}: use values from 0 to 1, the first not above the last')
+    raise UserError(f'--thresholds={text}: use values from 0 to 1, the first not above the last')
   if len(values) > _MOST_THRESHOLDS:
-    raise ValueError(f'--thresholds={text} are more than {_MOST_THRESHOLDS}; use a larger step')
+    raise UserError(f'--thresholds={text} are more than {_MOST_THRESHOLDS}; use a larger step')
   return tuple(values)
 
 
@@ -123,9 +124,9 @@ def open_pictures(request: Request) -> tuple[Benchmark, Any]:
     ValueError: there is no such benchmark, or no pictures of it.
   """
   if request.benchmark not in BENCHMARKS:
-    raise ValueError(f'there is no benchmark {request.benchmark!r}; choose one of {", ".join(BENCHMARKS)}')
+    raise UserError(f'there is no benchmark {request.benchmark!r}; choose one of {", ".join(BENCHMARKS)}')
   if not request.data_dir:
-    raise ValueError(f'--benchmark={request.benchmark} needs --data_dir: where its pictures are')
+    raise UserError(f'--benchmark={request.benchmark} needs --data_dir: where its pictures are')
   return labelled.open_benchmark(request.benchmark, request.data_dir, request.num_pictures)
 
 
@@ -144,7 +145,7 @@ def _build(
   name = request.protocol or labelled.default_protocol(benchmark)
   protocol = benchmark.fix_threshold(choose_protocol(run, name, request.changes))
   if thresholds and not benchmark.background:
-    raise ValueError(f'{benchmark.name} has no background, so no threshold changes anything; leave out --thresholds')
+    raise UserError(f'{benchmark.name} has no background, so no threshold changes anything; leave out --thresholds')
   return Evaluator(run.model, run.tokenizer, run.mesh, source, benchmark, protocol, num_threads, thresholds)
 
 
@@ -164,9 +165,9 @@ def _page_path(request: Request) -> epath.Path:
   """Where the page goes. Raises ValueError if something else is there."""
   path = epath.Path(request.report)
   if path.suffix not in ('.html', '.htm'):
-    raise ValueError(f'--report={path} is no name of a page; end it in .html')
+    raise UserError(f'--report={path} is no name of a page; end it in .html')
   if path.exists() and not request.overwrite and report.MARK not in path.read_text()[:200]:
-    raise ValueError(f'--report={path} is a file that eval.py did not write; name another, or add --overwrite')
+    raise UserError(f'--report={path} is a file that eval.py did not write; name another, or add --overwrite')
   return path
 
 
@@ -185,7 +186,7 @@ def _write_page(path: epath.Path, page: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
   except OSError as error:
-    raise OSError(f'cannot write {path}: {error.strerror or error}; name another --report') from error
+    raise ResourceError(f'cannot write {path}: {error.strerror or error}; name another --report') from error
   print(f'a page for people: {path}')
 
 
@@ -251,7 +252,7 @@ def compare(run: TrainedRun, evaluator: Evaluator, result: Result) -> Comparison
 def check_has_scenes(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   """Raises ValueError for a run that was not trained on scenes, such as one of imported weights."""
   if 'source' not in config.data or config.data.source != 'scenes':
-    raise ValueError(
+    raise UserError(
       f'the run in {workdir} has no held-out scenes; name pictures with --images, or labelled ones with '
       '--benchmark and --data_dir'
     )

@@ -12,6 +12,7 @@ import jax
 from groupvit_jax import cli
 from groupvit_jax.commands.run_metadata import choose_protocol, describe_run, run_facts, say_replaced
 from groupvit_jax.data.images import read_picture
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
 from groupvit_jax.train import open_run
@@ -54,7 +55,7 @@ def label_pictures(
     OSError: the results cannot be written.
   """
   if jax.process_count() > 1:
-    raise ValueError('pictures are segmented by one process; start it alone, with --num_processes=1')
+    raise UserError('pictures are segmented by one process; start it alone, with --num_processes=1')
   words = [word.strip() for word in classes.split(',')] if classes.strip() else []
   parse_words(words)  # before anything that takes time
   paths = _find_pictures(images)
@@ -99,7 +100,7 @@ def _find_pictures(pattern: str) -> list[str]:
   paths = sorted(path for path in found if os.path.isfile(path))
   if not paths:
     hint = f'; for a folder write {os.path.join(pattern, "*")}' if os.path.isdir(pattern) else ''
-    raise ValueError(f'no picture matches --images={pattern}{hint}')
+    raise UserError(f'no picture matches --images={pattern}{hint}')
   return paths
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from groupvit_jax.data import images, jpeg
 from groupvit_jax.data.bad_records import Fault
 from groupvit_jax.data.rand_augment import RandAugment
+from groupvit_jax.errors import UserError
 
 _ATTEMPTS = 10
 _REDUCTIONS = (8, 4, 2)
@@ -125,12 +126,12 @@ def build_augment(config: ml_collections.ConfigDict, image_size: tuple[int, int]
   if config.name == 'none':
     return None
   if config.name not in ('plain', 'rand_augment'):
-    raise ValueError(f"data.augment.name={config.name!r}: use 'none', 'plain' or 'rand_augment'")
+    raise UserError(f"data.augment.name={config.name!r}: use 'none', 'plain' or 'rand_augment'")
   area, ratio = tuple(config.area), tuple(config.ratio)
   if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-    raise ValueError(f'data.augment.area={area}: use two shares, 0 < least <= most <= 1')
+    raise UserError(f'data.augment.area={area}: use two shares, 0 < least <= most <= 1')
   if len(ratio) != 2 or not 0 < ratio[0] <= ratio[1]:
-    raise ValueError(f'data.augment.ratio={ratio}: use two positive ratios, the smaller one first')
+    raise UserError(f'data.augment.ratio={ratio}: use two positive ratios, the smaller one first')
   _check_probability('flip', config.flip)
   rand_augment = _build_rand_augment(config) if config.name == 'rand_augment' else None
   return Augment(tuple(image_size), area, ratio, config.flip, rand_augment, config.min_side, config.max_pixels)
@@ -211,10 +212,10 @@ def _reduce(box: Box, reduction: int) -> Box:
 def _build_rand_augment(config: ml_collections.ConfigDict) -> RandAugment:
   _check_probability('op_probability', config.op_probability)
   if not 0 <= config.magnitude <= 10:
-    raise ValueError(f'data.augment.magnitude={config.magnitude}: use 0 to 10')
+    raise UserError(f'data.augment.magnitude={config.magnitude}: use 0 to 10')
   return RandAugment(config.num_ops, config.op_probability, config.magnitude, config.magnitude_std)
 
 
 def _check_probability(name: str, value: float) -> None:
   if not 0 <= value <= 1:
-    raise ValueError(f'data.augment.{name}={value}: use a probability, 0 to 1')
+    raise UserError(f'data.augment.{name}={value}: use a probability, 0 to 1')

@@ -6,6 +6,8 @@ import threading
 
 import numpy as np
 
+from groupvit_jax.errors import UserError
+
 # Order of the counts in a batch's 'faults'.
 CAUSES = (
   'image_missing',  # no picture, or an empty file
@@ -41,7 +43,7 @@ class Fault(Exception):
     return f'{self.key}: {self.cause}'
 
 
-class TooManyFaults(ValueError):
+class TooManyFaults(UserError):
   """No usable record in reach, or more replaced than the config allows."""
 
 

@@ -8,6 +8,8 @@ from etils import epath
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
+from groupvit_jax.errors import UserError
+
 BOS, EOS = '<|startoftext|>', '<|endoftext|>'
 
 OPENAI_FILE = 'bpe_simple_vocab_16e6.txt.gz'
@@ -42,7 +44,7 @@ def find_files(path: epath.Path) -> dict[str, epath.Path]:
     if all((path / name).exists() for name in form):
       return {name: path / name for name in form}
   forms = ', or '.join(' and '.join(form) for form in FORMS)
-  raise ValueError(f'{path} holds no tokenizer.model (SentencePiece), and no {forms} (CLIP)')
+  raise UserError(f'{path} holds no tokenizer.model (SentencePiece), and no {forms} (CLIP)')
 
 
 def read_bpe(files: Mapping[str, bytes]) -> Bpe:
@@ -83,7 +85,7 @@ def build_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
     Exception: of any type, where these are no CLIP vocabulary.
   """
   if not {BOS, EOS} <= vocab.keys():
-    raise ValueError(f'{BOS} or {EOS} is missing')
+    raise UserError(f'{BOS} or {EOS} is missing')
   pipeline = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix='</w>'))
   pipeline.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
   words = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior='removed', invert=True)

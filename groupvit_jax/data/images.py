@@ -8,6 +8,8 @@ from etils import epath
 import numpy as np
 from PIL import Image, ImageOps
 
+from groupvit_jax.errors import UserError
+
 LARGEST = 100_000_000  # pixels: more is a mistake, or an attack on memory
 
 # What hands a file to another program (EPS to Ghostscript) or is no raster picture is left out.
@@ -46,7 +48,7 @@ def read_picture(picture: 'np.ndarray | Image.Image | os.PathLike | str | bytes'
 def decode_picture(data: bytes, key: str) -> np.ndarray:
   """Pixels of an encoded picture, uint8 [H, W, 3]; see `read_picture`."""
   if not data:
-    raise ValueError(f'picture {key!r} is empty; replace or remove it')
+    raise UserError(f'picture {key!r} is empty; replace or remove it')
   Image.init()
   formats = [name for name in _FORMATS if name in Image.OPEN]
   try:
@@ -55,9 +57,9 @@ def decode_picture(data: bytes, key: str) -> np.ndarray:
       warnings.simplefilter('ignore', Image.DecompressionBombWarning)
       image = Image.open(io.BytesIO(data), formats=formats)
   except Image.DecompressionBombError as error:
-    raise ValueError(_too_large(key)) from error
+    raise UserError(_too_large(key)) from error
   except Exception as error:  # which one depends on the format and on where the damage is
-    raise ValueError(f'picture {key!r} is not a picture this reads; replace or remove it') from error
+    raise UserError(f'picture {key!r} is not a picture this reads; replace or remove it') from error
   with image:
     return _convert(image, key)
 
@@ -75,15 +77,15 @@ def pixels_of_array(array: np.ndarray, key: str) -> np.ndarray:
   """
   plane = array[:, :, None] if array.ndim == 2 else array
   if plane.ndim != 3 or plane.shape[2] not in (1, 3, 4) or not plane.size:
-    raise ValueError(f'picture {key!r} has the shape {array.shape}; make it [H, W] or [H, W, 3]')
+    raise UserError(f'picture {key!r} has the shape {array.shape}; make it [H, W] or [H, W, 3]')
   if plane.shape[0] * plane.shape[1] > LARGEST:
-    raise ValueError(_too_large(key))
+    raise UserError(_too_large(key))
   if plane.dtype == np.uint16:
     plane = _to_8_bits(plane)
   elif plane.dtype == bool:
     plane = plane.astype(np.uint8) * 255
   elif plane.dtype != np.uint8:
-    raise ValueError(f'picture {key!r} is {array.dtype}; make it uint8, from 0 to 255')
+    raise UserError(f'picture {key!r} is {array.dtype}; make it uint8, from 0 to 255')
   if plane.shape[2] == 1:
     return plane.repeat(3, axis=2)
   return plane if plane.shape[2] == 3 else _over_white(plane)
@@ -93,20 +95,20 @@ def _read_file(path: epath.Path, key: str) -> bytes:
   try:
     return path.read_bytes()
   except FileNotFoundError as error:
-    raise ValueError(f'there is no picture {path}') from error
+    raise UserError(f'there is no picture {path}') from error
   except OSError as error:
-    raise ValueError(f'picture {key!r} cannot be read: {error.strerror or error}') from error
+    raise UserError(f'picture {key!r} cannot be read: {error.strerror or error}') from error
 
 
 def _convert(image: Image.Image, key: str) -> np.ndarray:
   """Decodes a picture that has been opened, and turns it upright."""
   if image.width * image.height > LARGEST:
-    raise ValueError(_too_large(key))
+    raise UserError(_too_large(key))
   try:
     image.load()
     return pixels_of_array(_to_array(_upright(image)), key)
   except Exception as error:
-    raise ValueError(f'picture {key!r} is damaged ({_line(error)}); replace or remove it') from error
+    raise UserError(f'picture {key!r} is damaged ({_line(error)}); replace or remove it') from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -131,7 +133,7 @@ def _scale_to_8_bits(values: np.ndarray) -> np.ndarray:
   """Grey values of unknown range: 8 bits, 16 bits, or from 0 to 1."""
   low, high = float(values.min()), float(values.max())
   if not (low >= 0 and high < 2**16):
-    raise ValueError(f'its values go from {low:g} to {high:g}')
+    raise UserError(f'its values go from {low:g} to {high:g}')
   if high > 255:
     return _to_8_bits(values)
   unit = values.dtype.kind == 'f' and high <= 1

@@ -25,6 +25,8 @@ from typing import Protocol
 from grain.experimental import index_shuffle
 import numpy as np
 
+from groupvit_jax.errors import UserError
+
 BLOCK = 2**14  # positions over which weighted shares are exact
 
 
@@ -103,10 +105,10 @@ class Mixture:
   def __post_init__(self):
     for part in self.sets:
       if not len(part.source):
-        raise ValueError(f'data.sets.{part.name} has no records')
+        raise UserError(f'data.sets.{part.name} has no records')
     unweighted = [part.name for part in self.sets if not part.weight]
     if any(part.weight < 0 for part in self.sets) or 0 < len(unweighted) < len(self.sets):
-      raise ValueError(
+      raise UserError(
         'data.sets: weights are positive for all sets, or 0 for all to mix them by '
         f'size; {", ".join(f"{part.name} has {part.weight}" for part in self.sets)}'
       )
@@ -178,7 +180,7 @@ def _whole_shares(weights: Sequence[float]) -> list[int]:
   shares = np.floor(exact).astype(int)
   shares[np.argsort(shares - exact, kind='stable')[: BLOCK - shares.sum()]] += 1
   if not shares.all():
-    raise ValueError(
+    raise UserError(
       f'data.sets: weight {weights[int(np.argmin(shares))]} is too small beside '
       f'{max(weights)}; use at least 1/{BLOCK} of the sum'
     )

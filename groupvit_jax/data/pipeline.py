@@ -17,6 +17,7 @@ from groupvit_jax.data import bad_records, workers
 from groupvit_jax.data import prompts as text_ops
 from groupvit_jax.data.mixture import Mixture, Source
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.running import sharding
 
 __all__ = ['Batches', 'Example', 'Examples', 'Source', 'build_examples', 'check_batch_size', 'iterate', 'to_devices']
@@ -194,7 +195,7 @@ class Batches:
 def check_batch_size(source: Source, batch_size: int) -> None:
   """Raises ValueError unless the data fill a batch."""
   if len(source) < batch_size:
-    raise ValueError(
+    raise UserError(
       f'the data have {len(source)} records, fewer than batch_size={batch_size}; add data, or use smaller batches'
     )
 

@@ -10,6 +10,7 @@ import os
 from etils import epath
 
 from groupvit_jax import storage
+from groupvit_jax.errors import UserError
 
 _REQUESTS, _CHUNK = 8, 2**25  # files that are copied at a time, and bytes of one
 
@@ -54,9 +55,9 @@ def open_records(path: epath.PathLike, split: str, encoded: Sequence[str]) -> Se
     missing = [file.name for file in builder.info.splits[split].filepaths if not file.exists()]
     records = builder.as_data_source(split=split, decoders={name: tfds.decode.SkipDecoding() for name in encoded})
   except Exception as error:  # which one depends on what is wrong with the folder
-    raise ValueError(_not_whole(path, str(error))) from error
+    raise UserError(_not_whole(path, str(error))) from error
   if missing:
-    raise ValueError(_not_whole(path, f'there is no {missing[0]}'))
+    raise UserError(_not_whole(path, f'there is no {missing[0]}'))
   return records
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from groupvit_jax.errors import UserError
+
 # What the multi-label loss picks from (paper section 3.3): these nouns, and every verb tag.
 WORD_TAGS = frozenset({'NN', 'NNS', 'NNP', 'VB', 'VBD', 'VBG', 'VBN', 'VBP', 'VBZ'})
 NOUN_TAGS = frozenset({'NN', 'NNS', 'NNP', 'NNPS'})
@@ -120,7 +122,7 @@ def template_set(name: str) -> tuple[str, ...]:
   """
   sets = json.loads(_TEMPLATES.read_text(encoding='utf-8'))['templates']
   if name not in sets:
-    raise ValueError(f'no template set {name!r}; the known sets are {", ".join(sorted(sets))}')
+    raise UserError(f'no template set {name!r}; the known sets are {", ".join(sorted(sets))}')
   return tuple(sets[name])
 
 

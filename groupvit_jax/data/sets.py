@@ -7,6 +7,7 @@ import ml_collections
 from groupvit_jax.data.mixture import DataSet, Mixture
 from groupvit_jax.data.tfds_source import open_tfds
 from groupvit_jax.data.webdataset import open_webdataset
+from groupvit_jax.errors import UserError
 
 # What a set of each format is described by, besides `format`, `weight` and `expected`.
 _FIELDS = {'webdataset': ('path', 'caption'), 'tfds': ('path', 'split', 'image', 'caption')}
@@ -30,18 +31,18 @@ def open_sets(config: ml_collections.ConfigDict) -> Mixture:
     ValueError: a description has a mistake, or a set cannot be read.
   """
   if not config.get('sets'):
-    raise ValueError("data.sets is empty; name the sets to train on, or use data.source='scenes'")
+    raise UserError("data.sets is empty; name the sets to train on, or use data.source='scenes'")
   return Mixture(tuple(_open_set(name, config.sets[name], config.index_dir) for name in sorted(config.sets)))
 
 
 def _open_set(name: str, config: Mapping[str, object], index_dir: str) -> DataSet:
   what = f'data.sets.{name}'
   if config.get('format') not in _FIELDS:
-    raise ValueError(f'{what}.format={config.get("format")!r}: use ' + ' or '.join(map(repr, _FIELDS)))
+    raise UserError(f'{what}.format={config.get("format")!r}: use ' + ' or '.join(map(repr, _FIELDS)))
   fields = {*_FIELDS[config['format']], *_COMMON}
   if odd := sorted(fields ^ set(config)):
     verb = 'is missing' if odd[0] in fields else 'is unknown'
-    raise ValueError(f'{what}.{odd[0]} {verb}; a {config["format"]} set has {", ".join(sorted(fields))}')
+    raise UserError(f'{what}.{odd[0]} {verb}; a {config["format"]} set has {", ".join(sorted(fields))}')
   if config['format'] == 'tfds':
     source = open_tfds(config['path'], config['split'], config['image'], config['caption'], what)
     return DataSet(name, source, source.digest, source.num_shards, config['weight'])

@@ -10,6 +10,7 @@ from groupvit_jax.data.bad_records import Fault
 from groupvit_jax.data.mixture import DataSet, Mixture
 from groupvit_jax.data.scenes.scenes import Scenes
 from groupvit_jax.data.sets import open_sets
+from groupvit_jax.errors import UserError
 
 _CAPTION_THREADS, _CHUNK = 32, 1024  # each thread waits for one read
 
@@ -23,7 +24,7 @@ def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int])
   if config.source == 'sets':
     return open_sets(config)
   if config.source != 'scenes':
-    raise ValueError(f"data.source={config.source!r}: use 'scenes' or 'sets'")
+    raise UserError(f"data.source={config.source!r}: use 'scenes' or 'sets'")
   scenes = build_scenes(config.scenes, image_size, split='train')
   digest = hashlib.sha256(repr(scenes).encode()).hexdigest()[:16]
   return Mixture((DataSet('scenes', scenes, digest, num_shards=0, weight=0.0),))
@@ -63,7 +64,7 @@ def build_scenes(config: ml_collections.ConfigDict, image_size: tuple[int, int],
     ValueError: the model's pictures are not square, or the config asks for what the scenes do not offer.
   """
   if image_size[0] != image_size[1]:
-    raise ValueError(f'model.vision.image_size={image_size}: scenes are square; use equal height and width')
+    raise UserError(f'model.vision.image_size={image_size}: scenes are square; use equal height and width')
   length = 2**40 if split == 'train' else config.num_heldout
   return Scenes(
     size=image_size[0],

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from groupvit_jax.errors import UserError
+
 IMAGE_KINDS = frozenset({'jpg', 'jpeg', 'png', 'webp'})
 BLOCK = 512  # tar's unit: every member starts at a multiple of it
 
@@ -51,9 +53,9 @@ def index_tar(read: Read, size: int, window: int, text_kind: str) -> np.ndarray:
     if kind not in IMAGE_KINDS and kind != text_kind:
       continue
     if (key, kind) in seen:
-      raise ValueError(f'holds {name} twice')
+      raise UserError(f'holds {name} twice')
     if length > _LARGEST_MEMBER:
-      raise ValueError(f'holds {name} of {length} bytes; a sample may have {_LARGEST_MEMBER}')
+      raise UserError(f'holds {name} of {length} bytes; a sample may have {_LARGEST_MEMBER}')
     seen.add((key, kind))
     row = samples.setdefault(key, [0, 0, 0, 0])
     column = 2 if kind == text_kind else 0
@@ -96,7 +98,7 @@ def tar_members(read: Read, size: int, window: int) -> Iterator[Member]:
     start = at + BLOCK
     at = start + -(-length // BLOCK) * BLOCK
     if start + length > size:
-      raise ValueError(f'is cut short: it ends at byte {size}, inside a file')
+      raise UserError(f'is cut short: it ends at byte {size}, inside a file')
     if kind in b'xL':
       override |= _override(kind, buffer.get(start, length))
     elif kind in b'\x0007':
@@ -104,7 +106,7 @@ def tar_members(read: Read, size: int, window: int) -> Iterator[Member]:
     if kind not in b'xLKg':
       override = {}
   if at != size or not ended:  # every tar ends with zeros
-    raise ValueError(f'is cut short: it ends at byte {size}, without the mark that ends a tar')
+    raise UserError(f'is cut short: it ends at byte {size}, without the mark that ends a tar')
 
 
 class _Buffer:
@@ -128,7 +130,7 @@ def _check(header: bytes, at: int) -> None:
       return
   except ValueError:
     pass
-  raise ValueError(f'is not a tar, or is damaged: byte {at} starts no header')
+  raise UserError(f'is not a tar, or is damaged: byte {at} starts no header')
 
 
 def _number(field: bytes) -> int:

@@ -7,6 +7,7 @@ import hashlib
 import json
 
 from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +82,20 @@ def open_tfds(path: str, split: str, image: str, caption: str, what: str) -> Tfd
     builder = tfds.builder_from_directory(path)
     info = builder.info.splits[split]
   except Exception as error:  # which one depends on what is wrong with the folder
-    raise ValueError(
+    raise UserError(
       f'{what}: there is no TFDS dataset with a split {split!r} in {path} ({" ".join(str(error).split())[:200]})'
     ) from error
   features = builder.info.features
   for name, kind in ((image, tfds.features.Image), (caption, tfds.features.Text)):
     if name not in features or not isinstance(features[name], kind):
-      raise ValueError(f'{what}: the dataset has no {kind.__name__} feature {name!r}; it has ' + ', '.join(features))
+      raise UserError(f'{what}: the dataset has no {kind.__name__} feature {name!r}; it has ' + ', '.join(features))
   if builder.info.file_format != tfds.core.FileFormat.ARRAY_RECORD:
-    raise ValueError(
+    raise UserError(
       f"{what}: {path} holds {builder.info.file_format.value} files; prepare it with file_format='array_record'"
     )
   missing = [file for file in info.filepaths if not file.exists()]
   if missing:
-    raise ValueError(
+    raise UserError(
       f'{what}: {len(missing)} of {len(info.filepaths)} files are missing, first {missing[0]}; copy them again'
     )
   facts = [builder.info.full_name, split, sorted(features), list(getattr(info, 'shard_lengths', ()))]

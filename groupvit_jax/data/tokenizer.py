@@ -25,6 +25,7 @@ import tokenizers
 
 from groupvit_jax import storage
 from groupvit_jax.data import clip_bpe
+from groupvit_jax.errors import UserError
 
 SENTENCEPIECE_FILE = 'tokenizer.model'
 
@@ -66,11 +67,11 @@ class Tokenizer(abc.ABC):
       ValueError: `texts` is a single string, or `length` leaves no room for a text.
     """
     if isinstance(texts, str):
-      raise ValueError(f'encode takes a list of texts, not one: put it in a list, [{texts[:40]!r}]')
+      raise UserError(f'encode takes a list of texts, not one: put it in a list, [{texts[:40]!r}]')
     first = [] if self.bos_id is None else [self.bos_id]
     room = length - len(first) - 1
     if room < 1:
-      raise ValueError(f'length={length} leaves no room for text; use {len(first) + 2} or more')
+      raise UserError(f'length={length} leaves no room for text; use {len(first) + 2} or more')
     tokens = np.full((len(texts), length), self.pad_id, np.int32)
     for row, text in zip(tokens, texts, strict=True):
       ids = [*first, *self._text_ids(_encodable(text))[:room], self.eos_id]
@@ -112,9 +113,9 @@ class SentencePieceTokenizer(Tokenizer):
     try:
       model = self._model
     except RuntimeError as error:
-      raise ValueError(f'{path} is not a SentencePiece model') from error
+      raise UserError(f'{path} is not a SentencePiece model') from error
     if model.eos_id() < 0:
-      raise ValueError(f'{path} has no end-of-sentence piece; train it with an eos_id')
+      raise UserError(f'{path} has no end-of-sentence piece; train it with an eos_id')
     self.vocab_size = model.get_piece_size()
     self.eos_id = model.eos_id()
     self.pad_id = model.pad_id() if model.pad_id() >= 0 else model.eos_id()
@@ -154,7 +155,7 @@ class ClipTokenizer(Tokenizer):
     try:
       self.bos_id, self.eos_id = map(self._model.token_to_id, (clip_bpe.BOS, clip_bpe.EOS))
     except Exception as error:  # `tokenizers` raises no narrower type
-      raise ValueError(f'{path} is not a CLIP vocabulary (BPE with {clip_bpe.EOS})') from error
+      raise UserError(f'{path} is not a CLIP vocabulary (BPE with {clip_bpe.EOS})') from error
     self.vocab_size = self._model.get_vocab_size()
     self.pad_id = self.eos_id
 
@@ -188,7 +189,7 @@ def build_tokenizer(path: os.PathLike | str) -> Tokenizer:
   if not model.exists():
     return ClipTokenizer(path)
   if any((path / form[0]).exists() for form in clip_bpe.FORMS):
-    raise ValueError(f'{path} holds {SENTENCEPIECE_FILE} and a CLIP vocabulary; keep one of them')
+    raise UserError(f'{path} holds {SENTENCEPIECE_FILE} and a CLIP vocabulary; keep one of them')
   return SentencePieceTokenizer(model)
 
 
@@ -215,10 +216,10 @@ def train_sentencepiece(
     ValueError: there are no captions, or `vocab_size` is below what their characters need.
   """
   if vocab_size < 1:
-    raise ValueError(f'vocab_size={vocab_size} is too small; use 300 or more')
+    raise UserError(f'vocab_size={vocab_size} is too small; use 300 or more')
   lines = _sample(filter(None, map(_training_line, captions)), max_captions)
   if not lines:
-    raise ValueError(_NO_CAPTIONS)
+    raise UserError(_NO_CAPTIONS)
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -265,7 +266,7 @@ def read_captions(path: str, column: int) -> Iterator[str]:
         continue
       cells = text.split('\t')
       if column >= len(cells):
-        raise ValueError(f'{path} line {number} has {len(cells)} columns, none is number {column}')
+        raise UserError(f'{path} line {number} has {len(cells)} columns, none is number {column}')
       yield cells[column]
 
 
@@ -332,7 +333,7 @@ def _open(path: epath.Path) -> BinaryIO:
   try:
     return path.open('rb')
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-    raise ValueError(f'there is no file {path}') from error
+    raise UserError(f'there is no file {path}') from error
 
 
 def _read(path: epath.Path) -> bytes:

@@ -24,6 +24,7 @@ import tqdm
 from groupvit_jax import storage as shards_lib
 from groupvit_jax.data.bad_records import Fault
 from groupvit_jax.data.tar_index import BLOCK, index_tar
+from groupvit_jax.errors import UserError
 from groupvit_jax.storage import Shard
 
 _FORMAT = 1  # of the index files
@@ -98,9 +99,9 @@ class WebDataset:
     try:
       rows = np.load(self.index.path, mmap_mode='r')
     except (ValueError, OSError, EOFError) as error:
-      raise ValueError(f'{self.index.path} cannot be read: {error}; delete it') from error
+      raise UserError(f'{self.index.path} cannot be read: {error}; delete it') from error
     if len(rows) != len(self):
-      raise ValueError(f'{self.index.path} holds {len(rows)} samples, not {len(self)}; delete it')
+      raise UserError(f'{self.index.path} holds {len(rows)} samples, not {len(self)}; delete it')
     return rows
 
   @functools.cached_property
@@ -142,7 +143,7 @@ def open_webdataset(patterns: Sequence[str], caption: str, index_dir: str, what:
   """
   kind = caption.split(':', 1)[0]
   if kind not in ('txt', 'cls', 'json') or (kind == 'json') != (len(caption) > len('json:')):
-    raise ValueError(f"{what}: caption={caption!r}: use 'txt', 'cls' or 'json:FIELD'")
+    raise UserError(f"{what}: caption={caption!r}: use 'txt', 'cls' or 'json:FIELD'")
   found = shards_lib.find_shards(patterns, what)
   index = build_index(found, kind, index_dir, what)
   source = WebDataset(tuple(shard.path for shard in found), index, caption)
@@ -204,12 +205,12 @@ def _index_shard(shard: Shard, kind: str) -> np.ndarray:
   try:
     rows = index_tar(functools.partial(shards_lib.read, shard.path), shard.size, window, kind)
   except ValueError as error:
-    raise ValueError(f'{shard.path} {error}; fetch it again, or leave it out') from error
+    raise UserError(f'{shard.path} {error}; fetch it again, or leave it out') from error
   if not len(rows):
-    raise ValueError(f'{shard.path} holds no samples (KEY.jpg and KEY.{kind})')
+    raise UserError(f'{shard.path} holds no samples (KEY.jpg and KEY.{kind})')
   for part, name in (('image', 'jpg, .jpeg, .png or .webp'), ('text', kind)):
     if not rows[f'{part}_block'].any():
-      raise ValueError(f"{shard.path} holds no .{name} files; is the set's caption={kind!r} right?")
+      raise UserError(f"{shard.path} holds no .{name} files; is the set's caption={kind!r} right?")
   return rows
 
 

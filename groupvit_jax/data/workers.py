@@ -14,6 +14,8 @@ from typing import TypeVar
 from absl import flags
 import grain
 
+from groupvit_jax.errors import ResourceError
+
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _T = TypeVar('_T')
 
@@ -53,7 +55,7 @@ def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterat
   except RuntimeError as error:
     if 'terminated unexpectedly' not in str(error):
       raise
-    raise OSError(
+    raise ResourceError(
       'a data worker died (killed, or out of memory?): '
       f'{str(error).split(". ")[0]}; try fewer data.num_workers or '
       'data.prefetch_batches; the run goes on from its last checkpoint'

@@ -10,6 +10,7 @@ import gradio as gr
 from groupvit_jax.demo.examples import make_examples
 from groupvit_jax.demo.page import build_page
 from groupvit_jax.demo.viewer import Viewer
+from groupvit_jax.errors import UserError
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
 
@@ -59,9 +60,9 @@ def serve(
         show_error=True,
       )
     except OSError as error:
-      raise ValueError(f'cannot listen at {host}:{port}; choose another --port, or --port=0 for any') from error
+      raise UserError(f'cannot listen at {host}:{port}; choose another --port, or --port=0 for any') from error
     except ValueError as error:  # Gradio asks itself for the page before it says that it is there
-      raise ValueError(
+      raise UserError(
         f'the page at {host}:{port} does not answer on this machine ({error}); look at HTTP_PROXY and '
         'NO_PROXY, or name another --host'
       ) from error

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.prediction import Prediction
 from groupvit_jax.predictor import EncodedImage, parse_words, Predictor
 
@@ -47,10 +48,10 @@ class Viewer:
         is a sentence for the person at the page.
     """
     if path is None:
-      raise ValueError('There is no picture yet: drop, paste or choose one.')
+      raise UserError('There is no picture yet: drop, paste or choose one.')
     words = [word for word in text.split(',') if word.strip()]
     if not words:
-      raise ValueError('There are no words to look for: type some, with commas between them, as in dog, grass.')
+      raise UserError('There are no words to look for: type some, with commas between them, as in dog, grass.')
     parse_words(words)
     encoded = before.encoded if before is not None and before.path == path else self._encode(path)
     found = self._predictor.find(encoded, words, threshold=threshold or None)
@@ -60,14 +61,14 @@ class Viewer:
     name = os.path.basename(path)
     size = _stated_size(path)
     if size[0] * size[1] > self._max_pixels:
-      raise ValueError(
+      raise UserError(
         f'{name} has {size[0]} x {size[1]} pixels; this page takes up to '
         f'{self._max_pixels / 1e6:g} million: make it smaller.'
       )
     try:
       encoded = self._predictor.encode([path])[0]
     except ValueError as error:
-      raise ValueError(str(error).replace(path, name)) from error  # where uploads lie is nobody's business
+      raise UserError(str(error).replace(path, name)) from error  # where uploads lie is nobody's business
     # Groups are shown whatever the words. Made now, they need the large picture no more.
     scale = min(1, _SCREEN_SIDE / max(encoded.image.shape[:2]))
     size = tuple(max(1, round(side * scale)) for side in encoded.image.shape[:2])

@@ -5,12 +5,13 @@ from typing import TypeVar
 
 import jax
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.running import processes
 
 R = TypeVar('R')
 
 
-class PictureFault(ValueError):
+class PictureFault(UserError):
   """A picture cannot be read, or does not fit its label map. A benchmark leaves no picture out."""
 
 

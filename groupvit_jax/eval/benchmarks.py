@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval.protocols import ClassNames, Protocol
 
 IGNORE_LABEL = 255
@@ -75,7 +76,7 @@ class Benchmark:
     if self.background and protocol.threshold not in (None, own):
       return protocol
     if self.background and own is None:
-      raise ValueError(
+      raise UserError(
         f'{self.name} has a background class but no threshold under protocol {protocol.name!r}; set protocol.threshold'
       )
     changed = tuple(key for key in protocol.changed if key != 'threshold')
@@ -122,7 +123,7 @@ def find_benchmark(name: str) -> Benchmark:
   """
   benchmarks = load_benchmarks()
   if name not in benchmarks:
-    raise ValueError(f'there is no benchmark {name!r}; choose one of {", ".join(benchmarks)}')
+    raise UserError(f'there is no benchmark {name!r}; choose one of {", ".join(benchmarks)}')
   return benchmarks[name]
 
 
@@ -158,14 +159,14 @@ def make_benchmark(name: str, classes: Sequence[str], *, background: bool = Fals
   """
   classes = tuple(classes)
   if len(classes) <= background:
-    raise ValueError(f'{name} has no classes to look for; name at least one')
+    raise UserError(f'{name} has no classes to look for; name at least one')
   if len(classes) > IGNORE_LABEL:
-    raise ValueError(f'{name} has {len(classes)} classes; at most {IGNORE_LABEL} fit 8-bit labels')
+    raise UserError(f'{name} has {len(classes)} classes; at most {IGNORE_LABEL} fit 8-bit labels')
   for i, label in enumerate(classes):
     if not label.strip():
-      raise ValueError(f'class {i} of {name} has an empty name; name it or remove it')
+      raise UserError(f'class {i} of {name} has an empty name; name it or remove it')
     if label in classes[:i]:
-      raise ValueError(f'{name} names the class {label!r} twice; remove one')
+      raise UserError(f'{name} names the class {label!r} twice; remove one')
   first = 0 if background else 1  # black is the background's
   return Benchmark(name, classes, voc_colours(first + len(classes))[first:], background)
 

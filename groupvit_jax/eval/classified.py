@@ -10,6 +10,7 @@ from etils import epath
 from groupvit_jax.data import prepared
 from groupvit_jax.data.bad_records import Fault
 from groupvit_jax.data.webdataset import open_webdataset, WebDataset
+from groupvit_jax.errors import UserError
 
 _NAME, _SPLIT = 'imagenet2012', 'validation'
 
@@ -48,10 +49,10 @@ class TarPictures:
       record = self.tars[index]
       return {'image': record['image'], 'label': int(record['text']), 'key': record['key']}
     except Fault as fault:
-      raise ValueError(f'{fault.key}: {fault.cause}; a benchmark leaves no picture out, so fetch it again') from fault
+      raise UserError(f'{fault.key}: {fault.cause}; a benchmark leaves no picture out, so fetch it again') from fault
     except ValueError as error:
       text = record['text'][:40]
-      raise ValueError(f'{record["key"]}.cls holds {text!r}; it must hold the class, 0 to 999') from error
+      raise UserError(f'{record["key"]}.cls holds {text!r}; it must hold the class, 0 to 999') from error
 
 
 def open_imagenet(data_dir: str) -> PreparedPictures | TarPictures:
@@ -67,7 +68,7 @@ def open_imagenet(data_dir: str) -> PreparedPictures | TarPictures:
     return TarPictures(open_webdataset((data_dir,), 'cls', '', f'--data_dir={data_dir}'))
   newest = prepared.newest_version(data_dir, _NAME)
   if newest is None:
-    raise ValueError(
+    raise UserError(
       f'--data_dir={data_dir} holds no {epath.Path(data_dir) / _NAME} with a version in it; prepare it '
       "with TFDS (file_format='array_record'), or name tars with .cls files: "
       '--data_dir=FOLDER/{000000..000063}.tar'

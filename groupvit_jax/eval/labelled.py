@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax.data import prepared
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, IGNORE_LABEL, make_benchmark
 from groupvit_jax.eval.protocols import NATIVE
 from groupvit_jax.eval.semantic_seg import LabelledSource
@@ -47,11 +48,11 @@ def decode_label(data: bytes, key: str) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
       mode, labels = image.mode, np.asarray(image)
   except Exception as error:  # which one depends on where the damage is
-    raise ValueError(f'{key} cannot be read; it must be a PNG of indices') from error
+    raise UserError(f'{key} cannot be read; it must be a PNG of indices') from error
   if labels.dtype == bool or mode not in ('L', 'P', 'I;16', 'I'):
-    raise ValueError(f'{key} is a picture of mode {mode}; it must be a PNG of indices (mode L or P), not of colours')
+    raise UserError(f'{key} is a picture of mode {mode}; it must be a PNG of indices (mode L or P), not of colours')
   if labels.size and labels.max() > IGNORE_LABEL:
-    raise ValueError(f'{key} holds the index {labels.max()}; at most {IGNORE_LABEL} (ignore) is possible')
+    raise UserError(f'{key} holds the index {labels.max()}; at most {IGNORE_LABEL} (ignore) is possible')
   return labels.astype(np.uint8)
 
 
@@ -152,7 +153,7 @@ def open_benchmark(name: str, data_dir: epath.PathLike, num_pictures: int = 0) -
     ValueError: there is no such benchmark, or no whole data set of it in `data_dir`.
   """
   if name != FOLDER and name not in STORED_IN:
-    raise ValueError(f'there is no benchmark {name!r}; choose one of {", ".join([*STORED_IN, FOLDER])}')
+    raise UserError(f'there is no benchmark {name!r}; choose one of {", ".join([*STORED_IN, FOLDER])}')
   source = open_folder(data_dir) if name == FOLDER else open_prepared(find_benchmark(name), data_dir)
   return source.benchmark, take(source, num_pictures)
 
@@ -169,7 +170,7 @@ def take(source: LabelledSource, num_pictures: int) -> LabelledSource:
     ValueError: the source is empty, or the number below 0.
   """
   if num_pictures < 0 or not len(source):
-    raise ValueError(f'of {len(source)} pictures {num_pictures} cannot be taken; use 0 for all')
+    raise UserError(f'of {len(source)} pictures {num_pictures} cannot be taken; use 0 for all')
   if not 0 < num_pictures < len(source):
     return source
   return Subset(source, tuple(np.linspace(0, len(source) - 1, num_pictures).round().astype(int).tolist()))
@@ -184,7 +185,7 @@ def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> PreparedSet
   name = STORED_IN[benchmark.name]
   newest = prepared.newest_version(data_dir, name)
   if newest is None:
-    raise ValueError(
+    raise UserError(
       f'--data_dir={data_dir} holds no {name}, which {benchmark.name} needs; make it with '
       f'python -m groupvit_jax.prepare {name} --manual_dir=... --data_dir={data_dir}'
     )
@@ -208,16 +209,16 @@ def open_folder(path: epath.PathLike) -> LabelledFolder:
   images, labels = folder / 'images', folder / 'labels'
   for part, what in ((images, 'the pictures'), (labels, 'a PNG of indices for each picture')):
     if not part.is_dir():
-      raise ValueError(f'there is no folder {part}; put {what} there')
+      raise UserError(f'there is no folder {part}; put {what} there')
   names = _read_classes(folder)
   benchmark = make_benchmark(folder.resolve().name, names, background=names[0] == _BACKGROUND)
   pictures = sorted(p.name for p in images.iterdir() if p.suffix.lower() in _PICTURES)
   if not pictures:
-    raise ValueError(f'{images} holds no pictures ({", ".join(_PICTURES)}); put them there')
+    raise UserError(f'{images} holds no pictures ({", ".join(_PICTURES)}); put them there')
   present = {p.name for p in labels.iterdir()}
   missing = [name for name in pictures if f'{epath.Path(name).stem}.png' not in present]
   if missing:
-    raise ValueError(
+    raise UserError(
       f'there is no {labels / epath.Path(missing[0]).stem}.png, the label map of images/{missing[0]} '
       f'({len(missing)} of {len(pictures)} are missing); add it, or remove the picture'
     )
@@ -225,7 +226,7 @@ def open_folder(path: epath.PathLike) -> LabelledFolder:
   for name in pictures:
     other = owners.setdefault(epath.Path(name).stem, name)
     if other != name:
-      raise ValueError(f'{images} holds {other} and {name}, which share a label map; rename one')
+      raise UserError(f'{images} holds {other} and {name}, which share a label map; rename one')
   return LabelledFolder(str(folder), tuple(pictures), benchmark)
 
 
@@ -236,13 +237,13 @@ def _read_classes(folder: epath.Path) -> tuple[str, ...]:
     try:
       names = json.loads(listed.read_text())
     except ValueError as error:
-      raise ValueError(f'{listed} is not JSON ({error}); make it a list of names') from error
+      raise UserError(f'{listed} is not JSON ({error}); make it a list of names') from error
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-      raise ValueError(f'{listed} is not a list of names; write ["background", "dog", ...]')
+      raise UserError(f'{listed} is not a list of names; write ["background", "dog", ...]')
     return tuple(names)
   if not lines.exists():
-    raise ValueError(f'there is no {lines} nor {listed}; list the classes in label order, one a line')
+    raise UserError(f'there is no {lines} nor {listed}; list the classes in label order, one a line')
   names = tuple(line.strip() for line in lines.read_text().splitlines() if line.strip())
   if not names:
-    raise ValueError(f'{lines} is empty; list the classes in label order, one a line')
+    raise UserError(f'{lines} is empty; list the classes in label order, one a line')
   return names

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax import tensorboard
+from groupvit_jax.errors import ResourceError, UserError
 
 REPORT = 'results.json'
 # What an evaluation does not always write: an earlier one's must not stand beside another's results.
@@ -35,11 +36,11 @@ class OutputFolder:
     """
     self.path = epath.Path(path)
     if self.path.exists() and not self.path.is_dir():
-      raise ValueError(f'--output={path} is a file; name a folder')
+      raise UserError(f'--output={path} is a file; name a folder')
     holds_files = self.path.exists() and any(self.path.iterdir())
     self.replaces = holds_files
     if holds_files and not overwrite and not self._is_ours():
-      raise ValueError(
+      raise UserError(
         f'--output={path} holds files that are not results of eval.py; name an empty folder, or add '
         '--overwrite to replace those with the same names'
       )
@@ -102,4 +103,6 @@ def _writing(path: epath.Path, write: Any) -> None:
   try:
     write()
   except OSError as error:
-    raise OSError(f'cannot write {path}: {error.strerror or error}; make room, or name another --output') from error
+    raise ResourceError(
+      f'cannot write {path}: {error.strerror or error}; make room, or name another --output'
+    ) from error

@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any, get_args, Literal
 
 from groupvit_jax.data import prompts
+from groupvit_jax.errors import UserError
 
 ThresholdMode = Literal['window', 'global']
 ClassNames = Literal['groupvit', 'benchmark']
@@ -57,18 +58,18 @@ class Protocol:
       _check('threshold', self.threshold, 0, 1, (int, float))
     for field in ('antialias', 'double_softmax'):
       if not isinstance(getattr(self, field), bool):
-        raise ValueError(f'protocol.{field}={getattr(self, field)!r}: use True or False')
+        raise UserError(f'protocol.{field}={getattr(self, field)!r}: use True or False')
     if self.max_long_side < self.short_side:
-      raise ValueError(
+      raise UserError(
         f'protocol.max_long_side={self.max_long_side} is less than short_side={self.short_side}; raise it'
       )
     if self.short_side < self.window:
-      raise ValueError(
+      raise UserError(
         f'protocol.short_side={self.short_side} is less than window={self.window}: every picture would be a window of '
         f'its own size; set protocol.window={self.short_side} as well, and a stride of at most that'
       )
     if self.stride > self.window:
-      raise ValueError(
+      raise UserError(
         f'protocol.stride={self.stride} leaves gaps between windows of {self.window} px; use {self.window} or less'
       )
     _check_choice('threshold_mode', self.threshold_mode, get_args(ThresholdMode))
@@ -114,7 +115,7 @@ def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
   """
   for key in changes:
     if key not in PARAMETERS:
-      raise ValueError(f'a protocol has no {key!r}; it has {", ".join(PARAMETERS)}')
+      raise UserError(f'a protocol has no {key!r}; it has {", ".join(PARAMETERS)}')
   differs = lambda key: key in changes and changes[key] != getattr(protocol, key)
   changed = tuple(key for key in PARAMETERS if key in protocol.changed or differs(key))
   return dataclasses.replace(protocol, **changes, changed=changed)
@@ -154,7 +155,7 @@ def find_protocol(name: str, image_size: tuple[int, int]) -> Protocol:
   """
   protocols = {NATIVE: native_protocol(image_size)} | PROTOCOLS
   if name not in protocols:
-    raise ValueError(f'there is no protocol {name!r}; choose one of {", ".join(protocols)}')
+    raise UserError(f'there is no protocol {name!r}; choose one of {", ".join(protocols)}')
   return protocols[name]
 
 
@@ -163,12 +164,12 @@ def _check(field: str, value: Any, low: float, high: float | None, kind: type | 
   if not valid or value < low or (high is not None and value > high):
     noun = 'a whole number' if kind is int else 'a number'
     bounds = f'from {low} up' if high is None else f'from {low} to {high}'
-    raise ValueError(f'protocol.{field}={value!r}: use {noun} {bounds}')
+    raise UserError(f'protocol.{field}={value!r}: use {noun} {bounds}')
 
 
 def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
   if value not in choices:
-    raise ValueError(f'protocol.{field}={value!r}: use {" or ".join(map(repr, choices))}')
+    raise UserError(f'protocol.{field}={value!r}: use {" or ".join(map(repr, choices))}')
 
 
 # The paper's. The thresholds belong to the benchmarks.

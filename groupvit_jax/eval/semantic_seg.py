@@ -13,6 +13,7 @@ import numpy as np
 from groupvit_jax.data import prompts as text_ops
 from groupvit_jax.data.images import read_picture
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import windows
 from groupvit_jax.eval.bad_images import PictureFaults
 from groupvit_jax.eval.benchmarks import Benchmark, IGNORE_LABEL
@@ -192,14 +193,14 @@ def _check(source: LabelledSource, text_embeds: np.ndarray, benchmark: Benchmark
   """Raises ValueError for what would fail, or mislead, only after a while."""
   names = benchmark.prompt_names(protocol.class_names)
   if not len(source):
-    raise ValueError(f'{benchmark.name} has no pictures; check its path and split')
+    raise UserError(f'{benchmark.name} has no pictures; check its path and split')
   if len(text_embeds) != len(names):
-    raise ValueError(
+    raise UserError(
       f'{benchmark.name} asks for {len(names)} classes but {len(text_embeds)} are embedded; '
       'embed benchmark.prompt_names(protocol.class_names)'
     )
   if tuple(source.classes) != benchmark.classes:
-    raise ValueError(
+    raise UserError(
       f'the source labels {len(source.classes)} classes ({", ".join(source.classes[:3])}, ...) but '
       f'{benchmark.name} has {benchmark.num_classes} ({", ".join(benchmark.classes[:3])}, ...); '
       'give both the same names in the same order'
@@ -228,7 +229,7 @@ def prepare_picture(
   key, label = record['key'], record['label']
   beyond = label[(label >= benchmark.num_classes) & (label != IGNORE_LABEL)]
   if beyond.size:
-    raise ValueError(
+    raise UserError(
       f'the label map of {key!r} holds {beyond[0]}, but {benchmark.name} has labels 0 to '
       f'{benchmark.num_classes - 1} and {IGNORE_LABEL}'
     )

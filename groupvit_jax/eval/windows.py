@@ -10,6 +10,7 @@ from typing import TypeVar
 import cv2
 import numpy as np
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval.protocols import Protocol
 
 _MOST_THREADS = 16  # more pictures a second than these decode, no accelerator labels; each holds two pictures
@@ -83,10 +84,10 @@ def cut_picture(
     ValueError: the image is not 8-bit RGB, or its label map is of another size.
   """
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-    raise ValueError(f'picture {key!r} is {image.dtype} {image.shape}; make it uint8 [H, W, 3]')
+    raise UserError(f'picture {key!r} is {image.dtype} {image.shape}; make it uint8 [H, W, 3]')
   height, width = image.shape[:2]
   if label is not None and label.shape != (height, width):
-    raise ValueError(f'picture {key!r} is {height} x {width} px, its label map {label.shape}; make them one size')
+    raise UserError(f'picture {key!r} is {height} x {width} px, its label map {label.shape}; make them one size')
   rows, columns = resized_size(height, width, protocol, patch_size)
   # Published figures are made with OpenCV's bilinear; Pillow's, called so too, antialiases.
   shrinks = protocol.antialias and rows < height

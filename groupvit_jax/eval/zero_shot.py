@@ -20,6 +20,7 @@ from PIL import Image
 from groupvit_jax.data import prompts
 from groupvit_jax.data.images import read_picture
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import semantic_seg, windows
 from groupvit_jax.eval.bad_images import PictureFaults
 from groupvit_jax.model.image_text import ImageTextModel
@@ -200,7 +201,7 @@ class ZeroShotEvaluator:
     sharding.check_batch_size('eval batch_size', self.batch_size, self.mesh)
     prompts.template_set(self.templates)  # raises ValueError if there is none
     if not len(self.source) or len(self.names) < _TOP:
-      raise ValueError(f'there are {len(self.source)} pictures of {len(self.names)} classes; it takes 1 of {_TOP}')
+      raise UserError(f'there are {len(self.source)} pictures of {len(self.names)} classes; it takes 1 of {_TOP}')
 
   def evaluate(self, variables: dict, *, provenance: Mapping[str, str] | None = None) -> Result:
     """Classifies all pictures; every host takes its share, and has the same result.
@@ -249,7 +250,7 @@ class ZeroShotEvaluator:
   def _prepare(self, index: int) -> tuple[np.ndarray, int]:
     record = self.source[index]
     if not 0 <= record['label'] < len(self.names):
-      raise ValueError(f'{record["key"]} has the class {record["label"]}; there are 0 to {len(self.names) - 1}')
+      raise UserError(f'{record["key"]} has the class {record["label"]}; there are 0 to {len(self.names) - 1}')
     return crop_picture(read_picture(record['image'], record['key']), self.model.vision.image_size), record['label']
 
   def _batch(self, pictures: Any) -> tuple[jax.Array, jax.Array]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.image_text import SegmentOutput
 from groupvit_jax.model.pixels import IMAGE_MEAN, IMAGE_STD
 
@@ -44,7 +45,7 @@ class ExportedTowers:
       padding = self.text.context_length - inputs.shape[1]  # nothing after the end of a text matters
       return self._text.call(jnp.pad(inputs, ((0, 0), (0, padding)), constant_values=self._pad_id))
     if method != 'encode_segments':
-      raise ValueError(f'an exported bundle has no {method!r}')
+      raise UserError(f'an exported bundle has no {method!r}')
     # The tower takes pixels, and gets back the very ones that were normalised, but for those beyond the last patch.
     height, width = (size - size % self.vision.patch_size for size in inputs.shape[1:3])
     pixels = jnp.rint((inputs[:, :height, :width] * IMAGE_STD + IMAGE_MEAN) * 255).astype(jnp.uint8)
@@ -71,5 +72,5 @@ def read_bundle(folder: epath.PathLike) -> tuple[ExportedTowers, dict[str, Any],
     variables = {'params': {'logit_scale': math.log(facts['logit_scale'])}}
     towers = ExportedTowers(image, text, sizes, facts['pad_id'])
   except Exception as error:  # which one depends on what is missing or damaged
-    raise ValueError(f'{folder} is no whole bundle ({type(error).__name__}: {error}); export it again') from error
+    raise UserError(f'{folder} is no whole bundle ({type(error).__name__}: {error}); export it again') from error
   return towers, variables, build_tokenizer(folder / 'tokenizer')

@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import state_dicts
 from groupvit_jax.interop.state_dicts import array, batch_norm, dense, KERNEL_OUT, mlp, norm, Rule
 from groupvit_jax.model.vision import StageSpec
@@ -195,13 +196,13 @@ def to_huggingface_config(
   config, vision, text = spec.config, spec.config.vision, spec.config.text
   stages = [StageSpec(*spec) for spec in zip(vision.depths, vision.num_group_tokens, vision.num_segments, strict=True)]
   if any(stage.num_group_tokens != stage.num_segments for stage in stages[:-2]):
-    raise ValueError(
+    raise UserError(
       'transformers sizes the projection of group tokens by the segments of the stage before it, so every grouping '
       'stage but the last must have as many segments as group tokens; model.vision has num_group_tokens='
       f'{tuple(vision.num_group_tokens)} and num_segments={tuple(vision.num_segments)}'
     )
   if spec.eos_id == 2:
-    raise ValueError(
+    raise UserError(
       'transformers pools the text at the largest id instead of EOS where eos_token_id is 2; '
       'train with a tokenizer whose EOS has another id'
     )
@@ -250,21 +251,21 @@ def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> 
 
 def _check_supported(config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
   if config.get('model_type') != 'groupvit':
-    raise ValueError(f"config.json has model_type {config.get('model_type')!r}; this reads 'groupvit'")
+    raise UserError(f"config.json has model_type {config.get('model_type')!r}; this reads 'groupvit'")
   fixed = [('vision_config', vision, key) for key in ('num_channels', 'hidden_act', 'layer_norm_eps', 'assign_eps')]
   fixed += [('text_config', text, key) for key in ('hidden_act', 'layer_norm_eps')]
   for part, values, key in fixed:
     only = (_VISION_DEFAULTS if part == 'vision_config' else _TEXT_DEFAULTS)[key]
     if values[key] != only:
-      raise ValueError(f'config.json has {part}.{key}={values[key]!r}; only {only!r} is supported')
+      raise UserError(f'config.json has {part}.{key}={values[key]!r}; only {only!r} is supported')
   if len(set(_pair(vision['patch_size']))) != 1:
-    raise ValueError(
+    raise UserError(
       f'config.json has vision_config.patch_size={vision["patch_size"]}; only square patches are supported'
     )
   tokens_ratio, channels_ratio = _pair(vision['assign_mlp_ratio'])
   width = vision['hidden_size']
   if (int(width * tokens_ratio), int(width * channels_ratio)) != (width // 2, vision['intermediate_size']):
-    raise ValueError(
+    raise UserError(
       f'config.json has vision_config.assign_mlp_ratio={vision["assign_mlp_ratio"]}; only half the width across '
       'tokens and intermediate_size across channels are supported'
     )

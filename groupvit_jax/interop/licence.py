@@ -7,6 +7,8 @@ from typing import NamedTuple
 from etils import epath
 import yaml
 
+from groupvit_jax.errors import UserError
+
 _FILE = 'licence.json'  # in a workdir whose weights come from elsewhere
 _CARD = 'README.md'  # in every other folder of weights, with a header as the Hugging Face Hub knows it
 _UNKNOWN = 'unknown'  # the Hub's words for one that nobody named, and for one that has no identifier there
@@ -68,7 +70,7 @@ def read_kept(workdir: epath.PathLike) -> Licence:
   try:
     return Licence(**json.loads(path.read_text()))
   except (ValueError, TypeError) as error:
-    raise ValueError(
+    raise UserError(
       f'{path} is damaged ({error}); write into it what the weights came with, as in '
       f'{json.dumps(Licence("mit")._asdict())}'
     ) from error

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import state_dicts
 
 MODEL_TYPE = 'groupvit_jax'
@@ -46,7 +47,7 @@ def spec_to_json(spec: state_dicts.ModelSpec) -> dict[str, Any]:
 def spec_from_json(values: Mapping[str, Any]) -> state_dicts.ModelSpec:
   """The spec in what `spec_to_json` made. Raises ValueError when keys are missing."""
   if missing := [key for key in _KEYS if key not in values]:
-    raise ValueError(f'the description of the model lacks {", ".join(missing)}')
+    raise UserError(f'the description of the model lacks {", ".join(missing)}')
   return state_dicts.ModelSpec(ml_collections.ConfigDict(values['model']), *(values[key] for key in _KEYS[1:]))
 
 

@@ -7,11 +7,13 @@ import os
 from etils import epath
 import safetensors
 
+from groupvit_jax.errors import ResourceError, UserError
+
 
 def check_local(path: epath.PathLike) -> None:
   """Raises ValueError for a place in a bucket: weights are read and written by libraries that know disks alone."""
   if '://' in str(path):
-    raise ValueError(
+    raise UserError(
       f'{path} is in a bucket, and weights are read from and written to disks; copy the folder, as in '
       'gcloud storage cp --recursive'
     )
@@ -27,7 +29,7 @@ def check_free(flag: str, path: epath.PathLike) -> None:
   check_local(path)
   path = epath.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
-    raise ValueError(f'{path} exists already and is left alone; name another {flag}')
+    raise UserError(f'{path} exists already and is left alone; name another {flag}')
 
 
 @contextlib.contextmanager
@@ -52,7 +54,7 @@ def new_folder(flag: str, path: epath.PathLike) -> Iterator[epath.Path]:
       path.rmdir()
     partial.rename(path)
   except (OSError, safetensors.SafetensorError) as error:
-    raise OSError(
+    raise ResourceError(
       f'cannot write {path}: {getattr(error, "strerror", None) or error}; make room, or name another {flag}'
     ) from error
   finally:

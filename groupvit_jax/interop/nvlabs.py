@@ -7,6 +7,7 @@ import re
 import ml_collections
 import numpy as np
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import huggingface, state_dicts
 from groupvit_jax.interop.state_dicts import array, batch_norm, dense, KERNEL_OUT, mlp, norm, Rule
 
@@ -98,7 +99,7 @@ def spec_from_shapes(state: Mapping[str, np.ndarray]) -> state_dicts.ModelSpec:
   state = _without_kernel_axes(state)
   shapes = {name: x.shape for name, x in state.items()}
   if not _TELLING.keys() & shapes.keys():
-    raise ValueError(f"these are no weights of the authors' GroupViT: they lack {', '.join(_TELLING)}")
+    raise UserError(f"these are no weights of the authors' GroupViT: they lack {', '.join(_TELLING)}")
   unknown = {name: axes for name, axes in _telling(shapes).items() if len(shapes.get(name, ())) != axes}
   if unknown:
     specs = [_spec(shapes | {name: (size,) * axes for name, axes in unknown.items()}) for size in _STAND_INS]
@@ -135,7 +136,7 @@ def _vision_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
   _, num_patches, width = shapes['img_encoder.pos_embed']
   side, patch_size = math.isqrt(num_patches), shapes['img_encoder.patch_embed.proj.weight'][2]
   if side**2 != num_patches:
-    raise ValueError(f'there are {num_patches} positions, which make no square: the shape of the images is unknown')
+    raise UserError(f'there are {num_patches} positions, which make no square: the shape of the images is unknown')
   prefix = 'img_encoder.layers'
   stages = range(_count(rf'{prefix}\.(\d+)\.', shapes))
   # The last stage has neither group tokens nor a grouping block.
@@ -172,7 +173,7 @@ def _count(pattern: str, names: Iterable[str]) -> int:
 
 def _heads(width: int) -> int:
   if width % HEAD_WIDTH:
-    raise ValueError(f'width {width} is no multiple of {HEAD_WIDTH}, the width of a head in all released models')
+    raise UserError(f'width {width} is no multiple of {HEAD_WIDTH}, the width of a head in all released models')
   return width // HEAD_WIDTH
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import huggingface, native, nvlabs, state_dicts, torch_file
 from groupvit_jax.interop import licence as licence_lib
 from groupvit_jax.interop.licence import Licence
@@ -43,7 +44,7 @@ def read_weights(path: epath.PathLike) -> Weights:
   check_local(path)
   path = epath.Path(path)
   if not path.exists():
-    raise ValueError(f'there is no file or folder {path}')
+    raise UserError(f'there is no file or folder {path}')
   if not path.is_dir():
     state = torch_file.read_state_dict(path)
     with _naming(path):
@@ -69,7 +70,7 @@ def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int, eos_id: int, remed
   """
   for name, value in (('vocab_size', vocab_size), ('eos_id', eos_id)):
     if getattr(tokenizer, name) != value:
-      raise ValueError(f'the tokenizer has {name}={getattr(tokenizer, name)} and the weights have {value}; {remedy}')
+      raise UserError(f'the tokenizer has {name}={getattr(tokenizer, name)} and the weights have {value}; {remedy}')
 
 
 def _from_authors(state: Mapping[str, np.ndarray]) -> Weights:
@@ -99,26 +100,26 @@ def _from_huggingface(
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
   if not path.exists():
-    raise ValueError(f'{path.parent} holds no {path.name}; name a folder that has one, or a .pth file')
+    raise UserError(f'{path.parent} holds no {path.name}; name a folder that has one, or a .pth file')
   try:
     values = json.loads(path.read_text())
   except OSError as error:
-    raise ValueError(f'{path} cannot be read: {error.strerror or error}') from error
+    raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
   except ValueError as error:
-    raise ValueError(f'{path} is not JSON ({error}); download it again') from error
+    raise UserError(f'{path} is not JSON ({error}); download it again') from error
   if not isinstance(values, dict):
-    raise ValueError(f'{path} is not a JSON object; download it again')
+    raise UserError(f'{path} is not a JSON object; download it again')
   return values
 
 
 def _read_safetensors(path: epath.Path) -> dict[str, np.ndarray]:
   if not path.exists():
-    raise ValueError(f'there is no file {path}')
+    raise UserError(f'there is no file {path}')
   try:
     with safetensors.safe_open(str(path), framework='np') as file:
       return {name: file.get_tensor(name) for name in file.keys()}
   except (safetensors.SafetensorError, OSError) as error:
-    raise ValueError(f'{path} cannot be read: {error}; download it again') from error
+    raise UserError(f'{path} cannot be read: {error}; download it again') from error
 
 
 # Tried in this order, each whole or as shards that an index lists.
@@ -136,9 +137,9 @@ def _read_state_dict(folder: epath.Path) -> dict[str, np.ndarray]:
     if index.exists():
       shards = sorted(set(_read_json(index).get('weight_map', {}).values()))
       if missing := [shard for shard in shards if not (folder / shard).exists()]:
-        raise ValueError(f'{folder} lacks {", ".join(missing)}, which {index.name} lists; download them')
+        raise UserError(f'{folder} lacks {", ".join(missing)}, which {index.name} lists; download them')
       return {key: x for shard in shards for key, x in read(folder / shard).items()}
-  raise ValueError(f'{folder} holds neither {" nor ".join(_READERS)}, whole or in shards; download the weights')
+  raise UserError(f'{folder} holds neither {" nor ".join(_READERS)}, whole or in shards; download the weights')
 
 
 @contextlib.contextmanager
@@ -147,4 +148,4 @@ def _naming(path: epath.Path) -> Iterator[None]:
   try:
     yield
   except ValueError as error:
-    raise ValueError(f'{path}: {error}') from error
+    raise UserError(f'{path}: {error}') from error

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.build import build_model
 from groupvit_jax.model.image_text import ImageTextModel
 
@@ -134,7 +135,7 @@ def name_map(variables: Mapping, rules: Sequence[Rule]) -> dict[str, Entry]:
   for path in traverse_util.flatten_dict(variables, sep='/'):
     found = [(match, rule) for pattern, rule in patterns if (match := pattern.fullmatch(path))]
     if not found:
-      raise ValueError(f'{path} has no counterpart in this format')
+      raise UserError(f'{path} has no counterpart in this format')
     match, rule = found[0]
     result[path] = Entry(tuple(name.format(**match.groupdict()) for name in rule.theirs), rule.layout)
   return result
@@ -217,7 +218,7 @@ def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[in
   }
   found = [f'{len(names)} {kind}: ' + ', '.join(names) for kind, names in problems.items() if names]
   if found:
-    raise ValueError('the weights do not fit the model; ' + '; '.join(found))
+    raise UserError('the weights do not fit the model; ' + '; '.join(found))
 
 
 def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:

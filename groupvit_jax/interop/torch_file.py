@@ -16,6 +16,8 @@ from etils import epath
 import ml_dtypes
 import numpy as np
 
+from groupvit_jax.errors import UserError
+
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LFS_POINTER = b'version https://git-lfs'
 
@@ -165,7 +167,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
   """
   path = epath.Path(path)
   if not path.is_file():
-    raise ValueError(f'there is no file {path}')
+    raise UserError(f'there is no file {path}')
   try:
     with path.open('rb') as file:
       payload, read_numbers = _read(file)
@@ -174,17 +176,17 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     return {name: _view(tensor, storages) for name, tensor in tensors.items()}
   except Exception as error:  # a damaged pickle or zip raises nearly anything
     reason = ' '.join(str(error).split()) or type(error).__name__
-    raise ValueError(f'{path} cannot be read: {reason}; nothing in it was run') from error
+    raise UserError(f'{path} cannot be read: {reason}; nothing in it was run') from error
 
 
 def _state_dict(payload: object) -> dict[str, _Tensor]:
   """The tensors by name in what was pickled."""
   payload = payload.get('model', payload) if isinstance(payload, dict) else payload
   if not isinstance(payload, dict) or not payload:
-    raise ValueError('it holds no state dict')
+    raise UserError('it holds no state dict')
   wrong = [str(name) for name, value in payload.items() if not (isinstance(value, _Tensor) and isinstance(name, str))]
   if wrong:
-    raise ValueError(f'of what it holds this is no tensor: {", ".join(wrong[:10])}')
+    raise UserError(f'of what it holds this is no tensor: {", ".join(wrong[:10])}')
   return payload
 
 
@@ -193,27 +195,27 @@ def _read(file: BinaryIO) -> tuple[Any, _Reader]:
   start = file.read(len(_LFS_POINTER))
   file.seek(0)
   if start == _LFS_POINTER:
-    raise ValueError('it is a Git LFS pointer; download the file it stands for')
+    raise UserError('it is a Git LFS pointer; download the file it stands for')
   if start.startswith(b'PK'):
     return _read_zip(file)
   if start.startswith(b'\x80'):
     return _read_legacy(file)
-  raise ValueError('it is not a torch checkpoint')
+  raise UserError('it is not a torch checkpoint')
 
 
 def _read_zip(file: BinaryIO) -> tuple[Any, _Reader]:
   try:
     archive = zipfile.ZipFile(file)
   except zipfile.BadZipFile:
-    raise ValueError('it is cut short or damaged; download it again') from None
+    raise UserError('it is cut short or damaged; download it again') from None
   pickles = [name for name in archive.namelist() if name.endswith('/data.pkl')]
   if len(pickles) != 1:
-    raise ValueError('it is not a torch checkpoint')
+    raise UserError('it is not a torch checkpoint')
   if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-    raise ValueError('it is compressed, which torch never does')
+    raise UserError('it is compressed, which torch never does')
   root = pickles[0].removesuffix('data.pkl')
   if root + 'byteorder' in archive.namelist() and archive.read(root + 'byteorder') != b'little':
-    raise ValueError('it was written by a big-endian machine')
+    raise UserError('it was written by a big-endian machine')
   with archive.open(pickles[0]) as stream:
     payload = _RecordingUnpickler(stream, {}).load()
   return payload, lambda wanted: {
@@ -226,14 +228,14 @@ def _read_legacy(file: BinaryIO) -> tuple[Any, _Reader]:
   described: dict[str, _Storage] = {}
   try:
     if _Unpickler(file).load() != _LEGACY_MAGIC:
-      raise ValueError('it is not a torch checkpoint')
+      raise UserError('it is not a torch checkpoint')
     _Unpickler(file).load()
     if _Unpickler(file).load().get('little_endian') is not True:
-      raise ValueError('it was written by a big-endian machine')
+      raise UserError('it was written by a big-endian machine')
     payload = _RecordingUnpickler(file, described).load()
     keys = _Unpickler(file).load()
   except EOFError:
-    raise ValueError('it is cut short; download it again') from None
+    raise UserError('it is cut short; download it again') from None
 
   def read(wanted: Collection[_Storage]) -> dict[str, np.ndarray]:
     start = file.tell()
@@ -243,13 +245,13 @@ def _read_legacy(file: BinaryIO) -> tuple[Any, _Reader]:
       file.seek(place)
       header = file.read(8)
       if key not in described or len(header) < 8 or struct.unpack('<q', header)[0] != described[key].numel:
-        raise ValueError('it is cut short or damaged; download it again')
+        raise UserError('it is cut short or damaged; download it again')
       size = described[key].numel * described[key].dtype.itemsize
       if described[key] in wanted:
         storages[key] = _numbers(file.read(size), described[key])
       place += 8 + size
     if place > end:
-      raise ValueError('it is cut short; download it again')
+      raise UserError('it is cut short; download it again')
     return storages
 
   return payload, read
@@ -271,7 +273,7 @@ class _RecordingUnpickler(_Unpickler):
 
 def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
   if len(data) != storage.numel * storage.dtype.itemsize:
-    raise ValueError('it is cut short or damaged; download it again')
+    raise UserError('it is cut short or damaged; download it again')
   return np.frombuffer(data, storage.dtype)
 
 
@@ -281,7 +283,7 @@ def _view(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
   last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride, strict=True))
   count = int(np.prod(tensor.size, dtype=object))
   if numbers is None or count and (last >= numbers.size or count > numbers.size):
-    raise ValueError('a tensor reaches beyond the numbers that are there')
+    raise UserError('a tensor reaches beyond the numbers that are there')
   if not count:
     return np.zeros(tensor.size, tensor.storage.dtype)
   strides = [step * numbers.itemsize for step in tensor.stride]

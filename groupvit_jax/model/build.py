@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax.numpy as jnp
 import ml_collections
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.layers import Initializer, Remat
 from groupvit_jax.model.text import TextTower
@@ -42,11 +43,11 @@ def build_model(
   _check_heads('vision', vision)
   _check_heads('text', text)
   if min(vision.image_size) < vision.patch_size:
-    raise ValueError(f'model.vision.patch_size={vision.patch_size} exceeds image_size={tuple(vision.image_size)}')
+    raise UserError(f'model.vision.patch_size={vision.patch_size} exceeds image_size={tuple(vision.image_size)}')
   if vision.assignment not in ('soft', 'hard', 'gumbel'):
-    raise ValueError(f"model.vision.assignment={vision.assignment!r}: use 'gumbel', 'hard' or 'soft'")
+    raise UserError(f"model.vision.assignment={vision.assignment!r}: use 'gumbel', 'hard' or 'soft'")
   if remat not in get_args(Remat):
-    raise ValueError(f"remat={remat!r}: use 'none', 'dots' or 'blocks'")
+    raise UserError(f"remat={remat!r}: use 'none', 'dots' or 'blocks'")
   return ImageTextModel(
     vision=VisionTower(
       image_size=tuple(vision.image_size),
@@ -83,31 +84,31 @@ def build_model(
 
 def _dtype(name: str) -> jnp.dtype:
   if name not in ('float32', 'bfloat16'):
-    raise ValueError(f"model.dtype={name!r}: use 'float32' or 'bfloat16'")
+    raise UserError(f"model.dtype={name!r}: use 'float32' or 'bfloat16'")
   return jnp.dtype(name)
 
 
 def _check_heads(tower: str, config: ml_collections.ConfigDict) -> None:
   if config.width % config.num_heads:
-    raise ValueError(f'model.{tower}.width={config.width} is not divisible by num_heads={config.num_heads}')
+    raise UserError(f'model.{tower}.width={config.width} is not divisible by num_heads={config.num_heads}')
 
 
 def _stages(vision: ml_collections.ConfigDict) -> tuple[StageSpec, ...]:
   """Zips depths, group tokens and segments, and checks that the last stage alone does not group."""
   lists = vision.depths, vision.num_group_tokens, vision.num_segments
   if len(set(map(len, lists))) != 1:
-    raise ValueError(
+    raise UserError(
       'model.vision.depths, num_group_tokens and num_segments must have one entry per stage each, got '
       + ', '.join(str(tuple(values)) for values in lists)
     )
   stages = tuple(StageSpec(*values) for values in zip(*lists))
   if len(stages) < 2 or stages[-1].num_group_tokens or not all(s.num_group_tokens for s in stages[:-1]):
-    raise ValueError(
+    raise UserError(
       'model.vision.num_group_tokens must be positive in every stage but the last, where it is 0, got '
       f'{tuple(vision.num_group_tokens)}'
     )
   if any(s.num_segments < 1 for s in stages[:-1]):
-    raise ValueError(f'model.vision.num_segments must be positive, got {tuple(vision.num_segments)}')
+    raise UserError(f'model.vision.num_segments must be positive, got {tuple(vision.num_segments)}')
   return stages
 
 
@@ -129,7 +130,7 @@ def _kernel_init(key: str, spec: str) -> Initializer:
   except ValueError:
     number = None
   if number is None or kind not in ('normal', 'fan_in'):
-    raise ValueError(f"model.vision.init.{key}={spec!r}: use 'normal:STD' or 'fan_in:SCALE', as in 'normal:0.02'")
+    raise UserError(f"model.vision.init.{key}={spec!r}: use 'normal:STD' or 'fan_in:SCALE', as in 'normal:0.02'")
   if kind == 'normal':
     return nn.initializers.normal(number)
   return nn.initializers.variance_scaling(number, 'fan_in', 'normal')

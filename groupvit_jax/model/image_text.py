@@ -8,6 +8,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.layers import sample_keys
 from groupvit_jax.model.projection import project
 from groupvit_jax.model.text import TextTower
@@ -151,6 +152,6 @@ class ImageTextModel(nn.Module):
     """Features [..., D] of tokens [..., L]."""
     length, most = tokens.shape[-1], self.text.context_length
     if length > most:
-      raise ValueError(f'texts of {length} tokens exceed the context length {most}; cut them')
+      raise UserError(f'texts of {length} tokens exceed the context length {most}; cut them')
     features = self.text(one_a_row(tokens.reshape(-1, length), self.text.eos_id))
     return features.reshape(*tokens.shape[:-1], features.shape[-1])

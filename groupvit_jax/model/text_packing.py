@@ -9,6 +9,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.text_rows import eos_positions, one_a_row, pack, Packing, take_rows, TextRows
 
 # A multiple of what matrix units and vector registers take at once. Longer rows hold more texts with less waste and
@@ -31,7 +32,7 @@ class Encoders(NamedTuple):
 def check_budget(budget: int) -> None:
   """Raises ValueError for a number of tokens that is none."""
   if budget < 0:
-    raise ValueError(
+    raise UserError(
       f'text_budget={budget} is negative; use 0 to pad texts, or about a fifth more than the tokens an image has'
     )
 

@@ -6,6 +6,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from groupvit_jax.errors import UserError
+
 
 class TextRows(NamedTuple):
   """What the text tower reads: rows of tokens, and where in a group of R rows each of its n texts ends."""
@@ -64,7 +66,7 @@ def pack(tokens: jax.Array, eos_id: int, row_length: int) -> Packing:
     ValueError: W is less than L.
   """
   if row_length < tokens.shape[-1]:
-    raise ValueError(f'rows of {row_length} tokens do not hold texts of up to {tokens.shape[-1]}; use longer ones')
+    raise UserError(f'rows of {row_length} tokens do not hold texts of up to {tokens.shape[-1]}; use longer ones')
   lengths = eos_positions(tokens, eos_id) + 1
   starts = jax.vmap(lambda group: _next_fit(group, row_length))(lengths)
   return Packing(tokens, lengths, starts, row_length)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.assignment import AssignmentMode
 from groupvit_jax.model.attention import Implementation
 from groupvit_jax.model.grouping import GroupingBlock
@@ -179,7 +180,7 @@ class VisionTower(nn.Module):
   def _embed(self, images: jax.Array) -> jax.Array:
     """Patch tokens [B, N, D] with positions."""
     if images.shape[1] < self.patch_size or images.shape[2] < self.patch_size:
-      raise ValueError(
+      raise UserError(
         f'an image of {images.shape[1]} x {images.shape[2]} px is smaller than one patch '
         f'({self.patch_size} px); enlarge it first'
       )

@@ -25,6 +25,7 @@ from etils import epath
 
 from groupvit_jax import cli
 from groupvit_jax.data import prepared
+from groupvit_jax.errors import UserError
 from groupvit_jax.storage import is_local
 
 # Data set -> module and class of its builder, imported when asked for.
@@ -54,14 +55,14 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> st
   """
   for flag, folder in (('manual_dir', manual_dir), ('data_dir', data_dir)):
     if not is_local(str(folder)):
-      raise ValueError(f'--{flag}={folder} is remote; build from a disk onto a disk, then copy the folder')
+      raise UserError(f'--{flag}={folder} is remote; build from a disk onto a disk, then copy the folder')
   if (kept := prepared.newest_version(data_dir, name)) is not None:
     return (
       f'{_describe(name, kept)}; it was there before, and --manual_dir={manual_dir} was not looked at: to build '
       f'it again delete {kept}'
     )
   if not epath.Path(manual_dir).is_dir():
-    raise ValueError(f'there is no folder --manual_dir={manual_dir}; unpack the official archives there')
+    raise UserError(f'there is no folder --manual_dir={manual_dir}; unpack the official archives there')
   import tensorflow_datasets as tfds  # it takes a second to import
 
   module, builder_class = BUILDERS[name]

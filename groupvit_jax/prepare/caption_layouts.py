@@ -22,6 +22,7 @@ import tqdm
 from groupvit_jax import storage
 from groupvit_jax.data.bad_records import Fault
 from groupvit_jax.data.webdataset import open_webdataset, WebDataset
+from groupvit_jax.errors import UserError
 
 Record = dict[str, object]  # 'image' and texts by the name of their feature
 
@@ -75,10 +76,10 @@ def yfcc14m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
   folder = _folder(manual_dir)
   zips = sorted(folder.glob('**/*.zip'))
   if not zips:
-    raise ValueError(f'there are no zips in {folder}; fetch those of YFCC100M, 000.zip to fff.zip')
+    raise UserError(f'there are no zips in {folder}; fetch those of YFCC100M, 000.zip to fff.zip')
   table, subset = _find(folder, 'yfcc100m_dataset*'), _find(folder, 'yfcc100m_subset_data.tsv*')
   if table is None:
-    raise ValueError(f'there is no {folder}/yfcc100m_dataset.sql, which holds the captions')
+    raise UserError(f'there is no {folder}/yfcc100m_dataset.sql, which holds the captions')
   captions = scratch / SCRATCH
   if not captions.exists():
     _sort_captions(table, subset, captions)
@@ -94,9 +95,9 @@ def redcaps12m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
   folder = _folder(manual_dir)
   files = sorted((folder / 'annotations').glob('*.json'))
   if not files:
-    raise ValueError(f'there are no annotations in {folder}/annotations; unpack those of RedCaps 1.0 there')
+    raise UserError(f'there are no annotations in {folder}/annotations; unpack those of RedCaps 1.0 there')
   if not (folder / 'images').is_dir():
-    raise ValueError(f'there is no folder {folder}/images; `redcaps download-imgs --save-to` makes it')
+    raise UserError(f'there is no folder {folder}/images; `redcaps download-imgs --save-to` makes it')
   return [
     Part(path.name, path.stat().st_size, functools.partial(_read_redcaps, path, folder / 'images')) for path in files
   ]
@@ -138,14 +139,14 @@ def _read_zip(path: pathlib.Path, captions: pathlib.Path) -> Iterator[Record | F
             'description': description,
           }
   except zipfile.BadZipFile as error:
-    raise ValueError(f'{path} is damaged ({error}); fetch it again') from error
+    raise UserError(f'{path} is damaged ({error}); fetch it again') from error
 
 
 def _read_redcaps(path: pathlib.Path, images: pathlib.Path) -> Iterator[Record | Fault]:
   try:
     annotations = json.loads(path.read_bytes())['annotations']
   except (ValueError, KeyError) as error:
-    raise ValueError(f'{path} holds no annotations of RedCaps; fetch it again') from error
+    raise UserError(f'{path} holds no annotations of RedCaps; fetch it again') from error
   for one in annotations:
     file = images / one['subreddit'] / f'{one["image_id"]}.jpg'
     try:
@@ -157,7 +158,7 @@ def _read_redcaps(path: pathlib.Path, images: pathlib.Path) -> Iterator[Record |
 def _sort_captions(table: pathlib.Path, subset: pathlib.Path | None, folder: pathlib.Path) -> None:
   """Sorts the subset's captions by the first two digits of their pictures' hashes, in files a process can hold."""
   if subset is None and table.suffix == '.sql':
-    raise ValueError(f'{table} holds no hashes: fetch yfcc100m_subset_data.tsv into {table.parent}')
+    raise UserError(f'{table} holds no hashes: fetch yfcc100m_subset_data.tsv into {table.parent}')
   wanted = None if subset is None else _read_subset(subset)
   partial = folder.with_name(f'{folder.name}.partial')
   partial.mkdir(parents=True, exist_ok=True)
@@ -200,7 +201,7 @@ def _read_sql(path: pathlib.Path) -> Iterator[tuple[str, ...]]:
       for photo, title, description in database.execute('SELECT photoid, title, description FROM yfcc100m_dataset'):
         yield photo, '', title or '', description or ''
     except sqlite3.DatabaseError as error:
-      raise ValueError(f'{path} is not the metadata of YFCC100M ({error}); fetch it again') from error
+      raise UserError(f'{path} is not the metadata of YFCC100M ({error}); fetch it again') from error
 
 
 def _lines(path: pathlib.Path, column: int) -> Iterator[list[str]]:
@@ -210,7 +211,7 @@ def _lines(path: pathlib.Path, column: int) -> Iterator[list[str]]:
     for number, line in enumerate(file, 1):
       cells = line.rstrip('\r\n').split('\t')
       if len(cells) <= column:
-        raise ValueError(f'{path} line {number} has {len(cells)} columns, not {column + 1} or more; fetch it again')
+        raise UserError(f'{path} line {number} has {len(cells)} columns, not {column + 1} or more; fetch it again')
       yield cells
 
 
@@ -225,7 +226,7 @@ def _read_captions(path: pathlib.Path) -> dict[str, tuple[str, str]]:
 def _folder(manual_dir: str) -> pathlib.Path:
   folder = pathlib.Path(manual_dir).expanduser()
   if not folder.is_dir():
-    raise ValueError(f'there is no folder --manual_dir={manual_dir}; put the download there')
+    raise UserError(f'there is no folder --manual_dir={manual_dir}; put the download there')
   return folder
 
 

@@ -20,6 +20,7 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.errors import ResourceError, UserError
 from groupvit_jax.prepare import caption_layouts
 from groupvit_jax.prepare.caption_layouts import Layout, Part, Record
 from groupvit_jax.storage import is_local, write_whole
@@ -72,7 +73,7 @@ def build(name: str, manual_dir: str, data_dir: str, workers: int) -> pathlib.Pa
     ValueError: the download has another layout, is damaged, or is another one than the folder was begun with.
   """
   if not is_local(data_dir):
-    raise ValueError(f'--data_dir={data_dir} is remote; build on a disk, then copy the folder')
+    raise UserError(f'--data_dir={data_dir} is remote; build on a disk, then copy the folder')
   described = SETS[name]
   folder = pathlib.Path(data_dir).expanduser() / name / VERSION
   if (folder / 'dataset_info.json').exists():
@@ -158,7 +159,7 @@ def _in_pool(jobs: list[tuple], workers: int, bar: tqdm.tqdm) -> list[Mapping[st
         future.result()
         bar.update()
     except concurrent.futures.process.BrokenProcessPool as error:
-      raise OSError(
+      raise ResourceError(
         'a process died (killed, or out of memory?); the same command goes on, perhaps with fewer --workers'
       ) from error
     except BaseException:
@@ -174,7 +175,7 @@ def _claim(folder: pathlib.Path, parts: list[Part]) -> None:
   if not path.exists():
     write_whole(str(path), json.dumps(inputs).encode())
   elif json.loads(path.read_text()) != inputs:
-    raise ValueError(f'{folder} was begun from other files; bring those back, or delete the folder')
+    raise UserError(f'{folder} was begun from other files; bring those back, or delete the folder')
 
 
 def _finish(
@@ -183,7 +184,7 @@ def _finish(
   """Writes the metadata, and removes what only the building needed."""
   lengths = [report['records'] for report in reports]
   if not any(lengths):
-    raise ValueError(f'{name}: none of the {len(lengths)} input files holds a usable record; see {folder}')
+    raise UserError(f'{name}: none of the {len(lengths)} input files holds a usable record; see {folder}')
   left_out = sum((collections.Counter(report['left_out']) for report in reports), collections.Counter())
   size = sum(report['bytes'] for report in reports)
   summary = {'records': sum(lengths), 'files': len(lengths), 'bytes': size, 'left_out': dict(left_out)}

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from groupvit_jax.errors import UserError
+
 
 def decode(counts: str | bytes, size: tuple[int, int]) -> np.ndarray:
   """The mask of compressed run lengths.
@@ -33,6 +35,6 @@ def decode(counts: str | bytes, size: tuple[int, int]) -> np.ndarray:
     runs.append(value + (runs[-2] if len(runs) > 2 else 0))
     value = shift = 0
   if sum(runs) != size[0] * size[1] or min(runs, default=0) < 0:
-    raise ValueError(f'run lengths of {sum(runs)} pixels do not fill a mask of {size[0]} x {size[1]}')
+    raise UserError(f'run lengths of {sum(runs)} pixels do not fill a mask of {size[0]} x {size[1]}')
   inside = np.arange(len(runs)) % 2 == 1
   return np.repeat(inside, runs).reshape(size[::-1]).T

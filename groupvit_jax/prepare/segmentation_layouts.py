@@ -15,6 +15,7 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import find_benchmark
 from groupvit_jax.prepare import coco_rle
 
@@ -122,7 +123,7 @@ def pascal_context(manual_dir: epath.PathLike) -> list[LabelledFile]:
       for image in images
     ]
   except (KeyError, TypeError, ValueError) as error:
-    raise ValueError(f'{path} is not the trainval_merged.json of Pascal Context ({error!r}); fetch it again') from error
+    raise UserError(f'{path} is not the trainval_merged.json of Pascal Context ({error!r}); fetch it again') from error
   if bare:
     print(f'{path}: {bare:,} of {len(images):,} pictures have no area; all of them is background', file=sys.stderr)
   return _pairs(path, files)
@@ -173,7 +174,7 @@ def _find(manual_dir: epath.PathLike, places: Iterable[str], remedy: str = '') -
   for path in candidates:
     if path.exists():
       return path
-  raise ValueError(
+  raise UserError(
     'there is no '
     + ' nor '.join(map(str, candidates))
     + '; '
@@ -194,7 +195,7 @@ def _pairs(
     ValueError: there are none, or a file is missing.
   """
   if not files:
-    raise ValueError(f'{place} names no pictures of the split; unpack the official archives again')
+    raise UserError(f'{place} names no pictures of the split; unpack the official archives again')
   expected = [path for _, image, label in files for path in (image, label) if not callable(label) or path is image]
   present = {
     folder: {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -203,7 +204,7 @@ def _pairs(
   missing = [path for path in expected if path.name not in present[path.parent]]
   if missing:
     others = f', and {len(missing) - 1} more files are missing' if len(missing) > 1 else ''
-    raise ValueError(f'there is no {missing[0]}{others}; unpack the official archives again')
+    raise UserError(f'there is no {missing[0]}{others}; unpack the official archives again')
   return [LabelledFile(key, image, label if callable(label) else label.read_bytes) for key, image, label in files]
 
 
@@ -221,7 +222,7 @@ def _draw_context(path: epath.Path, image: dict, areas: list[dict]) -> bytes:
   labels = np.zeros((image['height'], image['width']), np.uint8)
   for area in areas:
     if area['category_id'] not in _CONTEXT_IDS:
-      raise ValueError(
+      raise UserError(
         f'{path}: {image["file_name"]} has the category {area["category_id"]}, none of the 60 classes; fetch it again'
       )
     mask = coco_rle.decode(area['segmentation']['counts'], tuple(area['segmentation']['size']))

@@ -11,6 +11,7 @@ from etils import epath
 import tensorflow_datasets as tfds
 
 from groupvit_jax.data.images import read_picture
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval.labelled import decode_label, SPLIT
 from groupvit_jax.prepare import segmentation_layouts
 
@@ -45,7 +46,7 @@ class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
       height, width = read_picture(image, str(file.image)).shape[:2]
       found = decode_label(label, f'the label map of {file.image}').shape
       if found != (height, width):
-        raise ValueError(
+        raise UserError(
           f'{file.image} is {height} x {width} px, its label map {found[0]} x {found[1]}; '
           'unpack the official archives again'
         )

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from absl import flags
 
+from groupvit_jax.errors import UserError
+
 _TOLD = 'give all of --coordinator, --num_processes and --process_id'
 # Variables of launchers that start several processes, and what to do where JAX does not know how these meet.
 _COUNTS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')
@@ -36,15 +38,15 @@ class Cluster(NamedTuple):
     """Raises ValueError when the parts do not fit together."""
     host, _, port = (self.coordinator or '').rpartition(':')
     if self.coordinator is not None and not (host and port.isdigit()):
-      raise ValueError(f'--coordinator={self.coordinator} is not HOST:PORT, as in --coordinator=10.0.0.1:8476')
+      raise UserError(f'--coordinator={self.coordinator} is not HOST:PORT, as in --coordinator=10.0.0.1:8476')
     count, index = self.num_processes, self.process_id
     if count is not None and count < 1:
-      raise ValueError(f'--num_processes={count} must be at least 1')
+      raise UserError(f'--num_processes={count} must be at least 1')
     if index is not None and (index < 0 or (count is not None and index >= count)):
-      raise ValueError(f'--process_id={index} is not one of 0 to {"--num_processes" if count is None else count} - 1')
+      raise UserError(f'--process_id={index} is not one of 0 to {"--num_processes" if count is None else count} - 1')
     for name in ('startup_timeout', 'peer_timeout'):
       if getattr(self, name) < 1:
-        raise ValueError(f'--{name}={getattr(self, name)} must be at least 1 (seconds)')
+        raise UserError(f'--{name}={getattr(self, name)} must be at least 1 (seconds)')
 
 
 def define_flags() -> Callable[[], Cluster]:
@@ -88,7 +90,7 @@ def check_nobody_else(environment: Mapping[str, str]) -> None:
   for name, remedy in _LAUNCHERS.items():
     value = environment.get(name, '')
     if value and not (name in _COUNTS and value == '1'):
-      raise ValueError(
+      raise UserError(
         f'{name}={value} speaks of several processes, and this one finds no others: {remedy}; '
         'or, if it is alone, --num_processes=1'
       )

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from groupvit_jax import cli
+from groupvit_jax.errors import UserError
 from groupvit_jax.running.cluster import check_nobody_else, Cluster, sees_its_own_gpus
 
 # What a collective or a barrier says when one of its processes is gone.
@@ -117,14 +118,14 @@ def _join(cluster: Cluster) -> None:
     )
   except ValueError as error:
     if told != (None, None, None):
-      raise ValueError(
+      raise UserError(
         'no launcher says the rest (SLURM, Open MPI, Kubernetes and TPU pods would), so give all of --coordinator, '
         '--num_processes and --process_id'
       ) from error
     check_nobody_else(os.environ)  # neither told nor found: a laptop
     return
   except RuntimeError as error:
-    raise ValueError(f'several processes cannot start: {error}; for one alone use --num_processes=1') from error
+    raise UserError(f'several processes cannot start: {error}; for one alone use --num_processes=1') from error
   if sees_its_own_gpus(os.environ):
     for platform in ('cuda', 'rocm'):
       jax.config.update(f'jax_{platform}_visible_devices', 'all')
@@ -179,13 +180,13 @@ def _agree(facts: Mapping[str, str]) -> None:
   """Compares what the processes are about to run, and prints the table of them."""
   counts = [sum(device.process_index == i for device in jax.devices()) for i in range(jax.process_count())]
   if len(set(counts)) > 1:
-    raise ValueError(f'processes have different numbers of devices: {counts}; give each the same')
+    raise UserError(f'processes have different numbers of devices: {counts}; give each the same')
   meet('devices')
   everyone = gather(_introduction(facts))
   for i, other in enumerate(everyone):
     differences = _differences(everyone[0]['facts'], other['facts'])
     if differences:
-      raise ValueError(
+      raise UserError(
         f'process 0 ({everyone[0]["host"]}) and process {i} ({other["host"]}) would not run the same: '
         + '; '.join(differences)
         + '; start all with the same code and flags'
@@ -253,7 +254,7 @@ def _ending(main: Callable[[], object]) -> object:
     if lost := _lost_peer(error):
       cli.fail(f'another process of the run is gone ({lost[:200]}); {_GOES_ON}')
       _leave(cli.EXIT_PEER_LOST)
-    if isinstance(error, ValueError | OSError) and cli.raised_here(error):
+    if cli.is_mistake(error):
       _leave(cli.fail(error))
     traceback.print_exc()
   _leave(1)

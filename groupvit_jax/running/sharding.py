@@ -7,6 +7,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from groupvit_jax.errors import UserError
+
 AXES = ('data', 'fsdp', 'model')
 
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -45,7 +47,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[j
     data = len(devices) // (fsdp * model)
   shape = (data, fsdp, model)
   if min(shape) < 1 or int(np.prod(shape)) != len(devices):
-    raise ValueError(
+    raise UserError(
       f'mesh data={data} x fsdp={fsdp} x model={model} does not cover {len(devices)} devices; '
       'make the product equal, or set mesh.data=-1'
     )
@@ -111,7 +113,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
   """Raises ValueError when the devices do not divide a batch."""
   ways = batch_ways(mesh)
   if batch_size < 1 or batch_size % ways:
-    raise ValueError(
+    raise UserError(
       f'{name}={batch_size} is not a positive multiple of the {ways} devices it is divided over; '
       f'use {max(1, batch_size // ways) * ways} or {(batch_size // ways + 1) * ways}'
     )
@@ -123,7 +125,7 @@ def check_micro_batches(batch_size: int, num_steps: int, mesh: Mesh) -> None:
   if num_steps < 1 or rows % num_steps:
     fitting = [steps for steps in range(1, rows + 1) if rows % steps == 0]
     nearest = min(fitting, key=lambda steps: abs(steps - num_steps))
-    raise ValueError(
+    raise UserError(
       f'grad_accum_steps={num_steps} does not divide the {rows} samples that each device has of '
       f'batch_size={batch_size}; use {nearest}'
     )

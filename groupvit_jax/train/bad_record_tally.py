@@ -11,6 +11,7 @@ import numpy as np
 from groupvit_jax import storage
 from groupvit_jax.data import bad_records
 from groupvit_jax.data.pipeline import to_devices
+from groupvit_jax.errors import UserError
 from groupvit_jax.running import sharding
 
 _FEWEST = 1000  # examples a share is taken of: one fault in a small batch is no sign of anything
@@ -44,7 +45,7 @@ class FaultTally:
       ValueError: `max_share` is not a share.
     """
     if not 0 <= max_share <= 1:
-      raise ValueError(f'data.max_fault_share={max_share}: use a share from 0 to 1')
+      raise UserError(f'data.max_fault_share={max_share}: use a share from 0 to 1')
     self._path, self._mesh = epath.Path(workdir) / 'faults.json', mesh
     self._batch_size, self._max_share = batch_size, max_share
     self._saved = json.loads(self._path.read_text()) if self._path.exists() else {}

@@ -9,6 +9,7 @@ import jax
 import ml_collections
 
 from groupvit_jax import storage
+from groupvit_jax.errors import UserError
 from groupvit_jax.train.checkpoint import Checkpoints
 from groupvit_jax.train.state import TrainState
 
@@ -59,7 +60,7 @@ class BestCheckpoint:
     if not self._metric or not any(name.startswith(f'{prefix}/') for name in figures):
       return False
     if self._metric not in figures:
-      raise ValueError(f'checkpoint.best={self._metric!r} is not measured; there are {", ".join(figures)}')
+      raise UserError(f'checkpoint.best={self._metric!r} is not measured; there are {", ".join(figures)}')
     value = float(figures[self._metric])
     if not value > self.value:  # nan is never best
       return False

@@ -18,7 +18,7 @@ import jax
 import ml_collections
 import orbax.checkpoint as ocp
 
-from groupvit_jax import cli
+from groupvit_jax.errors import ResourceError, Unavailable, UserError
 from groupvit_jax.running import processes
 from groupvit_jax.train.checkpoint_managers import BucketManager, DiskManager
 from groupvit_jax.train.state import TrainState
@@ -78,7 +78,7 @@ class Checkpoints:
     """Starts saving in the background; a checkpoint counts only once it is complete.
 
     Raises:
-      OSError: this or the previous save failed; cli.Unavailable where a bucket's store did, again and again.
+      OSError: this or the previous save failed; Unavailable where a bucket's store did, again and again.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -159,7 +159,7 @@ class Checkpoints:
       )
     if failures:
       step, error = next(iter(failures.items()))
-      raise ValueError(
+      raise UserError(
         f'none of the checkpoints {sorted(failures)} in {self.folder} can be read; {step} says: {_line(error)}'
       )
     return None
@@ -223,7 +223,7 @@ def _disk_errors(folder: epath.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    kind = cli.Unavailable if isinstance(error, cli.Unavailable) else OSError
+    kind = Unavailable if isinstance(error, Unavailable) else ResourceError
     raise kind(
       f'cannot save a checkpoint in {folder}: {_line(error)}; the checkpoints already there are untouched'
     ) from error

@@ -15,7 +15,8 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from groupvit_jax import cli, storage
+from groupvit_jax import storage
+from groupvit_jax.errors import Unavailable
 
 _COMPLETE = 'complete'
 
@@ -68,11 +69,11 @@ class BucketManager:
     return self._steps
 
   def reload(self) -> None:
-    """Looks which steps there are. Raises cli.Unavailable where the store does not say."""
+    """Looks which steps there are. Raises Unavailable where the store does not say."""
     try:
       found = storage.tried(self._files)
-    except cli.Unavailable as error:
-      raise cli.Unavailable(f'cannot look into {self._root} {error}') from error
+    except Unavailable as error:
+      raise Unavailable(f'cannot look into {self._root} {error}') from error
     self._steps = sorted(step for step, files in found.items() if _COMPLETE in files)
 
   def save(self, step: int, args: ocp.args.Composite) -> None:

@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from groupvit_jax.data import bad_records, pipeline
+from groupvit_jax.errors import UserError
 from groupvit_jax.model import text_packing
 from groupvit_jax.running import processes, sharding
 from groupvit_jax.train import loop, manifest
@@ -101,7 +102,7 @@ def measure_memory(run: Run, batch: dict[str, np.ndarray]) -> Memory:
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    raise ValueError(f'a step does not fit into a device; {_ADVICE} ({str(error)[:200]})') from error
+    raise UserError(f'a step does not fit into a device; {_ADVICE} ({str(error)[:200]})') from error
   limit = (jax.local_devices()[0].memory_stats() or {}).get('bytes_limit')
   return Memory(_bytes(state), _bytes(rows), step.memory_analysis().temp_size_in_bytes, limit)
 
@@ -109,7 +110,7 @@ def measure_memory(run: Run, batch: dict[str, np.ndarray]) -> Memory:
 def check_memory(memory: Memory) -> None:
   """Raises ValueError when a step needs more than a device has."""
   if memory.limit is not None and memory.together > memory.limit:
-    raise ValueError(
+    raise UserError(
       f'a step needs {memory.together / _GIB:.1f} GiB of a device, which has {memory.limit / _GIB:.1f}; {_ADVICE}'
     )
 

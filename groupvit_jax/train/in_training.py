@@ -7,6 +7,7 @@ import jax
 import ml_collections
 
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import classified, labelled, protocols, windows, zero_shot
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.eval.result import FIGURES
@@ -75,7 +76,7 @@ def check_best(metric: str, evals: Sequence[OpenedEval], others: Sequence[str]) 
   measured = {each.name: each.figures for each in evals} | {name: FIGURES for name in others}
   if metric and not any(metric == prefix(name) + figure for name, found in measured.items() for figure in found):
     known = ', '.join(f'{prefix(name)}{{{",".join(found)}}}' for name, found in measured.items())
-    raise ValueError(
+    raise UserError(
       f'checkpoint.best={metric!r} is a figure of no evaluation; there are '
       + (known or 'none, for nothing is evaluated')
     )
@@ -95,9 +96,9 @@ def _check(name: str, entry: Mapping[str, object]) -> bool:
   """Whether an entry is wanted at all."""
   if odd := sorted(set(_FIELDS) ^ set(entry)):
     verb = 'is missing' if odd[0] in _FIELDS else 'is unknown'
-    raise ValueError(f'evals.{name}.{odd[0]} {verb}; an evaluation has {", ".join(_FIELDS)}')
+    raise UserError(f'evals.{name}.{odd[0]} {verb}; an evaluation has {", ".join(_FIELDS)}')
   if entry['every_steps'] < 0:
-    raise ValueError(f'evals.{name}.every_steps={entry["every_steps"]}: use 0 for never, or more')
+    raise UserError(f'evals.{name}.every_steps={entry["every_steps"]}: use 0 for never, or more')
   return entry['every_steps'] > 0
 
 
@@ -105,7 +106,7 @@ def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -
   try:
     if entry['benchmark'] == zero_shot.IMAGENET:
       if entry['protocol'] or set(entry['changes']) - {'templates'}:
-        raise ValueError(zero_shot.NO_PROTOCOL)
+        raise UserError(zero_shot.NO_PROTOCOL)
       source = labelled.take(classified.open_imagenet(entry['data_dir']), entry['num_pictures'])
       templates = dict(entry['changes']).get('templates', zero_shot.TEMPLATES)
       return OpenedEval(name, entry['every_steps'], None, source, None, templates)
@@ -113,5 +114,5 @@ def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -
     protocol = protocols.find_protocol(entry['protocol'] or labelled.default_protocol(benchmark), image_size)
     protocol = benchmark.fix_threshold(protocols.override(protocol, dict(entry['changes'])))
   except ValueError as error:
-    raise ValueError(f'evals.{name}: {error}') from error
+    raise UserError(f'evals.{name}: {error}') from error
   return OpenedEval(name, entry['every_steps'], benchmark, source, protocol)

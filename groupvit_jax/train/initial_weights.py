@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from groupvit_jax.data.tokenizer import build_tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence as licence_lib
 from groupvit_jax.interop import read, state_dicts
 from groupvit_jax.interop.licence import Licence
@@ -118,7 +119,7 @@ def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   if not config.init_from or tokenizer.path:
     return tokenizer
   if path.exists() and not path.is_dir():
-    raise ValueError(f'init_from={config.init_from!r} comes without a tokenizer; name it in tokenizer.path')
+    raise UserError(f'init_from={config.init_from!r} comes without a tokenizer; name it in tokenizer.path')
   tokenizer.path = str(path / 'tokenizer' if _is_workdir(path) else path)
   return tokenizer
 
@@ -138,7 +139,7 @@ def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel
   """
   name = f'init_from={config.init_from!r}'
   if not epath.Path(config.init_from).exists():
-    raise ValueError(f'{name}: there is no such file or folder')
+    raise UserError(f'{name}: there is no such file or folder')
   tokenizer, source = build_tokenizer(with_tokenizer(config).path), read_source(config.init_from)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
   try:
@@ -150,7 +151,7 @@ def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel
       remedy='name the one they were trained with in tokenizer.path',
     )
   except ValueError as error:
-    raise ValueError(f'{name}: {error}') from error
+    raise UserError(f'{name}: {error}') from error
   return source.licence
 
 

@@ -19,6 +19,7 @@ from groupvit_jax.data import augment, pipeline
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence as licence_lib
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.model import text_packing
@@ -100,7 +101,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
   text_packing.check_budget(config.text_budget)
   if not 0 <= config.ema_decay < 1:
-    raise ValueError(f'ema_decay={config.ema_decay}: use 0 for no average, or a number below 1, as in 0.9998')
+    raise UserError(f'ema_decay={config.ema_decay}: use 0 for no average, or a number below 1, as in 0.9998')
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   source = build_source(config.data, tuple(config.model.vision.image_size))
   pipeline.check_batch_size(source, config.batch_size)
@@ -147,9 +148,9 @@ def _check_rhythm(config: ml_collections.ConfigDict) -> None:
   }
   for key, value in counts.items():
     if value < 1:
-      raise ValueError(f'{key}={value}: use 1 or more')
+      raise UserError(f'{key}={value}: use 1 or more')
   if config.eval.every_steps < 0:
-    raise ValueError(f'eval.every_steps={config.eval.every_steps}: use 0 for never, or more')
+    raise UserError(f'eval.every_steps={config.eval.every_steps}: use 0 for never, or more')
 
 
 def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
@@ -335,7 +336,7 @@ def _log_step(
       log.figures(step, {f'data/faults/{cause}': count for cause, count in counts.items()})
     tally.check(step, counts)
   if hopeless:
-    raise ValueError(
+    raise UserError(
       f'the loss or its gradient was not finite in {in_a_row} steps in a row up to step {step}; lower optim.peak_lr, '
       f'or raise max_skipped_in_a_row={max_skipped_in_a_row}; the last checkpoint is from before'
     )

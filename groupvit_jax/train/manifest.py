@@ -6,6 +6,7 @@ import json
 from etils import epath
 
 from groupvit_jax import storage
+from groupvit_jax.errors import UserError
 
 _NAME = 'data.json'
 
@@ -40,7 +41,7 @@ def compare(workdir: epath.PathLike, facts: Mapping[str, object]) -> None:
     return
   old, new = before['sets'], facts['sets']
   changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
-  raise ValueError(
+  raise UserError(
     f'the data changed since the run in {workdir} started: {", ".join(changed)} '
     f'({_sizes(old, changed)} records then, {_sizes(new, changed)} now); bring the old data back, use another '
     f'--workdir, or delete {path} to go on with another order of records'

@@ -15,6 +15,7 @@ import optax
 
 import groupvit_jax
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.build import build_model
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import sharding
@@ -74,7 +75,7 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
     ValueError: there is no such workdir, no run in it, no checkpoint yet, none that can be read, or no average.
   """
   if checkpoint not in (NEWEST, BEST):
-    raise ValueError(f'--checkpoint={checkpoint}: use {NEWEST} or {BEST}')
+    raise UserError(f'--checkpoint={checkpoint}: use {NEWEST} or {BEST}')
   config = workdir_lib.read_config(workdir)
   weights = _choose_weights(workdir, config, weights)
   tokenizer = workdir_lib.load_tokenizer(workdir)
@@ -87,7 +88,7 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
   state = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh, average=weights == 'ema')
   shapes = state.variables if state.ema is None else {'ema': state.ema}
   if checkpoint == BEST and not (epath.Path(workdir) / best_checkpoint.FOLDER).exists():
-    raise ValueError(f'the run in {workdir} kept no best checkpoint; train with --config.checkpoint.best=eval/...')
+    raise UserError(f'the run in {workdir} kept no best checkpoint; train with --config.checkpoint.best=eval/...')
   folder = {} if checkpoint == NEWEST else {'folder': best_checkpoint.FOLDER}
   checkpoints = Checkpoints(workdir, keep=1, read_only=True, **folder)
   try:
@@ -95,7 +96,7 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
   finally:
     checkpoints.close()
   if restored is None:
-    raise ValueError(f'the run in {workdir} has no checkpoint yet; let train.py reach its first')
+    raise UserError(f'the run in {workdir} has no checkpoint yet; let train.py reach its first')
   variables = restored.state if state.ema is None else restored.state['ema']
   return TrainedRun(
     epath.Path(workdir), config, tokenizer, model, mesh, variables, weights, restored.step, restored.skipped
@@ -105,10 +106,10 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
 def _choose_weights(workdir: epath.PathLike, config: ml_collections.ConfigDict, weights: Weights) -> Weights:
   """'ema' or 'trained'."""
   if weights not in get_args(Weights):
-    raise ValueError(f'weights={weights!r}: use {", ".join(get_args(Weights))}')
+    raise UserError(f'weights={weights!r}: use {", ".join(get_args(Weights))}')
   kept = workdir_lib.keeps_average(config)
   if weights == 'ema' and not kept:
-    raise ValueError(f'the run in {workdir} keeps no moving average; use weights=trained, or train with ema_decay')
+    raise UserError(f'the run in {workdir} keeps no moving average; use weights=trained, or train with ema_decay')
   return 'ema' if kept and weights != 'trained' else 'trained'
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.running.sharding import path_name
 
 # The paper's learning rates belong to this batch size and scale linearly with it.
@@ -36,7 +37,7 @@ def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_si
     ValueError: the warm-up is as long as the run or longer.
   """
   if not 0 <= config.warmup_steps < total_steps:
-    raise ValueError(f'optim.warmup_steps={config.warmup_steps} must be less than total_steps={total_steps}')
+    raise UserError(f'optim.warmup_steps={config.warmup_steps} must be less than total_steps={total_steps}')
   factor = batch_size / REFERENCE_BATCH
   return optax.warmup_cosine_decay_schedule(
     config.warmup_lr * factor, config.peak_lr * factor, config.warmup_steps, total_steps, config.end_lr * factor
@@ -58,7 +59,7 @@ def clip_by_global_norm(most: float) -> optax.GradientTransformation:
     ValueError: `most`, `optim.clip_norm` of a config, is not positive.
   """
   if not most > 0:
-    raise ValueError(f'optim.clip_norm={most} must be positive; inf clips nothing')
+    raise UserError(f'optim.clip_norm={most} must be positive; inf clips nothing')
 
   def update(grads: object, state: optax.EmptyState, params: object = None) -> tuple[object, optax.EmptyState]:
     del params

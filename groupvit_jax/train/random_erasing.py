@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from groupvit_jax.errors import UserError
+
 AREA = (0.02, 1 / 3)  # the rectangle's share of the image
 ASPECT = (0.3, 1 / 0.3)  # its height / width
 
@@ -50,7 +52,7 @@ def build_random_erasing(config: ml_collections.ConfigDict) -> RandomErasing | N
   if config.name == 'none' or config.erase == 0:
     return None
   if not 0 < config.erase <= 1:
-    raise ValueError(f'data.augment.erase={config.erase}: use a probability, 0 to 1')
+    raise UserError(f'data.augment.erase={config.erase}: use a probability, 0 to 1')
   return RandomErasing(config.erase)
 
 

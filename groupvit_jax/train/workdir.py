@@ -13,6 +13,7 @@ from groupvit_jax import storage
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tokenizer, train_sentencepiece
+from groupvit_jax.errors import UserError
 from groupvit_jax.running.attention_choice import Choice
 
 # Where a run can be kept besides disks, and what reads and writes there.
@@ -32,23 +33,23 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   workdir = epath.Path(workdir)
   importing = f'make a workdir of it: python -m groupvit_jax.commands.import_weights --from={workdir} --workdir=...'
   if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f'{workdir} is a file and no workdir; if it holds weights, {importing}')
+    raise UserError(f'{workdir} is a file and no workdir; if it holds weights, {importing}')
   if not workdir.is_dir():
-    raise ValueError(f'there is no workdir {workdir}; train one with train.py --config=... --workdir={workdir}')
+    raise UserError(f'there is no workdir {workdir}; train one with train.py --config=... --workdir={workdir}')
   path = workdir / 'config.json'
   if (workdir / 'bundle.json').exists():
-    raise ValueError(
+    raise UserError(
       f'{workdir} is a bundle of export --format=stablehlo and no workdir; groupvit_jax.Predictor.open '
       'takes it; name the workdir that it was exported from'
     )
   if not path.exists():
-    raise ValueError(f'{workdir} holds no run (it has no config.json); name the folder train.py wrote')
+    raise UserError(f'{workdir} holds no run (it has no config.json); name the folder train.py wrote')
   try:
     config = json.loads(path.read_text())
   except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not a config: {error}') from error
+    raise UserError(f'{path} is not a config: {error}') from error
   if 'model_type' in config:  # as in config.json of Hugging Face folders, and of ours in that manner
-    raise ValueError(f'{workdir} holds weights and no run; {importing}')
+    raise UserError(f'{workdir} holds weights and no run; {importing}')
   return ml_collections.ConfigDict(config)
 
 
@@ -66,7 +67,7 @@ def complete_config(source: str, remedy: str) -> Iterator[None]:
     if not error.args or not isinstance(error.args[0], KeyError):  # what ConfigDict makes it from; others are defects
       raise
     key = str(error.args[0].args[0]).splitlines()[0]  # and then, what else might have been meant
-    raise ValueError(f'{source} has no entry {key}: {remedy}') from error
+    raise UserError(f'{source} has no entry {key}: {remedy}') from error
 
 
 def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
@@ -86,7 +87,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
   changed = compare(workdir, config)
   if not (workdir / 'config.json').exists():
     if jax.process_index():
-      raise ValueError(
+      raise UserError(
         f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
         'that all hosts share: a network disk, or a bucket'
       )
@@ -100,11 +101,11 @@ def check_place(workdir: epath.PathLike) -> None:
   if not bucket:
     return
   if scheme not in _BUCKETS:
-    raise ValueError(
+    raise UserError(
       f'--workdir={workdir}: a run is kept on a disk, or in a bucket, {" or ".join(f"{name}://" for name in _BUCKETS)}'
     )
   if importlib.util.find_spec(_BUCKETS[scheme]) is None:
-    raise ValueError(f'--workdir={workdir} needs {_BUCKETS[scheme]}: pip install {_BUCKETS[scheme]}')
+    raise UserError(f'--workdir={workdir} needs {_BUCKETS[scheme]}: pip install {_BUCKETS[scheme]}')
 
 
 def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
@@ -127,7 +128,7 @@ def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[
   if (before.data.num_prompts > 0) != (config.data.num_prompts > 0):  # prompts have a temperature of their own
     unfit.append(differences['data.num_prompts'])
   if unfit:
-    raise ValueError(
+    raise UserError(
       f'the config does not fit the run in {workdir}: '
       + '; '.join(unfit)
       + '; use another --workdir, or the values of that run'

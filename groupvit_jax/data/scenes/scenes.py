@@ -12,6 +12,7 @@ import numpy as np
 from groupvit_jax.data.scenes import captions, composition, glyphs
 from groupvit_jax.data.scenes import textures as backgrounds
 from groupvit_jax.data.scenes.composition import pick
+from groupvit_jax.errors import UserError
 
 ALL_THINGS = tuple(glyphs.offered_glyphs())
 ALL_STUFF = tuple(backgrounds.STUFF)
@@ -119,7 +120,7 @@ class Scenes:
     object.__setattr__(self, 'things', _check_names('things', self.things, ALL_THINGS))
     object.__setattr__(self, 'stuff', _check_names('stuff', self.stuff, ALL_STUFF))
     if self.split not in SPLITS:
-      raise ValueError(f'split is {self.split!r}; choose one of {", ".join(SPLITS)}')
+      raise UserError(f'split is {self.split!r}; choose one of {", ".join(SPLITS)}')
     _check_range('size', self.size, 16, 4096)
     _check_range('seed', self.seed, 0, 2**64 - 1)
     _check_range('length', self.length, 1, 2**63 - 1)
@@ -247,15 +248,15 @@ def _check_names(what: str, names: Sequence[str], offered: Sequence[str]) -> tup
   """
   names = tuple(names)
   if not names:
-    raise ValueError(f'no {what}; name at least one of {", ".join(offered)}')
+    raise UserError(f'no {what}; name at least one of {", ".join(offered)}')
   for i, name in enumerate(names):
     if name not in offered:
-      raise ValueError(f'unknown {what} {name!r}; choose from {", ".join(offered)}')
+      raise UserError(f'unknown {what} {name!r}; choose from {", ".join(offered)}')
     if name in names[:i]:
-      raise ValueError(f'{what} names {name!r} twice; remove one')
+      raise UserError(f'{what} names {name!r} twice; remove one')
   return names
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
   if not low <= value <= high:
-    raise ValueError(f'{name} is {value}; it must lie between {low} and {high}')
+    raise UserError(f'{name} is {value}; it must lie between {low} and {high}')
