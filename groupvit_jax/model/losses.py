@@ -1,22 +1,23 @@
 """The two losses of GroupViT: caption contrast and multi-label contrast (paper section 3.3).
 
-Embeddings come in as the projectors leave them; everything is float32 and over the global batch. The logits of a
-batch are never held, only a block of them: see `streamed_logits`.
+Embeddings come in as the projectors leave them; everything is float32 and over the global batch. The logits of a batch
+are never held: blocks of them are computed, reduced along both axes, and computed again in the backward pass.
 """
 
+from collections.abc import Callable
+import functools
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-
-from groupvit_jax.model import streamed_logits
+from jax.sharding import NamedSharding, PartitionSpec
 
 # Temperatures below 1/100 make training unstable (CLIP, section 2.5).
 MAX_SCALE = 100.0
 
-# Texts whose logits a device computes at a time. Larger blocks are no faster: this fills a matrix unit many times.
-BLOCK = 1024
+# Columns whose logits with its own rows a device computes at a time.
+BLOCK = 256
 
 
 class ContrastiveLoss(NamedTuple):
@@ -43,7 +44,7 @@ def contrastive_loss(
   text_embeds: jax.Array,
   log_scale: jax.Array,
   *,
-  place: NamedSharding | None = None,
+  sharding: NamedSharding | None = None,
   block: int = BLOCK,
 ) -> ContrastiveLoss:
   """Symmetric InfoNCE over a batch of pairs (paper eqs. 8-9), mean of the two directions.
@@ -54,13 +55,13 @@ def contrastive_loss(
     image_embeds: [B, E].
     text_embeds: captions [B, E].
     log_scale: log temperature [].
-    place: how B is divided over devices; None when there is but one.
-    block: texts whose logits a device computes at a time.
+    sharding: of B over devices; None for one device.
+    block: images whose logits a device computes at a time.
 
   Returns:
     Loss and accuracies.
   """
-  return multi_label_loss(image_embeds, text_embeds[:, None], log_scale, place=place, block=block)
+  return multi_label_loss(image_embeds, text_embeds[:, None], log_scale, sharding=sharding, block=block)
 
 
 def multi_label_loss(
@@ -68,7 +69,7 @@ def multi_label_loss(
   prompt_embeds: jax.Array,
   log_scale: jax.Array,
   *,
-  place: NamedSharding | None = None,
+  sharding: NamedSharding | None = None,
   block: int = BLOCK,
 ) -> ContrastiveLoss:
   """Contrast of images with the prompts made from their captions (paper eqs. 10-11).
@@ -79,8 +80,8 @@ def multi_label_loss(
     image_embeds: [B, E].
     prompt_embeds: [B, M, E].
     log_scale: log temperature [].
-    place: how B is divided over devices; None when there is but one.
-    block: prompts whose logits a device computes at a time.
+    sharding: of B over devices; None for one device.
+    block: images whose logits a device computes at a time.
 
   Returns:
     Loss (mean of the two directions) and accuracies; image to text counts a hit when the best prompt is any of the
@@ -89,18 +90,90 @@ def multi_label_loss(
   Raises:
     ValueError: M is 0.
   """
-  batch, prompts, width = prompt_embeds.shape
-  if prompts == 0:
-    raise ValueError('the multi-label loss needs prompts and got 0 per image; leave it out instead')
+  batch, prompts, width = _check_prompts(prompt_embeds)
   images = clamped_scale(log_scale) * l2_normalize(image_embeds)
   texts = l2_normalize(prompt_embeds)
   own = jnp.einsum('be,bme->bm', images, texts, precision='highest')
-  all_pairs = streamed_logits.logsumexp(images, texts.reshape(-1, width), place, block)
-  image_to_text = (all_pairs.rows - own.mean(axis=1)).mean()
-  text_to_image = (all_pairs.columns.reshape(batch, prompts) - own).mean()
+  logits = functools.partial(jnp.einsum, 'te,be->tb', precision='highest')
+  per_prompt, per_image = _reduce_logits(logits, texts.reshape(-1, width), images, sharding, block)
+  image_to_text = (per_image.logsumexp - own.mean(axis=1)).mean()
+  text_to_image = (per_prompt.logsumexp.reshape(batch, prompts) - own).mean()
   labels = jnp.arange(batch)
   return ContrastiveLoss(
     (image_to_text + text_to_image) / 2,
-    jnp.mean(all_pairs.best_columns // prompts == labels),
-    jnp.mean(all_pairs.best_rows.reshape(batch, prompts) == labels[:, None]),
+    jnp.mean(per_image.best // prompts == labels),
+    jnp.mean(per_prompt.best.reshape(batch, prompts) == labels[:, None]),
   )
+
+
+def _check_prompts(prompt_embeds: jax.Array) -> tuple[int, int, int]:
+  """Shape [B, M, E] of prompts, of which there must be some."""
+  if prompt_embeds.shape[1] == 0:
+    raise ValueError('the multi-label loss needs prompts and got 0 per image; leave it out instead')
+  return prompt_embeds.shape
+
+
+class _Reduced(NamedTuple):
+  """Logits reduced along one axis."""
+
+  logsumexp: jax.Array
+  peak: jax.Array  # the largest logit
+  best: jax.Array  # int32, index of the largest logit, the first of equals
+
+
+def _reduce_logits(
+  logits: Callable, rows: object, columns: object, sharding: NamedSharding | None, block: int
+) -> tuple[_Reduced, _Reduced]:
+  """Reduces a matrix of logits [R, C] along both axes without holding it.
+
+  Every device gathers the columns and computes their logits with its own rows, block by block.
+
+  Args:
+    logits: (rows [r, ...], columns [c, ...]) -> [r, c], float32.
+    rows: arrays [R, ...].
+    columns: arrays [C, ...].
+    sharding: of R and of C over devices; None for one device.
+    block: columns whose logits a device computes at a time, at most.
+
+  Returns:
+    One value per row [R], one per column [C]. Log-sum-exps alone have a gradient.
+  """
+  axes = () if sharding is None else sharding.spec[0]
+
+  def reduce_own_rows(rows, columns):
+    columns = jax.tree.map(lambda x: lax.all_gather(x, axes, tiled=True), columns) if axes else columns
+    first_row = lax.axis_index(axes) * _length(rows) if axes else 0
+    size = max(n for n in range(1, block + 1) if _length(columns) % n == 0)
+    blocks = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), columns)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def reduce_block(first_column, columns):
+      found = logits(rows, columns)
+      return _reduce(found, 1, first_column), _reduce(found, 0, first_row)
+
+    first_columns = jnp.arange(0, _length(columns), size)
+    per_row, per_column = lax.map(lambda inputs: reduce_block(*inputs), (first_columns, blocks))
+    return _merge(per_row), jax.tree.map(lambda x: x.reshape(1, -1), per_column)
+
+  if axes:
+    spec = PartitionSpec(axes)
+    reduce_own_rows = jax.shard_map(reduce_own_rows, mesh=sharding.mesh, in_specs=spec, out_specs=spec)
+  per_row, per_column = reduce_own_rows(rows, columns)
+  return per_row, _merge(per_column)
+
+
+def _length(tree: object) -> int:
+  return len(jax.tree.leaves(tree)[0])
+
+
+def _reduce(logits: jax.Array, axis: int, first: jax.Array | int) -> _Reduced:
+  """Reduces a block of logits along an axis, whose positions count from `first`."""
+  values = lax.stop_gradient(logits)
+  return _Reduced(jax.nn.logsumexp(logits, axis), values.max(axis), first + values.argmax(axis).astype(jnp.int32))
+
+
+def _merge(parts: _Reduced) -> _Reduced:
+  """Merges parts [K, n] of the logits, reduced one by one, to [n]."""
+  peak = parts.peak.max(axis=0, keepdims=True)
+  best = jnp.where(parts.peak == peak, parts.best, jnp.iinfo(jnp.int32).max).min(axis=0)
+  return _Reduced(jax.nn.logsumexp(parts.logsumexp, axis=0), peak[0], best)

@@ -41,7 +41,7 @@ def total_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Caption loss plus weighted multi-label loss (paper section 3.3), and everything worth logging about them."""
   with jax.named_scope('caption_loss'):
-    caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, place=place)
+    caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, sharding=place)
   loss = caption.loss
   logged = {
     'caption_loss': caption.loss,
@@ -52,7 +52,7 @@ def total_loss(
   if out.multi_label_logit_scale is not None:
     with jax.named_scope('multi_label_loss'):
       prompts = losses.multi_label_loss(
-        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, place=place
+        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, sharding=place
       )
     loss = loss + multi_label_weight * prompts.loss
     logged |= {

@@ -1,4 +1,4 @@
-"""What makes large batches fit changes nothing but memory: streamed losses, micro-batches, rematerialisation."""
+"""What makes large batches fit changes nothing but memory: losses in blocks, micro-batches, rematerialisation."""
 
 import functools
 import re
@@ -154,12 +154,12 @@ def test_total_loss_with_any_number_of_prompts(prompts):
   assert ('multi_label_loss' in logged) == (prompts > 0)
 
 
-def test_memory_of_the_losses_is_linear_in_a_devices_batch():
+def test_memory_of_the_losses_is_linear_in_the_batch():
   """The compiler's own figures; the matrix of logits would grow sixteenfold, and is never there."""
   place = sharding.batch_sharding(sharding.make_mesh())
 
   def temporaries(batch: int) -> int:
-    loss = lambda *args: losses.multi_label_loss(*args, jnp.float32(1.0), place=place, block=128).loss
+    loss = lambda *args: losses.multi_label_loss(*args, jnp.float32(1.0), sharding=place, block=128).loss
     args = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32, sharding=place) for shape in ((8,), (3, 8))]
     step = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=place)
     return step.lower(*args).compile().memory_analysis().temp_size_in_bytes

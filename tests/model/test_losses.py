@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import plain_losses
-from groupvit_jax.model import losses, streamed_logits
+from groupvit_jax.model import losses
 from groupvit_jax.running import sharding
 
 LOG2 = np.log(2.0)
@@ -96,35 +96,28 @@ def embeds(batch: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
   return 3 * images, texts
 
 
-RING, GATHERED = 0, 1000  # rows of a device below which they are gathered
-
-
 @pytest.mark.parametrize(
-  'mesh, few_rows, batch, prompts, block',
+  'mesh, batch, prompts, block',
   [
-    (None, RING, 13, 1, 1),
-    (None, RING, 13, 3, 7),
-    (None, RING, 6, 2, 1024),
-    ({'data': 8}, RING, 24, 1, 2),
-    ({'data': 2, 'fsdp': 4}, RING, 24, 3, 4),
-    ({'data': 2, 'fsdp': 2, 'model': 2}, RING, 12, 2, 1024),
-    ({'data': 8}, GATHERED, 24, 1, 2),
-    ({'data': 2, 'fsdp': 4}, GATHERED, 24, 3, 6),
-    ({'data': 2, 'fsdp': 2, 'model': 2}, GATHERED, 12, 2, 1024),
+    (None, 13, 1, 1),
+    (None, 14, 3, 7),
+    (None, 6, 2, 1024),
+    ({'data': 8}, 24, 1, 2),
+    ({'data': 2, 'fsdp': 4}, 24, 3, 7),
+    ({'data': 2, 'fsdp': 2, 'model': 2}, 12, 2, 1024),
   ],
 )
-def test_streamed_losses_are_the_plain_ones(mesh, few_rows, batch, prompts, block, monkeypatch):
+def test_blocked_losses_are_the_plain_ones(mesh, batch, prompts, block):
   """Values, accuracies and every gradient, on both sides of the clamp."""
-  monkeypatch.setattr(streamed_logits, '_FEW_ROWS', few_rows)
   place = mesh and sharding.batch_sharding(sharding.make_mesh(**mesh))
-  streamed = functools.partial(losses.multi_label_loss, place=place, block=block)
+  blocked = functools.partial(losses.multi_label_loss, sharding=place, block=block)
 
   @jax.jit
   def both(*args):
     with_aux = lambda loss: lambda *args: (loss(*args).loss, loss(*args))
     return tuple(
       jax.value_and_grad(with_aux(loss), argnums=(0, 1, 2), has_aux=True)(*args)
-      for loss in (streamed, plain_losses.multi_label_loss)
+      for loss in (blocked, plain_losses.multi_label_loss)
     )
 
   images, texts = jax.device_put(embeds(batch, prompts), place)
@@ -135,13 +128,11 @@ def test_streamed_losses_are_the_plain_ones(mesh, few_rows, batch, prompts, bloc
     assert (ours[1][2] == 0) == (log_scale == 5.0)
 
 
-@pytest.mark.parametrize('few_rows', [RING, GATHERED])
-def test_equals_count_for_the_first_on_any_number_of_devices(few_rows, monkeypatch):
+def test_equals_count_for_the_first_on_any_number_of_devices():
   """As argmax does: a batch of equal pairs has one hit, not all or none."""
-  monkeypatch.setattr(streamed_logits, '_FEW_ROWS', few_rows)
   ones = jnp.ones((16, 4))
   for place in (None, sharding.batch_sharding(sharding.make_mesh())):
-    out = jax.jit(functools.partial(losses.contrastive_loss, place=place, block=3))(ones, ones, 1.0)
+    out = jax.jit(functools.partial(losses.contrastive_loss, sharding=place, block=3))(ones, ones, 1.0)
     assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (1 / 16, 1 / 16)
 
 
