@@ -66,7 +66,7 @@ def main(_) -> None:
 
 def _to_devices(batch: dict[str, np.ndarray], *, mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """What the step takes of a batch; a run counts the rest on the host."""
-  return pipeline.to_devices({name: rows for name, rows in batch.items() if name != 'faults'}, mesh)
+  return pipeline.to_devices({name: rows for name, rows in batch.items() if name != 'bad_records'}, mesh)
 
 
 if __name__ == '__main__':

@@ -14,14 +14,14 @@ import tarfile
 
 from PIL import Image
 
-from groupvit_jax.data.images import read_picture
+from groupvit_jax.data.images import read_image
 
 LONGEST_SIDE, QUALITY = 512, 95  # img2dataset's --resize_mode=keep_ratio_largest --image_size=512
 
 
 def encode(path: pathlib.Path) -> tuple[bytes, tuple[int, int]]:
   """A photograph, made smaller where it is larger, as JPEG; and its width and height."""
-  picture = Image.fromarray(read_picture(path, path.name))
+  picture = Image.fromarray(read_image(path, path.name))
   picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)
   buffer = io.BytesIO()
   picture.save(buffer, 'JPEG', quality=QUALITY)

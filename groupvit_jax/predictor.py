@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from groupvit_jax.data.images import read_picture
+from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw, groups, semantic_seg, windows
@@ -194,7 +194,7 @@ class Predictor:
       ValueError: a picture cannot be read.
     """
     keys = [_name(picture, index) for index, picture in enumerate(pictures)]
-    images = [read_picture(picture, key) for picture, key in zip(pictures, keys)]
+    images = [read_image(picture, key) for picture, key in zip(pictures, keys)]
     numbered = ((str(index), image) for index, image in enumerate(images))
     found = sorted(self._encode(numbered), key=lambda encoded: int(encoded.windows.picture.key))
     for key, encoded in zip(keys, found, strict=True):

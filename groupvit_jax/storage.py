@@ -98,7 +98,7 @@ def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
   if len(set(paths)) < len(paths):
     twice = next(path for path in paths if paths.count(path) > 1)
     raise UserError(f'{what}: the patterns name {twice} twice')
-  found = in_threads(_stat, paths, _REQUESTS)
+  found = map_threads(_stat, paths, _REQUESTS)
   missing = [path for path, shard in zip(paths, found, strict=True) if shard is None]
   if missing:
     raise UserError(
@@ -145,14 +145,14 @@ def read(path: str, start: int, size: int) -> bytes:
     return data
 
   try:
-    return tried(fetch)
+    return with_retries(fetch)
   except Unavailable as error:
     raise ResourceError(f'cannot read {path} {error}') from error
   except OSError as error:
     raise ResourceError(f'cannot read {path}: {_line(error)}') from error
 
 
-def tried(operation: Callable[..., _R], *arguments: object) -> _R:
+def with_retries(operation: Callable[..., _R], *arguments: object) -> _R:
   """What an operation of a remote store returns, tried again where it fails.
 
   Raises:
@@ -170,7 +170,7 @@ def tried(operation: Callable[..., _R], *arguments: object) -> _R:
     time.sleep(delay)
 
 
-def read_whole(path: str) -> bytes | None:
+def read_if_exists(path: str) -> bytes | None:
   """Reads a small file, or returns None when there is none."""
   try:
     return pathlib.Path(path).read_bytes() if is_local(path) else _system(path).cat_file(path)
@@ -178,7 +178,7 @@ def read_whole(path: str) -> bytes | None:
     return None
 
 
-def write_whole(path: str, data: bytes) -> None:
+def write_atomic(path: str, data: bytes) -> None:
   """Writes a file so that no reader, and no kill, ever sees half of it.
 
   Raises:
@@ -201,7 +201,7 @@ def write_whole(path: str, data: bytes) -> None:
 def _store(path: str, data: bytes) -> None:
   """Writes an object of a store, which shows only whole ones."""
   try:
-    tried(_system(path).pipe_file, path, data)
+    with_retries(_system(path).pipe_file, path, data)
   except Unavailable as error:
     raise Unavailable(f'cannot write {path} {error}') from error
   except OSError as error:
@@ -224,7 +224,7 @@ def is_local(path: str) -> bool:
   return '://' not in path
 
 
-def in_threads(function: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+def map_threads(function: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
   """Maps in threads, in order. The first error ends it without starting what is still queued."""
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     futures = [pool.submit(function, item) for item in items]

@@ -89,6 +89,6 @@ class Words(Tokenizer):
     return [2 + int(word) for word in text.split() if word.isdigit()]
 
 
-def fault_counts(rows: np.ndarray) -> dict[str, int]:
+def bad_record_counts(rows: np.ndarray) -> dict[str, int]:
   """Faults of a batch [b, causes] by name, without zeros."""
   return {cause: int(n) for cause, n in zip(bad_records.CAUSES, rows.sum(0), strict=True) if n}

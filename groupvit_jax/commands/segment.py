@@ -11,7 +11,7 @@ import jax
 
 from groupvit_jax import cli
 from groupvit_jax.commands.run_metadata import choose_protocol, describe_run, run_facts, say_replaced
-from groupvit_jax.data.images import read_picture
+from groupvit_jax.data.images import read_image
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
@@ -122,7 +122,7 @@ def _read_all(paths: Sequence[str], failures: dict[str, str]) -> Iterator[tuple[
   """Yields (path, pixels) of the pictures that can be read, and notes the others."""
   for path in paths:
     try:
-      yield path, read_picture(path, path)
+      yield path, read_image(path, path)
     except ValueError as error:
       failures[path] = str(error)
 

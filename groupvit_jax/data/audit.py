@@ -31,7 +31,7 @@ from groupvit_jax.data.contact_sheet import draw_sheet
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source, sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
-from groupvit_jax.storage import write_whole
+from groupvit_jax.storage import write_atomic
 
 _THREADS = 16
 _LISTED = 100  # faulty records named in the report, for each set
@@ -65,7 +65,7 @@ def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int)
   """
   source = build_source(config.data, tuple(config.model.vision.image_size))
   tokenizer = _tokenizer(config.tokenizer, source)
-  report = source.facts()
+  report = source.metadata()
   for part in source.sets:
     examples = _examples(config, Mixture((dataclasses.replace(part, weight=0.0),)), tokenizer)
     found = list(_look_at(examples, samples or len(part.source)))
@@ -75,7 +75,7 @@ def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int)
     )
     report['sets'][part.name]['examples_per_core_second'] = round(_rate(examples), 1)
     _write_sheet(output / f'{part.name}.png', examples)
-  write_whole(str(output / 'audit.json'), (json.dumps(report, indent=2) + '\n').encode())
+  write_atomic(str(output / 'audit.json'), (json.dumps(report, indent=2) + '\n').encode())
   return report
 
 
@@ -145,7 +145,7 @@ def _look(examples: pipeline.Examples, index: int) -> Findings:
   try:
     record = examples.source[index]
     examples.make(record, position=index)
-  except bad_records.Fault as fault:
+  except bad_records.BadRecord as fault:
     return Findings(fault.key, fault.cause)
   text, image = record['text'], record['image']
   pixels = image if isinstance(image, bytes) else image.tobytes()
@@ -164,7 +164,7 @@ def _rate(examples: pipeline.Examples) -> float:
     if record is None:
       continue
     started = time.thread_time()
-    with contextlib.suppress(bad_records.Fault):
+    with contextlib.suppress(bad_records.BadRecord):
       examples.make(record, position=number)
     seconds += time.thread_time() - started
   return count / seconds if seconds else 0.0
@@ -173,16 +173,16 @@ def _rate(examples: pipeline.Examples) -> float:
 def _readable(source: Mixture, index: int) -> dict[str, object] | None:
   try:
     return source[index]
-  except bad_records.Fault:
+  except bad_records.BadRecord:
     return None
 
 
 def _write_sheet(path: pathlib.Path, examples: pipeline.Examples) -> None:
-  shown = [examples.look_up(number) for number in range(min(_SHEET, len(examples)))]
+  shown = [examples.preview(number) for number in range(min(_SHEET, len(examples)))]
   sheet = draw_sheet([example.image for example in shown], [example.texts for example in shown], _COLUMNS)
   buffer = io.BytesIO()
   Image.fromarray(sheet).save(buffer, 'PNG')
-  write_whole(str(path), buffer.getvalue())
+  write_atomic(str(path), buffer.getvalue())
 
 
 def _examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer: Tokenizer) -> pipeline.Examples:

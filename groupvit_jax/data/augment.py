@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax.data import images, jpeg
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.rand_augment import RandAugment
 from groupvit_jax.errors import UserError
 
@@ -46,7 +46,7 @@ class Augment:
   ratio: tuple[float, float]  # the crop's width / height
   flip: float  # probability of a horizontal flip
   rand_augment: RandAugment | None
-  min_side: int  # pixels; smaller pictures are faults
+  min_side: int  # pixels; smaller images are bad records
   max_pixels: int  # larger ones are, before they are decoded
 
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, key: str) -> np.ndarray:
@@ -55,10 +55,10 @@ class Augment:
     Args:
       image: a file (JPEG, PNG, WebP, ...) or its pixels, uint8 [h, w, 3].
       rng: decides everything.
-      key: the picture's name in faults.
+      key: the image's name in errors.
 
     Raises:
-      Fault: the picture is corrupt, truncated, tiny or huge.
+      BadRecord: the picture is corrupt, truncated, tiny or huge.
     """
     pixels, box = self.read_crop(image, rng, key)
     pixels = resize_box(pixels, box, self.size)
@@ -72,7 +72,7 @@ class Augment:
     Args:
       image: as for a call, like what follows.
       rng: decides the crop.
-      key: the picture's name in faults.
+      key: the image's name in errors.
 
     Returns:
       uint8 [h', w', 3], and the place of the crop there.
@@ -94,20 +94,20 @@ class Augment:
       with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
       self._check_size(height, width, key)
-      return images.decode_picture(data, key)
-    except Fault:
+      return images.decode_image(data, key)
+    except BadRecord:
       raise
     except Image.DecompressionBombError as error:
-      raise Fault('image_huge', key) from error
+      raise BadRecord('image_huge', key) from error
     except Exception as error:  # which one depends on the format and on where the damage is
       cause = 'image_truncated' if 'truncated' in str(error) else 'image_corrupt'
-      raise Fault(cause, key) from error
+      raise BadRecord(cause, key) from error
 
   def _check_size(self, height: int, width: int, key: str) -> None:
     if min(height, width) < self.min_side:
-      raise Fault('image_tiny', key)
+      raise BadRecord('image_tiny', key)
     if height * width > self.max_pixels:
-      raise Fault('image_huge', key)
+      raise BadRecord('image_huge', key)
 
 
 def build_augment(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> Augment | None:

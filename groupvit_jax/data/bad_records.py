@@ -8,7 +8,7 @@ import numpy as np
 
 from groupvit_jax.errors import UserError
 
-# Order of the counts in a batch's 'faults'.
+# Order of the counts in a batch's 'bad_records'.
 CAUSES = (
   'image_missing',  # no picture, or an empty file
   'image_corrupt',  # not a picture, or damaged
@@ -21,13 +21,13 @@ CAUSES = (
 )
 
 _TRIES, _NEAR = 32, 16  # neighbours tried, and how many of them lie side by side
-_LINES = 20  # faults written out by each process, so that a bad set does not flood the terminal
+_LINES = 20  # records written out by each process, so that a bad set does not flood the terminal
 _log = logging.getLogger(__name__)
 _lock = threading.Lock()
 _written = 0
 
 
-class Fault(Exception):
+class BadRecord(Exception):
   """A record cannot be used.
 
   Attributes:
@@ -43,11 +43,11 @@ class Fault(Exception):
     return f'{self.key}: {self.cause}'
 
 
-class TooManyFaults(UserError):
+class TooManyBadRecords(UserError):
   """No usable record in reach, or more replaced than the config allows."""
 
 
-def neighbours(index: int, start: int, size: int) -> Iterator[int]:
+def replacement_order(index: int, start: int, size: int) -> Iterator[int]:
   """Yields a record, then those that may take its place.
 
   First those that follow it; then the distance doubles, so that a few more steps leave even a
@@ -63,19 +63,19 @@ def neighbours(index: int, start: int, size: int) -> Iterator[int]:
     yield start + (index - start + distance) % size
 
 
-def count(found: list[Fault]) -> np.ndarray:
-  """Counts faults by cause: int32 [causes]."""
-  causes = [fault.cause for fault in found]
+def count(records: list[BadRecord]) -> np.ndarray:
+  """Counts records by cause: int32 [causes]."""
+  causes = [record.cause for record in records]
   return np.array([causes.count(cause) for cause in CAUSES], np.int32)
 
 
-def report(fault: Fault) -> None:
-  """Logs a fault with shard and key; after some, this process only counts them."""
+def report(record: BadRecord) -> None:
+  """Logs a bad record with shard and key; after some, this process only counts them."""
   global _written
   with _lock:
     _written += 1
     written = _written
   if written <= _LINES:
-    _log.warning('replaced a record: %s', fault)
+    _log.warning('replaced a record: %s', record)
   if written == _LINES:
     _log.warning('further records that this process replaces are only counted; the audit lists them')

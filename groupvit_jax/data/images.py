@@ -20,7 +20,7 @@ _FORMATS = (
 _WHITE = 255
 
 
-def read_picture(picture: 'np.ndarray | Image.Image | os.PathLike | str | bytes', key: str) -> np.ndarray:
+def read_image(picture: 'np.ndarray | Image.Image | os.PathLike | str | bytes', key: str) -> np.ndarray:
   """Pixels of a picture, however it comes.
 
   Turned as its EXIF says; what is transparent shows white; of an animation the first frame; 16 bits
@@ -42,11 +42,11 @@ def read_picture(picture: 'np.ndarray | Image.Image | os.PathLike | str | bytes'
     return _convert(picture, key)
   if not isinstance(picture, bytes):
     picture = _read_file(epath.Path(picture), key)
-  return decode_picture(picture, key)
+  return decode_image(picture, key)
 
 
-def decode_picture(data: bytes, key: str) -> np.ndarray:
-  """Pixels of an encoded picture, uint8 [H, W, 3]; see `read_picture`."""
+def decode_image(data: bytes, key: str) -> np.ndarray:
+  """Pixels of an encoded picture, uint8 [H, W, 3]; see `read_image`."""
   if not data:
     raise UserError(f'picture {key!r} is empty; replace or remove it')
   Image.init()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import ExifTags, Image
 import simplejpeg
 
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 
 _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1
@@ -43,14 +43,14 @@ def read_header(data: bytes, key: str) -> Header | None:
 
   Args:
     data: a file.
-    key: its name in faults.
+    key: its name in errors.
 
   Returns:
     None for what `decode_rows` does not read: other formats, CMYK, arithmetic coding, lossless,
     pictures that their EXIF turns.
 
   Raises:
-    Fault: the file ends before the picture does.
+    BadRecord: the file ends before the picture does.
   """
   if data[:2] != b'\xff\xd8':
     return None
@@ -69,7 +69,7 @@ def read_header(data: bytes, key: str) -> Header | None:
     if marker == _APP1 and data[at + 4 : at + 10] == b'Exif\0\0' and _is_turned(data):
       return None
     at += 2 + length
-  raise Fault('image_truncated', key)
+  raise BadRecord('image_truncated', key)
 
 
 def decode_rows(data: bytes, header: Header, bottom: int, reduction: int, key: str) -> np.ndarray:
@@ -80,13 +80,13 @@ def decode_rows(data: bytes, header: Header, bottom: int, reduction: int, key: s
     header: its header.
     bottom: how many rows are needed, at most H.
     reduction: 1, 2, 4 or 8: how many times smaller the inverse transform makes the picture.
-    key: its name in faults.
+    key: its name in errors.
 
   Returns:
     uint8 [at least bottom / reduction, ceil(W / reduction), 3], RGB.
 
   Raises:
-    Fault: it is damaged.
+    BadRecord: it is damaged.
   """
   height = header.height
   if header.one_scan:
@@ -99,7 +99,7 @@ def decode_rows(data: bytes, header: Header, bottom: int, reduction: int, key: s
   try:
     return simplejpeg.decode_jpeg(data, 'RGB', min_height=least[0], min_width=least[1], strict=False)
   except ValueError as error:
-    raise Fault('image_corrupt', key) from error
+    raise BadRecord('image_corrupt', key) from error
 
 
 def _checked_header(data: bytes, frame: _Frame | None, scan_at: int, key: str) -> Header | None:
@@ -109,7 +109,7 @@ def _checked_header(data: bytes, frame: _Frame | None, scan_at: int, key: str) -
   if frame.marker not in (_BASELINE, _EXTENDED, _PROGRESSIVE) or frame.components not in (1, 3):
     return None
   if data.rfind(b'\xff\xd9') < scan_at:  # the end's marker, which picture data cannot hold
-    raise Fault('image_truncated', key)
+    raise BadRecord('image_truncated', key)
   one_scan = frame.marker != _PROGRESSIVE and data[scan_at + 4] == frame.components
   return Header(frame.height, frame.width, frame.at + 5, one_scan)
 

@@ -141,7 +141,7 @@ class Mixture:
     weights = [part.weight for part in self.sets]
     return Order([len(part.source) for part in self.sets], weights if all(weights) else None, seed)
 
-  def facts(self) -> dict[str, object]:
+  def metadata(self) -> dict[str, object]:
     """What the order and the records depend on besides the seed, as JSON: for a run's manifest."""
     sets = {
       part.name: {'records': len(part.source), 'shards': part.num_shards, 'weight': part.weight, 'digest': part.digest}

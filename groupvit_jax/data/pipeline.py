@@ -35,23 +35,23 @@ class Example(NamedTuple):
     image: uint8 [H, W, 3], as the model sees it.
     texts: the caption and the M prompts.
     key: of the record.
-    faults: int32 [causes], records that were replaced by this one, by cause.
+    bad_records: int32 [causes], records that this one replaces, by cause.
   """
 
   image: np.ndarray
   texts: list[str]
   key: str
-  faults: np.ndarray
+  bad_records: np.ndarray
 
 
-class _Found(NamedTuple):
-  """An example but for its prompts."""
+class _Loaded(NamedTuple):
+  """An example before its prompts are drawn."""
 
   image: np.ndarray
   caption: str
   key: str
   position: int
-  faults: np.ndarray
+  bad_records: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Examples:
     """Makes an example.
 
     Returns:
-      'image' uint8 [H, W, 3], 'tokens' int32 [T, L], 'faults' int32 [causes].
+      'image' uint8 [H, W, 3], 'tokens' int32 [T, L], 'bad_records' int32 [causes].
 
     Raises:
-      TooManyFaults: neither the record nor any neighbour can be used.
+      TooManyBadRecords: neither the record nor any neighbour can be used.
       OSError: a shard cannot be read.
     """
     return self.make_some((index,))[0]
@@ -100,43 +100,43 @@ class Examples:
     In turns, pictures would drive the tables of tagger and tokenizer out of the processor's caches each time.
     """
     rows = []
-    for found in [self._find(index) for index in indices]:
-      tokens = self.tokenizer.encode(self._texts(found.caption, found.position), self.text_length)
-      rows.append({'image': found.image, 'tokens': tokens, 'faults': found.faults})
+    for loaded in [self._load(index) for index in indices]:
+      tokens = self.tokenizer.encode(self._texts(loaded.caption, loaded.position), self.text_length)
+      rows.append({'image': loaded.image, 'tokens': tokens, 'bad_records': loaded.bad_records})
     return rows
 
-  def look_up(self, index: int) -> Example:
-    """Makes an example but for its tokens; see `__getitem__`."""
-    found = self._find(index)
-    return Example(found.image, self._texts(found.caption, found.position), found.key, found.faults)
+  def preview(self, index: int) -> Example:
+    """Makes an example with its texts instead of tokens; see `__getitem__`."""
+    loaded = self._load(index)
+    return Example(loaded.image, self._texts(loaded.caption, loaded.position), loaded.key, loaded.bad_records)
 
   def make(self, record: dict[str, object], position: int) -> tuple[np.ndarray, list[str], str]:
-    """What the record is at a position: its picture uint8 [H, W, 3], its caption and prompts, its key. Raises Fault."""
+    """A record as seen at a position: its image uint8 [H, W, 3], its caption and prompts, its key. Raises BadRecord."""
     return self._image(record, position), self._texts(record['text'], position), record['key']
 
-  def _find(self, index: int) -> _Found:
+  def _load(self, index: int) -> _Loaded:
     """The record to use, and its picture."""
     batch, row = divmod(index, len(self.rows))
     position = (self.first_batch + batch) * self.batch_size + self.rows[row]
     drawn = self._order[position]
     part, start = self.source.set_of(drawn)
-    found = []
-    for candidate in bad_records.neighbours(drawn, start, len(part.source)):
+    bad = []
+    for candidate in bad_records.replacement_order(drawn, start, len(part.source)):
       try:
         record = self.source[candidate]
         image = self._image(record, position)
-        return _Found(image, record['text'], record['key'], position, bad_records.count(found))
-      except bad_records.Fault as fault:
-        bad_records.report(fault)
-        found.append(fault)
-    raise bad_records.TooManyFaults(
-      f'data.sets.{part.name}: {len(found)} neighbours cannot be used, among them '
-      f'{found[0]}; look at the set with python -m groupvit_jax.data.audit'
+        return _Loaded(image, record['text'], record['key'], position, bad_records.count(bad))
+      except bad_records.BadRecord as error:
+        bad_records.report(error)
+        bad.append(error)
+    raise bad_records.TooManyBadRecords(
+      f'data.sets.{part.name}: {len(bad)} neighbours cannot be used, among them '
+      f'{bad[0]}; look at the set with python -m groupvit_jax.data.audit'
     )
 
   def _image(self, record: dict[str, object], position: int) -> np.ndarray:
     if not record['text'].strip():
-      raise bad_records.Fault('caption_empty', record['key'])
+      raise bad_records.BadRecord('caption_empty', record['key'])
     if self.augment is None:
       return record['image']
     return self.augment(record['image'], self._rng(position, _AUGMENT), record['key'])
@@ -250,10 +250,10 @@ def iterate(
     prefetch_batches: how many batches are kept ready, in all processes together.
 
   Yields:
-    {'image': uint8 [b, H, W, 3], 'tokens': int32 [b, T, L], 'faults': int32 [b, causes]} with b the host's rows.
+    {'image': uint8 [b, H, W, 3], 'tokens': int32 [b, T, L], 'bad_records': int32 [b, causes]} with b the host's rows.
 
   Raises:
-    TooManyFaults, OSError: see `Examples`; or a worker died.
+    TooManyBadRecords, OSError: see `Examples`; or a worker died.
   """
   batches = grain.MapDataset.source(Batches(examples, num_threads))
   if not num_threads and not num_workers:

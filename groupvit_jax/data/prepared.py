@@ -81,9 +81,9 @@ def _copy(folder: str) -> epath.Path:
       for start in range(0, shard.size, _CHUNK):
         copy.write(storage.read(shard.path, start, min(_CHUNK, shard.size - start)))
     partial.replace(file)
-    storage.write_whole(str(note), tag.encode())
+    storage.write_atomic(str(note), tag.encode())
 
-  storage.in_threads(fetch, storage.find_shards([f'{folder}/*'], folder), _REQUESTS)
+  storage.map_threads(fetch, storage.find_shards([f'{folder}/*'], folder), _REQUESTS)
   return epath.Path(place)
 
 

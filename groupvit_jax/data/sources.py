@@ -6,7 +6,7 @@ import hashlib
 
 import ml_collections
 
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.mixture import DataSet, Mixture
 from groupvit_jax.data.scenes.scenes import Scenes
 from groupvit_jax.data.sets import open_sets
@@ -44,7 +44,7 @@ def sample_captions(source: Mixture, count: int) -> Iterator[str]:
   def read(number: int) -> str | None:
     try:
       return source.caption_of(int(number * stride))
-    except Fault:
+    except BadRecord:
       return None
 
   with concurrent.futures.ThreadPoolExecutor(_CAPTION_THREADS) as pool:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.errors import UserError
 
 
@@ -45,16 +45,16 @@ class TfdsSource:
       'image' the encoded picture, 'text' the caption, 'key' as 'SPLIT[NUMBER]'.
 
     Raises:
-      Fault: the picture or the caption is empty, or the caption is not UTF-8.
+      BadRecord: the picture or the caption is empty, or the caption is not UTF-8.
     """
     record = self._records[number]
     key = f'{self.path}/{self.split}[{number}]'
     if not record[self.image]:
-      raise Fault('image_missing', key)
+      raise BadRecord('image_missing', key)
     try:
       text = record[self.caption].decode('utf-8').strip()
     except UnicodeDecodeError as error:
-      raise Fault('caption_unreadable', key) from error
+      raise BadRecord('caption_unreadable', key) from error
     return {'image': record[self.image], 'text': text, 'key': key}
 
   @functools.cached_property

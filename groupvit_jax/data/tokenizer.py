@@ -85,7 +85,7 @@ class Tokenizer(abc.ABC):
       folder: made if it is not there.
     """
     for name, data in self._files.items():
-      storage.write_whole(str(epath.Path(folder) / name), data)
+      storage.write_atomic(str(epath.Path(folder) / name), data)
 
   @abc.abstractmethod
   def _text_ids(self, text: str) -> list[int]:
@@ -240,7 +240,7 @@ def train_sentencepiece(
     )
   except RuntimeError as error:
     raise _training_error(str(error), vocab_size) from error
-  storage.write_whole(str(path), model.getvalue())
+  storage.write_atomic(str(path), model.getvalue())
   return SentencePieceTokenizer(path)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import tqdm
 
 from groupvit_jax import storage as shards_lib
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.tar_index import BLOCK, index_tar
 from groupvit_jax.errors import UserError
 from groupvit_jax.storage import Shard
@@ -78,7 +78,7 @@ class WebDataset:
       'image' the encoded picture, 'text' the caption, 'key' as 'FOLDER/SHARD/KEY'.
 
     Raises:
-      Fault: a part is missing, or the caption is not text.
+      BadRecord: a part is missing, or the caption is not text.
       OSError: the shard cannot be read.
     """
     path, row, key = self._find(number)
@@ -86,7 +86,7 @@ class WebDataset:
     return {'image': image, 'text': self._caption(text, key), 'key': key}
 
   def caption_of(self, number: int) -> str:
-    """Reads a caption without its picture. Raises Fault if there is none or it is not text."""
+    """Reads a caption without its picture. Raises BadRecord if there is none or it is not text."""
     path, row, key = self._find(number)
     return self._caption(shards_lib.read(path, *_extent(row, 'text', key)), key)
 
@@ -122,9 +122,9 @@ class WebDataset:
       if self.caption.startswith('json:'):
         text = json.loads(text).get(self.caption[len('json:') :]) or ''
     except (ValueError, AttributeError) as error:
-      raise Fault('caption_unreadable', key) from error
+      raise BadRecord('caption_unreadable', key) from error
     if not isinstance(text, str):
-      raise Fault('caption_unreadable', key)
+      raise BadRecord('caption_unreadable', key)
     return text.strip()
 
 
@@ -166,7 +166,7 @@ def build_index(found: Sequence[Shard], kind: str, index_dir: str, what: str) ->
   if not (facts.exists() and merged.exists()):
     parts = _index_shards(found, stamps, kind, index_dir, what)
     counts, digest = _merge(parts, merged)
-    shards_lib.write_whole(str(facts), json.dumps({'counts': counts, 'digest': digest}).encode())
+    shards_lib.write_atomic(str(facts), json.dumps({'counts': counts, 'digest': digest}).encode())
   known = json.loads(facts.read_text())
   return Index(str(merged), tuple(known['counts']), known['digest'])
 
@@ -187,7 +187,7 @@ def _index_shards(
       rows = _index_shard(shard, kind)
       buffer = io.BytesIO()
       np.save(buffer, rows)
-      shards_lib.write_whole(path, buffer.getvalue())
+      shards_lib.write_atomic(path, buffer.getvalue())
     bar.update()
     return rows
 
@@ -216,7 +216,7 @@ def _index_shard(shard: Shard, kind: str) -> np.ndarray:
 
 def _load(path: str, shard: Shard) -> np.ndarray | None:
   """A shard's index file, or None where there is none or it does not fit the shard."""
-  data = shards_lib.read_whole(path)
+  data = shards_lib.read_if_exists(path)
   if data is None:
     return None
   try:
@@ -262,11 +262,11 @@ def _stamp(shard: Shard, kind: str) -> str:
 
 
 def _extent(row: np.void, part: str, key: str) -> tuple[int, int]:
-  """First byte and size of a part of a sample. Raises Fault if it is missing, or absurdly large."""
+  """First byte and size of a part of a sample. Raises BadRecord if it is missing, or absurdly large."""
   missing, absurd, largest = _LIMITS[part]
   size = int(row[f'{part}_size'])
   if not 0 < size <= largest:
-    raise Fault(absurd if size else missing, key)
+    raise BadRecord(absurd if size else missing, key)
   return int(row[f'{part}_block']) * BLOCK, size
 
 

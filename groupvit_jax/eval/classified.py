@@ -8,7 +8,7 @@ from typing import Any
 from etils import epath
 
 from groupvit_jax.data import prepared
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.webdataset import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
 
@@ -48,7 +48,7 @@ class TarPictures:
     try:
       record = self.tars[index]
       return {'image': record['image'], 'label': int(record['text']), 'key': record['key']}
-    except Fault as fault:
+    except BadRecord as fault:
       raise UserError(f'{fault.key}: {fault.cause}; a benchmark leaves no picture out, so fetch it again') from fault
     except ValueError as error:
       text = record['text'][:40]

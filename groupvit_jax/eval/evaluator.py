@@ -6,7 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from groupvit_jax.data.images import read_picture
+from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.eval import draw, groups, semantic_seg
 from groupvit_jax.eval.benchmarks import Benchmark
@@ -87,7 +87,7 @@ class Evaluator:
     note = lambda encoded, found: labels.setdefault(encoded.picture.key, found.labels)
     self._evaluate(variables, everywhere, oracle=False, on_picture=note)
     records = [self.source[index] for index in indices]
-    images = [read_picture(record['image'], record['key']) for record in records]
+    images = [read_image(record['image'], record['key']) for record in records]
     grouped = groups.group_maps(self.model, variables, images, self.protocol.window, self.mesh)
     return [
       draw.Row(image, record['label'], labels[record['key']], maps)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from groupvit_jax.data import prompts as text_ops
-from groupvit_jax.data.images import read_picture
+from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import windows
@@ -233,5 +233,5 @@ def prepare_picture(
       f'the label map of {key!r} holds {beyond[0]}, but {benchmark.name} has labels 0 to '
       f'{benchmark.num_classes - 1} and {IGNORE_LABEL}'
     )
-  image = read_picture(record['image'], key)
+  image = read_image(record['image'], key)
   return windows.cut_picture(image, protocol, patch_size, key=key, label=label)

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax.data import prompts
-from groupvit_jax.data.images import read_picture
+from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import semantic_seg, windows
@@ -251,7 +251,7 @@ class ZeroShotEvaluator:
     record = self.source[index]
     if not 0 <= record['label'] < len(self.names):
       raise UserError(f'{record["key"]} has the class {record["label"]}; there are 0 to {len(self.names) - 1}')
-    return crop_picture(read_picture(record['image'], record['key']), self.model.vision.image_size), record['label']
+    return crop_picture(read_image(record['image'], record['key']), self.model.vision.image_size), record['label']
 
   def _batch(self, pictures: Any) -> tuple[jax.Array, jax.Array]:
     """The next pictures of this host, padded, as its part of a batch."""

@@ -20,7 +20,7 @@ import numpy as np
 import tqdm
 
 from groupvit_jax import storage
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.webdataset import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
 
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
   name: str
   size: int
-  read: Callable[[], Iterator[Record | Fault]]
+  read: Callable[[], Iterator[Record | BadRecord]]
 
 
 Layout = Callable[[str, pathlib.Path], list[Part]]
@@ -108,17 +108,17 @@ def clean(text: str) -> str:
   return ' '.join(_TAG.sub(' ', urllib.parse.unquote_plus(text, errors='replace')).split())
 
 
-def _read_tar(source: WebDataset, start: int, end: int) -> Iterator[Record | Fault]:
+def _read_tar(source: WebDataset, start: int, end: int) -> Iterator[Record | BadRecord]:
   for number in range(start, end):
     try:
       record = source[number]
-    except Fault as fault:
+    except BadRecord as fault:
       yield fault
       continue
     yield {'image': record['image'], 'caption': record['text'], 'key': record['key']}
 
 
-def _read_zip(path: pathlib.Path, captions: pathlib.Path) -> Iterator[Record | Fault]:
+def _read_zip(path: pathlib.Path, captions: pathlib.Path) -> Iterator[Record | BadRecord]:
   known: dict[str, dict[str, tuple[str, str]]] = {}
   try:
     with zipfile.ZipFile(path) as archive:
@@ -142,7 +142,7 @@ def _read_zip(path: pathlib.Path, captions: pathlib.Path) -> Iterator[Record | F
     raise UserError(f'{path} is damaged ({error}); fetch it again') from error
 
 
-def _read_redcaps(path: pathlib.Path, images: pathlib.Path) -> Iterator[Record | Fault]:
+def _read_redcaps(path: pathlib.Path, images: pathlib.Path) -> Iterator[Record | BadRecord]:
   try:
     annotations = json.loads(path.read_bytes())['annotations']
   except (ValueError, KeyError) as error:
@@ -152,7 +152,7 @@ def _read_redcaps(path: pathlib.Path, images: pathlib.Path) -> Iterator[Record |
     try:
       yield {'image': file.read_bytes(), 'caption': one['caption'], 'key': f'{one["subreddit"]}/{one["image_id"]}'}
     except FileNotFoundError:
-      yield Fault('image_missing', str(file))
+      yield BadRecord('image_missing', str(file))
 
 
 def _sort_captions(table: pathlib.Path, subset: pathlib.Path | None, folder: pathlib.Path) -> None:

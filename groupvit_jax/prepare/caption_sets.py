@@ -19,11 +19,11 @@ from array_record.python.array_record_module import ArrayRecordWriter
 import tensorflow_datasets as tfds
 import tqdm
 
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.errors import ResourceError, UserError
 from groupvit_jax.prepare import caption_layouts
 from groupvit_jax.prepare.caption_layouts import Layout, Part, Record
-from groupvit_jax.storage import is_local, write_whole
+from groupvit_jax.storage import is_local, write_atomic
 
 VERSION, SPLIT = '1.0.0', 'train'
 
@@ -113,7 +113,7 @@ def write_part(part: Part, path: str, texts: tuple[str, ...]) -> dict[str, objec
   writer = ArrayRecordWriter(partial, 'group_size:1')  # one record a read: they are read in any order
   try:
     for record in part.read():
-      cause = record.cause if isinstance(record, Fault) else _cause(record)
+      cause = record.cause if isinstance(record, BadRecord) else _cause(record)
       if cause:
         left_out[cause] += 1
         continue
@@ -123,7 +123,7 @@ def write_part(part: Part, path: str, texts: tuple[str, ...]) -> dict[str, objec
     writer.close()
   os.replace(partial, path)
   report = {'records': records, 'bytes': os.path.getsize(path), 'left_out': dict(left_out)}
-  write_whole(str(done), json.dumps(report).encode())
+  write_atomic(str(done), json.dumps(report).encode())
   return report
 
 
@@ -173,7 +173,7 @@ def _claim(folder: pathlib.Path, parts: list[Part]) -> None:
   path = folder / 'inputs.json'
   inputs = [[part.name, part.size] for part in parts]
   if not path.exists():
-    write_whole(str(path), json.dumps(inputs).encode())
+    write_atomic(str(path), json.dumps(inputs).encode())
   elif json.loads(path.read_text()) != inputs:
     raise UserError(f'{folder} was begun from other files; bring those back, or delete the folder')
 
@@ -188,7 +188,7 @@ def _finish(
   left_out = sum((collections.Counter(report['left_out']) for report in reports), collections.Counter())
   size = sum(report['bytes'] for report in reports)
   summary = {'records': sum(lengths), 'files': len(lengths), 'bytes': size, 'left_out': dict(left_out)}
-  write_whole(str(folder / 'build.json'), json.dumps(summary, indent=2).encode())
+  write_atomic(str(folder / 'build.json'), json.dumps(summary, indent=2).encode())
   split = tfds.core.SplitInfo(name=SPLIT, shard_lengths=lengths, num_bytes=size, filename_template=template)
   tfds.folder_dataset.write_metadata(
     data_dir=folder,

@@ -10,7 +10,7 @@ import io
 from etils import epath
 import tensorflow_datasets as tfds
 
-from groupvit_jax.data.images import read_picture
+from groupvit_jax.data.images import read_image
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.labelled import decode_label, SPLIT
 from groupvit_jax.prepare import segmentation_layouts
@@ -43,7 +43,7 @@ class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
   ) -> Iterator[tuple[str, dict[str, object]]]:
     for file in files:
       image, label = file.image.read_bytes(), file.read_label()
-      height, width = read_picture(image, str(file.image)).shape[:2]
+      height, width = read_image(image, str(file.image)).shape[:2]
       found = decode_label(label, f'the label map of {file.image}').shape
       if found != (height, width):
         raise UserError(

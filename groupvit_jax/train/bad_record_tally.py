@@ -57,12 +57,12 @@ class FaultTally:
     self._sum = jax.jit(lambda rows: rows.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def add(self, rows: np.ndarray) -> None:
-    """Counts this host's part of a batch's 'faults', int32 [b, causes]."""
+    """Counts this host's part of a batch's 'bad_records', int32 [b, causes]."""
     self._rows = self._rows + rows
 
   def total(self) -> jax.Array:
     """Faults by cause since this process started, over all hosts, int32 [causes]: a promise, nothing waits for it."""
-    total = self._sum(to_devices({'faults': self._rows}, self._mesh)['faults'])
+    total = self._sum(to_devices({'bad_records': self._rows}, self._mesh)['bad_records'])
     sharding.settle(total, self._mesh)
     return total
 
@@ -72,7 +72,7 @@ class FaultTally:
     return {cause: n for cause, n in zip(bad_records.CAUSES, values, strict=True) if n}
 
   def check(self, step: int, counts: dict[str, int]) -> None:
-    """Raises TooManyFaults when the share since the last check is too large.
+    """Raises TooManyBadRecords when the share since the last check is too large.
 
     Args:
       step: that `counts` was taken at.
@@ -85,7 +85,7 @@ class FaultTally:
     self._checked = _Checked(step, sum(counts.values()))
     if found > self._max_share * examples:
       listed = ', '.join(f'{cause} {n:,}' for cause, n in counts.items())
-      raise bad_records.TooManyFaults(
+      raise bad_records.TooManyBadRecords(
         f'{found / examples:.1%} of the {examples:,} records since step {since} could not be used, more than '
         f'data.max_fault_share={self._max_share} (since step 0: {listed}); look at the data with '
         'python -m groupvit_jax.data.audit, or raise the share'
@@ -98,4 +98,4 @@ class FaultTally:
       return
     self._saved[str(step)] = counts
     self._saved = dict(sorted(self._saved.items(), key=lambda item: int(item[0]))[-_KEPT:])
-    storage.write_whole(str(self._path), (json.dumps(self._saved, indent=2) + '\n').encode())
+    storage.write_atomic(str(self._path), (json.dumps(self._saved, indent=2) + '\n').encode())

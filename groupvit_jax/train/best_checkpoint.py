@@ -69,7 +69,7 @@ class BestCheckpoint:
     self._checkpoints.wait()  # the line below must not speak of what is not there
     if jax.process_index() == 0:
       kept = {'metric': self._metric, 'value': value, 'step': self.step, 'settings': dict(settings)}
-      storage.write_whole(str(self._path), (json.dumps(kept, indent=2) + '\n').encode())
+      storage.write_atomic(str(self._path), (json.dumps(kept, indent=2) + '\n').encode())
     return True
 
   def close(self) -> None:

@@ -71,7 +71,7 @@ class BucketManager:
   def reload(self) -> None:
     """Looks which steps there are. Raises Unavailable where the store does not say."""
     try:
-      found = storage.tried(self._files)
+      found = storage.with_retries(self._files)
     except Unavailable as error:
       raise Unavailable(f'cannot look into {self._root} {error}') from error
     self._steps = sorted(step for step, files in found.items() if _COMPLETE in files)
@@ -101,11 +101,11 @@ class BucketManager:
 
   def restore(self, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
     """Fetches and reads a step."""
-    folder, names = self._disk / str(step), sorted(storage.tried(self._files)[step] - {_COMPLETE})
+    folder, names = self._disk / str(step), sorted(storage.with_retries(self._files)[step] - {_COMPLETE})
     try:
       for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-      storage.tried(
+      storage.with_retries(
         self._system.get, [f'{self._root}/{step}/{name}' for name in names], [str(folder / name) for name in names]
       )
       options = ocp.CheckpointManagerOptions(read_only=True, create=False, multiprocessing_options=self._alone)
@@ -142,15 +142,15 @@ class BucketManager:
     """Copies a step from the disk, and removes those that are too many, or were never completed."""
     self._writer.wait_until_finished()
     self._writer.check_for_errors()
-    storage.tried(self._remove, step)  # what an earlier start left, if anything
+    storage.with_retries(self._remove, step)  # what an earlier start left, if anything
     folder = self._disk / str(step)
     paths = [path for path in folder.rglob('*') if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
     assert names, folder
-    storage.tried(self._system.put, list(map(str, paths)), [f'{self._root}/{step}/{name}' for name in names])
-    storage.tried(self._system.pipe_file, f'{self._root}/{step}/{_COMPLETE}', b'')
-    for old in storage.tried(self._files).keys() - set(self._steps):
-      storage.tried(self._remove, old)
+    storage.with_retries(self._system.put, list(map(str, paths)), [f'{self._root}/{step}/{name}' for name in names])
+    storage.with_retries(self._system.pipe_file, f'{self._root}/{step}/{_COMPLETE}', b'')
+    for old in storage.with_retries(self._files).keys() - set(self._steps):
+      storage.with_retries(self._remove, old)
 
   def _remove(self, step: int) -> None:
     """Removes a step, which first ceases to count."""

@@ -64,7 +64,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
   changed = workdir_lib.compare(workdir, config)
   run = _set_up(config, workdir)
-  manifest.compare(workdir, run.source.facts())
+  manifest.compare(workdir, run.source.metadata())
   for line in _data_lines(run):
     say(line)
   batch = _first_batch(run, say)
@@ -159,13 +159,13 @@ def _first_batch(run: Run, say: Callable[[str], None]) -> dict[str, np.ndarray]:
   started = time.perf_counter()
   with contextlib.closing(loop.read_batches(run, 0)) as batches:
     batch = {name: np.array(value) for name, value in next(batches).items()}
-  found = batch.pop('faults').sum(0)
+  found = batch.pop('bad_records').sum(0)
   replaced = ', '.join(f'{cause} {n}' for cause, n in zip(bad_records.CAUSES, found) if n) or 'none'
   shapes = ', '.join(f'{name} {value.dtype} {list(value.shape)}' for name, value in batch.items())
   say(f'batch      {shapes} of this host after {time.perf_counter() - started:.1f} s; records replaced: {replaced}')
   examples = pipeline.build_examples(run.config, run.source, run.tokenizer, first_batch=0)
   for number in range(2):
-    say(f'example    {examples.look_up(number).texts}')
+    say(f'example    {examples.preview(number).texts}')
   return batch
 
 
@@ -199,7 +199,7 @@ def _data_lines(run: Run) -> list[str]:
   epochs = config.total_steps * config.batch_size / len(run.source)
   lines.append(
     f'data       {config.total_steps:,} steps of {config.batch_size:,} pairs: {epochs:.3g} epochs; '
-    f'fingerprint {run.source.facts()["fingerprint"]}'
+    f'fingerprint {run.source.metadata()["fingerprint"]}'
   )
   origin = 'of the config' if config.tokenizer.path else f'tried on {_CAPTIONS:,} captions at most'
   return [*lines, f'tokenizer  {type(run.tokenizer).__name__}, {run.tokenizer.vocab_size:,} pieces, {origin}']

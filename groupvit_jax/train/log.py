@@ -44,7 +44,7 @@ class _AppendedFolder:
     for path in pathlib.Path(self.local).rglob('*'):
       if path.is_file() and self._sizes.get(path) != path.stat().st_size:
         data = path.read_bytes()
-        storage.write_whole(str(self._remote / path.relative_to(self.local)), data)
+        storage.write_atomic(str(self._remote / path.relative_to(self.local)), data)
         self._sizes[path] = len(data)
 
 
@@ -170,7 +170,7 @@ def _drop_after(path: epath.Path, step: int) -> frozenset[str]:
     kept.append(line + '\n')
     names.update(figures if figures['step'] == step else ())
   if ''.join(kept) != before:
-    storage.write_whole(str(path), ''.join(kept).encode())
+    storage.write_atomic(str(path), ''.join(kept).encode())
   return frozenset(names)
 
 

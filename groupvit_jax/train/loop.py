@@ -124,7 +124,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   with processes.first_process_first():
     changed = workdir_lib.claim(workdir, config)
     licence_lib.keep(workdir, licence)
-    manifest.claim(workdir, source.facts())
+    manifest.claim(workdir, source.metadata())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
   samples = config.batch_size // config.grad_accum_steps
@@ -227,7 +227,7 @@ def _loop(
     pending: tuple[int, train_step.Figures, jax.Array | None] | None = None
     started = time.perf_counter()
     for step, batch in enumerate(read_batches(run, first_step) if whole else (), start=first_step + 1):
-      tally.add(batch.pop('faults'))
+      tally.add(batch.pop('bad_records'))
       batch = pipeline.to_devices(batch, run.mesh)
       if step == first_step + 1:
         step_fn = step_fn.lower(state, batch).compile()

@@ -24,7 +24,7 @@ def claim(workdir: epath.PathLike, facts: Mapping[str, object]) -> None:
   compare(workdir, facts)
   path = epath.Path(workdir) / _NAME
   if not path.exists():
-    storage.write_whole(str(path), (json.dumps(facts, indent=2) + '\n').encode())
+    storage.write_atomic(str(path), (json.dumps(facts, indent=2) + '\n').encode())
 
 
 def compare(workdir: epath.PathLike, facts: Mapping[str, object]) -> None:

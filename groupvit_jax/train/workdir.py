@@ -91,7 +91,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
         f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
         'that all hosts share: a network disk, or a bucket'
       )
-    storage.write_whole(str(workdir / 'config.json'), (config.to_json(indent=2) + '\n').encode())
+    storage.write_atomic(str(workdir / 'config.json'), (config.to_json(indent=2) + '\n').encode())
   return changed
 
 
@@ -183,7 +183,7 @@ def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], 
     return Choice(**kept[place])._replace(reason=f'{kept[place]["reason"]} (when the run first trained here)')
   choice = choose()
   if choice.measured and jax.process_index() == 0:
-    storage.write_whole(str(path), (json.dumps(kept | {place: choice._asdict()}, indent=2) + '\n').encode())
+    storage.write_atomic(str(path), (json.dumps(kept | {place: choice._asdict()}, indent=2) + '\n').encode())
   return choice
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from groupvit_jax.data import augment as image_ops
 from groupvit_jax.data.augment import Augment, Box, build_augment, random_box, resize_box
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.rand_augment import RandAugment
 from tests.photos import decode, encode, photo
 
@@ -157,7 +157,7 @@ def test_a_pure_function_that_survives_pickling():
   ],
 )
 def test_faults_name_cause_and_key(data, cause):
-  with pytest.raises(Fault) as caught:
+  with pytest.raises(BadRecord) as caught:
     PLAIN(data, np.random.default_rng(0), 'set/0001/key')
   assert (caught.value.cause, caught.value.key) == (cause, 'set/0001/key')
 
@@ -166,8 +166,8 @@ def test_faults_name_cause_and_key(data, cause):
 def test_a_bomb_is_not_decoded(kind, monkeypatch):
   data = encode(np.zeros((1100, 1000, 3), np.uint8), kind)
   monkeypatch.setattr(image_ops.jpeg, 'decode_rows', None)
-  monkeypatch.setattr(image_ops.pictures, 'decode_picture', None)
-  with pytest.raises(Fault, match='image_huge'):
+  monkeypatch.setattr(image_ops.images, 'decode_image', None)
+  with pytest.raises(BadRecord, match='image_huge'):
     PLAIN(data, np.random.default_rng(0), 'key')
 
 

@@ -9,12 +9,12 @@ import pytest
 
 from configs import quickstart
 from groupvit_jax.data import augment, bad_records, pipeline
-from groupvit_jax.data.bad_records import Fault, TooManyFaults
+from groupvit_jax.data.bad_records import BadRecord, TooManyBadRecords
 from groupvit_jax.data.sources import build_source, sample_captions
 from groupvit_jax.running import sharding
 from groupvit_jax.train import manifest
 from groupvit_jax.train.bad_record_tally import FaultTally
-from tests.tars import data_config, encode, fault_counts, samples, set_config, Words, write_tar
+from tests.tars import bad_record_counts, data_config, encode, samples, set_config, Words, write_tar
 
 AUGMENT = augment.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
 
@@ -60,7 +60,7 @@ def epoch(source) -> dict[str, pipeline.Example]:
   """The first epoch's examples by the key of the record that was drawn."""
   made = examples(source)
   order = source.order(0)
-  return {f'{order[i]:05}': made.look_up(i) for i in range(len(source))}
+  return {f'{order[i]:05}': made.preview(i) for i in range(len(source))}
 
 
 def test_there_is_a_case_for_every_cause():
@@ -72,8 +72,8 @@ def test_every_cause_is_found_replaced_counted_and_logged(tmp_path, cause, caplo
   drawn = epoch(write_damaged(tmp_path / 'set' / 'a.tar', cause))
   assert drawn['00000'].key == 'set/a.tar/00001'  # its neighbour
   assert drawn['00000'].texts[0] == 'a dog number 1' and drawn['00000'].image.shape == (16, 16, 3)
-  assert fault_counts(drawn['00000'].faults[None]) == {cause: 1}
-  assert not any(example.faults.any() for key, example in drawn.items() if key != '00000')
+  assert bad_record_counts(drawn['00000'].bad_records[None]) == {cause: 1}
+  assert not any(example.bad_records.any() for key, example in drawn.items() if key != '00000')
   assert [record.getMessage() for record in caplog.records] == [f'replaced a record: set/a.tar/00000: {cause}']
 
 
@@ -90,7 +90,7 @@ def test_every_cause_is_found_replaced_counted_and_logged(tmp_path, cause, caplo
   ids=['refused', 'warned', 'header', 'cut PNG', 'cut WebP'],
 )
 def test_pictures_that_are_none(data, cause):
-  with pytest.raises(Fault, match=cause):
+  with pytest.raises(BadRecord, match=cause):
     AUGMENT(data, np.random.default_rng(0), 'key')
 
 
@@ -106,20 +106,20 @@ def test_damage_anywhere_is_a_fault_or_a_picture(kind):
     try:
       assert AUGMENT(data[:cut].tobytes(), rng, 'key').shape == (16, 16, 3)
       seen.add('')
-    except Fault as fault:
+    except BadRecord as fault:
       seen.add(fault.cause)
   assert len(seen) > 1
 
 
 def test_neighbours_leave_a_damaged_region_in_a_few_steps():
-  distances = [n - 7 for n in bad_records.neighbours(7, 0, 10**9)]
+  distances = [n - 7 for n in bad_records.replacement_order(7, 0, 10**9)]
   assert distances[:18] == [*range(16), 16, 32] and distances[-1] == 2**19 and len(distances) == 32
 
 
 def test_neighbours_stay_in_their_set_and_reach_all_of_a_small_one():
-  assert list(bad_records.neighbours(102, 100, 4)) == [102, 103, 100, 101]
+  assert list(bad_records.replacement_order(102, 100, 4)) == [102, 103, 100, 101]
   for size in range(1, 17):
-    assert sorted(bad_records.neighbours(100 + size // 2, 100, size)) == list(range(100, 100 + size))
+    assert sorted(bad_records.replacement_order(100 + size // 2, 100, size)) == list(range(100, 100 + size))
 
 
 def test_replacement_is_the_same_in_threads_on_hosts_and_after_a_restart(tmp_path):
@@ -129,16 +129,16 @@ def test_replacement_is_the_same_in_threads_on_hosts_and_after_a_restart(tmp_pat
   halves = [pipeline.Batches(examples(source, rows=range(8 * h, 8 * h + 8), first_batch=2), 0) for h in range(2)]
   for batch, other in zip(alone, threaded, strict=True):
     np.testing.assert_array_equal(batch['image'], other['image'])
-    np.testing.assert_array_equal(batch['faults'], other['faults'])
+    np.testing.assert_array_equal(batch['bad_records'], other['bad_records'])
   for n, batch in enumerate(alone[2:]):
     for name in batch:
       np.testing.assert_array_equal(np.concatenate([half[n][name] for half in halves]), batch[name])
-  assert fault_counts(alone[0]['faults'])['image_missing'] == 1
+  assert bad_record_counts(alone[0]['bad_records'])['image_missing'] == 1
 
 
 def test_a_set_without_usable_records_ends_the_run(tmp_path):
   source = write_damaged(tmp_path / 'a.tar', *(8 * ['image_missing', 'caption_empty']))
-  with pytest.raises(TooManyFaults, match=r'data.sets.a: 16 neighbours cannot be used, .*data.audit'):
+  with pytest.raises(TooManyBadRecords, match=r'data.sets.a: 16 neighbours cannot be used, .*data.audit'):
     examples(source)[0]
 
 
@@ -147,13 +147,13 @@ def test_a_replacement_comes_from_the_same_set(tmp_path):
   good = write_tar(tmp_path / 'good.tar', samples(range(100, 120)))
   source = build_source(data_config(bad=set_config(bad), good=set_config(good)), (16, 16))
   made = examples(source)
-  keys = [made.look_up(i).key for i in range(24) if source.order(0)[i] == 3]
+  keys = [made.preview(i).key for i in range(24) if source.order(0)[i] == 3]
   assert keys == [f'{tmp_path.name}/bad.tar/00000']
 
 
 def test_log_is_cut_off_and_says_so(caplog):
   for n in range(30):
-    bad_records.report(Fault('image_corrupt', f'key{n}'))
+    bad_records.report(BadRecord('image_corrupt', f'key{n}'))
   lines = [record.getMessage() for record in caplog.records]
   assert len(lines) == 21 and 'key19' in lines[-2] and 'only counted' in lines[-1]
   assert all(record.levelno == logging.WARNING for record in caplog.records)
@@ -210,7 +210,7 @@ class TestTally:
     tally.check(50, {'image_tiny': 800})  # too few to judge
     tally.check(100, {'image_tiny': 160})  # a tenth exactly
     with pytest.raises(
-      TooManyFaults,
+      TooManyBadRecords,
       match=(
         r'10.1% of the 1,600 records since step 100 could not be used, more than data.max_fault_share=0.1 '
         r'\(since step 0: image_tiny 160, caption_empty 161\)'
@@ -226,7 +226,7 @@ class TestTally:
 def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path):
   def facts(name, numbers):
     path = write_tar(tmp_path / name / 'a.tar', samples(numbers))
-    return build_source(data_config(a=set_config(path)), (16, 16)).facts()
+    return build_source(data_config(a=set_config(path)), (16, 16)).metadata()
 
   manifest.claim(tmp_path, facts('one', range(5)))
   manifest.claim(tmp_path, facts('moved', range(5)))

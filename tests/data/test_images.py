@@ -20,7 +20,7 @@ def encoded(image: Image.Image | np.ndarray, kind: str = 'PNG', **options) -> by
 
 
 def read(data: bytes) -> np.ndarray:
-  pixels = images.read_picture(data, 'a')
+  pixels = images.read_image(data, 'a')
   assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
   return pixels
 
@@ -101,10 +101,10 @@ def test_arrays_images_and_paths(tmp_path):
   path = tmp_path / 'a.png'
   path.write_bytes(encoded(RGB))
   for picture in (path, str(path), Image.fromarray(RGB), RGB):
-    assert np.array_equal(images.read_picture(picture, 'a'), RGB)
-  assert images.read_picture(RGB, 'a') is RGB
-  assert images.read_picture(RGB[:, :, 0], 'a').shape == (5, 7, 3)
-  assert images.read_picture(np.ones((2, 2), bool), 'a').max() == 255
+    assert np.array_equal(images.read_image(picture, 'a'), RGB)
+  assert images.read_image(RGB, 'a') is RGB
+  assert images.read_image(RGB[:, :, 0], 'a').shape == (5, 7, 3)
+  assert images.read_image(np.ones((2, 2), bool), 'a').max() == 255
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_arrays_images_and_paths(tmp_path):
 )
 def test_what_is_no_picture_gets_one_line(picture, message):
   with pytest.raises(ValueError, match=message) as caught:
-    images.read_picture(picture, 'a')
+    images.read_image(picture, 'a')
   assert '\n' not in str(caught.value)
 
 
@@ -139,4 +139,4 @@ def test_bombs_are_refused_before_they_go_off(side, recwarn):
 
 def test_a_folder_is_no_picture(tmp_path):
   with pytest.raises(ValueError, match="picture 'a' cannot be read: Is a directory"):
-    images.read_picture(tmp_path, 'a')
+    images.read_image(tmp_path, 'a')

@@ -7,7 +7,7 @@ from PIL import Image
 import pytest
 
 from groupvit_jax.data import jpeg
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from tests.photos import decode, encode, photo
 
 PIXELS = photo(83, 70)
@@ -54,7 +54,7 @@ def test_a_reduced_picture_is_that_many_times_smaller(form, reduction):
 @pytest.mark.parametrize('share', [0.02, 0.3, 0.9])
 def test_a_truncated_file_is_a_fault(share):
   data = encode(PIXELS)
-  with pytest.raises(Fault, match='set/0001/key: image_truncated'):
+  with pytest.raises(BadRecord, match='set/0001/key: image_truncated'):
     jpeg.read_header(data[: int(len(data) * share)], 'set/0001/key')
 
 
@@ -68,7 +68,7 @@ def test_a_damaged_table_is_a_fault():
   tables = data.index(b'\xff\xc4')
   data[tables + 5 : tables + 21] = b'\xff' * 16  # more codes than there can be
   header = jpeg.read_header(bytes(data), 'key')
-  with pytest.raises(Fault, match='key: image_corrupt'):
+  with pytest.raises(BadRecord, match='key: image_corrupt'):
     jpeg.decode_rows(bytes(data), header, 83, 1, 'key')
 
 

@@ -59,7 +59,7 @@ def shown(batches: list[dict[str, np.ndarray]]) -> list[int]:
 def assert_same(ours, theirs):
   assert len(ours) == len(theirs)
   for a, b in zip(ours, theirs):
-    assert a.keys() == b.keys() == {'image', 'tokens', 'faults'}
+    assert a.keys() == b.keys() == {'image', 'tokens', 'bad_records'}
     for name in a:
       np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
@@ -127,11 +127,11 @@ def test_a_mixture_reads_the_right_set():
 
 def test_fingerprint_changes_with_records_order_and_weights():
   seen = {
-    mix.facts()['fingerprint']
+    mix.metadata()['fingerprint']
     for mix in (numbers(3, 5), numbers(5, 3), numbers(3, 5, weights=(1, 2)), numbers(3, 5, weights=(2, 1)), numbers(8))
   }
   assert len(seen) == 5
-  assert numbers(3, 5).facts() == numbers(3, 5).facts()
+  assert numbers(3, 5).metadata() == numbers(3, 5).metadata()
 
 
 def share(host: int, hosts: int) -> range:
@@ -181,7 +181,7 @@ def test_workers_change_nothing(photographs, workers, threads):
 def test_crops_and_prompts_are_drawn_apart_and_anew_at_every_position(photographs):
   one, other = iterate(photographs, AUGMENT, num_batches=1), iterate(photographs, AUGMENT, num_batches=1, seed=4)
   assert not np.array_equal(one[0]['image'], other[0]['image'])
-  one_epoch = [examples(photographs, AUGMENT, num_batches=20).look_up(i) for i in range(100)]
+  one_epoch = [examples(photographs, AUGMENT, num_batches=20).preview(i) for i in range(100)]
   views = {}
   for example in one_epoch:
     views.setdefault(example.key, []).append(example)
@@ -189,7 +189,7 @@ def test_crops_and_prompts_are_drawn_apart_and_anew_at_every_position(photograph
   assert sum(a.texts != b.texts for a, b in views.values()) > 40  # 80 templates
   words, crop = (examples(photographs)._rng(5, stream).random() for stream in (pipeline._WORDS, pipeline._AUGMENT))
   assert words != crop
-  without_prompts = examples(photographs, AUGMENT, num_prompts=0).look_up(5)
+  without_prompts = examples(photographs, AUGMENT, num_prompts=0).preview(5)
   np.testing.assert_array_equal(without_prompts.image, one_epoch[5].image)
 
 
@@ -199,7 +199,7 @@ def test_prompts_of_words_or_of_phrases():
       return super().__getitem__(index) | {'text': 'a small black dog'}
 
   source = Mixture((DataSet('dogs', Dogs(8), 'digest', 1, 0.0),))
-  words, phrases = (examples(source, noun_phrases=which).look_up(0).texts for which in (False, True))
+  words, phrases = (examples(source, noun_phrases=which).preview(0).texts for which in (False, True))
   assert words[0] == phrases[0] == 'a small black dog'
   assert 'small black dog' in phrases[1] and 'small black dog' not in words[1] and 'dog' in words[1]
 

@@ -119,7 +119,7 @@ def test_one_connection_pool_serves_all_threads(monkeypatch):
   opened = []
   monkeypatch.setattr(storage, '_systems', {})
   monkeypatch.setattr(storage.fsspec, 'filesystem', lambda *_, **__: time.sleep(0.05) or opened.append(1))
-  storage.in_threads(storage._system, ['http://host/a.tar'] * 8, 8)
+  storage.map_threads(storage._system, ['http://host/a.tar'] * 8, 8)
   assert len(opened) == 1
 
 
@@ -149,7 +149,7 @@ def bucket():
 def test_a_bucket_holds_shards_and_their_index(bucket, tmp_path, monkeypatch):
   local = write_set(tmp_path / 'set', 20)
   for path in storage.expand_braces(local):
-    storage.write_whole(path.replace(str(tmp_path), bucket), open(path, 'rb').read())
+    storage.write_atomic(path.replace(str(tmp_path), bucket), open(path, 'rb').read())
   source = open_set(local.replace(str(tmp_path), bucket), index_dir=f'{bucket}/index')
   assert [source[n] for n in (0, 9, 19)] == [open_set(local)[n] for n in (0, 9, 19)]
   (tmp_path / 'cache').rename(tmp_path / 'gone')  # another machine: only the bucket's index is there

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import tensorflow_datasets as tfds
 
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tfds_source import open_tfds
 from tests.forbidden import run_without
@@ -56,7 +56,7 @@ def test_records_are_the_files_that_were_put_in(prepared):
     for n in range(20):
       try:
         record = copy[n]
-      except Fault as fault:
+      except BadRecord as fault:
         assert fault.cause == 'caption_unreadable' and fault.key == f'{prepared}/train[{n}]'
         continue
       number = int(record['text'].removeprefix('a dog number '))
@@ -73,7 +73,7 @@ def test_a_part_of_a_split_mixes_with_tars(prepared, tmp_path, monkeypatch):
   source = build_source(data_config(tars=set_config(write_set(tmp_path, 8), weight=3.0), records=described), (16, 16))
   assert [part.name for part in source.sets] == ['records', 'tars'] and len(source) == 5 + 8
   assert source[12]['text'] == 'a dog number 7'
-  assert source.facts()['sets']['records']['digest'] != open_split(prepared).digest
+  assert source.metadata()['sets']['records']['digest'] != open_split(prepared).digest
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_folder_that_is_none_and_a_file_that_is_missing(prepared, tmp_path):
 def test_neither_this_process_nor_a_worker_imports_tensorflow_or_torch(prepared, tmp_path):
   run_without(
     f"""
-from groupvit_jax.data import image_ops, pipeline
+from groupvit_jax.data import augment as image_ops, pipeline
 from groupvit_jax.data.sources import build_source
 from tests.tars import Words, data_config
 

@@ -10,7 +10,7 @@ import pytest
 
 from groupvit_jax import storage as shards_lib
 from groupvit_jax.data import webdataset
-from groupvit_jax.data.bad_records import Fault
+from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.tar_index import tar_members
 from groupvit_jax.storage import expand_braces, find_shards
 from tests.tars import encode, samples, write_set, write_tar
@@ -171,7 +171,7 @@ def test_what_is_wrong_with_a_caption_or_a_missing_part(tmp_path):
   )
   source, found = open_set(path), {}
   for n in range(len(source)):
-    with pytest.raises(Fault) as fault:
+    with pytest.raises(BadRecord) as fault:
       source[n]
     found[fault.value.key.split('/')[-1]] = fault.value.cause
   assert found == {
@@ -187,7 +187,7 @@ def test_what_is_wrong_with_a_caption_or_a_missing_part(tmp_path):
 @pytest.mark.parametrize('data', [b'{"caption": 3}', b'["caption"]', b'{"caption": "cut', b'\xff'])
 def test_json_that_holds_no_caption(tmp_path, data):
   source = open_set(write_tar(tmp_path / 'a.tar', {'0.jpg': encode(0), '0.json': data}), caption='json:caption')
-  with pytest.raises(Fault, match='caption_unreadable'):
+  with pytest.raises(BadRecord, match='caption_unreadable'):
     source[0]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from groupvit_jax import cli, storage
 from groupvit_jax.data import prepared
-from groupvit_jax.data.images import read_picture
+from groupvit_jax.data.images import read_image
 from groupvit_jax.eval import labelled
 from groupvit_jax.prepare import __main__ as build
 from groupvit_jax.prepare import coco_rle
@@ -69,7 +69,7 @@ def test_a_benchmark_from_its_official_layout(name, raw, data_dir):
   by_size = {labels.shape: labels for labels in maps}
   for key, record in records.items():
     assert record['image'] == files[key].read_bytes()  # unchanged
-    pixels = read_picture(record['image'], key)
+    pixels = read_image(record['image'], key)
     assert pixels.shape == (*record['label'].shape, 3)
     np.testing.assert_array_equal(record['label'], expected(name, by_size[record['label'].shape]))
 
@@ -79,7 +79,7 @@ def test_grey_and_cmyk_pictures_are_what_they_show(name, data_dir):
   _, source = labelled.open_benchmark(name, data_dir)
   for record in map(source.__getitem__, range(3)):
     number = layouts.SIZES.index(record['label'].shape)
-    pixels = read_picture(record['image'], record['key']).astype(int)
+    pixels = read_image(record['image'], record['key']).astype(int)
     original = layouts.photo(*layouts.SIZES[number], seed=number)
     if number == 1:
       original = np.asarray(Image.fromarray(original).convert('L').convert('RGB'))

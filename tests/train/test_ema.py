@@ -74,7 +74,7 @@ def test_a_run_averages_what_it_trains(run):
   step_fn, batches = loop.jit_step(set_up, state), list(loop.read_batches(set_up, 4))
   before = jax.tree.map(np.asarray, state.ema)
   state, _ = step_fn(
-    state, loop.pipeline.to_devices({key: value for key, value in batches[0].items() if key != 'faults'}, set_up.mesh)
+    state, loop.pipeline.to_devices({k: v for k, v in batches[0].items() if k != 'bad_records'}, set_up.mesh)
   )
   want = jax.tree.map(lambda old, new: 8 / 17 * old + 9 / 17 * np.asarray(new), before, state.variables)  # n = 7
   for found, expected in zip(jax.tree.leaves(state.ema), jax.tree.leaves(want), strict=True):
