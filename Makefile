@@ -7,15 +7,20 @@ BIN = $(VENV)/bin
 # On CPUs a step's temporaries are GiBs that XLA maps and frees each time: in huge pages it is a tenth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-long lint docs docs-check clean
+.PHONY: quickstart test test-oracles test-long lint docs docs-check clean
 
 quickstart: $(VENV)/run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
 	$(BIN)/python eval.py --workdir=$(WORKDIR) --output=$(WORKDIR)/eval
 	@echo "Open $(WORKDIR)/eval/scenes.png"
 
-test: $(VENV)/test lint
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
+
+test: $(VENV)/test lint  # all tests with Python 3.11, elsewhere all but the oracles
+	$(PYTEST)
+
+test-oracles: $(VENV)/test  # those that need torch and transformers, which requirements-test.txt has for Python 3.11
+	$(PYTEST) -m 'oracle and not long and not gpu'
 
 test-long: $(VENV)/test
 	$(BIN)/python -m pytest -m long

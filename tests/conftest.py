@@ -1,7 +1,13 @@
-"""Eight fake CPU devices, strict shapes, and a compilation cache shared by all processes of a test run."""
+"""Eight fake CPU devices, strict shapes, a compilation cache that all processes of a test run share, and oracles.
 
+Tests that compare with torch or transformers carry the mark `oracle`: all of a file that imports either, and those that
+take one as a fixture. Where torch is not installed they are left out.
+"""
+
+import importlib.util
 import os
 import pathlib
+import re
 
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 
@@ -25,5 +31,31 @@ os.environ['JAX_COMPILATION_CACHE_DIR'] = str(CACHE)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.5'
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+ORACLES = ('torch', 'transformers')
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
+  if collection_path.suffix == '.py' and not all(map(importlib.util.find_spec, ORACLES)):
+    return bool(re.search(rf'^import ({"|".join(ORACLES)})$', collection_path.read_text(), re.MULTILINE)) or None
+  return None
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  for item in items:
+    if any(name in item.fixturenames or hasattr(item.module, name) for name in ORACLES):
+      item.add_marker('oracle')
+
+
+@pytest.fixture(scope='session')
+def torch():
+  return pytest.importorskip('torch')
+
+
+@pytest.fixture(scope='session')
+def transformers():
+  return pytest.importorskip('transformers')

@@ -29,7 +29,7 @@ def load_check():
 check = load_check()
 
 
-def test_the_released_weights_and_a_photograph(tmp_path):
+def test_the_released_weights_and_a_photograph(tmp_path, torch):
   """The README's three commands, but for the installation, on random weights of the same layout."""
   before, block = next(
     pair

@@ -2,6 +2,10 @@
 
 import argparse
 
+import pytest
+
+transformers = pytest.importorskip('transformers')
+
 from benchmarks import evaluation, evaluation_table, rounds
 
 

@@ -95,4 +95,4 @@ def test_a_worker_that_dies_ends_the_run_with_a_message(reader):
   os.kill(reader.workers[0], signal.SIGKILL)
   _, err = reader.communicate(timeout=60)
   assert reader.returncode == 1
-  assert 'OSError: a data worker died (killed, or out of memory?)' in err and 'exit code -9' in err
+  assert 'ResourceError: a data worker died (killed, or out of memory?)' in err and 'exit code -9' in err

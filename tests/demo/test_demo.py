@@ -23,7 +23,7 @@ from groupvit_jax.demo.viewer import Viewer
 from groupvit_jax.eval import groups, window_encoder
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
-from tests import browser, huggingface_models, photos
+from tests import browser, photos
 from tests.photos import photo
 from tests.trained import trained_workdir
 
@@ -126,8 +126,10 @@ def test_examples_for_weights_from_elsewhere(tmp_path):
 
 
 @pytest.fixture(scope='module')
-def imported(tmp_path_factory) -> pathlib.Path:
+def imported(tmp_path_factory, torch) -> pathlib.Path:
   """A workdir made of a narrow stand-in for the released weights."""
+  from tests import huggingface_models  # needs torch
+
   folder = tmp_path_factory.mktemp('released')
   huggingface_models.write_released_folder(folder / 'hub')
   import_weights(str(folder / 'hub'), str(folder / 'run'))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
-import torch
 
 from groupvit_jax.interop.state_dicts import abstract_variables
 from groupvit_jax.model import assignment, attention, layers, text_rows, vision
@@ -122,7 +121,7 @@ def test_other_input_sizes_run_and_pixels_beyond_the_last_patch_are_not_seen():
 @pytest.mark.parametrize(
   'grid, size', [((14, 14), (28, 42)), ((3, 5), (7, 4)), ((14, 14), (5, 9)), ((2, 3), (2, 11)), ((1, 4), (3, 4))]
 )
-def test_positions_are_resized_as_torch_does(grid, size):
+def test_positions_are_resized_as_torch_does(grid, size, torch):
   positions = np.random.default_rng(0).standard_normal((*grid, 3)).astype(np.float32)
   theirs = torch.nn.functional.interpolate(
     torch.tensor(positions.transpose(2, 0, 1)[None]), size=size, mode='bicubic', align_corners=False

@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from groupvit_jax.model import segmentation
 
@@ -42,7 +41,7 @@ def test_token_affinity_rows_sum_to_one(rng):
 
 
 @pytest.mark.parametrize('size_in, size_out', [(4, 8), (3, 10), (7, 5), (1, 4), (5, 5), (18, 300)])
-def test_interpolation_is_that_of_torch(size_in, size_out, rng):
+def test_interpolation_is_that_of_torch(size_in, size_out, rng, torch):
   line = rng.normal(size=size_in)
   want = torch.nn.functional.interpolate(
     torch.tensor(line)[None, None], size=size_out, mode='linear', align_corners=False
