@@ -23,17 +23,16 @@ import numpy as np
 
 from benchmarks import caption_lengths
 from groupvit_jax.aot.flops import matmul_flops
-from groupvit_jax.model.build import build_model
+from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.layers import Remat
 from groupvit_jax.model.pixels import normalize_images
-from groupvit_jax.model.text_rows import one_a_row
+from groupvit_jax.model.text_packing import one_a_row
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import choose_attention
 from groupvit_jax.train import optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
-from groupvit_jax.train.random_erasing import build_random_erasing
 
 
 class Variant(NamedTuple):

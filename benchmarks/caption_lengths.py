@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from groupvit_jax.data import prompts as text_ops
-from groupvit_jax.model.text_rows import pack
+from groupvit_jax.model.text_packing import pack
 
 WORDS_MEAN, WORDS_STD = 20.2, 16.3
 TOKENS_A_WORD, TAGGED_SHARE = 1.2, 0.4

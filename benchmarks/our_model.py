@@ -18,7 +18,7 @@ import optax
 from benchmarks import caption_lengths, rounds
 from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax.eval import window_encoder
-from groupvit_jax.model.build import build_model
+from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding
@@ -26,7 +26,6 @@ from groupvit_jax.running.attention_choice import choose_attention
 from groupvit_jax.train import optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
-from groupvit_jax.train.random_erasing import build_random_erasing
 
 VOCAB, CONTEXT = 49_408, 77
 TRACED_STEPS = 3

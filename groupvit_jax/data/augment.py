@@ -1,6 +1,6 @@
 """From a picture, encoded or not, to what the model sees of it: crop, resize, flip, RandAugment.
 
-Random erasing and ImageNet's mean and deviation belong to the training step: `random_erasing.py`.
+Random erasing and ImageNet's mean and deviation belong to the training step: `model/pixels.py`.
 """
 
 import dataclasses

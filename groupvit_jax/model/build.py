@@ -1,4 +1,4 @@
-"""From a ConfigDict to the model."""
+"""Builds the model and random erasing from a ConfigDict."""
 
 from typing import get_args
 
@@ -9,6 +9,7 @@ import ml_collections
 from groupvit_jax.errors import UserError
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.layers import Initializer, Remat
+from groupvit_jax.model.pixels import RandomErasing
 from groupvit_jax.model.text import TextTower
 from groupvit_jax.model.vision import StageSpec, VisionInit, VisionTower
 
@@ -80,6 +81,19 @@ def build_model(
     multi_label=multi_label,
     dtype=dtype,
   )
+
+
+def build_random_erasing(config: ml_collections.ConfigDict) -> RandomErasing | None:
+  """Builds what a config's `data.augment` asks for: None for augmentation 'none', or `erase` 0.
+
+  Raises:
+    ValueError: `erase` is no probability.
+  """
+  if config.name == 'none' or config.erase == 0:
+    return None
+  if not 0 < config.erase <= 1:
+    raise UserError(f'data.augment.erase={config.erase}: use a probability, 0 to 1')
+  return RandomErasing(config.erase)
 
 
 def _dtype(name: str) -> jnp.dtype:

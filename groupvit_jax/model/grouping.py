@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from groupvit_jax.model import assignment as assignment_lib
-from groupvit_jax.model.layers import CrossAttention, Initializer, Mlp, TokenMixer
-from groupvit_jax.model.norm import LayerNorm
-from groupvit_jax.model.projection import project
+from groupvit_jax.model.layers import CrossAttention, Initializer, LayerNorm, Mlp, project, TokenMixer
 
 
 class GroupingOutput(NamedTuple):

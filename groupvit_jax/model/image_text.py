@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from groupvit_jax.errors import UserError
-from groupvit_jax.model.layers import sample_keys
-from groupvit_jax.model.projection import project
+from groupvit_jax.model.layers import project, sample_keys
 from groupvit_jax.model.text import TextTower
-from groupvit_jax.model.text_rows import one_a_row, TextRows
+from groupvit_jax.model.text_packing import one_a_row, TextRows
 from groupvit_jax.model.vision import VisionOutput, VisionTower
 
 

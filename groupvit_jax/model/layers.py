@@ -8,11 +8,10 @@ from typing import Literal
 
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from groupvit_jax.model.attention import attend, Implementation
-from groupvit_jax.model.norm import LayerNorm
-from groupvit_jax.model.projection import project
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
@@ -20,6 +19,9 @@ Activation = Callable[[jax.Array], jax.Array]
 # What a block keeps of its activations for the backward pass: all, the results of matrix products with weights, or
 # none. The rest is computed again.
 Remat = Literal['none', 'dots', 'blocks']
+
+# torch's epsilon; Flax's default is 1e-6.
+LAYER_NORM_EPS = 1e-5
 
 
 def _from_its_input(function: Activation, slope: Activation) -> Activation:
@@ -37,13 +39,13 @@ def _from_its_input(function: Activation, slope: Activation) -> Activation:
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
   """The erf form; Flax's default is the tanh approximation, and its erf form is computed by the slower erfc."""
-  return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+  return 0.5 * x * (1 + lax.erf(x * 0.5**0.5))
 
 
 def _exact_gelu_slope(x: jax.Array) -> jax.Array:
   """The normal distribution function, by erf(-x) = -erf(x), and x times its density."""
   density = jnp.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
-  return 0.5 * (1 - jax.lax.erf(-x * 0.5**0.5)) + x * density
+  return 0.5 * (1 - lax.erf(-x * 0.5**0.5)) + x * density
 
 
 def _quick_gelu(x: jax.Array) -> jax.Array:
@@ -59,6 +61,106 @@ def _quick_gelu_slope(x: jax.Array) -> jax.Array:
 
 exact_gelu = _from_its_input(_exact_gelu, _exact_gelu_slope)
 quick_gelu = _from_its_input(_quick_gelu, _quick_gelu_slope)
+
+
+class LayerNorm(nn.Module):
+  """A float32 LayerNorm over the last axis, as torch computes it."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param('scale', nn.initializers.ones, x.shape[-1:], jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, x.shape[-1:], jnp.float32)
+    return normalize(x, scale, bias)
+
+
+@jax.custom_vjp
+def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+  """[..., D] -> float32 [..., D] of mean 0 and variance 1, times `scale` [D], plus `bias` [D]."""
+  return _normalize_forward(x, scale, bias)[0]
+
+
+def _normalize_forward(x, scale, bias):
+  wide = x.astype(jnp.float32)
+  mean = wide.mean(axis=-1, keepdims=True)
+  rate = lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + LAYER_NORM_EPS)
+  along = (1,) * (x.ndim - 1) + (-1,)
+  return (wide - mean) * rate * scale.reshape(along) + bias.reshape(along), (x, mean, rate, scale)
+
+
+def _normalize_backward(saved, grad):
+  x, mean, rate, scale = saved
+  normal = (x.astype(jnp.float32) - mean) * rate
+  # Means over features of grad * scale and of grad * scale * normal.
+  straight = _add_up(grad, scale)[..., None] / x.shape[-1]
+  sideways = _add_up(grad * normal, scale)[..., None] / x.shape[-1]
+  along = (1,) * (x.ndim - 1) + (-1,)
+  grad_x = rate * (grad * scale.reshape(along) - straight - normal * sideways)
+  rows = tuple(range(x.ndim - 1))
+  return grad_x.astype(x.dtype), (grad * normal).sum(axis=rows), grad.sum(axis=rows)
+
+
+def _add_up(x: jax.Array, scale: jax.Array) -> jax.Array:
+  """Sums [...] over features of x * scale. Elsewhere than on CPUs a product would round, and not be fused."""
+  product = lambda x, scale: jnp.einsum('...d,d->...', x, scale, precision='highest')
+  plain = lambda x, scale: (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).sum(axis=-1)
+  return lax.platform_dependent(x, scale, cpu=product, default=plain)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def project(
+  x: jax.Array, kernel: jax.Array, dimension_numbers: lax.DotDimensionNumbers, precision: lax.PrecisionLike = None
+) -> jax.Array:
+  """A `dot_general` for Flax's dense layers: the last axes of x with the first ones of the kernel.
+
+  All axes of x that stay are one while it multiplies.
+
+  Args:
+    x: [..., *K].
+    kernel: [*K, *F].
+    dimension_numbers: as `lax.dot_general` takes them; without batch axes.
+    precision: of the products.
+
+  Returns:
+    [..., *F].
+  """
+  return _project(x, kernel, len(dimension_numbers[0][0]), precision)
+
+
+def _multiply(x: jax.Array, kernel: jax.Array, axes: int, precision: lax.PrecisionLike) -> jax.Array:
+  kept = x.shape[: x.ndim - axes]
+  contracted = tuple(range(1, 1 + axes)), tuple(range(axes))
+  out = lax.dot_general(_rows(x, axes), kernel, (contracted, ((), ())), precision)
+  return out.reshape(*kept, *kernel.shape[axes:])
+
+
+def _rows(x: jax.Array, axes: int) -> jax.Array:
+  """All but the last axes as one."""
+  return x.reshape(math.prod(x.shape[: x.ndim - axes]), *x.shape[x.ndim - axes :])
+
+
+_project = jax.custom_vjp(_multiply, nondiff_argnums=(2, 3))
+
+
+def _project_forward(x, kernel, axes, precision):
+  return _multiply(x, kernel, axes, precision), (x, kernel)
+
+
+def _project_backward(axes, precision, saved, grad):
+  x, kernel = saved
+  # Two products read the gradient. On CPUs each would compute again, with strides, what leads to it.
+  grad = lax.platform_dependent(grad, cpu=lax.optimization_barrier, default=lambda grad: grad)
+  grad = _rows(grad, kernel.ndim - axes)
+  # With all that x and the kernel share in one axis both are read as they lie; else they would be turned around first.
+  flat = kernel.reshape(-1, *kernel.shape[axes:])
+  features = tuple(range(1, grad.ndim))
+  grad_x = lax.dot_general(grad, flat, ((features, features), ((), ())), precision)
+  grad_kernel = lax.dot_general(x.reshape(len(grad), -1), grad, (((0,), (0,)), ((), ())), precision)
+  return grad_x.reshape(x.shape), grad_kernel.reshape(kernel.shape)
+
+
+_project.defvjp(_project_forward, _project_backward)
 
 
 def sample_keys(key: jax.Array, batch: int) -> jax.Array:
@@ -271,4 +373,4 @@ def scan_blocks(
     rate = None if drop_rates is None else rate
     return block.apply({'params': params}, x, mask=mask, keys=fold_keys(keys, i), drop_rate=rate), None
 
-  return jax.lax.scan(step, x, (stacked, rates, jnp.arange(len(params))))[0]
+  return lax.scan(step, x, (stacked, rates, jnp.arange(len(params))))[0]

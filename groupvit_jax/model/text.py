@@ -6,9 +6,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from groupvit_jax.model.layers import Block, BlockInit, quick_gelu, Remat, rematerialized, scan_blocks
-from groupvit_jax.model.norm import LayerNorm
-from groupvit_jax.model.text_rows import TextRows
+from groupvit_jax.model.layers import Block, BlockInit, LayerNorm, quick_gelu, Remat, rematerialized, scan_blocks
+from groupvit_jax.model.text_packing import TextRows
 
 
 def clip_block_init(width: int, depth: int) -> BlockInit:

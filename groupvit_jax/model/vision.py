@@ -19,13 +19,13 @@ from groupvit_jax.model.layers import (
   BlockInit,
   fold_keys,
   Initializer,
+  LayerNorm,
+  project,
   Remat,
   rematerialized,
   scan_blocks,
   TokenMixer,
 )
-from groupvit_jax.model.norm import LayerNorm
-from groupvit_jax.model.projection import project
 
 
 class VisionOutput(NamedTuple):

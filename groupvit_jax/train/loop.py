@@ -23,7 +23,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence as licence_lib
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.model import text_packing
-from groupvit_jax.model.build import build_model
+from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import processes, sharding
 from groupvit_jax.running.attention_choice import Choice, choose_attention
@@ -39,7 +39,6 @@ from groupvit_jax.train.best_checkpoint import BestCheckpoint
 from groupvit_jax.train.checkpoint import Checkpoints
 from groupvit_jax.train.evals import RunEvals
 from groupvit_jax.train.log import RunLog
-from groupvit_jax.train.random_erasing import build_random_erasing
 from groupvit_jax.train.state import TrainState
 
 

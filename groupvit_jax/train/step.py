@@ -11,12 +11,11 @@ import optax
 from groupvit_jax.model import losses, metrics
 from groupvit_jax.model.image_text import ImageTextModel, Projected
 from groupvit_jax.model.layers import sample_keys
-from groupvit_jax.model.pixels import normalize_images
+from groupvit_jax.model.pixels import normalize_images, RandomErasing
 from groupvit_jax.model.text_packing import Encoders, text_features, text_load, TextLoad
 from groupvit_jax.running import sharding
 from groupvit_jax.train import optim
 from groupvit_jax.train.accumulation import map_micro_batches
-from groupvit_jax.train.random_erasing import RandomErasing
 from groupvit_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]  # 'image': uint8 [B, H, W, 3], 'tokens': int32 [B, T, L]

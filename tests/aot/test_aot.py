@@ -15,7 +15,7 @@ from groupvit_jax import cli
 from groupvit_jax.aot import chips, program, report, step
 from groupvit_jax.model.layers import sample_keys
 from groupvit_jax.model.pixels import normalize_images
-from groupvit_jax.model.text_rows import one_a_row
+from groupvit_jax.model.text_packing import one_a_row
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.train.accumulation import map_micro_batches
 from tests.agreement import assert_agree

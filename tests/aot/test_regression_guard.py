@@ -20,7 +20,7 @@ import pytest
 from benchmarks import caption_lengths, our_model
 from groupvit_jax.model import text_packing
 from groupvit_jax.model.build import build_model
-from groupvit_jax.model.text_rows import pack
+from groupvit_jax.model.text_packing import pack
 from groupvit_jax.running import sharding
 from groupvit_jax.train import loop
 from groupvit_jax.train import state as train_state

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from groupvit_jax.model.attention import attend
-from groupvit_jax.model.norm import LayerNorm
+from groupvit_jax.model.layers import LayerNorm
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import choose_attention
 from tests.tiny import tiny_model

@@ -12,14 +12,14 @@ from benchmarks import plain_losses
 from groupvit_jax.model import losses, text_packing
 from groupvit_jax.model.image_text import ImageTextModel, Projected
 from groupvit_jax.model.layers import Remat
-from groupvit_jax.model.text_rows import one_a_row
+from groupvit_jax.model.pixels import RandomErasing
+from groupvit_jax.model.text_packing import one_a_row
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
 from groupvit_jax.train import loop
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from groupvit_jax.train.accumulation import map_micro_batches
-from groupvit_jax.train.random_erasing import RandomErasing
 from tests.agreement import assert_agree
 from tests.running.test_sharding import random_batch, TEXT_SHAPE
 from tests.tiny import tiny_config, tiny_model

@@ -10,9 +10,7 @@ import pytest
 
 from groupvit_jax.model import assignment
 from groupvit_jax.model.attention import attend
-from groupvit_jax.model.layers import exact_gelu, quick_gelu, unfuse
-from groupvit_jax.model.norm import LayerNorm
-from groupvit_jax.model.projection import project
+from groupvit_jax.model.layers import exact_gelu, LayerNorm, project, quick_gelu, unfuse
 from groupvit_jax.model.vision import PatchEmbed
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from groupvit_jax.interop.state_dicts import abstract_variables
-from groupvit_jax.model import assignment, attention, layers, text_rows, vision
+from groupvit_jax.model import assignment, attention, layers, text_packing, vision
 from groupvit_jax.model.build import build_model
 from tests.tiny import tiny_model
 from tests.weights import random_variables
@@ -219,7 +219,7 @@ def test_stochastic_depth_and_noise_need_a_key():
 
 
 def test_text_is_pooled_at_the_first_eos_wherever_it_is():
-  assert text_rows.eos_positions(jnp.array([[5, 2, 9], [2, 2, 2], [9, 8, 2]]), 2).tolist() == [1, 0, 2]
+  assert text_packing.eos_positions(jnp.array([[5, 2, 9], [2, 2, 2], [9, 8, 2]]), 2).tolist() == [1, 0, 2]
   encode = apply_tiny('encode_text')
   base = encode(jnp.array([[5, 7, 2, 0, 0, 0]]))
   for tail in ([9, 2, 19], [2, 2, 2]):
@@ -244,7 +244,7 @@ def test_batch_norm_learns_from_the_batch_in_training_alone():
   ]['batch_stats']['text_projector']['norm']['mean']
   old = variables['batch_stats']['text_projector']['norm']['mean']
   np.testing.assert_array_equal(mean_after(False), old)
-  features = model.apply(variables, text_rows.one_a_row(tokens, 2), method='text_features')
+  features = model.apply(variables, text_packing.one_a_row(tokens, 2), method='text_features')
   fc1 = variables['params']['text_projector']['fc1']
   np.testing.assert_allclose(
     mean_after(True), 0.9 * old + 0.1 * (features @ fc1['kernel'] + fc1['bias'][None]).mean(axis=0), rtol=1e-4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import caption_lengths
-from groupvit_jax.model import text_packing, text_rows
+from groupvit_jax.model import text_packing
 from groupvit_jax.train import loop as train_loop
 from tests.tiny import tiny_config, tiny_model
 from tests.weights import random_variables
@@ -25,9 +25,9 @@ def padded(lengths: np.ndarray, width: int) -> np.ndarray:
 def test_three_texts_in_two_rows():
   """Literally: 'abE', 'cE' and 'dE' in rows of 5 tokens."""
   tokens = jnp.array([[[11, 12, EOS, 9], [13, EOS, EOS, EOS], [14, EOS, 9, 9]]])
-  packing = text_rows.pack(tokens, EOS, row_length=5)
+  packing = text_packing.pack(tokens, EOS, row_length=5)
   assert packing.starts.tolist() == [[0, 3, 5]] and packing.num_rows.tolist() == [2]
-  rows, here = text_rows.take_rows(packing, 0, 2)
+  rows, here = text_packing.take_rows(packing, 0, 2)
   assert rows.tokens[0, 0].tolist() == [11, 12, EOS, 13, EOS] and rows.tokens[0, 1, :2].tolist() == [14, EOS]
   assert rows.positions.tolist() == [[[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]]
   assert rows.ends.tolist() == [[2, 4, 6]] and here.all()
@@ -37,12 +37,12 @@ def test_three_texts_in_two_rows():
   np.testing.assert_array_equal(
     rows.mask[0, 1].astype(int), [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
   )
-  assert text_rows.take_rows(packing, 1, 1)[1].tolist() == [[False, False, True]]
+  assert text_packing.take_rows(packing, 1, 1)[1].tolist() == [[False, False, True]]
 
 
 def test_texts_go_where_a_loop_would_put_them():
   rng = np.random.default_rng(0)
-  pack = jax.jit(text_rows.pack, static_argnums=(1, 2))
+  pack = jax.jit(text_packing.pack, static_argnums=(1, 2))
   for row_length in (8, 11, 30):
     for seed_lengths in (rng.integers(1, 9, (4, 33)), np.full((4, 33), 8), np.full((4, 33), 1)):
       packing = pack(padded(seed_lengths, 8), EOS, row_length)
@@ -94,7 +94,7 @@ def test_features_and_gradients_are_those_of_padded_texts(monkeypatch):
 def test_no_text_is_cut_at_lengths_of_cc12m():
   """A budget of 64 tokens an image pays for 256 images a device; never do they need 68."""
   texts = caption_lengths.draw_tokens(8 * 256, prompts=3, context_length=77, vocab_size=1000)
-  packing = text_rows.pack(jnp.array(texts.reshape(8, -1, 77)), 1, text_packing.ROW_LENGTH)
+  packing = text_packing.pack(jnp.array(texts.reshape(8, -1, 77)), 1, text_packing.ROW_LENGTH)
   needed = packing.num_rows * text_packing.ROW_LENGTH / 256
   assert needed.mean() < 64 and needed.max() < 68, needed
   assert packing.lengths.max() == 77 and packing.lengths.sum() / (8 * 256) == pytest.approx(51.7, abs=1)
@@ -112,7 +112,7 @@ def test_a_budget_that_is_too_small_is_told(monkeypatch):
 
 def test_mistakes(tmp_path):
   with pytest.raises(ValueError, match='rows of 5 tokens do not hold texts of up to 6'):
-    text_rows.pack(jnp.zeros((1, 1, 6), int), EOS, 5)
+    text_packing.pack(jnp.zeros((1, 1, 6), int), EOS, 5)
   config = tiny_config()
   config.text_budget = -1
   with pytest.raises(ValueError, match='text_budget=-1 is negative; use 0'):

@@ -13,11 +13,11 @@ import pytest
 from configs import groupvit_vitb16_gcc_yfcc, groupvit_vitl16_gcc_yfcc
 from groupvit_jax.data import pipeline
 from groupvit_jax.model.build import build_model
+from groupvit_jax.model.pixels import RandomErasing
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
-from groupvit_jax.train.random_erasing import RandomErasing
 from tests.agreement import assert_agree
 from tests.tiny import tiny_model
 from tests.weights import random_variables

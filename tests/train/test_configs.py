@@ -16,12 +16,12 @@ import pytest
 from configs import groupvit_vits16_gcc_redcaps, groupvit_vits16_gcc_yfcc, quickstart
 from groupvit_jax import cli
 from groupvit_jax.data import augment, rand_augment
-from groupvit_jax.model.build import build_model
+from groupvit_jax.model.build import build_model, build_random_erasing
+from groupvit_jax.model.pixels import RandomErasing
 from groupvit_jax.running import sharding
 from groupvit_jax.train import loop, optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
-from groupvit_jax.train.random_erasing import build_random_erasing, RandomErasing
 from tests.board import read_board
 from tests.tars import samples, set_config, write_set, write_tar
 

@@ -6,7 +6,8 @@ import ml_collections
 import numpy as np
 import pytest
 
-from groupvit_jax.train.random_erasing import AREA, ASPECT, build_random_erasing, RandomErasing
+from groupvit_jax.model.build import build_random_erasing
+from groupvit_jax.model.pixels import AREA, ASPECT, RandomErasing
 
 BATCH, HEIGHT, WIDTH = 512, 40, 28
 MARK = 100.0  # no draw from a normal distribution
