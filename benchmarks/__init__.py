@@ -1,0 +1,1 @@
+"""Speed and memory, as JSON: `python -m benchmarks` lists the benchmarks."""

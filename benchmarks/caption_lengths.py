@@ -1,13 +1,10 @@
-"""Texts as long as those of CC12M, for measurements that need no more than their lengths; and what layouts make of them
+"""Token counts of CC12M's captions and prompts, and what each text layout computes for them.
 
-  python -m benchmarks.caption_lengths
-
-Captions have 20.2 +- 16.3 words, by the data set's paper (Changpinyo et al. 2021, arXiv 2102.08981, basic statistics);
-the data set itself was not at hand. Its file of 12,423,374 addresses and captions has 2.5 GB, 201 bytes a line, which
-leaves room for about that many. COCO's captions are shorter: 11.6 +- 2.6 words and punctuation marks, counted in 600.
-Assumed, not measured: the lengths are log-normal; CLIP's BPE makes 1.2 tokens of a word; two words of five are nouns or
-verbs. Each of up to three of them stands in one of the 80 templates of
-ImageNet, whose words are a token each; the caption fills the places that are left, as in training.
+Captions have 20.2 +- 16.3 words, by the data set's paper (Changpinyo et al. 2021, arXiv 2102.08981, basic statistics).
+COCO's are shorter: 11.6 +- 2.6 words and punctuation marks, counted in 600. Assumed, not measured: lengths are
+log-normal; CLIP's BPE makes 1.2 tokens of a word; two words of five are nouns or verbs. Each of up to three of them
+fills one of the 80 templates of ImageNet, whose words are a token each; the caption takes the prompts that are left, as
+in training.
 """
 
 import jax
@@ -20,8 +17,8 @@ WORDS_MEAN, WORDS_STD = 20.2, 16.3
 TOKENS_A_WORD, TAGGED_SHARE = 1.2, 0.4
 NOUN_TOKENS = (0.75, 0.2, 0.05)  # share of nouns of one, two and three tokens
 
-# Drawn with seeds from 0 on, for steps in turn. Of so many batches of 8 images one needs more than 64 tokens an image,
-# as one in seven does of a thousand.
+# Seeds of a training benchmark's batches. Of so many batches of 8 images one needs more than 64 tokens an image, as one
+# in seven does of a thousand.
 BATCHES = 8
 
 
@@ -50,20 +47,16 @@ def draw_tokens(images: int, prompts: int, context_length: int, vocab_size: int,
 
 
 def main() -> None:
-  """Prints, for each layout, the tokens that it computes an image, over a hundred batches."""
+  """Prints the tokens that each layout computes for an image, over a hundred batches."""
   prompts, context, images, batches = 3, 77, 256, 100
   lengths = draw_lengths(images * batches, prompts, context)
+  longest = (1 + prompts) * lengths.reshape(batches, -1).max(axis=1)
   print('| layout | tokens computed an image | at most |\n|:--|--:|--:|')
   print(f'| no padding at all | {lengths.sum(axis=1).mean():.1f} | {lengths.sum(axis=1).max()} |')
   print(f'| padded | {(1 + prompts) * context} | |')
-  longest = (1 + prompts) * lengths.reshape(batches, -1).max(axis=1)
   print(f'| padded to the longest of {images} images | {longest.mean():.1f} | {longest.max()} |')
   rows_of = jax.jit(lambda tokens, row: pack(tokens, 1, row).num_rows, static_argnums=1)
   tokens = draw_tokens(images * batches, prompts, context, 99).reshape(batches, -1, context)
   for row in (77, 128, 256):
     computed = np.asarray(rows_of(tokens, row)) * row / images
     print(f'| rows of {row} over {images} images | {computed.mean():.1f} | {computed.max():.1f} |')
-
-
-if __name__ == '__main__':
-  main()

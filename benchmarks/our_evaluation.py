@@ -1,10 +1,8 @@
-"""Our side of `evaluation`: label maps alone, as the peer makes them, and the whole of what eval.py --output does."""
+"""Our side of the evaluation benchmark: label maps alone, and all that eval.py --output does."""
 
 import argparse
-from collections.abc import Callable
 import functools
 import io
-import json
 import pathlib
 from typing import Any
 
@@ -12,7 +10,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from benchmarks import our_model, rounds, voc_pictures
+from benchmarks import evaluation, our_side, processes
 from groupvit_jax.eval import evaluator, labelled, protocols, semantic_seg, windows
 from groupvit_jax.eval.benchmarks import find_benchmark
 from groupvit_jax.eval.image_scores import PictureScores
@@ -23,59 +21,56 @@ from groupvit_jax.running.attention_choice import with_fastest_attention
 _QUALITY = 95  # of JPEGs; VOC's files are of about this size
 
 
-class Pictures:
-  """The first pictures, in memory: neither side decodes."""
+class Images:
+  """The first images, in memory: neither side decodes. Or, as a data set holds them, in files."""
 
   classes = find_benchmark('voc21').classes
 
-  def __init__(self, number: int):
-    self._number = number
+  def __init__(self, number: int, in_files: bool = False):
+    self._number, self._in_files = number, in_files
 
   def __len__(self) -> int:
     return self._number
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns a record."""
-    image, label = voc_pictures.picture(index)
+    image, label = _encode(index) if self._in_files else evaluation.draw_image(index)
+    label = labelled.decode_label(label, str(index)) if self._in_files else label
     return {'image': image, 'label': label, 'key': str(index)}
 
 
-class Files(Pictures):
-  """The same as files, as a data set holds them."""
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns a record."""
-    image, label = _files(index)
-    return {'image': image, 'label': labelled.decode_label(label, str(index)), 'key': str(index)}
-
-
 @functools.cache
-def _files(index: int) -> tuple[bytes, bytes]:
+def _encode(index: int) -> tuple[bytes, bytes]:
   """A JPEG and a PNG."""
-  data = io.BytesIO(), io.BytesIO()
-  for array, stream, options in zip(voc_pictures.picture(index), data, (('JPEG', _QUALITY), ('PNG', None))):
-    kind, quality = options
-    Image.fromarray(array).save(stream, kind, quality=quality)
-  return data[0].getvalue(), data[1].getvalue()
+  (image, label), (jpeg, png) = evaluation.draw_image(index), (io.BytesIO(), io.BytesIO())
+  Image.fromarray(image).save(jpeg, 'JPEG', quality=_QUALITY)
+  Image.fromarray(label).save(png, 'PNG')
+  return jpeg.getvalue(), png.getvalue()
 
 
-def make_evaluate(folder: pathlib.Path, config: str, dtype: str, mesh: jax.sharding.Mesh) -> Callable[..., int]:
-  """The evaluation of a source, with the weights that the peer left in a folder."""
-  spec = huggingface.from_huggingface_config(json.loads(config))
-  spec.config.dtype = dtype
-  model, batch_size = spec.build(), evaluator.windows_per_batch(mesh, voc_pictures.WINDOW)
+def main() -> None:
+  """Serves rounds, with the weights that the peer left in a folder."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument('--folder', type=pathlib.Path, required=True)
+  evaluation.add_side_flags(parser)
+  args = parser.parse_args()
+  jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda'}[args.device])
+  mesh = our_side.one_device()
+  spec = huggingface.from_huggingface_config({'model_type': 'groupvit'})
+  spec.config.dtype = args.dtype
+  model, batch_size = spec.build(), evaluator.windows_per_batch(mesh, evaluation.WINDOW)
   model = with_fastest_attention(model, mesh)
-  with np.load(folder / 'weights.npz') as weights:
+  with np.load(args.folder / 'weights.npz') as weights:
     variables = huggingface.from_huggingface(dict(weights), state_dicts.abstract_variables(model))
   variables = jax.device_put(variables, sharding.replicated(mesh))
+  benchmark = find_benchmark('voc21')
 
   def evaluate(source: semantic_seg.LabelledSource, **options: Any) -> int:
     return semantic_seg.evaluate(
       model,
       variables,
       source,
-      voc_pictures.text_embeds(),
-      find_benchmark('voc21'),
+      evaluation.class_embeds(),
+      benchmark,
       protocols.GROUPVIT,
       batch_size=batch_size,
       mesh=mesh,
@@ -83,44 +78,28 @@ def make_evaluate(folder: pathlib.Path, config: str, dtype: str, mesh: jax.shard
       **options,
     ).num_images
 
-  return evaluate
-
-
-def main() -> None:
-  """Serves `evaluation`."""
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--folder', type=pathlib.Path, required=True)
-  parser.add_argument('--config', required=True)
-  parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
-  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
-  args = parser.parse_args()
-  jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda'}[args.device])
-  mesh = sharding.make_mesh(devices=jax.devices()[:1])
-  evaluate = make_evaluate(args.folder, args.config, args.dtype, mesh)
   maps = {}
   keep = lambda encoded, found: maps.update({encoded.picture.key: found.labels})
-  evaluate(Pictures(4), oracle=False, on_picture=keep)
+  evaluate(Images(4), oracle=False, on_picture=keep)
   np.savez(args.folder / 'our_maps.npz', **maps)
-  product = our_model.multiply(args.dtype)
 
-  def whole(number: int) -> int:
-    scores = PictureScores(Files(number))
+  def as_eval_py(number: int) -> int:
+    scores = PictureScores(Images(number, in_files=True))
     return evaluate(scores, oracle=True, on_picture=scores.note)
 
-  def multiply(number: int) -> int:
-    for _ in range(number):
-      product()
-    return number
-
+  multiply = our_side.matmul(args.dtype)
+  works = {
+    'labels': lambda number: evaluate(Images(number), oracle=False),
+    'as_eval_py': as_eval_py,
+    'multiply': lambda number: sum(multiply(1) for _ in range(number)),
+  }
   facts = {
     'jax': jax.__version__,
-    'devices': mesh.size,
     'kind': jax.devices()[0].device_kind,
-    'windows_a_batch': evaluator.windows_per_batch(mesh, voc_pictures.WINDOW),
-    'product_flop': our_model.SQUARES[jax.default_backend()].flops,
+    'windows_a_batch': batch_size,
+    'product_flop': our_side.matmul_flop(),
   }
-  works = {'labels': lambda number: evaluate(Pictures(number), oracle=False), 'as_eval_py': whole, 'multiply': multiply}
-  rounds.serve(facts, works, our_model.device_peak_mb)
+  processes.serve(facts, works, our_side.device_peak_mb)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""The peer of `evaluation`: the reference procedure in torch, one window at a time, the encoder twice for each.
+"""The peer of the evaluation benchmark: the reference procedure in torch, one window at a time, each encoded twice.
 
 The encoder is that of `transformers`, which knows 224 px alone: its positions are resized here.
 """
@@ -12,56 +12,46 @@ import torch
 from torch.nn import functional
 import transformers
 
-from benchmarks import rounds, voc_pictures
+from benchmarks import evaluation, peer_side, processes
 
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_PATCH = 16
+_PATCH, _SIDE, _STRIDE = 16, evaluation.WINDOW, evaluation.STRIDE
 
 
 def main() -> None:
-  """Serves `evaluation`."""
+  """Serves rounds; leaves the weights in a folder for our side."""
   parser = argparse.ArgumentParser()
   parser.add_argument('--folder', type=pathlib.Path, required=True)
-  parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
-  parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+  evaluation.add_side_flags(parser)
   args = parser.parse_args()
-  folder, device = args.folder, {'cpu': 'cpu', 'gpu': 'cuda'}[args.device]
-  torch.manual_seed(0)
-  model = transformers.GroupViTModel(transformers.GroupViTConfig()).eval()
+  device = {'cpu': 'cpu', 'gpu': 'cuda'}[args.device]
+  model = peer_side.make_model(224).eval()
   with torch.no_grad():  # an untrained assignment is a tie: make it decisive, as a trained one is
     for name, value in model.named_parameters():
       if 'group_token' in name or '.assign.q_proj.weight' in name or '.assign.k_proj.weight' in name:
         value.normal_(0, 0.15)
-  np.savez(folder / 'weights.npz', **{name: value.numpy() for name, value in model.state_dict().items()})
+  np.savez(args.folder / 'weights.npz', **{name: value.numpy() for name, value in model.state_dict().items()})
   enlarged = enlarge(model).to(device)
-  text = torch.from_numpy(voc_pictures.text_embeds()).to(device)
-  label = lambda image: label_picture(enlarged, image, text, getattr(torch, args.dtype))
+  text = torch.from_numpy(evaluation.class_embeds()).to(device)
+  label = lambda image: label_image(enlarged, image, text, getattr(torch, args.dtype))
   counts = np.zeros((21, 21), np.int64)
 
   def evaluate(number: int) -> int:
     for index in range(number):
-      image, truth = voc_pictures.picture(index)
-      labels = label(image)
-      cells = truth.ravel().astype(int) * 21 + labels.ravel()
+      image, truth = evaluation.draw_image(index)
+      cells = truth.ravel().astype(int) * 21 + label(image).ravel()
       counts[:] += np.bincount(cells, minlength=21 * 21).reshape(21, 21)
     return number
 
-  maps = {str(i): label(voc_pictures.picture(i)[0]) for i in range(4)}
-  np.savez(folder / 'peer_maps.npz', **maps)
-  rounds.serve(
-    {'torch': torch.__version__, 'transformers': transformers.__version__, 'threads': torch.get_num_threads()},
-    {'labels': evaluate},
-  )
+  np.savez(args.folder / 'peer_maps.npz', **{str(i): label(evaluation.draw_image(i)[0]) for i in range(4)})
+  versions = {'torch': torch.__version__, 'transformers': transformers.__version__}
+  processes.serve(versions | {'threads': torch.get_num_threads()}, {'labels': evaluate})
 
 
 def enlarge(model: transformers.GroupViTModel) -> transformers.GroupViTModel:
   """The same model for windows of 448 px: positions resized bicubically."""
-  config = transformers.GroupViTConfig()
-  config.vision_config.image_size = voc_pictures.WINDOW
-  enlarged = transformers.GroupViTModel(config).eval()
-  state = model.state_dict()
+  enlarged, state = peer_side.make_model(_SIDE).eval(), model.state_dict()
   name = 'vision_model.embeddings.position_embeddings'
-  side, want = 224 // _PATCH, voc_pictures.WINDOW // _PATCH
+  side, want = 224 // _PATCH, _SIDE // _PATCH
   grid = state[name].reshape(1, side, side, -1).permute(0, 3, 1, 2)
   grid = functional.interpolate(grid, (want, want), mode='bicubic', align_corners=False)
   state[name] = grid.permute(0, 2, 3, 1).reshape(1, want * want, -1)
@@ -70,31 +60,29 @@ def enlarge(model: transformers.GroupViTModel) -> transformers.GroupViTModel:
 
 
 @torch.no_grad()
-def label_picture(
+def label_image(
   model: transformers.GroupViTModel, image: np.ndarray, text: torch.Tensor, dtype: torch.dtype
 ) -> np.ndarray:
-  """Label map [H, W] of a picture uint8 [H, W, 3]."""
-  side, stride = voc_pictures.WINDOW, voc_pictures.STRIDE
-  scale = min(side / min(image.shape[:2]), 2048 / max(image.shape[:2]))
+  """Label map [H, W] of an image uint8 [H, W, 3]."""
+  scale, device = min(_SIDE / min(image.shape[:2]), 2048 / max(image.shape[:2])), text.device
   rows, columns = (int(length * scale + 0.5) for length in image.shape[:2])
-  place = text.device
-  resized = torch.from_numpy(cv2.resize(image, (columns, rows))).to(place).permute(2, 0, 1)[None].float() / 255
-  mean, std = (torch.tensor(values, device=place)[:, None, None] for values in (_MEAN, _STD))
+  resized = torch.from_numpy(cv2.resize(image, (columns, rows))).to(device).permute(2, 0, 1)[None].float() / 255
+  mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (peer_side.MEAN, peer_side.STD))
   resized = (resized - mean) / std
-  scores = torch.zeros(1, len(text) + 1, rows, columns, device=place)
-  overlap = torch.zeros(1, 1, rows, columns, device=place)
-  for top in _starts(rows, side, stride):
-    for left in _starts(columns, side, stride):
-      window = resized[:, :, top : top + side, left : left + side]
-      scores[:, :, top : top + side, left : left + side] += _window_scores(model, window, text, dtype)
-      overlap[:, :, top : top + side, left : left + side] += 1
+  scores = torch.zeros(1, len(text) + 1, rows, columns, device=device)
+  overlap = torch.zeros(1, 1, rows, columns, device=device)
+  for top in _starts(rows):
+    for left in _starts(columns):
+      part = (slice(None), slice(None), slice(top, top + _SIDE), slice(left, left + _SIDE))
+      scores[part] += _window_scores(model, resized[part], text, dtype)
+      overlap[part] += 1
   scores = functional.interpolate(scores / overlap, image.shape[:2], mode='bilinear', align_corners=False)
   return scores.argmax(dim=1)[0].cpu().numpy()
 
 
-def _starts(length: int, side: int, stride: int) -> list[int]:
-  count = -(-max(length - side, 0) // stride) + 1
-  return [min(i * stride, max(length - side, 0)) for i in range(count)]
+def _starts(length: int) -> list[int]:
+  last = max(length - _SIDE, 0)
+  return [min(i * _STRIDE, last) for i in range(-(-last // _STRIDE) + 1)]
 
 
 def _window_scores(
@@ -121,7 +109,7 @@ def _window_scores(
   p = filtered.softmax(dim=-1) * logits.softmax(dim=-1)
   classes = p[segment].permute(2, 0, 1)[None]
   best = classes.max(dim=1, keepdim=True).values
-  threshold = p.max().clamp(max=voc_pictures.THRESHOLD)
+  threshold = p.max().clamp(max=evaluation.THRESHOLD)
   return torch.cat([(best < threshold).float(), classes], dim=1)
 
 

@@ -1,6 +1,6 @@
-"""The peer of `benchmarks.input_pipeline`: webdataset, Pillow, timm; in its own environment.
+"""The peer of the input pipeline: webdataset, Pillow, timm; in an environment of its own.
 
-Its texts take the same functions as ours, so that the difference lies in pictures and plumbing.
+Its texts take the same functions as ours, so that the difference lies in images and plumbing.
 """
 
 import argparse
@@ -15,42 +15,25 @@ import PIL
 from PIL import Image
 import torch
 
-# torchvision registers shapes for operators of its compiled half, which does not load beside
-# another build of torch. Its Pillow transforms, all that is used here, are Python: it is enough to
-# declare the operators.
+# torchvision registers shapes for operators of its compiled half, which does not load beside another build of torch.
+# Its Pillow transforms, all that is used here, are Python: it is enough to declare the operators.
 _DECLARED = torch.library.Library('torchvision', 'FRAGMENT')
 for _name in ('nms', 'qnms'):
   _DECLARED.define(f'{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor')
 
-import timm  # noqa: E402
-from timm.data import create_transform  # noqa: E402
-import torchvision  # noqa: E402
-import webdataset  # noqa: E402
+import timm
+from timm.data import create_transform
+import torchvision
+import webdataset
 
-from benchmarks import rounds  # noqa: E402
-from groupvit_jax.data import prompts as text_ops  # noqa: E402
-from groupvit_jax.data.tokenizer import build_tokenizer  # noqa: E402
+from benchmarks import processes
+from groupvit_jax.data import prompts as text_ops
+from groupvit_jax.data.tokenizer import build_tokenizer
 
 BATCH, LENGTH, PROMPTS = 64, 77, 3
 
 
-def transform() -> Callable[[Image.Image], torch.Tensor]:
-  """The paper's augmentation."""
-  return create_transform(
-    224,
-    is_training=True,
-    scale=(0.08, 1.0),
-    ratio=(3 / 4, 4 / 3),
-    interpolation='bilinear',
-    hflip=0.5,
-    auto_augment='rand-m9-mstd0.5-inc1',
-    re_prob=0.25,
-    re_mode='pixel',
-    re_count=1,
-  )
-
-
-def open_picture(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
   """As webdataset's decoder does it."""
   with io.BytesIO(data) as stream:
     image = Image.open(stream)
@@ -66,13 +49,24 @@ def main() -> None:
   args = parser.parse_args()
   torch.set_num_threads(1)
   random.seed(0)
-  tokenizer, rng, augment = build_tokenizer(args.tokenizer), np.random.default_rng(0), transform()
+  tokenizer, rng = build_tokenizer(args.tokenizer), np.random.default_rng(0)
+  augment = create_transform(  # the paper's
+    224,
+    is_training=True,
+    scale=(0.08, 1.0),
+    ratio=(3 / 4, 4 / 3),
+    interpolation='bilinear',
+    hflip=0.5,
+    auto_augment='rand-m9-mstd0.5-inc1',
+    re_prob=0.25,
+    re_mode='pixel',
+    re_count=1,
+  )
 
   def tokens(caption: str) -> torch.Tensor:
-    prompts = text_ops.noun_prompts(caption, PROMPTS, rng)
-    return torch.from_numpy(tokenizer.encode([caption, *prompts], LENGTH))
+    return torch.from_numpy(tokenizer.encode([caption, *text_ops.noun_prompts(caption, PROMPTS, rng)], LENGTH))
 
-  def samples() -> Iterator[tuple[bytes, str]]:
+  def samples() -> Iterator[dict[str, bytes]]:
     shards = list(braceexpand.braceexpand(args.shards))
     return webdataset.WebDataset(shards, shardshuffle=False).shuffle(256).repeat()
 
@@ -84,38 +78,22 @@ def main() -> None:
     .map_tuple(augment, tokens, handler=webdataset.ignore_and_continue)
     .batched(BATCH, partial=False)
   )
-
-  def full(pictures: int) -> int:
-    return sum(len(next(batches)[0]) for _ in range(-(-pictures // BATCH)))
-
-  texts, data = [], []
-  for sample in itertools.islice(samples(), 512):
-    texts.append(sample['txt'].decode())
-    data.append(sample['jpg'])
-  endless = iter(samples())
-  read = lambda count: sum(1 for _ in itertools.islice(endless, count))
-  stages = _stages(read, data, texts, augment, tokens)
-  facts = {
-    'pillow': PIL.__version__,
-    'timm': timm.__version__,
-    'torch': torch.__version__,
-    'torchvision': torchvision.__version__,
-    'webdataset': webdataset.__version__,
-    'stages': list(stages),
-  }
-  rounds.serve(facts, {'full': full} | stages)
+  full = lambda images: sum(len(next(batches)[0]) for _ in range(-(-images // BATCH)))
+  endless, some = iter(samples()), list(itertools.islice(samples(), 512))
+  stages = {'read': lambda count: sum(1 for _ in itertools.islice(endless, count))}
+  stages |= _stages([sample['jpg'] for sample in some], augment)
+  stages['tag and tokenise'] = processes.over([sample['txt'].decode() for sample in some], tokens)
+  versions = {module.__name__: module.__version__ for module in (PIL, timm, torch, torchvision, webdataset)}
+  processes.serve(versions | {'stages': list(stages)}, {'full': full} | stages)
 
 
-def _stages(
-  read: Callable[[int], int], data: list[bytes], texts: list[str], augment: Callable, tokens: Callable
-) -> dict[str, Callable[[int], int]]:
-  """Each stage alone, on what the stage before it made."""
-  images = [open_picture(one) for one in data]
-  stages: dict[str, Callable[[int], int]] = {'read': read, 'decode': over(data, open_picture)}
+def _stages(data: list[bytes], augment: Callable) -> dict[str, Callable[[int], int]]:
+  """Each stage of an image alone, on what the stage before it made."""
+  images = [open_image(one) for one in data]
+  stages: dict[str, Callable[[int], int]] = {'decode': processes.over(data, open_image)}
   for step in augment.transforms:
-    stages[type(step).__name__] = over(images, step, tolerant=True)
+    stages[type(step).__name__] = processes.over(images, lambda image, step=step: _apply(step, image))
     images = [_apply(step, image) for image in images]
-  stages['tag and tokenise'] = over(texts, tokens)
   stages['batch'] = lambda count: sum(len(torch.stack(images[i : i + BATCH])) for i in range(0, count, BATCH))
   return stages
 
@@ -125,12 +103,6 @@ def _apply(step: Callable, image: object) -> object:
     return step(image)
   except ValueError:  # see above
     return image
-
-
-def over(items: list, function: Callable, tolerant: bool = False) -> Callable[[int], int]:
-  """Work that applies a function to the first items."""
-  call = (lambda item: _apply(function, item)) if tolerant else function
-  return lambda count: sum(call(item) is not None for item in itertools.islice(items, count))
 
 
 if __name__ == '__main__':

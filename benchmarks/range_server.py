@@ -56,23 +56,21 @@ class RangeServer:
       if self.failures:
         self.failures -= 1
         return web.Response(status=503)
-      path = f'{self._folder}/{request.match_info["name"]}'
-      try:
-        if not self.ranges:
-          with open(path, 'rb') as file:
-            return web.Response(body=file.read())
-        part = request.http_range
-        if part.start is None or part.stop is None:
-          return web.FileResponse(path)
-        with open(path, 'rb') as file:  # at half of what FileResponse costs
-          data = os.pread(file.fileno(), part.stop - part.start, part.start)
-          size = os.fstat(file.fileno()).st_size
-        extent = f'bytes {part.start}-{part.start + len(data) - 1}/{size}'
-        return web.Response(status=206, body=data, headers={'Content-Range': extent})
-      except FileNotFoundError:
-        return web.Response(status=404)
+      return self._read(f'{self._folder}/{request.match_info["name"]}', request.http_range)
+    except FileNotFoundError:
+      return web.Response(status=404)
     finally:
       self._at_once -= 1
+
+  def _read(self, path: str, part: slice) -> web.StreamResponse:
+    with open(path, 'rb') as file:
+      if not self.ranges:
+        return web.Response(body=file.read())
+      if part.start is None or part.stop is None:
+        return web.FileResponse(path)
+      data = os.pread(file.fileno(), part.stop - part.start, part.start)  # at half of what FileResponse costs
+      extent = f'bytes {part.start}-{part.start + len(data) - 1}/{os.fstat(file.fileno()).st_size}'
+      return web.Response(status=206, body=data, headers={'Content-Range': extent})
 
 
 def main() -> None:
@@ -80,8 +78,8 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument('folder')
   parser.add_argument('--delay', type=float, default=0.0, help='seconds added to every answer')
-  flags = parser.parse_args()
-  with RangeServer(flags.folder, flags.delay).running() as address:
+  args = parser.parse_args()
+  with RangeServer(args.folder, args.delay).running() as address:
     print(address, flush=True)
     threading.Event().wait()
 

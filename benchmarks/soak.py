@@ -1,30 +1,27 @@
-"""Whether the input pipeline's memory stays flat: python -m benchmarks.soak --steps=20000
+"""Growth of the input pipeline's memory over many batches.
 
-Reads batches with worker processes and looks at the memory of all processes together (proportional set size: what
-they share counts once) and at the shared memory and files they hold. Prints JSON; exit code 1 if memory grew by more
-than 5 % after the first tenth of the steps.
+  python -m benchmarks soak --steps=20000
+
+Reads batches with worker processes and measures the memory of all processes together (proportional set size: what
+they share counts once) and the files they hold open. Exit code 1 if memory grew by more than 5 % after the first tenth
+of the steps.
 """
 
 import argparse
-import json
+import dataclasses
 import os
 import pathlib
 import statistics
-import sys
 import time
 
-from benchmarks.remote import open_mixture
-from benchmarks.shards import write_shards
-from groupvit_jax.data import augment as image_ops
+from benchmarks import our_pipeline, processes, remote
 from groupvit_jax.data import pipeline
-from groupvit_jax.data.sources import sample_captions
-from groupvit_jax.data.tokenizer import train_sentencepiece
 
-_LOOKS = 200  # times memory is looked at
+_LOOKS = 200  # times memory is measured
 _ALLOWED = 0.05  # growth, as a share
 
 
-def processes() -> list[int]:
+def process_tree() -> list[int]:
   """This process and its descendants."""
   found, parents = [os.getpid()], {}
   for folder in pathlib.Path('/proc').glob('[0-9]*'):
@@ -40,7 +37,7 @@ def processes() -> list[int]:
 def memory_mb() -> float:
   """Memory of all processes in megabytes."""
   total = 0
-  for pid in processes():
+  for pid in process_tree():
     try:
       lines = pathlib.Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -56,32 +53,18 @@ def growth(values: list[float]) -> float:
 
 
 def main() -> int:
-  """Soaks."""
-  parser = argparse.ArgumentParser()
-  parser.add_argument('--folder', type=pathlib.Path, default=pathlib.Path('.cache/benchmark_shards'))
-  parser.add_argument('--photos', default='', help='folder of JPEGs to make the shards from; else they are made up')
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  remote.add_data_flags(parser)
   parser.add_argument('--steps', type=int, default=20_000)
   parser.add_argument('--batch', type=int, default=16)
   parser.add_argument('--workers', type=int, default=2)
   parser.add_argument('--threads', type=int, default=2)
-  flags = parser.parse_args()
-  source = open_mixture(write_shards(flags.folder, flags.photos))
-  tokenizer = train_sentencepiece(sample_captions(source, 800), flags.folder / 'tokenizer.model', 400)
-  augment = image_ops.Augment((64, 64), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=16, max_pixels=10**8)
-  examples = pipeline.Examples(
-    source,
-    augment,
-    tokenizer,
-    seed=0,
-    batch_size=flags.batch,
-    num_prompts=3,
-    text_length=77,
-    first_batch=0,
-    num_batches=flags.steps,
-    rows=range(flags.batch),
-  )
-  every, memory, files, started = max(flags.steps // _LOOKS, 1), [], [], time.perf_counter()
-  batches = pipeline.iterate(examples, num_threads=flags.threads, num_workers=flags.workers, prefetch_batches=4)
+  args = parser.parse_args()
+  _, source, tokenizer = remote.open_local(args)
+  augment = dataclasses.replace(our_pipeline.PLAIN, size=(64, 64))
+  examples = our_pipeline.examples(source, tokenizer, augment, args.steps, args.batch)
+  every, memory, files, started = max(args.steps // _LOOKS, 1), [], [], time.perf_counter()
+  batches = pipeline.iterate(examples, num_threads=args.threads, num_workers=args.workers, prefetch_batches=4)
   for step, batch in enumerate(batches):
     del batch
     if step % every == 0:
@@ -89,28 +72,18 @@ def main() -> int:
       files.append(len(os.listdir('/proc/self/fd')))
   after = memory[max(len(memory) // 10, 1) :]
   grown = growth(after)
-  print(
-    json.dumps(
-      {
-        'steps': flags.steps,
-        'batch': flags.batch,
-        'workers': flags.workers,
-        'threads': flags.threads,
-        'batches_per_s': round(flags.steps / (time.perf_counter() - started), 1),
-        'memory_mb': {
-          'first': round(memory[0]),
-          'after_warm_up': round(after[0]),
-          'last': round(after[-1]),
-          'most': round(max(after)),
-        },
-        'growth_after_warm_up': round(grown, 4),
-        'open_files': {'least': min(files), 'most': max(files)},
+  processes.write(
+    {key: getattr(args, key) for key in ('steps', 'batch', 'workers', 'threads')}
+    | {
+      'batches_per_s': round(args.steps / (time.perf_counter() - started), 1),
+      'memory_mb': {
+        'first': round(memory[0]),
+        'after_warm_up': round(after[0]),
+        'last': round(after[-1]),
+        'most': round(max(after)),
       },
-      indent=2,
-    )
+      'growth_after_warm_up': round(grown, 4),
+      'open_files': {'least': min(files), 'most': max(files)},
+    }
   )
   return int(grown > _ALLOWED)
-
-
-if __name__ == '__main__':
-  sys.exit(main())

@@ -1,20 +1,25 @@
-"""Our model and its peer, eager and compiled; figures as JSON."""
+"""Our training step, image encoder or segmentation windows beside transformers' in PyTorch.
+
+  python -m benchmarks training --growth --rounds=5 --output=docs/speed_train.json
+  python -m benchmarks encoding --growth --output=docs/speed_inference.json
+  python -m benchmarks windows --growth --output=docs/speed_windows.json
+  python -m benchmarks training --device=gpu --dtype=bfloat16 --batch=256 --output=gpu_train.json
+
+Each side, and each mode of the peer, is a process of its own on all cores. On a CPU they take turns.
+"""
 
 import argparse
-from collections.abc import Mapping, Sequence
-import json
-import os
+from collections.abc import Mapping
 import pathlib
-import platform
 import statistics
 import sys
 from typing import NamedTuple
 
-from benchmarks import caption_lengths, model_flops, our_model, rounds
+from benchmarks import caption_lengths, our_side, processes
 
 COMPILE, LONGEST = '--compile=default', '--longest'
 HUGE = 'huge pages'  # not an argument: it matters how the process is started
-TRAINING_MODES = {
+_TRAINING_MODES = {
   'eager': [],
   'torch.compile': [COMPILE],
   'eager, padded to the longest': [LONGEST],
@@ -22,101 +27,96 @@ TRAINING_MODES = {
   'eager, huge pages': [HUGE],
   'torch.compile, padded to the longest, huge pages': [LONGEST, COMPILE, HUGE],
 }
-INFERENCE_MODES = {
+_INFERENCE_MODES = {
   'eager': [],
   'torch.compile': [COMPILE],
   'torch.compile, reduce-overhead': ['--compile=reduce-overhead'],
   'eager, huge pages': [HUGE],
   'torch.compile, huge pages': [COMPILE, HUGE],
 }
-PEER_MODES = {'train': TRAINING_MODES, 'encode': INFERENCE_MODES, 'windows': INFERENCE_MODES}
-# Published, of dense products in bfloat16, FLOPs a second (nvidia.com/en-us/data-center/h100, /h200, /a100).
+PEER_MODES = {'training': _TRAINING_MODES, 'encoding': _INFERENCE_MODES, 'windows': _INFERENCE_MODES}
+# Size of the images that are compared; batches and sizes at which ours is measured alone.
+SIZES = {'training': 224, 'encoding': 224, 'windows': 448}
+GROWTH = {
+  'training': ((4, 8, 16), (160, 224, 320)),
+  'encoding': ((1, 8, 32), (224, 448)),
+  'windows': ((1, 8, 16), (448,)),
+}
+WORK_KEYS = {'training': 'train', 'encoding': 'encode', 'windows': 'windows'}  # in reports
+# Published, of dense matmuls in bfloat16, FLOPs a second (nvidia.com/en-us/data-center/h100, /h200, /a100).
 PUBLISHED = {'NVIDIA H100 80GB HBM3': 989.4e12, 'NVIDIA H200': 989.4e12, 'NVIDIA A100-SXM4-80GB': 312e12}
 
 
-def measure(work: str, description: str, size: int, batches: Sequence[int], sizes: Sequence[int]) -> None:
-  """Compares at one batch, then lets ours grow; writes what was found.
-
-  Args:
-    work: 'train', 'encode' or 'windows'.
-    description: of the command.
-    size: of the pictures that are compared.
-    batches: at the compared size, ours alone.
-    sizes: of pictures at the compared batch, ours alone.
-  """
-  parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+def main(work: str) -> None:
+  """Compares at one batch, then lets ours grow."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument(
     '--steps',
     type=int,
-    default=caption_lengths.BATCHES if work == 'train' else 3,
-    help=('of each round; of training a multiple of 8, whose texts differ'),
+    default=caption_lengths.BATCHES if work == 'training' else 3,
+    help='of each round; of training a multiple of 8, whose texts differ',
   )
   parser.add_argument('--batch', type=int, default=8)
-  parser.add_argument('--size', type=int, default=size)
+  parser.add_argument('--size', type=int, default=SIZES[work])
   parser.add_argument('--device', choices=('cpu', 'gpu'), default='cpu')
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--remat', choices=('none', 'dots', 'blocks'), default='none', help='of ours')
   parser.add_argument('--text_budget', type=int, default=64, help='of ours')
   parser.add_argument('--peer_modes', nargs='*', choices=list(PEER_MODES[work]))
-  parser.add_argument(
-    '--one_core',
-    action='store_true',
-    help=('One core and thread for each side, timed by its own clock, which other programs hardly disturb.'),
-  )
   parser.add_argument('--growth', action='store_true', help='Ours at other batches and sizes as well.')
-  parser.add_argument('--trace', type=pathlib.Path, help='Folder for a profile of ours: benchmarks/trace_summary.py.')
-  parser.add_argument('--output', type=pathlib.Path, required=True, help='JSON file.')
-  parser.set_defaults(hold=False)
+  parser.add_argument('--trace', type=pathlib.Path, help='Folder for a profile of ours: python -m benchmarks trace.')
+  parser.add_argument('--output', type=pathlib.Path, help='JSON file.')
   args = parser.parse_args()
   if args.peer_modes is None:
     args.peer_modes = usual_modes(work, args.device)
-  load = os.getloadavg()[0]
-  written = report(work, args, run_sides(work, args), load)
+  machine = processes.machine()
+  written = report(work, args, compare(work, args), machine)
   if args.growth:
+    batches, sizes = GROWTH[work]
     points = dict.fromkeys([(batch, args.size) for batch in batches] + [(args.batch, size) for size in sizes])
     written['growth'] = [grow(work, args, *point) for point in points]
-  text = json.dumps(written, indent=2) + '\n'
-  args.output.write_text(text, encoding='utf-8')
-  print(text, end='')
+  processes.write(written, args.output)
 
 
 def usual_modes(work: str, device: str) -> list[str]:
-  """Of the peer, where none are asked for; pages matter on CPUs alone."""
+  """Modes of the peer where none are asked for; pages matter on CPUs alone."""
   return [
     mode
-    for mode, arguments in PEER_MODES[work].items()
-    if 'reduce-overhead' not in mode and (device == 'cpu' or HUGE not in arguments)
+    for mode, options in PEER_MODES[work].items()
+    if 'reduce-overhead' not in mode and (device == 'cpu' or HUGE not in options)
   ]
 
 
-class Found(NamedTuple):
-  """What the sides of a comparison did."""
+class Comparison(NamedTuple):
+  """What the sides did."""
 
   facts: dict[str, dict[str, object]]  # by side
   peak_mb: dict[str, float]
-  rates: dict[tuple[str, str], list[rounds.Rate]]  # by (side, work), of each round
-  failed: dict[str, str]  # why a mode of the peer has no figures
+  rates: dict[str, list[float]]  # images a second in each round, by side; 'multiply': matmuls of ours
+  failed: dict[str, str]  # why a mode of the peer has no rates
 
-  def take_turns(self, sides: Mapping[str, rounds.Side], work: str, args: argparse.Namespace) -> None:
+  def take_turns(self, sides: Mapping[str, processes.Side], work: str, args: argparse.Namespace) -> None:
     """Adds rounds of some sides, and ends them."""
     order = [(name, work) for name in sides] + [('ours', 'multiply')] * ('ours' in sides)
-    self.rates.update(rounds.record_turns(sides, order, args.rounds, args.steps * args.batch, before=args.batch))
+    found = processes.take_turns(sides, order, args.rounds, args.steps * args.batch, before=args.batch)
+    for (name, done), rates in found.items():
+      self.rates[name if done == work else done] = [rate.per_wall_s for rate in rates]
     for name, side in sides.items():
       self.facts[name], self.peak_mb[name] = side.facts, side.peak_mb
       side.close()
 
 
-def run_sides(work: str, args: argparse.Namespace) -> Found:
+def compare(work: str, args: argparse.Namespace) -> Comparison:
   """Runs a comparison.
 
   On a CPU, which other programs use as well, the sides take turns. A GPU's memory may not hold them all: there each
   starts when the one before has ended, and a mode of the peer that does not fit is left out.
   """
-  found, names = Found({}, {}, {}, {}), ['ours', *args.peer_modes]
+  found, names = Comparison({}, {}, {}, {}), ['ours', *args.peer_modes]
   for group in [names] if args.device == 'cpu' else [[name] for name in names]:
     try:
-      found.take_turns({name: start(work, args, name) for name in group}, work, args)
+      found.take_turns({name: start(work, args, name).wait() for name in group}, work, args)
     except SystemExit as error:
       if 'ours' in group:
         raise
@@ -124,17 +124,25 @@ def run_sides(work: str, args: argparse.Namespace) -> Found:
   return found
 
 
-def report(work: str, args: argparse.Namespace, found: Found, load: float) -> dict[str, object]:
-  """Ours beside the peer's modes: rounds and their medians. `load` is of the machine, before."""
-  clock = 'per_cpu_s' if args.one_core else 'per_wall_s'
-  values = {pair: [getattr(rate, clock) for rate in rates] for pair, rates in found.rates.items()}
-  rates, ours = {side: statistics.median(values[side, work]) for side in found.facts}, found.facts['ours']
-  peak = statistics.median(values['ours', 'multiply']) * ours['product_flop']
+def start(work: str, args: argparse.Namespace, name: str) -> processes.Side:
+  """Starts a process of ours, with huge pages as train.py has them, or of a mode of the peer."""
+  arguments = [work, *(f'--{key}={getattr(args, key)}' for key in ('batch', 'size', 'device', 'dtype'))]
+  if name != 'ours':
+    options = PEER_MODES[work][name]
+    return processes.Side('peer_side', [*arguments, *(o for o in options if o != HUGE)], huge=HUGE in options)
+  options = [f'--remat={args.remat}', f'--text_budget={args.text_budget}']
+  return processes.Side('our_side', arguments + options + [f'--trace={args.trace}'] * bool(args.trace), huge=True)
+
+
+def report(work: str, args: argparse.Namespace, found: Comparison, machine: Mapping[str, object]) -> dict[str, object]:
+  """Ours beside the peer's modes: rounds and their medians. `machine` is as it was before."""
+  rates, ours = {side: statistics.median(found.rates[side]) for side in found.facts}, found.facts['ours']
+  peak = statistics.median(found.rates['multiply']) * ours['product_flop']
   published = PUBLISHED.get(ours['device']) if args.dtype == 'bfloat16' else None
-  flops = needed_flops(work, args.batch, args.size)
+  flops = our_side.model_flops(work, args.batch, args.size)
   share = lambda peak: {side: rate * flops / args.batch / peak for side, rate in rates.items()}
   return {
-    'work': work,
+    'work': WORK_KEYS[work],
     'batch': args.batch,
     'size': args.size,
     'dtype': args.dtype,
@@ -142,13 +150,12 @@ def report(work: str, args: argparse.Namespace, found: Found, load: float) -> di
     'rounds': args.rounds,
     'steps': args.steps,
     'command': ' '.join(sys.orig_argv[1:]),
-    'cores': 1 if args.one_core else len(os.sched_getaffinity(0)),
-    'clock': clock,
-    'processor': processor(),
-    'python': platform.python_version(),
-    'load_average': load,
+    'cores': machine['cores'],
+    'processor': machine['processor'],
+    'python': machine['python'],
+    'load_average': machine['load'],
     'pictures_per_s': rates,
-    'of_each_round': {side: values[side, work] for side in rates},
+    'of_each_round': {side: found.rates[side] for side in rates},
     'ratio_to': {mode: rates['ours'] / rate for mode, rate in rates.items() if mode != 'ours'},
     'failed': found.failed,
     'peak_mb': found.peak_mb,
@@ -161,66 +168,18 @@ def report(work: str, args: argparse.Namespace, found: Found, load: float) -> di
   }
 
 
-def grow(work: str, args: argparse.Namespace, batch: int, size: int) -> dict[str, float]:
-  """Ours alone."""
+def grow(work: str, args: argparse.Namespace, batch: int, size: int) -> dict[str, object]:
+  """Ours alone at another batch or size."""
   args = argparse.Namespace(**vars(args) | dict(batch=batch, size=size, trace=None))
-  side = start(work, args, 'ours')
-  found = rounds.record_turns({'ours': side}, [('ours', work)], args.rounds, args.steps * batch, before=batch)
+  side = start(work, args, 'ours').wait()
+  found = processes.take_turns({'ours': side}, [('ours', work)], args.rounds, args.steps * batch, before=batch)
   side.close()
-  clock = 'per_cpu_s' if args.one_core else 'per_wall_s'
-  values = [getattr(rate, clock) for rate in found['ours', work]]
+  rates = [rate.per_wall_s for rate in found['ours', work]]
   return {
     'batch': batch,
     'size': size,
-    'pictures_per_s': statistics.median(values),
-    'of_each_round': values,
+    'pictures_per_s': statistics.median(rates),
+    'of_each_round': rates,
     'peak_mb': side.peak_mb,
-    'model_gflop': needed_flops(work, batch, size) / 1e9,
+    'model_gflop': our_side.model_flops(work, batch, size) / 1e9,
   } | {key: value for key, value in side.facts.items() if key in ('compile_s', 'temporaries_mb')}
-
-
-def start(work: str, args: argparse.Namespace, name: str, wait: bool = True) -> rounds.Side:
-  """A process of ours, with huge pages as train.py has them, or of a mode of the peer; on one core or on all."""
-  arguments = [work, f'--batch={args.batch}', f'--size={args.size}', f'--device={args.device}', f'--dtype={args.dtype}']
-  options = [*our_options(args), HUGE] if name == 'ours' else PEER_MODES[work][name]
-  arguments += [option for option in options if option != HUGE]
-  cores = sorted(os.sched_getaffinity(0))
-  return rounds.Side(
-    sys.executable,
-    f'benchmarks.{"our" if name == "ours" else "peer"}_model',
-    arguments,
-    {cores[0]} if args.one_core else None,
-    threads=1 if args.one_core else len(cores),
-    wait=wait,
-    huge=HUGE in options,
-  )
-
-
-def our_options(args: argparse.Namespace) -> list[str]:
-  """Of ours alone."""
-  trace = [f'--trace={args.trace}'] if args.trace else []
-  return [f'--remat={args.remat}', f'--text_budget={args.text_budget}', *trace, *['--hold'] * args.hold]
-
-
-def needed_flops(work: str, batch: int, size: int) -> float:
-  """Model FLOPs of the work, by hand."""
-  config = our_model.make_config(batch, 'float32', 0, size)
-  if work != 'train':
-    return {'encode': model_flops.encode_images, 'windows': model_flops.encode_windows}[work](config.model, batch, size)
-  return statistics.mean(
-    model_flops.train_step(
-      config.model, caption_lengths.draw_lengths(batch, config.data.num_prompts, our_model.CONTEXT, seed).tolist()
-    )
-    for seed in range(caption_lengths.BATCHES)
-  )
-
-
-def processor() -> str:
-  """What the machine calls its processor."""
-  lines = pathlib.Path('/proc/cpuinfo')
-  names = (
-    [line.split(':', 1)[1].strip() for line in lines.read_text().splitlines() if line.startswith('model name')]
-    if lines.exists()
-    else []
-  )
-  return names[0] if names else platform.processor()

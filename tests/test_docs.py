@@ -70,11 +70,12 @@ def source_of(command: str) -> str:
   """The code of a command, and of what defines flags for it."""
   if not command.startswith('-m '):
     return (ROOT / command).read_text() + (ROOT / 'groupvit_jax' / 'running' / 'cluster.py').read_text()
+  if command == '-m benchmarks':
+    return ''.join(path.read_text() for path in (ROOT / 'benchmarks').glob('*.py'))
   spec = importlib.util.find_spec(command.removeprefix('-m '))
   path = pathlib.Path(spec.origin)
   path = path.with_name('__main__.py') if spec.submodule_search_locations else path
-  shared = ROOT / 'benchmarks' / 'speed.py' if 'benchmarks' in command else ROOT / 'groupvit_jax' / 'cli.py'
-  return path.read_text() + shared.read_text()
+  return path.read_text() + (ROOT / 'groupvit_jax' / 'cli.py').read_text()
 
 
 def defines(source: str, flag: str) -> bool:

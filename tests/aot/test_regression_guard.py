@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import caption_lengths, our_model
+from benchmarks import caption_lengths, our_side
 from groupvit_jax.model import text_packing
 from groupvit_jax.model.build import build_model
 from groupvit_jax.model.text_packing import pack
@@ -162,17 +162,16 @@ def test_the_profile_reads_like_the_paper(watched, program):
 
 def test_cost_of_the_step_of_the_papers_model():
   """GroupViT-S/16 at batch 8, as it is handed to the compiler, and what of it the model needs."""
-  config = our_model.make_config(8, 'float32', text_budget=64)
-  model = build_model(config.model, vocab_size=our_model.VOCAB, eos_id=1, multi_label=True)
-  step, state, batch = our_model.abstract_step(config, model)
-  cost = step.lower(state, batch).cost_analysis()
+  config = our_side.paper_config(8)
+  step = our_side.make_step(config, our_side.make_model(config), our_side.one_device())
+  cost = step.jitted.lower(step.state, step.batch).cost_analysis()
   found = {name: cost[name] for name in ('flops', 'bytes accessed')}
   assert found == pytest.approx(RECORDED_OF_THE_PAPER, rel=0.03), json.dumps(found)
 
 
 def test_tokens_and_flops_of_texts_at_lengths_of_cc12m():
   """GroupViT-S/16's text tower, forward and backward: as the compiler counts what it is given."""
-  config = our_model.make_config(32, 'float32', text_budget=64)
+  config = our_side.paper_config(32)
   with config.unlocked():
     config.model.text.depth = 2  # of equal layers
   model = build_model(config.model, vocab_size=99, eos_id=1, multi_label=True)
