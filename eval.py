@@ -76,8 +76,8 @@ def main() -> int:
     evaluate = lambda: segment.label_pictures(
       WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options
     )
-  facts = {'workdir': WORKDIR.value, 'request': json.dumps(options)}
-  return processes.run(CLUSTER(), facts, evaluate, saves=False)
+  metadata = {'workdir': WORKDIR.value, 'request': json.dumps(options)}
+  return processes.run(CLUSTER(), metadata, evaluate, saves=False)
 
 
 def _find_mistake() -> str:

@@ -18,12 +18,12 @@ flags.mark_flags_as_required(['config', 'workdir'])
 def main() -> int:
   from groupvit_jax.running import processes
 
-  facts = {'workdir': WORKDIR.value, 'config': CONFIG.value.to_json()}
-  return processes.run(CLUSTER(), facts, start, saves=not CONFIG.value.dry_run)
+  metadata = {'workdir': WORKDIR.value, 'config': CONFIG.value.to_json()}
+  return processes.run(CLUSTER(), metadata, start, saves=not CONFIG.value.dry_run)
 
 
 def start() -> int:
-  from groupvit_jax.running import programs
+  from groupvit_jax.running import processes
   from groupvit_jax.train import dry_run, loop, workdir
 
   workdir.check_place(WORKDIR.value)
@@ -31,7 +31,7 @@ def start() -> int:
     if CONFIG.value.dry_run:
       return dry_run.check(CONFIG.value, WORKDIR.value)
     if PROGRAMS.value:
-      programs.keep_in(PROGRAMS.value.replace('WORKDIR', WORKDIR.value))
+      processes.enable_compilation_cache(PROGRAMS.value.replace('WORKDIR', WORKDIR.value))
     return loop.train(CONFIG.value, WORKDIR.value)
 
 

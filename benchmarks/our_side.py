@@ -79,7 +79,7 @@ def make_step(config: ml_collections.ConfigDict, model: ImageTextModel, mesh: ja
     grad_accum_steps=config.grad_accum_steps,
     text_budget=config.text_budget,
     random_erasing=build_random_erasing(config.data.augment),
-    place=batch_sharding,
+    batch_sharding=batch_sharding,
   )
   array = lambda *shape, dtype: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=batch_sharding)
   batch = {

@@ -273,7 +273,7 @@ class Predictor:
 
   def _fit_encoder(self, pictures: Iterator[windows.Picture]) -> tuple[WindowEncoder, Iterator[windows.Picture]]:
     """An encoder with batches no larger than the work, and the pictures, of which some were looked at."""
-    ways, ahead, total = sharding.batch_ways(self._mesh), [], 0
+    ways, ahead, total = sharding.data_parallel_size(self._mesh), [], 0
     most = windows_per_batch(self._mesh, self.protocol.window)
     sizes = [size for size in _BATCH_SIZES if size * ways <= most]
     for picture in pictures:

@@ -86,7 +86,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   step = loop.jit_step(run, state)
   batch = _abstract_batch(run)
   flops = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
-  rows = config.batch_size // sharding.batch_ways(mesh)
+  rows = config.batch_size // sharding.data_parallel_size(mesh)
   started = time.perf_counter(), time.process_time()
   taken = lambda: (time.perf_counter() - started[0], time.process_time() - started[1])
   try:

@@ -266,4 +266,4 @@ def iterate(
 
 def to_devices(batch: dict[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
   """Assembles the rows that each process has into global arrays, sharded over the batch."""
-  return {name: sharding.assemble_rows(rows, mesh) for name, rows in batch.items()}
+  return {name: sharding.make_global_array(rows, mesh) for name, rows in batch.items()}

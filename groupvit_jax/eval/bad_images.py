@@ -42,7 +42,7 @@ class PictureFaults:
 
   def check(self) -> None:
     """Raises PictureFault on every host if any has met a fault; all of them must ask."""
-    found = [line for host in processes.gather(self._found) for line in host]
+    found = [line for host in processes.all_gather_objects(self._found) for line in host]
     if found:
       others = f' ({len(found)} pictures in all)' if len(found) > 1 else ''
       raise PictureFault(f'{found[0]}{others}')

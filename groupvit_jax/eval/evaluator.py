@@ -26,7 +26,7 @@ def windows_per_batch(mesh: jax.sharding.Mesh, window: int) -> int:
   each = _WINDOWS_PER_DEVICE
   if mesh.devices.flat[0].platform == 'cpu':
     each = min(each, max(1, _PIXELS_ON_A_CPU // window**2))
-  return each * sharding.batch_ways(mesh)
+  return each * sharding.data_parallel_size(mesh)
 
 
 @dataclasses.dataclass(frozen=True)

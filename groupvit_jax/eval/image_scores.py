@@ -58,7 +58,9 @@ class PictureScores:
   def gather(self) -> list[PictureScore]:
     """The pictures of all hosts in the order of the source; the same on every host."""
     found = [
-      row for host in processes.gather([[place, *score] for place, score in self._found.items()]) for row in host
+      row
+      for host in processes.all_gather_objects([[place, *score] for place, score in self._found.items()])
+      for row in host
     ]
     return [PictureScore(*score) for _, *score in sorted(found)]
 

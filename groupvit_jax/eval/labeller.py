@@ -255,7 +255,7 @@ class Segmenter:
         out = self._label(
           self._tally, overlap, tables, self._classes, self._pixels, self._put(np.int32(start)), part, self._jobs[job]
         )
-        sharding.settle(out, self._whole.mesh)
+        sharding.synchronize(out, self._whole.mesh)
         self._tally, overlap = out.tally, out.overlap
         parts.append(out)
         self._pending.append(out.labels)

@@ -128,7 +128,7 @@ class _Batches:
   def __init__(self, encoder: WindowEncoder, variables: dict):
     self._encode = functools.partial(encode_windows, variables, model=encoder.model, mesh=encoder.mesh)
     self._mesh = encoder.mesh
-    self._rows = len(sharding.local_rows(encoder.batch_size, encoder.mesh))
+    self._rows = len(sharding.process_local_rows(encoder.batch_size, encoder.mesh))
     self._waiting: dict[Size, list[tuple[EncodedPicture, int]]] = collections.defaultdict(list)
     self._running: collections.deque[tuple[list, WindowBatch]] = collections.deque()
 
@@ -161,9 +161,9 @@ class _Batches:
     for row, (encoded, k) in zip(windows, jobs):
       row[:] = encoded.picture.windows[k]
     mask = (np.arange(self._rows) < len(jobs)).astype(np.int32)
-    windows, mask = (sharding.assemble_rows(rows, self._mesh) for rows in (windows, mask))
+    windows, mask = (sharding.make_global_array(rows, self._mesh) for rows in (windows, mask))
     batch = self._encode(windows, mask)
-    sharding.settle(batch, self._mesh)
+    sharding.synchronize(batch, self._mesh)
     self._running.append((jobs, batch))
     if len(self._running) > 1:
       yield from self._fetch()

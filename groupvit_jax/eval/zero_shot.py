@@ -223,7 +223,7 @@ class ZeroShotEvaluator:
     for _ in range(-(-len(self.source) // self.batch_size)):
       images, labels = self._batch(pictures)
       hits = count_hits(variables, images, labels, texts, model=self.model, mesh=self.mesh)
-      sharding.settle(hits, self.mesh)
+      sharding.synchronize(hits, self.mesh)
       if waiting is not None:  # while this batch runs
         total += np.array(jax.device_get(waiting))
       waiting = hits
@@ -255,20 +255,20 @@ class ZeroShotEvaluator:
 
   def _batch(self, pictures: Any) -> tuple[jax.Array, jax.Array]:
     """The next pictures of this host, padded, as its part of a batch."""
-    rows = len(sharding.local_rows(self.batch_size, self.mesh))
+    rows = len(sharding.process_local_rows(self.batch_size, self.mesh))
     images, labels = np.zeros((rows, *self.model.vision.image_size, 3), np.uint8), np.full(rows, _NONE, np.int32)
     for row in range(rows):
       found = next(pictures, None)
       if found is None:
         break
       images[row], labels[row] = found
-    return tuple(sharding.assemble_rows(array, self.mesh) for array in (images, labels))
+    return tuple(sharding.make_global_array(array, self.mesh) for array in (images, labels))
 
 
 def build_evaluator(
   model: ImageTextModel, tokenizer: Tokenizer, mesh: Mesh, source: ClassifiedSource, templates: str
 ) -> ZeroShotEvaluator:
   """What classifies pictures into ImageNet's classes. Raises ValueError if there is no such set of templates."""
-  batch_size = _PICTURES_PER_DEVICE * sharding.batch_ways(mesh)
+  batch_size = _PICTURES_PER_DEVICE * sharding.data_parallel_size(mesh)
   threads = windows.decode_threads()
   return ZeroShotEvaluator(model, tokenizer, mesh, source, class_names(), templates, batch_size, threads)

@@ -28,7 +28,7 @@ _SAMPLES = 16  # of a device, that the forward pass is timed on
 Measure = Callable[[Implementation], float]
 
 
-class Choice(NamedTuple):
+class AttentionChoice(NamedTuple):
   """An implementation, and why."""
 
   implementation: Implementation
@@ -36,7 +36,7 @@ class Choice(NamedTuple):
   measured: bool = False  # rather than known
 
 
-def choose_attention(tower: VisionTower, samples: int, mesh: Mesh, *, train: bool) -> Choice:
+def choose_attention(tower: VisionTower, samples: int, mesh: Mesh, *, train: bool) -> AttentionChoice:
   """Measures what this hardware offers; all processes of a run take part, and come to one choice.
 
   Args:
@@ -50,23 +50,23 @@ def choose_attention(tower: VisionTower, samples: int, mesh: Mesh, *, train: boo
   """
   platform = mesh.devices.flat[0].platform
   if platform == 'cpu' and mesh.size == 1 and not train:
-    return Choice('xla_in_parts', 'on one CPU device encoders take 6 to 10 % less time with it')
+    return AttentionChoice('xla_in_parts', 'on one CPU device encoders take 6 to 10 % less time with it')
   if platform != 'gpu':
-    return Choice('xla', f'cuDNN is for NVIDIA GPUs, this is a {platform}')
+    return AttentionChoice('xla', f'cuDNN is for NVIDIA GPUs, this is a {platform}')
   if tower.dtype == jnp.float32:
-    return Choice('xla', 'cuDNN does not take float32')
+    return AttentionChoice('xla', 'cuDNN does not take float32')
   heads = 'model' if tower.num_heads % mesh.shape['model'] == 0 else None
-  place = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, heads))
+  spread = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, heads))
   of_stages = stage_shapes(tower, samples)
   measure = lambda implementation: sum(
-    depth * seconds(implementation, shape, tower.dtype, place, train) for depth, shape in of_stages
+    depth * time_attention(implementation, shape, tower.dtype, spread, train) for depth, shape in of_stages
   )
-  return fastest(measure, 'forward and backward' if train else 'forward')
+  return choose_fastest(measure, 'forward and backward' if train else 'forward')
 
 
 def with_fastest_attention(model: ImageTextModel, mesh: Mesh) -> ImageTextModel:
   """The model with what `choose_attention` finds for the forward pass."""
-  choice = choose_attention(model.vision, _SAMPLES * sharding.batch_ways(mesh), mesh, train=False)
+  choice = choose_attention(model.vision, _SAMPLES * sharding.data_parallel_size(mesh), mesh, train=False)
   return model.clone(vision=model.vision.clone(attention=choice.implementation))
 
 
@@ -80,25 +80,25 @@ def stage_shapes(tower: VisionTower, samples: int) -> list[tuple[int, tuple[int,
   return found
 
 
-def fastest(measure: Measure, work: str) -> Choice:
+def choose_fastest(measure: Measure, work: str) -> AttentionChoice:
   """Chooses by a function that returns seconds, or raises where an implementation does not run.
 
   What does not run in one process is used by none; the slowest process counts.
   """
-  times, errors = zip(*(_try(measure, implementation) for implementation in ('xla', 'cudnn')))
+  times, errors = zip(*(_time_or_error(measure, implementation) for implementation in ('xla', 'cudnn')))
   if jax.process_count() > 1:
     times = multihost_utils.process_allgather(np.array(times)).max(axis=0)
   xla, cudnn = times
   why = lambda error: error or 'not in another process'
   if math.isinf(cudnn):
-    return Choice('xla', f'cuDNN does not run: {why(errors[1])}', measured=True)
+    return AttentionChoice('xla', f'cuDNN does not run: {why(errors[1])}', measured=True)
   if math.isinf(xla):
-    return Choice('cudnn', f"XLA's does not run: {why(errors[0])}", measured=True)
+    return AttentionChoice('cudnn', f"XLA's does not run: {why(errors[0])}", measured=True)
   figures = f'{work} take {1e3 * cudnn:.2f} ms with cuDNN, {1e3 * xla:.2f} ms with XLA'
-  return Choice('cudnn' if cudnn < _WORTH * xla else 'xla', figures, measured=True)
+  return AttentionChoice('cudnn' if cudnn < _WORTH * xla else 'xla', figures, measured=True)
 
 
-def _try(measure: Measure, implementation: Implementation) -> tuple[float, str]:
+def _time_or_error(measure: Measure, implementation: Implementation) -> tuple[float, str]:
   """Seconds, infinite with an error."""
   try:
     return measure(implementation), ''
@@ -106,12 +106,12 @@ def _try(measure: Measure, implementation: Implementation) -> tuple[float, str]:
     return math.inf, ' '.join(str(error).split())[:200]
 
 
-def seconds(
-  implementation: Implementation, shape: tuple[int, int, int, int], dtype: jnp.dtype, place: NamedSharding, train: bool
+def time_attention(
+  implementation: Implementation, shape: tuple[int, int, int, int], dtype: jnp.dtype, spread: NamedSharding, train: bool
 ) -> float:
-  """Median time of attention, with its gradients in training, among arrays [B, N, h, k] that lie in some place."""
+  """Median time of attention, with its gradients in training, among arrays [B, N, h, k] spread over devices."""
   draw = lambda key: tuple(jax.random.normal(key, (3, *shape), dtype))
-  arrays = jax.jit(draw, out_shardings=place)(jax.random.key(0))
+  arrays = jax.jit(draw, out_shardings=spread)(jax.random.key(0))
   forward = lambda *args: attend(*args, implementation=implementation)
 
   def both(*args):

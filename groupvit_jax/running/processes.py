@@ -16,8 +16,10 @@ import threading
 import time
 import traceback
 
+from etils import epath
 import jax
 from jax.experimental import multihost_utils
+from jax.experimental.compilation_cache import compilation_cache
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -30,15 +32,15 @@ _PEER_LOST = re.compile('gloo|nccl|connection|socket|unavailable|deadline|heartb
 _GOES_ON = 'start all processes again with the same command: it goes on from the last checkpoint'
 _DAY_MS = 24 * 60 * 60 * 1000  # a process that is gone ends a meeting long before
 
-_meetings = itertools.count()
+_barrier_ids = itertools.count()
 
 
-def run(cluster: Cluster, facts: Mapping[str, str], main: Callable[[], int], *, saves: bool) -> int:
+def run(cluster: Cluster, metadata: Mapping[str, str], main: Callable[[], int], *, saves: bool) -> int:
   """Joins the run's other processes, if there are any, and calls `main`.
 
   Args:
     cluster: what was said about them.
-    facts: what must be the same in all, by name; of JSON the entries that differ are named.
+    metadata: what must be the same in all, by name; of JSON the entries that differ are named.
     main: the command.
     saves: whether `main` saves at SIGTERM, for which it must ask after every step, as `Interrupts` does: then JAX takes
       the signal. Otherwise it ends the process.
@@ -53,34 +55,34 @@ def run(cluster: Cluster, facts: Mapping[str, str], main: Callable[[], int], *, 
   cluster.check()
   jax.config.update('jax_enable_preemption_service', saves)
   with _deadline(cluster):
-    _join(cluster)
+    _initialize_distributed(cluster)
     if jax.distributed.is_initialized():
-      _ending(lambda: _agree(facts))
-  return main() if jax.process_count() == 1 else _ending(main)
+      _exit_on_error(lambda: _check_same_run(metadata))
+  return main() if jax.process_count() == 1 else _exit_on_error(main)
 
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
   """What is inside happens in process 0, and after it in the others: they find what it has written."""
   if jax.process_index() > 0:
-    meet('first process')
+    barrier('first process')
   yield
   if jax.process_index() == 0:
-    meet('first process')
+    barrier('first process')
 
 
-def meet(where: str) -> None:
+def barrier(where: str) -> None:
   """Waits until all processes have come, however long it takes; a collective gives up, on CPUs after 30 s."""
   if jax.process_count() > 1:
-    ocp.multihost.get_barrier_sync_fn()(key=f'{where}-{next(_meetings)}', timeout_ms=_DAY_MS)
+    ocp.multihost.get_barrier_sync_fn()(key=f'{where}-{next(_barrier_ids)}', timeout_ms=_DAY_MS)
 
 
-def agreed(value: bool) -> bool:
+def true_in_all_processes(value: bool) -> bool:
   """Whether `value` is true in every process; all of them must ask."""
   return bool(np.all(multihost_utils.process_allgather(np.array(value))))
 
 
-def gather(value: object) -> list:
+def all_gather_objects(value: object) -> list:
   """Every process's value, in the order of the processes; all of them must ask, and all get the same.
 
   Args:
@@ -96,17 +98,29 @@ def gather(value: object) -> list:
   return [json.loads(bytes(row[:length])) for row, length in zip(rows, lengths)]
 
 
-def table_of_one() -> str:
+def describe_single_process() -> str:
   """The table of a process that is alone; several print theirs when they meet."""
-  return _table([_introduction({})])
+  return _table([_describe_process({})])
 
 
-def _join(cluster: Cluster) -> None:
+def enable_compilation_cache(folder: epath.PathLike) -> None:
+  """Keeps programs that take a second to compile in a folder, so that a restart need not compile them again.
+
+  JAX finds a program by what it computes, the versions of JAX and its compiler, and the kind and number of devices. The
+  first program creates the folder. JAX_COMPILATION_CACHE_DIR takes precedence.
+  """
+  if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
+    return
+  jax.config.update('jax_compilation_cache_dir', str(epath.Path(folder)))
+  compilation_cache.reset_cache()  # JAX asks once, and may have done so before
+
+
+def _initialize_distributed(cluster: Cluster) -> None:
   """Starts `jax.distributed`, unless this process is alone."""
   if cluster.alone:
     return
   told = (cluster.coordinator, cluster.num_processes, cluster.process_id)
-  print_no_foreign_stacks()
+  print_aborting_stack_only()
   try:
     jax.distributed.initialize(
       *told,
@@ -131,7 +145,7 @@ def _join(cluster: Cluster) -> None:
       jax.config.update(f'jax_{platform}_visible_devices', 'all')
 
 
-def print_no_foreign_stacks() -> None:
+def print_aborting_stack_only() -> None:
   """Lets a process that is aborted print the Python stack of the thread that aborts, and of no other.
 
   The runtime aborts a process whose peer is gone, from a thread of its own. absl's handler prints every thread's stack
@@ -145,8 +159,8 @@ def _deadline(cluster: Cluster) -> Iterator[None]:
   """Ends the process with one line when what is inside takes longer than the start-up may."""
 
   def end():
-    cli.fail(f'{_why_nobody_came(cluster)} (--startup_timeout={cluster.startup_timeout})')
-    _leave(cli.EXIT_PEER_LOST)
+    cli.fail(f'{_explain_timeout(cluster)} (--startup_timeout={cluster.startup_timeout})')
+    _exit_now(cli.EXIT_PEER_LOST)
 
   timer = threading.Timer(cluster.startup_timeout, end)
   timer.daemon = True
@@ -157,7 +171,7 @@ def _deadline(cluster: Cluster) -> Iterator[None]:
     timer.cancel()
 
 
-def _why_nobody_came(cluster: Cluster) -> str:
+def _explain_timeout(cluster: Cluster) -> str:
   """What can be found out about a start-up that did not end."""
   count, address = cluster.num_processes or 'the', cluster.coordinator
   missing = f'not all of {count} processes came; look for the one that is missing, or ended: its output says why'
@@ -176,15 +190,15 @@ def _why_nobody_came(cluster: Cluster) -> str:
   return missing
 
 
-def _agree(facts: Mapping[str, str]) -> None:
+def _check_same_run(metadata: Mapping[str, str]) -> None:
   """Compares what the processes are about to run, and prints the table of them."""
   counts = [sum(device.process_index == i for device in jax.devices()) for i in range(jax.process_count())]
   if len(set(counts)) > 1:
     raise UserError(f'processes have different numbers of devices: {counts}; give each the same')
-  meet('devices')
-  everyone = gather(_introduction(facts))
+  barrier('devices')
+  everyone = all_gather_objects(_describe_process(metadata))
   for i, other in enumerate(everyone):
-    differences = _differences(everyone[0]['facts'], other['facts'])
+    differences = _differences(everyone[0]['metadata'], other['metadata'])
     if differences:
       raise UserError(
         f'process 0 ({everyone[0]["host"]}) and process {i} ({other["host"]}) would not run the same: '
@@ -195,14 +209,14 @@ def _agree(facts: Mapping[str, str]) -> None:
     print(_table(everyone), file=sys.stderr, flush=True)
 
 
-def _introduction(facts: Mapping[str, str]) -> dict[str, object]:
+def _describe_process(metadata: Mapping[str, str]) -> dict[str, object]:
   devices = jax.local_devices()
   versions = {'jax': jax.__version__, 'jaxlib': importlib.metadata.version('jaxlib'), 'code': _code_digest()}
   return {
     'host': socket.gethostname(),
     'devices': len(devices),
     'kind': devices[0].device_kind,
-    'facts': versions | dict(facts),
+    'metadata': versions | dict(metadata),
   }
 
 
@@ -215,10 +229,10 @@ def _code_digest() -> str:
 
 
 def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-  """What differs between two processes' facts, each in a few words."""
+  """What differs between two processes' metadata, each in a few words."""
   found = []
   for name in first | other:
-    here, there = (_entries(name, facts.get(name)) for facts in (first, other))
+    here, there = (_flatten(name, metadata.get(name)) for metadata in (first, other))
     found += [
       f'{key} is {here.get(key)} in one and {there.get(key)} in the other'
       for key in sorted(here.keys() | there.keys())
@@ -227,7 +241,7 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str
   return found
 
 
-def _entries(name: str, value: object) -> dict[str, object]:
+def _flatten(name: str, value: object) -> dict[str, object]:
   """A fact, or each entry of one that is a JSON object."""
   if value is None:  # the process has no such fact
     return {}
@@ -235,7 +249,7 @@ def _entries(name: str, value: object) -> dict[str, object]:
     value = json.loads(value)
   if not isinstance(value, dict):
     return {name: value}
-  return {path: leaf for key, child in value.items() for path, leaf in _entries(f'{name}.{key}', child).items()}
+  return {path: leaf for key, child in value.items() for path, leaf in _flatten(f'{name}.{key}', child).items()}
 
 
 def _table(everyone: list[dict[str, object]]) -> str:
@@ -246,18 +260,18 @@ def _table(everyone: list[dict[str, object]]) -> str:
   return '\n'.join(lines)
 
 
-def _ending(main: Callable[[], object]) -> object:
+def _exit_on_error(main: Callable[[], object]) -> object:
   """Calls `main`; whatever it raises ends this process, and does not wait for others that wait for it."""
   try:
     return main()
   except BaseException as error:
     if lost := _lost_peer(error):
       cli.fail(f'another process of the run is gone ({lost[:200]}); {_GOES_ON}')
-      _leave(cli.EXIT_PEER_LOST)
+      _exit_now(cli.EXIT_PEER_LOST)
     if cli.is_mistake(error):
-      _leave(cli.fail(error))
+      _exit_now(cli.fail(error))
     traceback.print_exc()
-  _leave(1)
+  _exit_now(1)
 
 
 def _lost_peer(error: BaseException | None) -> str | None:
@@ -269,7 +283,7 @@ def _lost_peer(error: BaseException | None) -> str | None:
   return None
 
 
-def _leave(code: int) -> None:
+def _exit_now(code: int) -> None:
   """Ends the process without the orderly exit."""
   time.sleep(1)  # the coordinator goes last, so that the others can say their line
   sys.stdout.flush()

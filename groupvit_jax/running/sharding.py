@@ -64,7 +64,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def settle(tree: object, mesh: Mesh) -> None:
+def synchronize(tree: object, mesh: Mesh) -> None:
   """Waits for the results of a program where the next one must not overlap with it; elsewhere returns at once.
 
   CPU devices share a pool of threads, and in a collective a thread waits. Two programs that overlap can take the whole
@@ -74,12 +74,12 @@ def settle(tree: object, mesh: Mesh) -> None:
     jax.block_until_ready(tree)
 
 
-def batch_ways(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh) -> int:
   """Over how many devices a batch is divided."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
-def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
+def process_local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
   """The rows of a global batch that this process's devices hold, in ascending order.
 
   They need not lie together, because a mesh may take devices in another order than processes; and where heads and
@@ -89,13 +89,13 @@ def local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
   return tuple(row for start in sorted(parts) for row in range(start, parts[start]))
 
 
-def assemble_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """A global array [B, ...] of which every process has the rows [b, ...] that `local_rows` names."""
-  size = len(rows) // len(_local_parts(batch_ways(mesh), mesh))  # of a device
-  parts = _local_parts(size * batch_ways(mesh), mesh)
+def make_global_array(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+  """A global array [B, ...] of which every process has the rows [b, ...] that `process_local_rows` names."""
+  size = len(rows) // len(_local_parts(data_parallel_size(mesh), mesh))  # of a device
+  parts = _local_parts(size * data_parallel_size(mesh), mesh)
   offsets = {start: size * i for i, start in enumerate(sorted(parts))}
   part = lambda index: rows[offsets[index[0].start or 0] :][:size]
-  return jax.make_array_from_callback((size * batch_ways(mesh), *rows.shape[1:]), batch_sharding(mesh), part)
+  return jax.make_array_from_callback((size * data_parallel_size(mesh), *rows.shape[1:]), batch_sharding(mesh), part)
 
 
 def _local_parts(batch_size: int, mesh: Mesh) -> dict[int, int]:
@@ -111,7 +111,7 @@ def evaluation_mesh(mesh: Mesh) -> Mesh:
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
   """Raises ValueError when the devices do not divide a batch."""
-  ways = batch_ways(mesh)
+  ways = data_parallel_size(mesh)
   if batch_size < 1 or batch_size % ways:
     raise UserError(
       f'{name}={batch_size} is not a positive multiple of the {ways} devices it is divided over; '
@@ -121,7 +121,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
 
 def check_micro_batches(batch_size: int, num_steps: int, mesh: Mesh) -> None:
   """Raises ValueError when a batch that the devices divide has not so many micro-batches that they divide as well."""
-  rows = batch_size // batch_ways(mesh)
+  rows = batch_size // data_parallel_size(mesh)
   if num_steps < 1 or rows % num_steps:
     fitting = [steps for steps in range(1, rows + 1) if rows % steps == 0]
     nearest = min(fitting, key=lambda steps: abs(steps - num_steps))

@@ -52,7 +52,7 @@ class FaultTally:
     known = self._saved.get(str(step), {})
     self._before = np.array([known.get(cause, 0) for cause in bad_records.CAUSES])
     # Since then; by row, so that it is laid out over processes as a batch is.
-    self._rows = np.zeros((len(sharding.local_rows(batch_size, mesh)), len(bad_records.CAUSES)), np.int32)
+    self._rows = np.zeros((len(sharding.process_local_rows(batch_size, mesh)), len(bad_records.CAUSES)), np.int32)
     self._checked = _Checked(step, int(self._before.sum()))
     self._sum = jax.jit(lambda rows: rows.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -63,7 +63,7 @@ class FaultTally:
   def total(self) -> jax.Array:
     """Faults by cause since this process started, over all hosts, int32 [causes]: a promise, nothing waits for it."""
     total = self._sum(to_devices({'bad_records': self._rows}, self._mesh)['bad_records'])
-    sharding.settle(total, self._mesh)
+    sharding.synchronize(total, self._mesh)
     return total
 
   def counts(self, total: jax.Array) -> dict[str, int]:

@@ -105,7 +105,7 @@ class Checkpoints:
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
     if self._in_bucket:
-      processes.meet('saved')  # only the first process knows
+      processes.barrier('saved')  # only the first process knows
 
   def restore(self, abstract_state: TrainState) -> Restored | None:
     """Restores the newest checkpoint that is whole, onto the shardings of `abstract_state`.
@@ -150,7 +150,7 @@ class Checkpoints:
     for step in reversed(self.steps()):
       for _ in range(_ATTEMPTS):
         state, error = self._read(step, restore_args)
-        if processes.agreed(error is None):  # each process reads its own parts
+        if processes.true_in_all_processes(error is None):  # each process reads its own parts
           self._set_aside(failures)
           return Restored(state, step, tuple(failures))
       failures[step] = error or OSError('another process cannot read it')

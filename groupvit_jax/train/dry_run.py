@@ -145,10 +145,10 @@ def _goes_on(workdir: epath.PathLike) -> bool:
 def _scratch(workdir: epath.PathLike) -> Iterator[epath.Path]:
   """A folder that is gone afterwards, where all processes find it: near the workdir."""
   near = next((folder for folder in epath.Path(workdir).parents if folder.exists()), epath.Path())
-  folder = epath.Path(processes.gather(str(near / f'.dry-run-{uuid.uuid4().hex[:8]}'))[0])
+  folder = epath.Path(processes.all_gather_objects(str(near / f'.dry-run-{uuid.uuid4().hex[:8]}'))[0])
   try:
     yield folder
-    processes.meet('dry run')
+    processes.barrier('dry run')
   finally:
     if jax.process_index() == 0 and folder.exists():
       folder.rmtree()
@@ -172,7 +172,7 @@ def _first_batch(run: Run, say: Callable[[str], None]) -> dict[str, np.ndarray]:
 def _text_line(run: Run, tokens: np.ndarray) -> str:
   """What this host's texts [B, T, L] of a batch need of `text_budget`."""
   eos_id, budget = run.model.text.eos_id, run.config.text_budget
-  of_a_device = run.config.batch_size // sharding.batch_ways(run.mesh)
+  of_a_device = run.config.batch_size // sharding.data_parallel_size(run.mesh)
   groups = run.config.grad_accum_steps * len(tokens) // of_a_device
   load = text_packing.text_load(tokens, eos_id=eos_id, budget=budget, groups=groups)
   needed = text_packing.needed_budget(tokens, eos_id=eos_id, groups=groups)

@@ -107,7 +107,7 @@ class RunEvals:
 
   def left(self, step: int) -> list[Scheduled]:
     """What should have been evaluated after the step that a run goes on from, and has no figures in its log."""
-    logged = processes.gather(sorted(self._log.first_figures))[0]
+    logged = processes.all_gather_objects(sorted(self._log.first_figures))[0]
     done = lambda name: any(figure.startswith(in_training.prefix(name)) for figure in logged)
     return [each for each in self.due(step) if each.evaluate is not None and not done(each.name)]
 

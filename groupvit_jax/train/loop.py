@@ -26,7 +26,7 @@ from groupvit_jax.model import text_packing
 from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import processes, sharding
-from groupvit_jax.running.attention_choice import Choice, choose_attention
+from groupvit_jax.running.attention_choice import AttentionChoice, choose_attention
 from groupvit_jax.running.interrupts import Interrupts, Preempted
 from groupvit_jax.running.profile import StepTrace
 from groupvit_jax.train import evals as run_evals
@@ -54,7 +54,7 @@ class Run(NamedTuple):
   schedule: optax.Schedule
   changed: list[str]  # config keys that differ from the first start
   evals: tuple[in_training.OpenedEval, ...]
-  attention: Choice | None  # of the image tower; None where a step is compiled for hardware that is not there
+  attention: AttentionChoice | None  # of the image tower; None where a step is compiled for hardware that is not there
 
   @property
   def text_shape(self) -> tuple[int, int]:
@@ -177,7 +177,7 @@ def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, tra
     grad_accum_steps=run.config.grad_accum_steps,
     text_budget=run.config.text_budget,
     random_erasing=build_random_erasing(run.config.data.augment),
-    place=sharding.batch_sharding(run.mesh),
+    batch_sharding=sharding.batch_sharding(run.mesh),
     ema_decay=run.config.ema_decay,
   )
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
@@ -187,7 +187,11 @@ def read_batches(run: Run, first_batch: int) -> Iterator[dict[str, np.ndarray]]:
   """This process's rows of the run's batches, from the given one to the last."""
   config = run.config
   examples = pipeline.build_examples(
-    config, run.source, run.tokenizer, first_batch=first_batch, rows=sharding.local_rows(config.batch_size, run.mesh)
+    config,
+    run.source,
+    run.tokenizer,
+    first_batch=first_batch,
+    rows=sharding.process_local_rows(config.batch_size, run.mesh),
   )
   return pipeline.iterate(
     examples,
@@ -230,10 +234,10 @@ def _loop(
       batch = pipeline.to_devices(batch, run.mesh)
       if step == first_step + 1:
         step_fn = step_fn.lower(state, batch).compile()
-        processes.meet('compiled')
+        processes.barrier('compiled')
       with trace.step(step):
         state, figures = step_fn(state, batch)
-      sharding.settle(state, run.mesh)
+      sharding.synchronize(state, run.mesh)
       checkpoints.check()
       trace.stop_after(step, figures)
       if pending is not None:
@@ -294,7 +298,7 @@ def _announce(log: RunLog, run: Run, state: TrainState) -> None:
   step = int(state.step)
   log.say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
   if not jax.distributed.is_initialized():
-    log.say(processes.table_of_one())
+    log.say(processes.describe_single_process())
   log.say(
     f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
     f'{len(run.source):,} records; vocabulary {run.tokenizer.vocab_size:,}'

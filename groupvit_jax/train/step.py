@@ -36,11 +36,11 @@ class LossOutput(NamedTuple):
 
 
 def total_loss(
-  out: Projected, multi_label_weight: float, place: NamedSharding | None
+  out: Projected, multi_label_weight: float, batch_sharding: NamedSharding | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Caption loss plus weighted multi-label loss (paper section 3.3), and everything worth logging about them."""
   with jax.named_scope('caption_loss'):
-    caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, sharding=place)
+    caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, sharding=batch_sharding)
   loss = caption.loss
   logged = {
     'caption_loss': caption.loss,
@@ -51,7 +51,7 @@ def total_loss(
   if out.multi_label_logit_scale is not None:
     with jax.named_scope('multi_label_loss'):
       prompts = losses.multi_label_loss(
-        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, sharding=place
+        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, sharding=batch_sharding
       )
     loss = loss + multi_label_weight * prompts.loss
     logged |= {
@@ -70,14 +70,14 @@ def loss_and_grads(
   grad_accum_steps: int,
   text_budget: int,
   random_erasing: RandomErasing | None,
-  place: NamedSharding | None,
+  batch_sharding: NamedSharding | None,
 ) -> tuple[LossOutput, object]:
   """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss.
 
   The towers see the batch in `grad_accum_steps` micro-batches, projectors and losses see it whole; so neither result
   depends on their number. Arguments as in `train_step`.
   """
-  groups = 1 if place is None else sharding.batch_ways(place.mesh)
+  groups = 1 if batch_sharding is None else sharding.data_parallel_size(batch_sharding.mesh)
   read = lambda model: lambda params, texts: model.apply({'params': params}, texts, method='text_features')
   readers = Encoders(read(model), read(model.clone(text=model.text.clone(scan_layers=True))))
   keys = sample_keys(jax.random.fold_in(state.rng, state.step), len(batch['image']))
@@ -100,7 +100,7 @@ def loss_and_grads(
     out, updated = model.apply(
       state.variables | {'params': params}, *features, train=True, method='project', mutable=['batch_stats']
     )
-    loss, logged = total_loss(out, multi_label_weight, place)
+    loss, logged = total_loss(out, multi_label_weight, batch_sharding)
     logged |= {'text_tokens': load.tokens / len(batch['image']), 'text_turns': load.turns}
     return loss, LossOutput(updated['batch_stats'], Figures(logged, health))
 
@@ -134,7 +134,7 @@ def train_step(
   grad_accum_steps: int,
   text_budget: int,
   random_erasing: RandomErasing | None,
-  place: NamedSharding | None,
+  batch_sharding: NamedSharding | None,
   ema_decay: float = 0.0,
 ) -> tuple[TrainState, Figures]:
   """Applies one update.
@@ -151,7 +151,7 @@ def train_step(
     grad_accum_steps: micro-batches in which the towers see the batch (static); divides B.
     text_budget: tokens an image that the text tower computes at once (static); 0 for padded texts.
     random_erasing: what some images lose (static); None when no image loses anything.
-    place: how B is divided over devices (static); None when there is but one.
+    batch_sharding: how B is divided over devices (static); None when there is but one.
     ema_decay: of the moving average, in a state that has one (static).
 
   Returns:
@@ -165,7 +165,7 @@ def train_step(
     grad_accum_steps=grad_accum_steps,
     text_budget=text_budget,
     random_erasing=random_erasing,
-    place=place,
+    batch_sharding=batch_sharding,
   )
   with jax.named_scope('optimizer'):
     grad_norm = optax.tree.norm(grads)

@@ -14,7 +14,7 @@ from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tokenizer, train_sentencepiece
 from groupvit_jax.errors import UserError
-from groupvit_jax.running.attention_choice import Choice
+from groupvit_jax.running.attention_choice import AttentionChoice
 
 # Where a run can be kept besides disks, and what reads and writes there.
 _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
@@ -168,7 +168,7 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
   return load_tokenizer(workdir)
 
 
-def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], Choice]) -> Choice:
+def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], AttentionChoice]) -> AttentionChoice:
   """How the run's attention is computed in some place: as when it first trained there, so that a run that goes on does
   not change its arithmetic.
 
@@ -180,7 +180,7 @@ def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], 
   path = epath.Path(workdir) / 'attention.json'
   kept = json.loads(path.read_text()) if path.exists() else {}
   if place in kept:
-    return Choice(**kept[place])._replace(reason=f'{kept[place]["reason"]} (when the run first trained here)')
+    return AttentionChoice(**kept[place])._replace(reason=f'{kept[place]["reason"]} (when the run first trained here)')
   choice = choose()
   if choice.measured and jax.process_index() == 0:
     storage.write_atomic(str(path), (json.dumps(kept | {place: choice._asdict()}, indent=2) + '\n').encode())

@@ -52,7 +52,7 @@ def compiled_step(devices: int, steps: int, remat: Remat = 'none', text_budget: 
       grad_accum_steps=steps,
       text_budget=text_budget,
       random_erasing=RandomErasing(0.5),
-      place=place,
+      batch_sharding=place,
     )
 
   whole = sharding.replicated(place.mesh)

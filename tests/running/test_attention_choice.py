@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import pytest
 
 from groupvit_jax.running import attention_choice, sharding
-from groupvit_jax.running.attention_choice import Choice, choose_attention, fastest, seconds
+from groupvit_jax.running.attention_choice import AttentionChoice, choose_attention, choose_fastest, time_attention
 from groupvit_jax.train import workdir
 from tests.tiny import tiny_model
 
@@ -18,18 +18,18 @@ def place() -> NamedSharding:
 
 
 def test_the_faster_one_is_chosen():
-  assert fastest({'xla': 2e-3, 'cudnn': 1e-3}.get, 'steps') == (
+  assert choose_fastest({'xla': 2e-3, 'cudnn': 1e-3}.get, 'steps') == (
     'cudnn',
     'steps take 1.00 ms with cuDNN, 2.00 ms with XLA',
     True,
   )
-  assert fastest({'xla': 1e-3, 'cudnn': 2e-3}.get, '').implementation == 'xla'
-  assert fastest({'xla': 1e-3, 'cudnn': 0.99e-3}.get, '').implementation == 'xla'  # no more than noise
+  assert choose_fastest({'xla': 1e-3, 'cudnn': 2e-3}.get, '').implementation == 'xla'
+  assert choose_fastest({'xla': 1e-3, 'cudnn': 0.99e-3}.get, '').implementation == 'xla'  # no more than noise
 
 
 def test_what_does_not_run_is_left_alone(place):
   """cuDNN on a CPU is refused by JAX itself; where XLA's has no room, cuDNN's may."""
-  choice = fastest(lambda name: seconds(name, (4, 8, 2, 8), jnp.bfloat16, place, train=True), '')
+  choice = choose_fastest(lambda name: time_attention(name, (4, 8, 2, 8), jnp.bfloat16, place, train=True), '')
   assert choice.implementation == 'xla' and choice.reason.startswith('cuDNN does not run: ')
 
   def no_room(name):
@@ -37,7 +37,7 @@ def test_what_does_not_run_is_left_alone(place):
       raise RuntimeError('out of\n memory')
     return 1e-3
 
-  assert fastest(no_room, '') == ('cudnn', "XLA's does not run: out of memory", True)
+  assert choose_fastest(no_room, '') == ('cudnn', "XLA's does not run: out of memory", True)
 
 
 def test_all_processes_come_to_one_choice(monkeypatch):
@@ -47,9 +47,9 @@ def test_all_processes_come_to_one_choice(monkeypatch):
     attention_choice.multihost_utils, 'process_allgather', lambda own: jnp.stack([own, jnp.array(times)])
   )
   others(1e-3, 3e-3)
-  assert fastest({'xla': 2e-3, 'cudnn': 1e-3}.get, '').implementation == 'xla'
+  assert choose_fastest({'xla': 2e-3, 'cudnn': 1e-3}.get, '').implementation == 'xla'
   others(1e-3, jnp.inf)
-  assert fastest({'xla': 2e-3, 'cudnn': 1e-3}.get, '').reason == 'cuDNN does not run: not in another process'
+  assert choose_fastest({'xla': 2e-3, 'cudnn': 1e-3}.get, '').reason == 'cuDNN does not run: not in another process'
 
 
 def test_every_stage_is_measured():
@@ -76,7 +76,7 @@ def test_one_cpu_device_encodes_in_parts():
 
 def test_a_run_keeps_what_was_measured(tmp_path):
   """A second start elsewhere measures again; what is known without measuring leaves nothing behind."""
-  prepare = lambda place, *choice: workdir.prepare_attention(tmp_path, place, lambda: Choice(*choice))
+  prepare = lambda place, *choice: workdir.prepare_attention(tmp_path, place, lambda: AttentionChoice(*choice))
   assert prepare('a CPU', 'xla', 'a CPU') == ('xla', 'a CPU', False) and not list(tmp_path.iterdir())
   assert prepare('8 GPUs', 'cudnn', 'faster', True).reason == 'faster'
   assert prepare('8 GPUs', 'xla', 'faster today', True) == ('cudnn', 'faster (when the run first trained here)', True)

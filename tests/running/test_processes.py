@@ -457,7 +457,7 @@ from absl import app
 from groupvit_jax import distributed
 
 def main(_):
-  distributed.print_no_foreign_stacks()
+  distributed.print_aborting_stack_only()
   libc, thread = ctypes.CDLL(None), ctypes.c_ulong()
   libc.pthread_create(ctypes.byref(thread), None, ctypes.cast(libc.abort, ctypes.c_void_p), None)
   while True:
@@ -474,7 +474,7 @@ def test_a_process_that_is_aborted_leaves_the_stacks_of_busy_threads_alone():
   assert 'Fatal Python error: Aborted' in ended.stderr and 'most recent call first' not in ended.stderr
 
 
-def test_facts_that_one_process_alone_has():
+def test_metadata_that_one_process_alone_has():
   assert distributed._differences({'workdir': 'a'}, {'workdir': 'a', 'config': '{"x": 1}'}) == [
     'config.x is None in one and 1 in the other'
   ]

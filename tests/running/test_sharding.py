@@ -55,7 +55,7 @@ def loss_and_grads_on(mesh: jax.sharding.Mesh):
         grad_accum_steps=1,
         text_budget=4,
         random_erasing=RandomErasing(0.5),
-        place=sharding.batch_sharding(mesh),
+        batch_sharding=sharding.batch_sharding(mesh),
       )
     )
     .lower(state, batch)

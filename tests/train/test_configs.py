@@ -116,7 +116,7 @@ def test_recipes_build_the_released_model(recipe, prompts):
     grad_accum_steps=config.grad_accum_steps,
     text_budget=config.text_budget,
     random_erasing=build_random_erasing(config.data.augment),
-    place=sharding.batch_sharding(mesh),
+    batch_sharding=sharding.batch_sharding(mesh),
   )
   after, figures = jax.eval_shape(step, state, batch)
   assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), after) == jax.tree.map(

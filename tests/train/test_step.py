@@ -43,7 +43,7 @@ def history():
       grad_accum_steps=1,
       text_budget=0,
       random_erasing=None,
-      place=None,
+      batch_sharding=None,
       ema_decay=0.9,
     )
 

@@ -4,7 +4,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
-from groupvit_jax.running import programs
+from groupvit_jax.running import processes
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def compile_step() -> None:
 
 def test_a_second_start_compiles_nothing(events, tmp_path):
   folder = tmp_path / 'run' / 'programs'
-  programs.keep_in(folder)
+  processes.enable_compilation_cache(folder)
   assert not folder.exists()  # a run with a mistake leaves nothing
   compile_step()
   assert 'cache_misses' in events and list(folder.iterdir())
@@ -42,6 +42,6 @@ def test_a_second_start_compiles_nothing(events, tmp_path):
 
 def test_the_environment_comes_first(events, tmp_path, monkeypatch):
   monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path / 'named'))
-  programs.keep_in(tmp_path / 'programs')
+  processes.enable_compilation_cache(tmp_path / 'programs')
   compile_step()
   assert not (tmp_path / 'programs').exists()
