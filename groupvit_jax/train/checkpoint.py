@@ -1,29 +1,41 @@
-"""Checkpoints: the whole state and the config it belongs to, written atomically, restored onto shardings."""
+"""Checkpoints: the training state and its config, saved atomically and restored onto shardings.
 
-from collections.abc import Iterable, Iterator
+Orbax writes to disks and to gs:// from every process in parallel. It cannot write to s3://: see `_S3Manager`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+import concurrent.futures
 import contextlib
 import dataclasses
 import gc
 import io
 import json
 import logging as python_logging
+import math
 import os
+import shutil
 import time
 import traceback
 from typing import NamedTuple
 
 from absl import logging
 from etils import epath
+import fsspec
 import jax
+from jax.experimental import multihost_utils
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 
+from groupvit_jax import storage
 from groupvit_jax.errors import ResourceError, Unavailable, UserError
 from groupvit_jax.running import processes
-from groupvit_jax.train.checkpoint_managers import BucketManager, DiskManager
 from groupvit_jax.train.state import TrainState
 
-_ATTEMPTS = 2  # at a checkpoint: what fails once may be a disk or a network that was busy
+BEST_FOLDER = 'best'  # in the workdir; best.json beside it holds the metric and its value
+
+_ATTEMPTS = 2  # at reading a checkpoint: a disk or a network may be busy once
+_COMPLETE = 'complete'  # the last object of a step in s3://
 
 
 class Restored(NamedTuple):
@@ -43,124 +55,112 @@ class Checkpoints:
     Args:
       workdir: of the run.
       keep: how many of the newest checkpoints stay.
-      read_only: for evaluation.
+      read_only: deletes and renames nothing.
       folder: in the workdir.
 
     Raises:
       OSError: nothing can be saved there.
     """
-    logging.get_absl_logger().addFilter(_is_not_orbaxs)  # what it raises is reported by who catches it
+    logging.get_absl_logger().addFilter(_is_not_from_orbax)
     self._read_only = read_only
     self.folder = epath.Path(workdir) / folder
-    self._in_bucket = '://' in str(workdir)
-    if self._in_bucket:
-      self._manager = BucketManager(str(self.folder), keep=keep, read_only=read_only)
+    self._remote = '://' in str(workdir)
+    if str(workdir).startswith('s3://'):
+      self._manager = _S3Manager(str(self.folder), keep=keep, read_only=read_only)
       return
-    self.folder = self.folder.resolve()
+    if not self._remote:
+      self.folder = self.folder.resolve()
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=None if read_only else keep,
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+      enable_async_checkpointing=not read_only,
+    )
     with _quiet():
-      options = ocp.CheckpointManagerOptions(
-        max_to_keep=None if read_only else keep,
-        create=not read_only,
-        read_only=read_only,
-        cleanup_tmp_directories=not read_only,
-        enable_async_checkpointing=not read_only,
-      )
-      self._manager = DiskManager(self.folder, options=options)
+      self._manager = _OrbaxManager(self.folder, options=options)
     if not read_only:
-      with _disk_errors(self.folder):
+      with _save_errors(self.folder):
         self._check_writable()
 
   def steps(self) -> list[int]:
-    """Steps there are checkpoints of, oldest first."""
+    """Steps of complete checkpoints, oldest first."""
     return sorted(self._manager.all_steps())
 
   def save(self, state: TrainState, config: ml_collections.ConfigDict) -> None:
     """Starts saving in the background; a checkpoint counts only once it is complete.
 
     Raises:
-      OSError: this or the previous save failed; Unavailable where a bucket's store did, again and again.
+      OSError: this or the previous save failed; Unavailable where a bucket's store did, after all retries.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
       return
-    with _disk_errors(self.folder):
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(_present_fields(state)), config=ocp.args.JsonSave(json.loads(config.to_json()))
+    )
+    with _save_errors(self.folder):
       self._manager.check_for_errors()
       self._check_writable()
-      self._manager.save(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardSave(_entries(state)), config=ocp.args.JsonSave(json.loads(config.to_json()))
-        ),
-      )
+      self._manager.save(step, args=args)
 
   def check(self) -> None:
-    """Waits for nothing, but raises OSError when a save in the background has failed."""
-    with _disk_errors(self.folder):
+    """Raises OSError when a save in the background has failed; does not wait."""
+    with _save_errors(self.folder):
       if not self._manager.is_saving_in_progress():
-        self._manager.wait_until_finished()  # it is over; only here does its error come out
+        self._manager.wait_until_finished()  # raises the error of a save that is over
 
   def wait(self) -> None:
     """Blocks until the last save is complete. Raises OSError if it failed."""
-    with _disk_errors(self.folder):
+    with _save_errors(self.folder):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
-    if self._in_bucket:
-      processes.barrier('saved')  # only the first process knows
+    if isinstance(self._manager, _S3Manager):
+      processes.barrier('saved')  # only process 0 uploads
 
   def restore(self, abstract_state: TrainState) -> Restored | None:
-    """Restores the newest checkpoint that is whole, onto the shardings of `abstract_state`.
-
-    Returns:
-      The state, or None when there is no checkpoint at all.
+    """Restores the newest readable checkpoint onto the shardings of `abstract_state`; None where there is none.
 
     Raises:
       ValueError: there are checkpoints and none of them can be read.
     """
-    restored = self._newest(ocp.args.StandardRestore(_entries(abstract_state)))
+    restored = self._restore_newest(ocp.args.StandardRestore(_present_fields(abstract_state)))
     return restored and restored._replace(state=TrainState(**restored.state))
 
   def restore_variables(self, abstract_variables: dict[str, object]) -> Restored | None:
-    """Restores what `model.apply` takes and leaves the rest, above all the optimiser's moments, unread.
-
-    Args:
-      abstract_variables: `TrainState.variables` of an abstract state.
-
-    Returns:
-      The variables as `state`, or None when there is no checkpoint at all.
+    """Restores only the given entries of the state (the variables, or the moving average); None where there is none.
 
     Raises:
       ValueError: there are checkpoints and none of them can be read.
     """
-    return self._newest(
-      ocp.args.PyTreeRestore(
-        abstract_variables, ocp.checkpoint_utils.construct_restore_args(abstract_variables), partial_restore=True
-      )
-    )
+    restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_variables)
+    return self._restore_newest(ocp.args.PyTreeRestore(abstract_variables, restore_args, partial_restore=True))
+
+  def close(self) -> None:
+    """Ends the background threads."""
+    self._manager.close()
 
   def _check_writable(self) -> None:
-    """Makes a folder here, as a save will: where Orbax may not, it waits for ever instead of saying so."""
-    if jax.process_index() == 0 and not self._in_bucket:
+    """Creates and deletes a folder: where permission is missing, Orbax would wait for ever."""
+    if jax.process_index() == 0 and not self._remote:
       probe = self.folder / f'.writable-{os.getpid()}'
       probe.mkdir(exist_ok=True)  # a killed process of this number may have left it
       probe.rmdir()
 
-  def _newest(self, restore_args: ocp.args.CheckpointArgs) -> Restored | None:
-    """The newest checkpoint that can be read."""
+  def _restore_newest(self, restore_args: ocp.args.CheckpointArgs) -> Restored | None:
     failures = {}
     for step in reversed(self.steps()):
       for _ in range(_ATTEMPTS):
         state, error = self._read(step, restore_args)
-        if processes.true_in_all_processes(error is None):  # each process reads its own parts
-          self._set_aside(failures)
+        if processes.true_in_all_processes(error is None):  # each process reads its own shards
+          self._quarantine(failures)
           return Restored(state, step, tuple(failures))
       failures[step] = error or OSError('another process cannot read it')
-      logging.warning(
-        'checkpoint %d in %s is damaged and was passed over: %s', step, self.folder, _line(failures[step])
-      )
+      logging.warning('checkpoint %d in %s is damaged; skipped: %s', step, self.folder, _shorten(failures[step]))
     if failures:
       step, error = next(iter(failures.items()))
       raise UserError(
-        f'none of the checkpoints {sorted(failures)} in {self.folder} can be read; {step} says: {_line(error)}'
+        f'none of the checkpoints {sorted(failures)} in {self.folder} can be read; {step} says: {_shorten(error)}'
       )
     return None
 
@@ -170,35 +170,230 @@ class Checkpoints:
       with _quiet():
         restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
         return jax.block_until_ready(restored.state), None
-    except Exception as error:  # pylint: disable=broad-except
-      # Which exception a damaged file raises depends on the file; every one means "not this checkpoint".
+    except Exception as error:  # which one a damaged file raises depends on the file
       return None, error
 
-  def close(self) -> None:
-    """Ends the background threads."""
-    self._manager.close()
-
-  def _set_aside(self, steps: Iterable[int]) -> None:
-    """Renames damaged checkpoints, so that the run can write those steps again and nothing is lost."""
+  def _quarantine(self, steps: Iterable[int]) -> None:
+    """Renames damaged checkpoints to `damaged-STEP`, so that the run can write those steps again."""
     if self._read_only or not steps:
       return
     with processes.first_process_first():
       for step in steps if jax.process_index() == 0 else ():
-        self._manager.set_aside(step)
+        target = self.folder / f'damaged-{step}'
+        if target.exists():  # from an earlier visit to this step
+          target.rmtree()
+        (self.folder / str(step)).rename(target)
     self._manager.reload()
 
 
-def _entries(state: TrainState) -> dict[str, object]:
-  """The entries of a state that are there: Orbax would otherwise keep a place for an average that is not."""
-  return {field.name: value for field in dataclasses.fields(state) if (value := getattr(state, field.name)) is not None}
+class BestCheckpoint:
+  """Keeps the state with the highest value of one metric, in `best/` of the workdir."""
+
+  def __init__(self, workdir: epath.PathLike, metric: str):
+    """Reads what an interrupted run kept.
+
+    Args:
+      workdir: of the run.
+      metric: as it is logged; '' keeps nothing.
+    """
+    self._metric, self._path = metric, epath.Path(workdir) / 'best.json'
+    self._checkpoints = Checkpoints(workdir, keep=1, folder=BEST_FOLDER) if metric else None
+    self.value, self.step = -math.inf, 0
+    if metric and self._path.exists():
+      kept = json.loads(self._path.read_text())
+      if kept['metric'] == metric and kept['step'] in self._checkpoints.steps():
+        self.value, self.step = kept['value'], kept['step']
+
+  def offer(
+    self,
+    metrics: Mapping[str, float],
+    state: TrainState,
+    config: ml_collections.ConfigDict,
+    settings: Mapping[str, object],
+  ) -> bool:
+    """Saves a state if its metric is among these and higher than before.
+
+    Args:
+      metrics: just measured, the same in every process.
+      state: that they were measured of.
+      config: of the run.
+      settings: what the metrics depend on, for best.json.
+
+    Returns:
+      Whether it was saved.
+
+    Raises:
+      ValueError: an evaluation of that name ran, and has no such metric.
+      OSError: it could not be saved.
+    """
+    prefix = self._metric.rpartition('/')[0]
+    if not self._metric or not any(name.startswith(f'{prefix}/') for name in metrics):
+      return False
+    if self._metric not in metrics:
+      raise UserError(f'checkpoint.best={self._metric!r} is not measured; there are {", ".join(metrics)}')
+    value = float(metrics[self._metric])
+    if not value > self.value:  # nan is never best
+      return False
+    self.value, self.step = value, int(state.step)
+    self._checkpoints.save(state, config)
+    self._checkpoints.wait()  # best.json must not name a checkpoint that is not there
+    if jax.process_index() == 0:
+      kept = {'metric': self._metric, 'value': value, 'step': self.step, 'settings': dict(settings)}
+      storage.write_atomic(str(self._path), (json.dumps(kept, indent=2) + '\n').encode())
+    return True
+
+  def close(self) -> None:
+    """Ends the background threads."""
+    if self._checkpoints is not None:
+      self._checkpoints.close()
+
+
+class _OrbaxManager(ocp.CheckpointManager):
+  """Orbax's manager, which leaves SIGTERM to the training loop: JAX counts how often processes ask for it."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
+class _S3Manager:
+  """The part of a CheckpointManager that `Checkpoints` uses, for a folder in s3://.
+
+  Orbax knows no s3://, and S3 cannot rename. Process 0 gathers the state, writes it to a local disk and uploads it,
+  last of all an empty object named `complete`, without which a step does not count. Each process downloads what it
+  restores.
+  """
+
+  def __init__(self, url: str, *, keep: int, read_only: bool):
+    self._system, self._root = fsspec.core.url_to_fs(url)
+    self._keep, self._process = keep, jax.process_index()
+    self._disk = storage.temporary_folder(
+      'read' if read_only else 'checkpoints', None if read_only else url, self._process
+    )
+    self._alone = ocp.options.MultiprocessingOptions(
+      primary_host=self._process,
+      active_processes={self._process},
+      barrier_sync_key_prefix=f'{self._process}-{self._disk.name}',
+    )
+    self._writer = self._local_manager(max_to_keep=1) if not read_only and self._process == 0 else None
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, 'upload')
+    self._upload = concurrent.futures.Future()
+    self._upload.set_result(None)
+    self.reload()
+
+  def all_steps(self) -> list[int]:
+    """Steps that are complete or being saved, the same in all processes."""
+    return self._steps
+
+  def reload(self) -> None:
+    """Lists the steps again. Raises Unavailable where the store does not answer."""
+    try:
+      files = storage.with_retries(self._files)
+    except Unavailable as error:
+      raise Unavailable(f'cannot look into {self._root} {error}') from error
+    self._steps = sorted(step for step, names in files.items() if _COMPLETE in names)
+
+  def save(self, step: int, args: ocp.args.Composite) -> None:
+    """Gathers the state, and writes and uploads it in the background; all processes take part."""
+    self.wait_until_finished()
+    state = jax.tree.map(_gather_on_first_process, args['state'].item)
+    self._steps = [*self._steps, step][-self._keep :]
+    if self._process == 0:
+      saved = self._writer.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=args['config']))
+      assert saved, step  # Orbax may decline
+      self._upload = self._thread.submit(self._upload_step, step)
+
+  def is_saving_in_progress(self) -> bool:
+    return not self._upload.done()
+
+  def wait_until_finished(self) -> None:
+    """Waits for the last save, and raises its error."""
+    self._upload.result()
+
+  def check_for_errors(self) -> None:
+    """Raises the error of the last save, if it is over."""
+    if self._upload.done():
+      self._upload.result()
+
+  def restore(self, step: int, args: ocp.args.Composite) -> ocp.args.Composite:
+    """Downloads and reads a step."""
+    folder, names = self._disk / str(step), sorted(storage.with_retries(self._files)[step] - {_COMPLETE})
+    try:
+      for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      remote, local = [f'{self._root}/{step}/{name}' for name in names], [str(folder / name) for name in names]
+      storage.with_retries(self._system.get, remote, local)
+      with contextlib.closing(self._local_manager(read_only=True)) as reader:
+        return reader.restore(step, args=args)
+    finally:
+      shutil.rmtree(folder, ignore_errors=True)
+
+  def close(self) -> None:
+    """Ends the thread and clears the disk."""
+    self._thread.shutdown()
+    if self._writer is not None:
+      self._writer.close()
+    shutil.rmtree(self._disk, ignore_errors=True)
+
+  def _local_manager(self, **options) -> _OrbaxManager:
+    """Reads or writes whole checkpoints in this process alone: Orbax would otherwise divide the work."""
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    handlers = {
+      'state': ocp.PyTreeCheckpointHandler(type_handler_registry=registry, multiprocessing_options=self._alone),
+      'config': ocp.JsonCheckpointHandler(multiprocessing_options=self._alone),
+    }
+    options = ocp.CheckpointManagerOptions(create=False, multiprocessing_options=self._alone, **options)
+    return _OrbaxManager(self._disk, options=options, item_handlers=None if options.read_only else handlers)
+
+  def _files(self) -> dict[int, set[str]]:
+    """Names of the files of each step."""
+    self._system.invalidate_cache()
+    files: dict[int, set[str]] = {}
+    for path in self._system.find(self._root):
+      step, _, name = path[len(self._root) :].strip('/').partition('/')
+      if step.isdigit():
+        files.setdefault(int(step), set()).add(name)
+    return files
+
+  def _upload_step(self, step: int) -> None:
+    """Uploads a step from the disk; deletes steps that are too many, or were never completed."""
+    self._writer.wait_until_finished()
+    self._writer.check_for_errors()
+    storage.with_retries(self._delete, step)  # what an interrupted save left
+    folder, target = self._disk / str(step), f'{self._root}/{step}'
+    paths = [path for path in folder.rglob('*') if path.is_file()]
+    names = [f'{target}/{path.relative_to(folder).as_posix()}' for path in paths]
+    storage.with_retries(self._system.put, list(map(str, paths)), names)
+    storage.with_retries(self._system.pipe_file, f'{target}/{_COMPLETE}', b'')
+    for old in storage.with_retries(self._files).keys() - set(self._steps):
+      storage.with_retries(self._delete, old)
+
+  def _delete(self, step: int) -> None:
+    """Deletes a step, which first ceases to count."""
+    files = self._files().get(step, set())
+    for names in ({_COMPLETE} & files, files - {_COMPLETE}):
+      if names:
+        self._system.rm([f'{self._root}/{step}/{name}' for name in sorted(names)])
+
+
+def _gather_on_first_process(leaf: jax.Array) -> jax.Array | np.ndarray | None:
+  """A leaf that process 0 holds whole, and None in the other processes; all of them must call."""
+  if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+    leaf = multihost_utils.process_allgather(leaf, tiled=True)
+  return None if jax.process_index() else leaf
+
+
+def _present_fields(state: TrainState) -> dict[str, object]:
+  """The fields of a state that are not None: Orbax would keep an entry for a missing average."""
+  fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  return {name: value for name, value in fields.items() if value is not None}
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps a library's asides off the terminal; what it raises is reported by who catches it.
-
-  Of one damaged file Orbax's readers print a hundred tracebacks, some of them when their tasks are collected.
-  """
+  """Keeps libraries from printing: of one damaged file Orbax's readers print a hundred tracebacks."""
   asyncio_log, verbosity = python_logging.getLogger('asyncio'), logging.get_verbosity()
   disabled = asyncio_log.disabled
   asyncio_log.disabled = True
@@ -210,7 +405,7 @@ def _quiet() -> Iterator[None]:
       except Exception as error:
         traceback.clear_frames(error.__traceback__)
         gc.collect()
-        time.sleep(0.3)  # readers that are still at work print when they find that nobody waits
+        time.sleep(0.3)  # readers that are still at work print when nobody waits for them
         raise
   finally:
     asyncio_log.disabled = disabled
@@ -218,23 +413,28 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: epath.Path) -> Iterator[None]:
+def _save_errors(folder: epath.Path) -> Iterator[None]:
   """Turns whatever a failed write raises (tensorstore's are ValueErrors) into one OSError with the reason."""
   try:
     yield
   except Exception as error:
-    kind = Unavailable if isinstance(error, Unavailable) else ResourceError
+    kind = Unavailable if isinstance(error, Unavailable) or _is_unavailable(error) else ResourceError
     raise kind(
-      f'cannot save a checkpoint in {folder}: {_line(error)}; the checkpoints already there are untouched'
+      f'cannot save a checkpoint in {folder}: {_shorten(error)}; the checkpoints already there are untouched'
     ) from error
 
 
-def _line(error: Exception) -> str:
+def _is_unavailable(error: Exception) -> bool:
+  """Whether TensorStore gave up on gs:// after its retries."""
+  return 'UNAVAILABLE' in str(error) or 'DEADLINE_EXCEEDED' in str(error)
+
+
+def _shorten(error: Exception) -> str:
   """The first line of an error; of a long one both ends, for the reason may come last."""
   line = (str(error).strip() or type(error).__name__).splitlines()[0]
   return line if len(line) < 300 else f'{line[:100]} ... {line[-200:]}'
 
 
-def _is_not_orbaxs(record: python_logging.LogRecord) -> bool:
-  """Whether a line of the log is not Orbax's: of a save that fails it prints a traceback per thread."""
+def _is_not_from_orbax(record: python_logging.LogRecord) -> bool:
+  """Filters the log: of a save that fails Orbax prints a traceback per thread, and the error is raised anyway."""
   return '/orbax/' not in record.pathname

@@ -22,7 +22,7 @@ from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import processes
 from groupvit_jax.running.interrupts import Interrupts, Preempted
 from groupvit_jax.train import in_training
-from groupvit_jax.train.best_checkpoint import BestCheckpoint
+from groupvit_jax.train.checkpoint import BestCheckpoint
 from groupvit_jax.train.log import RunLog
 from groupvit_jax.train.state import TrainState
 

@@ -35,8 +35,7 @@ from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.bad_record_tally import FaultTally
-from groupvit_jax.train.best_checkpoint import BestCheckpoint
-from groupvit_jax.train.checkpoint import Checkpoints
+from groupvit_jax.train.checkpoint import BestCheckpoint, Checkpoints
 from groupvit_jax.train.evals import RunEvals
 from groupvit_jax.train.log import RunLog
 from groupvit_jax.train.state import TrainState

@@ -20,10 +20,9 @@ from groupvit_jax.model.build import build_model
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import with_fastest_attention
-from groupvit_jax.train import best_checkpoint
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import workdir as workdir_lib
-from groupvit_jax.train.checkpoint import Checkpoints
+from groupvit_jax.train.checkpoint import BEST_FOLDER, Checkpoints
 
 Weights = Literal['best', 'ema', 'trained']
 NEWEST, BEST = 'newest', 'best'  # checkpoints of a run
@@ -87,9 +86,9 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
   model = with_fastest_attention(model, mesh)
   state = train_state.abstract_state(model, optax.identity(), _text_shape(model), mesh, average=weights == 'ema')
   shapes = state.variables if state.ema is None else {'ema': state.ema}
-  if checkpoint == BEST and not (epath.Path(workdir) / best_checkpoint.FOLDER).exists():
+  if checkpoint == BEST and not (epath.Path(workdir) / BEST_FOLDER).exists():
     raise UserError(f'the run in {workdir} kept no best checkpoint; train with --config.checkpoint.best=eval/...')
-  folder = {} if checkpoint == NEWEST else {'folder': best_checkpoint.FOLDER}
+  folder = {} if checkpoint == NEWEST else {'folder': BEST_FOLDER}
   checkpoints = Checkpoints(workdir, keep=1, read_only=True, **folder)
   try:
     restored = checkpoints.restore_variables(shapes)

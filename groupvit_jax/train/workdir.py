@@ -6,6 +6,7 @@ import importlib.util
 import json
 
 from etils import epath
+import fsspec
 import jax
 import ml_collections
 
@@ -106,6 +107,8 @@ def check_place(workdir: epath.PathLike) -> None:
     )
   if importlib.util.find_spec(_BUCKETS[scheme]) is None:
     raise UserError(f'--workdir={workdir} needs {_BUCKETS[scheme]}: pip install {_BUCKETS[scheme]}')
+  if scheme == 'gs':  # other processes write there, too
+    fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
 
 
 def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:

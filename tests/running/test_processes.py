@@ -22,7 +22,7 @@ from groupvit_jax.running import processes as distributed
 from groupvit_jax.running.cluster import Cluster
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train.checkpoint import Checkpoints
-from tests import folder_bucket
+from tests import folder_bucket, gcs
 from tests import official_layouts as layouts
 from tests.photos import photo
 from tests.train import test_checkpoint
@@ -286,11 +286,13 @@ def test_a_workdir_that_the_other_process_does_not_see(other_host):
 SAVE = dict(program='tests/save_state.py', devices=4)
 
 
-@pytest.mark.parametrize('bucket', [False, True], ids=['disk', 'bucket'])
-def test_parameters_divided_over_processes_are_whole_for_one(bucket, tmp_path, monkeypatch):
+@pytest.mark.parametrize('store', ['disk', 'gs', 's3'])
+def test_parameters_divided_over_processes_are_whole_for_one(store, tmp_path, monkeypatch):
   """Saved by two processes whose eight devices hold an eighth each; restored bit for bit by one on another mesh."""
   folder_bucket.use(monkeypatch, tmp_path)
-  workdir = 's3://bucket/run' if bucket else tmp_path / 'run'
+  workdir = {'disk': tmp_path / 'run', 'gs': 'gs://two-processes/run', 's3': 's3://bucket/run'}[store]
+  if store == 'gs':
+    gcs.create_bucket('two-processes')
   for code, text in finish(start_two(f'--workdir={workdir}', staged=f'bucket:{tmp_path}', **SAVE)):
     assert code == 0, text
   mesh = sharding.make_mesh(data=4, model=2)

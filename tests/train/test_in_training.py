@@ -12,8 +12,8 @@ import pytest
 from groupvit_jax.commands import score, segment
 from groupvit_jax.commands.score import Request
 from groupvit_jax.eval import evaluator, labeller, window_encoder
-from groupvit_jax.train import best_checkpoint, in_training, loop, open_run
-from groupvit_jax.train.best_checkpoint import BestCheckpoint
+from groupvit_jax.train import in_training, loop, open_run
+from groupvit_jax.train.checkpoint import BEST_FOLDER, BestCheckpoint
 from groupvit_jax.train.log import RunLog
 from groupvit_jax.train.state import TrainState
 from tests import official_layouts as layouts
@@ -155,7 +155,7 @@ def test_only_what_is_better_than_ever_is_kept(run, tmp_path):
   again = BestCheckpoint(tmp_path, 'eval/a/miou')
   assert (again.value, again.step) == (0.5, 1)
   assert again.offer({'eval/a/miou': 0.6}, at(5), config, {})
-  assert [path.name for path in (tmp_path / best_checkpoint.FOLDER).iterdir()] == ['5']
+  assert [path.name for path in (tmp_path / BEST_FOLDER).iterdir()] == ['5']
   with pytest.raises(ValueError, match='eval/a/miou. is not measured; there are eval/a/top1'):
     again.offer({'eval/a/top1': 0.6}, at(6), config, {})
   again.close()

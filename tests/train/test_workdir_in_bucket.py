@@ -1,11 +1,15 @@
 """Runs whose workdir is a bucket: logs, which cannot grow there, checkpoints, whole runs, and what is refused."""
 
 import json
+import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
+import time
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -15,13 +19,14 @@ from groupvit_jax.train import log as run_log
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
 from groupvit_jax.train.log import RunLog
-from tests import folder_bucket
+from tests import folder_bucket, gcs
 from tests.folder_bucket import FolderBucket
 from tests.running.test_processes import finish, ROOT, start, start_two
 from tests.tiny import tiny_config
 from tests.train.test_checkpoint import abstract, raw, save_steps, state  # noqa: F401
 
 RUN = 's3://bucket/run'
+COMPLETE = {'gs': 'commit_success.txt', 's3': 'complete'}  # without it a step does not count
 
 
 @pytest.fixture
@@ -33,6 +38,31 @@ def bucket(tmp_path, monkeypatch) -> pathlib.Path:
   return tmp_path / 'bucket'
 
 
+@pytest.fixture(params=['gs', 's3'])
+def run(request, tmp_path) -> str:
+  """The URL of a workdir that is not there yet."""
+  if request.param == 's3':
+    request.getfixturevalue('bucket')
+    return RUN
+  name = f'bucket-{os.getpid()}-{time.monotonic_ns()}'
+  gcs.create_bucket(name)
+  workdir_lib.check_place(f'gs://{name}/run')
+  return f'gs://{name}/run'
+
+
+def objects(run: str) -> dict[str, str]:
+  """Path below the workdir -> URL."""
+  system, root = fsspec.core.url_to_fs(run)
+  system.invalidate_cache()
+  return {path.split(f'{root}/')[1]: system.unstrip_protocol(path) for path in system.find(root)}
+
+
+def complete(run: str) -> list[int]:
+  """Steps that count."""
+  pattern = re.compile(rf'checkpoints/(\d+)/{COMPLETE[run[:2]]}')
+  return sorted(int(match[1]) for match in map(pattern.fullmatch, objects(run)) if match)
+
+
 def log_steps(*steps: int) -> None:
   log = RunLog(RUN, first_step=steps[0] - 1, total_steps=9, batch_size=8)
   for step in steps:
@@ -40,18 +70,19 @@ def log_steps(*steps: int) -> None:
   log.close()
 
 
-def logged(bucket: pathlib.Path) -> list[dict[str, float]]:
-  return [json.loads(line) for line in (bucket / 'run/metrics.jsonl').read_text().splitlines()]
+def logged(run: str) -> list[dict[str, float]]:
+  system, root = fsspec.core.url_to_fs(run)
+  return [json.loads(line) for line in system.cat_file(f'{root}/metrics.jsonl').decode().splitlines()]
 
 
-def test_a_log_goes_on_where_files_cannot_grow(bucket):
+def test_a_log_continues_where_files_cannot_grow(bucket):
   log_steps(1, 2, 3)
   log_steps(3, 4)
-  assert [line['x'] for line in logged(bucket)] == [1, 2, 3, 4]
+  assert [line['x'] for line in logged(RUN)] == [1, 2, 3, 4]
   assert list((bucket / 'run/tensorboard').glob('events*'))
 
 
-def test_a_log_that_cannot_be_uploaded_ends_a_run_only_before_a_checkpoint(bucket, monkeypatch):
+def test_a_failed_upload_of_the_log_ends_a_run_only_before_a_checkpoint(bucket, monkeypatch):
   def fail(self, path, value, **options):
     raise OSError('the store is down')
 
@@ -63,36 +94,60 @@ def test_a_log_that_cannot_be_uploaded_ends_a_run_only_before_a_checkpoint(bucke
   with pytest.raises(Unavailable, match=f'cannot write {RUN}/.* after 3 attempts: the store is down'):
     with log.paused():
       pass
-  assert [line['x'] for line in logged(bucket)] == [1]
+  assert [line['x'] for line in logged(RUN)] == [1]
   monkeypatch.setattr(FolderBucket, 'pipe_file', pipe)
   log.figures(3, {'x': 3})
-  assert [line['x'] for line in logged(bucket)] == [1, 2, 3]
+  assert [line['x'] for line in logged(RUN)] == [1, 2, 3]
   log.close()
 
 
-def complete(bucket: pathlib.Path) -> list[int]:
-  """Steps that count."""
-  return sorted(int(path.parent.name) for path in bucket.glob('run/checkpoints/[0-9]*/complete'))
-
-
-def test_checkpoints_round_trip_and_the_newest_stay(state, bucket):  # noqa: F811
-  checkpoints = Checkpoints(RUN, keep=2)
+def test_checkpoints_round_trip_and_the_newest_stay(state, run):  # noqa: F811
+  checkpoints = Checkpoints(run, keep=2)
   assert checkpoints.restore(abstract()) is None
   for step in (1, 2, 3):
     checkpoints.save(state.replace(step=state.step + step), tiny_config())
   checkpoints.wait()
-  assert checkpoints.steps() == complete(bucket) == [2, 3]
-  assert {path.name for path in (bucket / 'run/checkpoints').iterdir()} == {'2', '3'}
-  restored = Checkpoints(RUN, keep=2).restore(abstract(model=2))
+  assert checkpoints.steps() == complete(run) == [2, 3]
+  assert {path.split('/')[1] for path in objects(run)} == {'2', '3'}
+  restored = Checkpoints(run, keep=2).restore(abstract(model=2))
   assert restored.step == 3 and restored.state.params['text']['block0']['mlp']['fc1']['kernel'].sharding.spec[1]
   for saved, read in zip(raw(state.replace(step=state.step + 3)), raw(restored.state), strict=True):
     np.testing.assert_array_equal(saved, read)
-  variables = Checkpoints(RUN, keep=2, read_only=True).restore_variables(abstract().variables).state
+  variables = Checkpoints(run, keep=2, read_only=True).restore_variables(abstract().variables).state
   for saved, read in zip(raw(state.variables), raw(variables), strict=True):
     np.testing.assert_array_equal(saved, read)
 
 
-def test_what_is_not_complete_does_not_count_and_is_cleared_away(state, bucket, monkeypatch):  # noqa: F811
+def test_an_incomplete_step_does_not_count_and_is_written_again(state, run):  # noqa: F811
+  save_steps(run, state, 1, 2)
+  system, root = fsspec.core.url_to_fs(run)
+  system.rm(f'{root}/checkpoints/2/{COMPLETE[run[:2]]}')
+  system.pipe_file(f'{root}/checkpoints/2/rest', b'x')
+  checkpoints = Checkpoints(run, keep=2)
+  assert checkpoints.steps() == [1] == [checkpoints.restore(abstract()).step]
+  checkpoints.save(state.replace(step=state.step + 2), tiny_config())
+  checkpoints.wait()
+  assert complete(run) == [1, 2] and 'checkpoints/2/rest' not in objects(run)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(state, run):  # noqa: F811
+  save_steps(run, state, 1, 2)
+  system, root = fsspec.core.url_to_fs(run)
+  for path, url in objects(run).items():
+    if re.fullmatch('checkpoints/2/state/(.*/)?d/.*', path):
+      system.pipe_file(url, system.cat_file(url)[:100])
+  system.pipe_file(f'{root}/checkpoints/damaged-2/left', b'x')  # of an interrupted start
+  checkpoints = Checkpoints(run, keep=5)
+  restored = checkpoints.restore(abstract())
+  assert (restored.step, restored.skipped) == (1, (2,))
+  kept = {path for path in objects(run) if path.startswith('checkpoints/damaged-2/')}
+  assert len(kept) > 5 and 'checkpoints/damaged-2/left' not in kept
+  checkpoints.save(state.replace(step=state.step + 2), tiny_config())  # the step can be written again
+  checkpoints.wait()
+  assert complete(run) == [1, 2] == checkpoints.steps()
+
+
+def test_a_store_that_is_down_is_one_line_and_harms_no_checkpoint(state, bucket, monkeypatch):  # noqa: F811
   save_steps(RUN, state, 1)
   put, left = FolderBucket.put_file, [3]
 
@@ -104,25 +159,18 @@ def test_what_is_not_complete_does_not_count_and_is_cleared_away(state, bucket, 
 
   monkeypatch.setattr(FolderBucket, 'put_file', fail)
   checkpoints = Checkpoints(RUN, keep=2)
-  said = f'cannot save a checkpoint in {RUN}/checkpoints: after 3 attempts: the store is down; .* untouched'
-  with pytest.raises(Unavailable, match=said) as error:
+  message = f'cannot save a checkpoint in {RUN}/checkpoints: after 3 attempts: the store is down; .* untouched'
+  with pytest.raises(Unavailable, match=message) as error:
     checkpoints.save(state.replace(step=state.step + 2), tiny_config())
     checkpoints.wait()
-  assert cli.fail(error.value) == 1  # and not what says that the same command would end in the same way
-  assert (bucket / 'run/checkpoints/2').exists() and complete(bucket) == [1]
-  monkeypatch.setattr(FolderBucket, 'put_file', put)
-  checkpoints = Checkpoints(RUN, keep=2)
-  assert checkpoints.restore(abstract()).step == 1
-  checkpoints.save(state.replace(step=state.step + 3), tiny_config())
-  checkpoints.wait()
-  assert complete(bucket) == [1, 3] and not (bucket / 'run/checkpoints/2').exists()
+  assert cli.fail(error.value) == 1  # the same command may succeed later
+  assert (bucket / 'run/checkpoints/2').exists() and complete(RUN) == [1]
 
 
-def test_what_fails_once_is_tried_again(state, bucket, monkeypatch):  # noqa: F811
-  """Each kind of request fails when it is made first."""
+def test_a_request_that_fails_once_is_retried(state, bucket, monkeypatch):  # noqa: F811
   failed = []
 
-  def once(name):
+  def fail_once(name):
     original = getattr(FolderBucket, name)
 
     def request(self, *args, **options):
@@ -134,55 +182,32 @@ def test_what_fails_once_is_tried_again(state, bucket, monkeypatch):  # noqa: F8
     monkeypatch.setattr(FolderBucket, name, request)
 
   save_steps(RUN, state, 1)
-  for name in ('find', 'put_file', 'pipe_file', 'rm_file', 'get_file'):
-    once(name)
+  for name in ('find', 'put_file', 'pipe_file', 'rm', 'get_file'):
+    fail_once(name)
   checkpoints = Checkpoints(RUN, keep=1)
   checkpoints.save(state.replace(step=state.step + 2), tiny_config())
   checkpoints.wait()
-  assert complete(bucket) == [2] == [checkpoints.restore(abstract()).step] and len(failed) == 5
+  assert complete(RUN) == [2] == [checkpoints.restore(abstract()).step] and len(failed) == 5
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_kept(state, bucket):  # noqa: F811
-  save_steps(RUN, state, 1, 2)
-  for path in (bucket / 'run/checkpoints/2/state').glob('**/d/*'):
-    path.write_bytes(path.read_bytes()[:100])
-  left = bucket / 'run/checkpoints/damaged-2/left'  # by a start that was interrupted here
-  left.parent.mkdir()
-  left.touch()
-  checkpoints = Checkpoints(RUN, keep=5)
-  restored = checkpoints.restore(abstract())
-  assert (restored.step, restored.skipped) == (1, (2,))
-  assert (bucket / 'run/checkpoints/damaged-2/state').is_dir() and not left.exists()
-  checkpoints.save(state.replace(step=state.step + 2), tiny_config())  # the step can be written again
-  checkpoints.wait()
-  assert complete(bucket) == [1, 2] == checkpoints.steps()
-
-
-def test_a_run_is_stopped_killed_and_finished(bucket, monkeypatch):
+def test_a_run_is_stopped_killed_and_finished(run, tmp_path, monkeypatch):
   """By two processes that divide the parameters, until a signal; by one, killed while it saves; by one to the end."""
-  temporary = bucket.parent / 'tmp'
+  temporary = tmp_path / 'tmp'
   temporary.mkdir()
   monkeypatch.setenv('TMPDIR', str(temporary))
-  staged, flags = f'bucket:{bucket.parent}', [f'--workdir={RUN}', '--config.total_steps=8']
-  stopped = start_two(
-    *flags,
-    '--config.mesh.fsdp=2',
-    devices=1,
-    staged=staged,
-    second={'staged': f'{staged},signal:save:{signal.SIGTERM:d}'},
-  )
-  for code, text in finish(stopped):
+  staged, flags = f'bucket:{tmp_path}', [f'--workdir={run}', '--config.total_steps=8']
+  second = {'staged': f'{staged},signal:save:{signal.SIGTERM:d}'}
+  for code, text in finish(start_two(*flags, '--config.mesh.fsdp=2', devices=1, staged=staged, second=second)):
     assert code == cli.EXIT_PREEMPTED, text
-  assert complete(bucket)[-1] == 3 and not list(temporary.glob('groupvit-*'))
+  assert complete(run)[-1] == 3 and not list(temporary.glob('groupvit-*'))
   ((code, text),) = finish([start(*flags, devices=2, staged=f'{staged},signal:save:{signal.SIGKILL:d}')])
   assert code == -signal.SIGKILL and 'goes on after step 3' in text, text
-  last = complete(bucket)[-1]
+  last = complete(run)[-1]
   ((code, text),) = finish([start(*flags, devices=2, staged=staged)])
   assert code == 0 and f'goes on after step {last}' in text, text
-  assert complete(bucket)[-1] == 8 and len(complete(bucket)) == 2
+  assert complete(run)[-1] == 8 and len(complete(run)) == 2
   assert not list(temporary.glob('groupvit-*'))  # what the killed one left included
-  steps = [line['step'] for line in logged(bucket) if 'train/loss' in line]
-  assert steps == list(range(1, 9))
+  assert [line['step'] for line in logged(run) if 'train/loss' in line] == list(range(1, 9))
 
 
 def test_no_such_place_is_one_line_for_every_command(monkeypatch):
