@@ -1,4 +1,4 @@
-"""Scores a trained run on its held-out scenes or on a benchmark, or segments anyone's pictures with it.
+"""Scores a trained run on its held-out scenes or on a benchmark, or segments images with it.
 
 python eval.py --workdir=runs/quickstart --output=runs/quickstart/eval
 python eval.py --workdir=runs/groupvit --benchmark=voc21 --data_dir=data --output=out
@@ -16,10 +16,10 @@ from groupvit_jax.running import cluster
 WORKDIR = flags.DEFINE_string('workdir', None, 'The folder train.py wrote; its newest whole checkpoint is used.')
 OUTPUT = flags.DEFINE_string('output', None, 'Results go here: a new folder, or one of an earlier eval.py.')
 OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Also accept an --output that holds other files.')
-IMAGES = flags.DEFINE_string('images', None, "Pictures to segment: a path or a pattern, as in '*.png'.")
-CLASSES = flags.DEFINE_string('classes', None, "Words to look for in --images: 'dog|puppy,banana,grass'.")
+IMAGES = flags.DEFINE_string('images', None, "Images to segment: a path or a pattern, as in '*.png'.")
+CLASSES = flags.DEFINE_string('classes', None, "Class names to look for in --images: 'dog|puppy,banana,grass'.")
 PROTOCOL = flags.DEFINE_string(
-  'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published figure, or native.'
+  'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, or native.'
 )
 WEIGHTS = flags.DEFINE_enum(
   'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'
@@ -36,21 +36,21 @@ BENCHMARK = flags.DEFINE_string(
   "imagenet or scenes (the run's own, held out for testing; the default): see docs/evaluation.md.",
 )
 DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the benchmark's data set is; of --benchmark=folder the folder.")
-NUM_PICTURES = flags.DEFINE_integer('num_pictures', 0, 'So many of the benchmark, spread evenly; 0 for all.')
+NUM_PICTURES = flags.DEFINE_integer('num_pictures', 0, 'So many images of the benchmark, spread evenly; 0 for all.')
 THRESHOLDS = flags.DEFINE_string('thresholds', '', 'Background thresholds to count along: 0.05:0.95:0.05 or 0.3,0.5.')
 CHECKPOINT = flags.DEFINE_enum(
   'checkpoint', 'newest', ['newest', 'best'], 'Which one of --workdir; best is the one that scored best in training.'
 )
 MASKS = flags.DEFINE_bool('masks', False, 'Write every label map of the benchmark as an indexed PNG.')
-REPORT = flags.DEFINE_string('report', None, 'A page for people about the benchmark: out/report.html.')
+REPORT = flags.DEFINE_string('report', None, 'Write an HTML page about the benchmark: out/report.html.')
 flags.mark_flag_as_required('workdir')
 
 
 def main() -> int:
-  """Does what the flags ask for."""
+  """Runs the command of the flags; returns the exit code."""
   if mistake := _find_mistake():
     return cli.fail(mistake)
-  from groupvit_jax.commands import request, score, segment
+  from groupvit_jax.commands import score, segment
   from groupvit_jax.running import processes
 
   options = dict(
@@ -63,17 +63,17 @@ def main() -> int:
   )
   if IMAGES.value is None:
     options |= dict(
-      benchmark=BENCHMARK.value or request.SCENES,
+      benchmark=BENCHMARK.value or score.SCENES,
       data_dir=DATA_DIR.value,
       num_pictures=NUM_PICTURES.value,
       thresholds=THRESHOLDS.value,
       masks=MASKS.value,
       report=REPORT.value,
     )
-    evaluate = lambda: score.evaluate_benchmark(WORKDIR.value, request.Request(**options))
+    evaluate = lambda: score.evaluate_benchmark(WORKDIR.value, score.Request(**options))
   else:
     options['protocol'] = PROTOCOL.value or protocols.NATIVE
-    evaluate = lambda: segment.label_pictures(
+    evaluate = lambda: segment.segment_images(
       WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options
     )
   metadata = {'workdir': WORKDIR.value, 'request': json.dumps(options)}
@@ -81,9 +81,9 @@ def main() -> int:
 
 
 def _find_mistake() -> str:
-  """What is wrong with the flags taken together; '' if nothing is."""
+  """The mistake in a combination of flags; '' if there is none."""
   if IMAGES.value is None and CLASSES.value is not None:
-    return '--classes are looked for in pictures; name them with --images'
+    return '--classes are looked for in images; name those with --images'
   if IMAGES.value is not None and OUTPUT.value is None:
     return '--images needs --output: the folder that results go to'
   if IMAGES.value is not None and BENCHMARK.value is not None:

@@ -11,9 +11,8 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import evaluation, our_side, processes
-from groupvit_jax.eval import evaluator, labelled, protocols, semantic_seg, windows
+from groupvit_jax.eval import evaluator, labelled, prefetch, protocols
 from groupvit_jax.eval.benchmarks import find_benchmark
-from groupvit_jax.eval.image_scores import PictureScores
 from groupvit_jax.interop import huggingface, state_dicts
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import with_fastest_attention
@@ -64,8 +63,8 @@ def main() -> None:
   variables = jax.device_put(variables, sharding.replicated(mesh))
   benchmark = find_benchmark('voc21')
 
-  def evaluate(source: semantic_seg.LabelledSource, **options: Any) -> int:
-    return semantic_seg.evaluate(
+  def evaluate(source: labelled.LabelledSource, **options: Any) -> int:
+    return evaluator.evaluate(
       model,
       variables,
       source,
@@ -74,18 +73,19 @@ def main() -> None:
       protocols.GROUPVIT,
       batch_size=batch_size,
       mesh=mesh,
-      num_threads=windows.decode_threads(),
+      num_threads=prefetch.decode_threads(),
       **options,
     ).num_images
 
   maps = {}
-  keep = lambda encoded, found: maps.update({encoded.picture.key: found.labels})
-  evaluate(Images(4), oracle=False, on_picture=keep)
+  keep = lambda encoded, found: maps.update({encoded.image.key: found.labels})
+  evaluate(Images(4), oracle=False, on_image=keep)
   np.savez(args.folder / 'our_maps.npz', **maps)
 
   def as_eval_py(number: int) -> int:
-    scores = PictureScores(Images(number, in_files=True))
-    return evaluate(scores, oracle=True, on_picture=scores.note)
+    num_classes = len(benchmark.classes)
+    score = lambda encoded, found: evaluator.image_miou(encoded.image.label, found.labels, num_classes)
+    return evaluate(Images(number, in_files=True), oracle=True, on_image=score)
 
   multiply = our_side.matmul(args.dtype)
   works = {

@@ -10,7 +10,7 @@ from PIL import Image
 
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw
-from groupvit_jax.eval.window_encoder import EncodedPicture
+from groupvit_jax.eval.window_encoder import EncodedWindows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Prediction:
   pixel_scores: np.ndarray
   scores: np.ndarray
   group_maps: Callable[[], tuple[np.ndarray, ...]]
-  windows: EncodedPicture
+  windows: EncodedWindows
   class_scores: np.ndarray
 
   @property
@@ -68,13 +68,13 @@ class Prediction:
     if name not in words:
       raise UserError(f'{name!r} was not looked for; there are {", ".join(words)}')
     scores = self.class_scores[:, :, words.index(name)]
-    picture = self.windows.picture
-    total, covers = np.zeros((2, *picture.resized), np.float32)
-    for top, left, segments, score in zip(picture.tops, picture.lefts, self.windows.segments, scores):
+    image = self.windows.image
+    total, covers = np.zeros((2, *image.resized), np.float32)
+    for top, left, segments, score in zip(image.tops, image.lefts, self.windows.segments, scores):
       here = np.s_[top : top + segments.shape[0], left : left + segments.shape[1]]
       total[here] += score[segments]
       covers[here] += 1
-    return cv2.resize(total / covers, picture.original[::-1], interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(total / covers, image.original[::-1], interpolation=cv2.INTER_LINEAR)
 
   def mask(self) -> Image.Image:
     """The label map as an indexed picture with the classes' colours."""

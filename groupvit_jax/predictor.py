@@ -15,12 +15,12 @@ from PIL import Image
 from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval import draw, groups, semantic_seg, windows
-from groupvit_jax.eval.benchmarks import Benchmark, make_benchmark
+from groupvit_jax.eval import class_embeddings, draw, windows
+from groupvit_jax.eval.benchmarks import MAX_CLASSES
 from groupvit_jax.eval.evaluator import windows_per_batch
-from groupvit_jax.eval.labeller import Segmenter
+from groupvit_jax.eval.labeller import Labeller
 from groupvit_jax.eval.protocols import find_protocol, NATIVE, Protocol
-from groupvit_jax.eval.window_encoder import EncodedPicture, WindowEncoder
+from groupvit_jax.eval.window_encoder import EncodedWindows, group_maps, WindowEncoder
 from groupvit_jax.interop import bundle, read
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.prediction import Prediction
@@ -47,7 +47,7 @@ class EncodedImage(NamedTuple):
   """A picture that has been through the encoder: any words can be looked for in it."""
 
   image: np.ndarray  # uint8 [H, W, 3]
-  windows: EncodedPicture
+  windows: EncodedWindows
   group_maps: Callable[[], tuple[np.ndarray, ...]]  # per grouping stage uint8 [H, W]; computed once
 
 
@@ -196,9 +196,9 @@ class Predictor:
     keys = [_name(picture, index) for index, picture in enumerate(pictures)]
     images = [read_image(picture, key) for picture, key in zip(pictures, keys)]
     numbered = ((str(index), image) for index, image in enumerate(images))
-    found = sorted(self._encode(numbered), key=lambda encoded: int(encoded.windows.picture.key))
+    found = sorted(self._encode(numbered), key=lambda encoded: int(encoded.windows.image.key))
     for key, encoded in zip(keys, found, strict=True):
-      encoded.windows.picture = dataclasses.replace(encoded.windows.picture, key=key)
+      encoded.windows.image = dataclasses.replace(encoded.windows.image, key=key)
     return found
 
   def find(self, encoded: EncodedImage, words: Sequence[str], *, threshold: float | None = None) -> Prediction:
@@ -226,30 +226,31 @@ class Predictor:
   def _finder(self, words: Sequence[str], threshold: float | None) -> Callable[[EncodedImage], Prediction]:
     """What finds the words in encoded pictures."""
     found_words = parse_words(words, reserved=() if threshold is None else (BACKGROUND,))
-    benchmark = _benchmark(found_words, background=threshold is not None)
-    segmenter = Segmenter(
+    if len(found_words) > MAX_CLASSES - (threshold is not None):
+      raise UserError(f'there are {len(found_words)} classes; at most {MAX_CLASSES} fit 8-bit labels')
+    labeller = Labeller(
       dataclasses.replace(self.protocol, threshold=threshold),
       self.embed_words(found_words),
       float(self._variables['params']['logit_scale']),
-      background=benchmark.background,
-      thresholds=(0.0 if threshold is None else threshold,),
-      mesh=self._mesh,
+      self._mesh,
+      thresholds=() if threshold is None else (threshold,),
       capacity=max(_FEWEST_WORDS, 1 << (len(found_words) - 1).bit_length()),
     )
-    return functools.partial(_label, segmenter, benchmark)
+    names = tuple(word.name for word in found_words)
+    return functools.partial(_label, labeller, names, background=threshold is not None)
 
   def _encode(self, images: Iterable[tuple[str, np.ndarray]]) -> Iterator[EncodedImage]:
     """Encodes (key, image) pairs, in about their order."""
     waiting: dict[str, np.ndarray] = {}
     encoder, pictures = self._fit_encoder(self._cut(images, waiting))
     for item in encoder.encode(self._variables, pictures):
-      if isinstance(item, EncodedPicture):
-        image = waiting.pop(item.picture.key)
+      if isinstance(item, EncodedWindows):
+        image = waiting.pop(item.image.key)
         yield EncodedImage(image, item, functools.cache(functools.partial(self._groups, image)))
 
   def _groups(self, image: np.ndarray) -> tuple[np.ndarray, ...]:
     side = self.protocol.window
-    return groups.group_maps(self._model, self._variables, [image], side, self._mesh)[0]
+    return group_maps(self._model, self._variables, [image], side, self._mesh)[0]
 
   def embed_words(self, words: Sequence[Word]) -> np.ndarray:
     """Unit embeddings [C, E] of classes: the mean of their synonyms', each the mean over templates."""
@@ -257,7 +258,9 @@ class Predictor:
     found = {name: self._embeds.pop(name) for name in wanted if name in self._embeds}
     new = [name for name in wanted if name not in found]
     if new:
-      embeds = semantic_seg.embed_classes(self._model, self._variables, self._tokenizer, new, self.protocol.templates)
+      embeds = class_embeddings.embed_classes(
+        self._model, self._variables, self._tokenizer, new, self.protocol.templates
+      )
       found.update(zip(new, embeds))
     self._embeds.update(found)  # at the end: the first ones have not been asked for the longest
     for name in list(self._embeds)[:-_MOST_EMBEDDINGS]:
@@ -265,13 +268,15 @@ class Predictor:
     means = [np.mean([found[name] for name in word.synonyms], axis=0) for word in words]
     return np.stack([mean / np.linalg.norm(mean) for mean in means])
 
-  def _cut(self, images: Iterable[tuple[str, np.ndarray]], waiting: dict[str, np.ndarray]) -> Iterator[windows.Picture]:
+  def _cut(
+    self, images: Iterable[tuple[str, np.ndarray]], waiting: dict[str, np.ndarray]
+  ) -> Iterator[windows.CutImage]:
     """Cuts pictures into windows, and notes each under its key until it is done."""
     for key, image in images:
       waiting[key] = image
-      yield windows.cut_picture(image, self.protocol, self._model.vision.patch_size, key=key)
+      yield windows.cut_image(image, self.protocol, self._model.vision.patch_size, key=key)
 
-  def _fit_encoder(self, pictures: Iterator[windows.Picture]) -> tuple[WindowEncoder, Iterator[windows.Picture]]:
+  def _fit_encoder(self, pictures: Iterator[windows.CutImage]) -> tuple[WindowEncoder, Iterator[windows.CutImage]]:
     """An encoder with batches no larger than the work, and the pictures, of which some were looked at."""
     ways, ahead, total = sharding.data_parallel_size(self._mesh), [], 0
     most = windows_per_batch(self._mesh, self.protocol.window)
@@ -288,22 +293,21 @@ class Predictor:
     return encoder, itertools.chain(ahead, pictures)
 
 
-def _label(segmenter: Segmenter, benchmark: Benchmark, encoded: EncodedImage) -> Prediction:
-  """Everything about an encoded picture."""
-  labelled = segmenter.fetch(segmenter.label(encoded.windows, oracle=False))
-  unscored = [np.nan] * benchmark.background
+def _label(labeller: Labeller, names: tuple[str, ...], encoded: EncodedImage, *, background: bool) -> Prediction:
+  """Everything about an encoded image; the background is black and comes first."""
+  label_map = labeller.label(encoded.windows)
   return Prediction(
-    key=encoded.windows.picture.key,
+    key=encoded.windows.image.key,
     image=encoded.image,
-    classes=benchmark.classes,
-    background=benchmark.background,
-    palette=benchmark.palette,
-    labels=labelled.labels,
-    pixel_scores=labelled.scores,
-    scores=np.concatenate([unscored, labelled.class_scores.max(axis=(0, 1))]),
+    classes=(BACKGROUND,) * background + names,
+    background=background,
+    palette=((0, 0, 0),) * background + draw.spread_palette(len(names)),
+    labels=label_map.labels,
+    pixel_scores=label_map.scores,
+    scores=np.concatenate([[np.nan] * background, label_map.class_scores.max(axis=(0, 1))]),
     group_maps=encoded.group_maps,
     windows=encoded.windows,
-    class_scores=labelled.class_scores,
+    class_scores=label_map.class_scores,
   )
 
 
@@ -335,14 +339,6 @@ def parse_words(words: Sequence[str], reserved: Sequence[str] = ()) -> tuple[Wor
   if not parsed:
     raise UserError('there are no classes to look for; name at least one, as in dog,banana')
   return tuple(parsed)
-
-
-def _benchmark(words: Sequence[Word], *, background: bool) -> Benchmark:
-  """Words as a benchmark: the background, if there is one, is black and comes first."""
-  names = [word.name for word in words]
-  benchmark = make_benchmark('words', [BACKGROUND] * background + names, background=background)
-  palette = ((0, 0, 0),) * background + draw.spread_palette(len(names))
-  return dataclasses.replace(benchmark, palette=palette)
 
 
 def _name(picture: Picture, index: int) -> str:

@@ -18,7 +18,7 @@ from tests import folder_bucket
 
 PHASES = {
   'warm-up': ('groupvit_jax.train.loop', 'jit_step'),
-  'evaluation': ('groupvit_jax.eval.scenes', 'SceneEvaluator.evaluate'),
+  'evaluation': ('groupvit_jax.eval.evaluator', 'Evaluator.evaluate'),
   'save': ('groupvit_jax.train.checkpoint', 'Checkpoints.save'),
 }
 

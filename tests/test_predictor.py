@@ -13,8 +13,7 @@ from PIL import Image
 import pytest
 
 from groupvit_jax import predictor as predictor_lib
-from groupvit_jax.eval import protocols, semantic_seg, window_encoder
-from groupvit_jax.eval import scenes as scene_eval
+from groupvit_jax.eval import class_embeddings, labelled, protocols, window_encoder
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
 from groupvit_jax.running import sharding
@@ -113,7 +112,7 @@ def test_same_answer_as_the_evaluation(run):
   changes = dict(class_filter=3, double_softmax=False, templates='subset')
   protocol = protocols.override(protocols.native_protocol(run.model.vision.image_size), changes)
   predictor = Predictor.from_run(run, protocol=protocol)
-  benchmark, source = scene_eval.open_scenes(run.config, scene_eval.TEST)
+  benchmark, source = labelled.open_scenes(run.config, labelled.TEST)
   scenes = Evaluator(run.model, run.tokenizer, run.mesh, source, benchmark, protocol, num_threads=0)
   want = scenes.evaluate(run.variables).counts
   records = [scenes.source[i] for i in range(len(scenes.source))]
@@ -133,8 +132,8 @@ def test_synonyms_are_the_mean_of_their_embeddings_and_are_kept(predictor, monke
   two = predictor.embed_words(parse_words(['dog', 'puppy']))
   np.testing.assert_allclose(np.linalg.norm(two, axis=1), 1, rtol=1e-5)
   asked = []
-  embed = semantic_seg.embed_classes
-  monkeypatch.setattr(semantic_seg, 'embed_classes', lambda *args: asked.append(args[3]) or embed(*args))
+  embed = class_embeddings.embed_classes
+  monkeypatch.setattr(class_embeddings, 'embed_classes', lambda *args: asked.append(args[3]) or embed(*args))
   got = predictor.embed_words(words)
   mean = two.mean(axis=0)
   np.testing.assert_allclose(got[0], mean / np.linalg.norm(mean), atol=1e-6)

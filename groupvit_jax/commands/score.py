@@ -1,7 +1,8 @@
-"""What eval.py does with labelled pictures, its own scenes among them: score a run, by a named protocol."""
+"""Scores a run on labelled images: eval.py --benchmark, for benchmarks, ImageNet and the run's held-out scenes."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import json
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -9,38 +10,72 @@ import jax
 import ml_collections
 import numpy as np
 
-from groupvit_jax.commands import imagenet
-from groupvit_jax.commands.request import BENCHMARKS, Request, SCENES
-from groupvit_jax.commands.run_metadata import choose_protocol, describe_run, run_facts, say_replaced, write_board
 from groupvit_jax.errors import ResourceError, UserError
-from groupvit_jax.eval import draw, image_scores, labelled, plots, report, scenes, windows, zero_shot
+from groupvit_jax.eval import draw, labelled, protocols, report, zero_shot
 from groupvit_jax.eval.benchmarks import Benchmark
 from groupvit_jax.eval.draw import Row
-from groupvit_jax.eval.evaluator import Evaluator
-from groupvit_jax.eval.image_scores import PictureScore, PictureScores
+from groupvit_jax.eval.evaluator import Evaluator, image_miou
 from groupvit_jax.eval.labeller import LabelMap
 from groupvit_jax.eval.output_folder import OutputFolder
+from groupvit_jax.eval.prefetch import decode_threads
 from groupvit_jax.eval.result import Result, SCORES
-from groupvit_jax.eval.window_encoder import EncodedPicture
+from groupvit_jax.eval.window_encoder import EncodedWindows
 from groupvit_jax.running import processes
 from groupvit_jax.train import open_run
 from groupvit_jax.train.open_run import TrainedRun
 
+SCENES = 'scenes'
+BENCHMARKS = (*labelled.STORED_IN, labelled.FOLDER, SCENES, labelled.IMAGENET)
 _SHOWN_SCENES = 6
-_GALLERY = 3  # pictures of each kind on a page
-_MOST_THRESHOLDS = 200  # each has a confusion matrix of its own on the devices
+_GALLERY = 3  # images of each kind on a page
+_MAX_THRESHOLDS = 200  # each has a confusion matrix of its own on the devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+  """The flags of eval.py about labelled images.
+
+  Attributes:
+    benchmark: one of `BENCHMARKS`; 'scenes' are those that the run itself holds out for testing.
+    data_dir: where TFDS data sets are kept, of 'folder' the folder itself, of 'imagenet' perhaps a pattern of tars; see
+      `labelled.open_benchmark` and `labelled.open_imagenet`. 'scenes' have none.
+    num_pictures: so many images, spread evenly; 0 for all.
+    protocol: its name; '' for that of the benchmark's first published result, or where there is none 'native'. Of
+      'imagenet' always ''.
+    changes: protocol parameters as people write them; of 'imagenet' `templates` alone.
+    thresholds: further background thresholds, see `parse_thresholds`; not of 'imagenet'.
+    output: folder for results; None for the table alone.
+    overwrite: see `OutputFolder`; also whether `report` may replace a file that is no such page.
+    masks: whether every image's label map is written to `output`; not of 'imagenet'.
+    report: path of an HTML page; None for none; not of 'imagenet'.
+    checkpoint: as for `open_run.open_run`.
+    weights: likewise.
+  """
+
+  benchmark: str
+  data_dir: str = ''
+  num_pictures: int = 0
+  protocol: str = ''
+  changes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  thresholds: str = ''
+  output: str | None = None
+  overwrite: bool = False
+  masks: bool = False
+  report: str | None = None
+  checkpoint: str = open_run.NEWEST
+  weights: open_run.Weights = 'best'
 
 
 def evaluate_benchmark(workdir: str, request: Request) -> int:
   """Scores a run on a benchmark and prints a table.
 
-  With an output: results.json, table.txt, confusion.csv, pictures.json (each picture's mIoU), TensorBoard files,
+  With an output: results.json, table.txt, confusion.csv, pictures.json (each image's mIoU), TensorBoard files,
   thresholds.png where thresholds were swept, scenes.png of the run's own scenes, and masks/KEY.png if asked for, which
-  every host writes of its pictures. Figures stand beside everything that they depend on.
+  every process writes of its images. Metrics stand beside everything that they depend on.
 
   Args:
     workdir: of the run.
-    request: what is asked for.
+    request: the flags.
 
   Returns:
     The exit code.
@@ -49,49 +84,95 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
     ValueError: the request has a mistake; nothing was written.
     OSError: the results cannot be written.
   """
-  if request.benchmark == zero_shot.IMAGENET:
-    return imagenet.evaluate_imagenet(workdir, request)
+  if request.benchmark == labelled.IMAGENET:
+    return evaluate_imagenet(workdir, request)
   thresholds = parse_thresholds(request.thresholds)
   if request.masks and request.output is None:
     raise UserError('--masks needs --output: the folder that label maps go to')
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   page = None if request.report is None else _page_path(request)
-  opened = open_pictures(request) if request.benchmark != SCENES else None
+  opened = _open_images(request) if request.benchmark != SCENES else None
   run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)
   evaluator = _build(run, request, opened, thresholds)
   if folder:
     with processes.first_process_first():  # whose check of the folder comes before another's masks
       if jax.process_index() == 0:
         folder.begin()
-  scores = PictureScores(evaluator.source)
-  painter = _Painter(folder, evaluator.benchmark) if request.masks else None
+      if request.masks:
+        folder.make('masks')
+  scores: list[tuple[int, str, float]] = []  # index, key and mIoU of this process's images
 
-  def look(encoded: EncodedPicture, found: LabelMap) -> None:
-    scores.note(encoded, found)
-    if painter:
-      painter.write(encoded, found)
+  def keep(encoded: EncodedWindows, label_map: LabelMap) -> None:
+    image = encoded.image
+    scores.append((image.index, image.key, image_miou(image.label, label_map.labels, evaluator.benchmark.num_classes)))
+    if request.masks:
+      mask = draw.mask_image(label_map.labels, evaluator.benchmark.palette)
+      folder.write_image(f'masks/{image.key.replace("/", "_")}.png', mask)
 
-  result = dataclasses.replace(evaluator, source=scores).evaluate(
-    run.variables, on_picture=look if folder or page else None, provenance=run.provenance
-  )
-  pictures = scores.gather()
-  gallery = _gallery(evaluator, run.variables, pictures) if page else {}
-  more = compare(run, evaluator, result) if opened is None else Comparison((), {}, None)
+  result = evaluator.evaluate(run.variables, on_image=keep if folder or page else None, provenance=run.provenance)
+  scored = [
+    (key, miou) for _, key, miou in sorted(row for rows in processes.all_gather_objects(scores) for row in rows)
+  ]
+  gallery = _gallery(evaluator, run.variables, scored) if page else {}
+  baselines = compare(run, evaluator, result) if opened is None else Comparison((), {}, None)
   if jax.process_index():
     return 0
-  table = '\n'.join([result.table(), *more.lines, *_published(result), describe_run(run)])
+  table = '\n'.join([result.table(), *baselines.lines, *_published(result), describe_run(run)])
   print(table)
-  curve = plots.threshold_curve(result) if result.thresholds else None
+  curve = report.threshold_curve(result) if result.thresholds else None
   if page:
     _write_page(page, report.make_page(result, gallery, curve, table))
   if folder:
-    say_replaced(folder)
-    facts = result.to_json() | more.facts | run_facts(run) | {'num_pictures_asked_for': request.num_pictures}
-    if more.panel is not None:
-      folder.write_picture('scenes.png', more.panel)
-    _write(folder, result, facts, table, curve, pictures)
-    print(f'written to {folder.path}')
+    metadata = result.to_json() | baselines.metadata
+    folder.write_text('confusion.csv', result.confusion_csv())
+    folder.write_json('pictures.json', {key: None if np.isnan(miou) else miou for key, miou in scored})
+    images = {'scenes': baselines.panel, 'thresholds': curve}
+    for name, image in images.items():
+      if image is not None:
+        folder.write_image(f'{name}.png', image)
+    _write_results(folder, run, request, result, metadata, table, {} if curve is None else {'thresholds': curve})
   return 0
+
+
+def evaluate_imagenet(workdir: str, request: Request) -> int:
+  """Scores a run on ImageNet and prints top-1 and top-5 accuracy; see `evaluate_benchmark`."""
+  if request.masks or request.thresholds or request.report or request.protocol or set(request.changes) - {'templates'}:
+    raise UserError(zero_shot.NO_PROTOCOL)
+  _check_data_dir(request)
+  folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
+  source = labelled.take(labelled.open_imagenet(request.data_dir), request.num_pictures)
+  run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)
+  templates = request.changes.get('templates', zero_shot.TEMPLATES)
+  evaluator = zero_shot.build_evaluator(run.model, run.tokenizer, run.mesh, source, templates)
+  if folder and jax.process_index() == 0:
+    folder.begin()
+  result = evaluator.evaluate(run.variables, provenance=run.provenance)
+  if jax.process_index():
+    return 0
+  table = f'{result.table()}\n{describe_run(run)}'
+  print(table)
+  if folder:
+    _write_results(folder, run, request, result, result.to_json(), table, {})
+  return 0
+
+
+def run_metadata(run: TrainedRun) -> dict[str, Any]:
+  """The checkpoint and the config of a run, for reports."""
+  return {
+    'checkpoint': {'step': run.step, 'damaged_newer_steps': list(run.skipped)},
+    'config': json.loads(run.config.to_json()),
+  }
+
+
+def describe_run(run: TrainedRun) -> str:
+  """The checkpoint, the code and the precision, in a line."""
+  provenance = run.provenance
+  line = (
+    f'checkpoint {provenance["workdir"]} step {provenance["step"]}, weights {provenance["weights"]}, '
+    f'code {provenance["code"]}, {provenance["precision"]}'
+  )
+  damaged = ', '.join(map(str, run.skipped))
+  return f'{line}; step {damaged} is newer but damaged' if damaged else line
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:
@@ -105,64 +186,55 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
       first, last, step = map(float, text.split(':'))
       count = int((last - first) / step + 1.0001)
       # Rounded: a sweep's 0.15000000000000002 is 0.15.
-      values = [round(first + i * step, 10) for i in range(min(count, _MOST_THRESHOLDS + 1))]
+      values = [round(first + i * step, 10) for i in range(min(count, _MAX_THRESHOLDS + 1))]
     else:
       values = [float(part) for part in text.split(',') if part.strip()]
   except (ValueError, ZeroDivisionError, OverflowError) as error:
     raise UserError(f'--thresholds={text}: write FIRST:LAST:STEP or numbers between commas') from error
   if (text.strip() and not values) or any(not 0 <= value <= 1 for value in values):
     raise UserError(f'--thresholds={text}: use values from 0 to 1, the first not above the last')
-  if len(values) > _MOST_THRESHOLDS:
-    raise UserError(f'--thresholds={text} are more than {_MOST_THRESHOLDS}; use a larger step')
+  if len(values) > _MAX_THRESHOLDS:
+    raise UserError(f'--thresholds={text} are more than {_MAX_THRESHOLDS}; use a larger step')
   return tuple(values)
 
 
-def open_pictures(request: Request) -> tuple[Benchmark, Any]:
-  """The benchmark of a request and its pictures.
-
-  Raises:
-    ValueError: there is no such benchmark, or no pictures of it.
-  """
+def _open_images(request: Request) -> tuple[Benchmark, labelled.LabelledSource]:
+  """The benchmark of a request and its images. Raises ValueError if there is no such benchmark, or no images of it."""
   if request.benchmark not in BENCHMARKS:
     raise UserError(f'there is no benchmark {request.benchmark!r}; choose one of {", ".join(BENCHMARKS)}')
-  if not request.data_dir:
-    raise UserError(f'--benchmark={request.benchmark} needs --data_dir: where its pictures are')
+  _check_data_dir(request)
   return labelled.open_benchmark(request.benchmark, request.data_dir, request.num_pictures)
 
 
+def _check_data_dir(request: Request) -> None:
+  if not request.data_dir:
+    raise UserError(f'--benchmark={request.benchmark} needs --data_dir: where its images are')
+
+
 def _build(
-  run: TrainedRun, request: Request, opened: tuple[Benchmark, Any] | None, thresholds: tuple[float, ...]
+  run: TrainedRun,
+  request: Request,
+  opened: tuple[Benchmark, labelled.LabelledSource] | None,
+  thresholds: tuple[float, ...],
 ) -> Evaluator:
-  """The evaluator of a request."""
+  """The evaluator of a request; `opened` is None for the run's own scenes."""
   if opened is None:
     check_has_scenes(run.config, run.workdir)
     with open_run.complete_config(run.workdir):
-      benchmark, source = scenes.open_scenes(run.config, scenes.TEST)
+      benchmark, source = labelled.open_scenes(run.config, labelled.TEST)
     source, num_threads = labelled.take(source, request.num_pictures), 0
   else:
     benchmark, source = opened
-    num_threads = windows.decode_threads()
-  name = request.protocol or labelled.default_protocol(benchmark)
-  protocol = benchmark.fix_threshold(choose_protocol(run, name, request.changes))
+    num_threads = decode_threads()
+  name, size = request.protocol or labelled.default_protocol(benchmark), run.model.vision.image_size
+  protocol = benchmark.fix_threshold(protocols.parse_protocol(name, size, request.changes))
   if thresholds and not benchmark.background:
     raise UserError(f'{benchmark.name} has no background, so no threshold changes anything; leave out --thresholds')
   return Evaluator(run.model, run.tokenizer, run.mesh, source, benchmark, protocol, num_threads, thresholds)
 
 
-class _Painter:
-  """Writes label maps as indexed PNGs in the benchmark's colours."""
-
-  def __init__(self, folder: OutputFolder, benchmark: Benchmark):
-    self._folder, self._palette = folder, benchmark.palette
-    folder.make('masks')
-
-  def write(self, encoded: EncodedPicture, found: LabelMap) -> None:
-    name = encoded.picture.key.replace('/', '_')
-    self._folder.write_picture(f'masks/{name}.png', draw.mask_image(found.labels, self._palette))
-
-
 def _page_path(request: Request) -> epath.Path:
-  """Where the page goes. Raises ValueError if something else is there."""
+  """The path of the HTML page. Raises ValueError if another file is there."""
   path = epath.Path(request.report)
   if path.suffix not in ('.html', '.htm'):
     raise UserError(f'--report={path} is no name of a page; end it in .html')
@@ -172,13 +244,13 @@ def _page_path(request: Request) -> epath.Path:
 
 
 def _gallery(
-  evaluator: Evaluator, variables: dict, pictures: Sequence[PictureScore]
+  evaluator: Evaluator, variables: dict, scored: Sequence[tuple[str, float]]
 ) -> dict[str, list[tuple[str, float, Row]]]:
-  """The best, median and worst pictures, and what there is to see of each."""
-  chosen = image_scores.pick([picture.miou for picture in pictures], _GALLERY)
-  places = [place for kind in chosen.values() for place in kind]
-  rows = dict(zip(places, evaluator.rows(variables, places))) if places else {}
-  return {kind: [(*pictures[place], rows[place]) for place in found] for kind, found in chosen.items()}
+  """Key, mIoU and row of tiles of the best, median and worst images."""
+  chosen = report.pick_images([miou for _, miou in scored], _GALLERY)
+  indices = [index for kind in chosen.values() for index in kind]
+  rows = dict(zip(indices, evaluator.rows(variables, indices))) if indices else {}
+  return {kind: [(*scored[index], rows[index]) for index in found] for kind, found in chosen.items()}
 
 
 def _write_page(path: epath.Path, page: str) -> None:
@@ -191,46 +263,43 @@ def _write_page(path: epath.Path, page: str) -> None:
 
 
 def _published(result: Result) -> list[str]:
-  """The papers' figures in percent, one a line, and what keeps them from being comparable."""
-  return [
-    '; '.join(
-      filter(
-        None,
-        [f'published ({row.protocol}, GroupViT-S/16 of {row.training_data}): mIoU {row.miou:.1f}', result.unlike(row)],
-      )
-    )
-    for row in result.benchmark.published
-  ]
+  """The published results in percent, one a line, and how they differ from this one."""
+  lines = []
+  for row in result.benchmark.published:
+    line = f'published ({row.protocol}, GroupViT-S/16 of {row.training_data}): mIoU {row.miou:.1f}'
+    lines.append('; '.join(filter(None, [line, result.unlike(row)])))
+  return lines
 
 
-def _write(
+def _write_results(
   folder: OutputFolder,
-  result: Result,
-  facts: Mapping[str, Any],
+  run: TrainedRun,
+  request: Request,
+  result: Result | zero_shot.Result,
+  metadata: Mapping[str, Any],
   table: str,
-  curve: np.ndarray | None,
-  pictures: Sequence[PictureScore],
+  images: Mapping[str, np.ndarray],
 ) -> None:
-  """Everything but masks."""
+  """Writes the table, TensorBoard's files and, last of all, the report."""
+  metadata = {**metadata, **run_metadata(run), 'num_pictures_asked_for': request.num_pictures}
   folder.write_text('table.txt', table + '\n')
-  folder.write_text('confusion.csv', result.confusion_csv())
-  folder.write_json('pictures.json', {key: None if np.isnan(miou) else miou for key, miou in pictures})
-  if curve is not None:
-    folder.write_picture('thresholds.png', curve)
-  write_board(folder, result.scalars(), facts, {} if curve is None else {'thresholds': curve})
-  folder.write_report(facts)
+  named = lambda values: {f'eval/{metadata["benchmark"]}/{key}': value for key, value in values.items()}
+  settings = json.dumps({key: value for key, value in metadata.items() if key != 'config'}, indent=2)
+  folder.write_board(run.step, named(result.scalars()), named({'settings': settings}), named(images))
+  folder.write_report(metadata)
+  print(f'written to {folder.path}')
 
 
 class Comparison(NamedTuple):
-  """What a score of scenes stands beside."""
+  """Baselines of a score of scenes."""
 
   lines: tuple[str, ...]  # of the table
-  facts: dict[str, Any]  # of the report
+  metadata: dict[str, Any]  # of the report
   panel: np.ndarray | None  # some scenes, uint8 [H, W, 3]
 
 
 def compare(run: TrainedRun, evaluator: Evaluator, result: Result) -> Comparison:
-  """A run's result on its test scenes beside what it has to beat: one class for everything, and the untrained model.
+  """The baselines of a run's result on its test scenes: one class for everything, and the untrained model.
 
   The latter is left out where the weights that a run started from are gone.
   """
@@ -246,13 +315,13 @@ def compare(run: TrainedRun, evaluator: Evaluator, result: Result) -> Comparison
     line = f'the untrained model: mIoU {untrained["miou"]:.1%}, pixel accuracy {untrained["pixel_accuracy"]:.1%}'
   rows = evaluator.rows(run.variables, range(min(_SHOWN_SCENES, len(evaluator.source))))
   panel = draw.draw_panel(rows, evaluator.benchmark.palette, evaluator.benchmark.classes)
-  return Comparison((line,), {'split': scenes.TEST, 'baselines': baselines}, panel)
+  return Comparison((line,), {'split': labelled.TEST, 'baselines': baselines}, panel)
 
 
 def check_has_scenes(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> None:
   """Raises ValueError for a run that was not trained on scenes, such as one of imported weights."""
   if 'source' not in config.data or config.data.source != 'scenes':
     raise UserError(
-      f'the run in {workdir} has no held-out scenes; name pictures with --images, or labelled ones with '
+      f'the run in {workdir} has no held-out scenes; name images with --images, or labelled ones with '
       '--benchmark and --data_dir'
     )

@@ -1,4 +1,4 @@
-"""What eval.py --images does: segment anyone's pictures."""
+"""Segments images into named classes: eval.py --images writes masks, overlays, groups and JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import glob
@@ -10,15 +10,17 @@ from typing import Any
 import jax
 
 from groupvit_jax import cli
-from groupvit_jax.commands.run_metadata import choose_protocol, describe_run, run_facts, say_replaced
+from groupvit_jax.commands.score import describe_run, run_metadata
 from groupvit_jax.data.images import read_image
 from groupvit_jax.errors import UserError
+from groupvit_jax.eval import protocols
+from groupvit_jax.eval.draw import hex_colour
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.predictor import parse_words, Prediction, Predictor
 from groupvit_jax.train import open_run
 
 
-def label_pictures(
+def segment_images(
   workdir: str,
   *,
   images: str,
@@ -30,44 +32,43 @@ def label_pictures(
   checkpoint: str = open_run.NEWEST,
   weights: open_run.Weights = 'best',
 ) -> int:
-  """Segments pictures into words, and writes for each what was found.
+  """Segments images into classes, and writes what was found in each.
 
-  Of a picture NAME: NAME.mask.png (indexed, label values), NAME.overlay.png, NAME.final_groups.png,
+  Of an image NAME: NAME.mask.png (indexed, label values), NAME.overlay.png, NAME.final_groups.png,
   NAME.first_groups.png and NAME.json (areas and scores); for all of them classes.json and results.json.
 
   Args:
     workdir: of the run.
     images: a path, or a pattern such as '*.png'.
-    classes: words between commas; 'dog|puppy' is one class. With a threshold in the protocol what fits
-      no word is background.
+    classes: class names between commas; 'dog|puppy' is one class. With a threshold in the protocol, pixels that fit
+      no class are background.
     output: folder.
     overwrite: see `OutputFolder`.
     protocol: name of the protocol.
     changes: protocol parameters as people write them.
-    checkpoint: as for `trained_run.open_run`.
+    checkpoint: as for `open_run.open_run`.
     weights: likewise.
 
   Returns:
-    The exit code: `cli.EXIT_PARTIAL` if a picture could not be read.
+    The exit code: `cli.EXIT_PARTIAL` if an image could not be read.
 
   Raises:
     ValueError: the request has a mistake; nothing was written.
     OSError: the results cannot be written.
   """
   if jax.process_count() > 1:
-    raise UserError('pictures are segmented by one process; start it alone, with --num_processes=1')
-  words = [word.strip() for word in classes.split(',')] if classes.strip() else []
-  parse_words(words)  # before anything that takes time
-  paths = _find_pictures(images)
+    raise UserError('images are segmented by one process; start it alone, with --num_processes=1')
+  class_names = [name.strip() for name in classes.split(',')] if classes.strip() else []
+  parse_words(class_names)  # before anything that takes time
+  paths = _find_images(images)
   folder = OutputFolder(output, overwrite=overwrite)
   run = open_run.open_run(workdir, checkpoint, weights=weights)
-  chosen = choose_protocol(run, protocol, changes)
+  chosen = protocols.parse_protocol(protocol, run.model.vision.image_size, changes)
   predictor = Predictor.from_run(run, protocol=chosen)
   names, failures, done = _unique_names(paths), {}, {}
-  found = predictor.stream(_read_all(paths, failures), words, threshold=chosen.threshold)
+  predictions = predictor.stream(_read_all(paths, failures), class_names, threshold=chosen.threshold)
   folder.begin()
-  say_replaced(folder)
-  for prediction in found:
+  for prediction in predictions:
     _write_prediction(folder, names[prediction.key], prediction)
     if not done:
       folder.write_json('classes.json', _class_table(prediction))
@@ -79,47 +80,43 @@ def label_pictures(
     {
       'pictures': [{'picture': path, 'files': name} for path, name in sorted(done.items())],
       'failures': [{'picture': path, 'reason': reason} for path, reason in failures.items()],
-      'words': words,
+      'words': class_names,
       'protocol': chosen.to_json(),
       'provenance': dict(run.provenance),
-      **run_facts(run),
+      **run_metadata(run),
     }
   )
-  print(f'{len(done)} of {len(paths)} pictures, written to {folder.path}; {describe_run(run)}')
+  print(f'{len(done)} of {len(paths)} images, written to {folder.path}; {describe_run(run)}')
   return cli.EXIT_PARTIAL if failures else 0
 
 
-def _find_pictures(pattern: str) -> list[str]:
-  """The files that a pattern, or a path, stands for, sorted.
-
-  Raises:
-    ValueError: there are none.
-  """
-  # A name may hold brackets: what exists is not a pattern.
+def _find_images(pattern: str) -> list[str]:
+  """The files that a pattern or a path names, sorted. Raises ValueError if there are none."""
+  # A name may hold brackets: an existing path is not a pattern.
   found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
   paths = sorted(path for path in found if os.path.isfile(path))
   if not paths:
     hint = f'; for a folder write {os.path.join(pattern, "*")}' if os.path.isdir(pattern) else ''
-    raise UserError(f'no picture matches --images={pattern}{hint}')
+    raise UserError(f'no image matches --images={pattern}{hint}')
   return paths
 
 
 def _unique_names(paths: Sequence[str]) -> dict[str, str]:
-  """What each picture's files are called: its name without the ending, numbered where two are equal."""
+  """The name of each image's files: its own without the suffix, numbered where two are equal."""
   names: dict[str, str] = {}
-  taken: set[str] = set()
+  used: set[str] = set()
   for path in paths:
     name, number = Path(path).stem, 1
-    while name.casefold() in taken:
+    while name.casefold() in used:
       number += 1
       name = f'{Path(path).stem}_{number}'
-    taken.add(name.casefold())
+    used.add(name.casefold())
     names[path] = name
   return names
 
 
 def _read_all(paths: Sequence[str], failures: dict[str, str]) -> Iterator[tuple[str, Any]]:
-  """Yields (path, pixels) of the pictures that can be read, and notes the others."""
+  """Yields (path, pixels) of the images that can be read, and the reasons of the others into `failures`."""
   for path in paths:
     try:
       yield path, read_image(path, path)
@@ -128,22 +125,22 @@ def _read_all(paths: Sequence[str], failures: dict[str, str]) -> Iterator[tuple[
 
 
 def _write_prediction(folder: OutputFolder, name: str, prediction: Prediction) -> None:
-  folder.write_picture(f'{name}.mask.png', prediction.mask())
-  folder.write_picture(f'{name}.overlay.png', prediction.overlay())
-  folder.write_picture(f'{name}.final_groups.png', prediction.group_overlay(-1))
-  folder.write_picture(f'{name}.first_groups.png', prediction.group_overlay(0))
+  folder.write_image(f'{name}.mask.png', prediction.mask())
+  folder.write_image(f'{name}.overlay.png', prediction.overlay())
+  folder.write_image(f'{name}.final_groups.png', prediction.group_overlay(-1))
+  folder.write_image(f'{name}.first_groups.png', prediction.group_overlay(0))
   folder.write_json(f'{name}.json', prediction.to_json())
 
 
 def _class_table(prediction: Prediction) -> list[dict[str, Any]]:
-  """What the values of a mask stand for."""
+  """The name and colour of each value of a mask."""
   return [
-    {'label': label, 'name': name, 'colour': '#{:02x}{:02x}{:02x}'.format(*colour)}
+    {'label': label, 'name': name, 'colour': hex_colour(colour)}
     for label, (name, colour) in enumerate(zip(prediction.classes, prediction.palette))
   ]
 
 
 def _summarize(prediction: Prediction) -> str:
-  """The classes of a picture, largest first."""
+  """The classes of an image, largest first."""
   rows = [row for row in prediction.to_json()['classes'] if row['pixels']]
   return f'{prediction.key}: ' + ', '.join(f'{row["name"]} {row["area"]:.0%}' for row in rows)

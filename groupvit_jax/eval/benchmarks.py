@@ -1,4 +1,4 @@
-"""What is segmented: class names, colours, label encodings, thresholds and published figures."""
+"""Benchmarks: class names, colours, label encodings, thresholds and published results."""
 
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -12,6 +12,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.eval.protocols import ClassNames, Protocol
 
 IGNORE_LABEL = 255
+MAX_CLASSES = IGNORE_LABEL  # that 8-bit labels hold, the background included
 _FILE = Path(__file__).with_name('segmentation_benchmarks.json')
 
 
@@ -26,20 +27,20 @@ class Published:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-  """A set of classes, and how files and figures of a data set refer to them.
+  """A set of classes, and how the files and published results of a data set refer to them.
 
   Attributes:
     name: short name.
     classes: C names in label order; the background, where there is one, is the first.
     palette: C colours, RGB.
     background: whether the first class is whatever the others are not.
-    groupvit_names: C spellings behind the published figures; None where they are `classes`.
+    groupvit_names: C spellings behind the published results; None where they are `classes`.
     reduce_zero_label: whether label 0 of the files is ignored and the others shift down by one.
     raw_label_ids: the files' label of each class but the background; None for the label itself.
-    split: which pictures the published figures are about.
+    split: which images the published results are about.
     num_images: how many these are; 0 where nothing is published.
     thresholds: protocol -> its background threshold here.
-    published: figures to compare with.
+    published: results to compare with.
   """
 
   name: str
@@ -60,7 +61,7 @@ class Benchmark:
     return len(self.classes)
 
   def prompt_names(self, spelling: ClassNames) -> tuple[str, ...]:
-    """Names that a model is asked for: all but the background."""
+    """Names to put into prompts: all but the background."""
     names = self.groupvit_names if spelling == 'groupvit' and self.groupvit_names else self.classes
     return names[1:] if self.background else names
 
@@ -83,14 +84,7 @@ class Benchmark:
     return dataclasses.replace(protocol, threshold=own, changed=changed)
 
   def train_labels(self, raw: np.ndarray) -> np.ndarray:
-    """Labels 0..C-1, 255 to ignore, from those of the data set's files.
-
-    Args:
-      raw: uint8 [H, W].
-
-    Returns:
-      uint8 [H, W].
-    """
+    """Labels 0..C-1, 255 to ignore, from those of the data set's files; both uint8 [H, W]."""
     return _lookup_table(self.raw_label_ids, self.background, self.reduce_zero_label)[raw]
 
 
@@ -112,7 +106,7 @@ def _lookup_table(raw_label_ids: tuple[int, ...] | None, background: bool, reduc
 @functools.cache
 def load_benchmarks() -> dict[str, Benchmark]:
   """The public benchmarks by name."""
-  return {name: _parse(name, facts) for name, facts in json.loads(_FILE.read_text()).items()}
+  return {name: _parse(name, fields) for name, fields in json.loads(_FILE.read_text()).items()}
 
 
 def find_benchmark(name: str) -> Benchmark:
@@ -127,32 +121,19 @@ def find_benchmark(name: str) -> Benchmark:
   return benchmarks[name]
 
 
-def _parse(name: str, facts: Mapping) -> Benchmark:
-  return Benchmark(
-    name=name,
-    classes=tuple(facts['classes']),
-    palette=tuple(map(tuple, facts['palette'])),
-    background=facts['background'],
-    groupvit_names=tuple(facts['groupvit_names']) if 'groupvit_names' in facts else None,
-    reduce_zero_label=facts['reduce_zero_label'],
-    raw_label_ids=tuple(facts['raw_label_ids']) if 'raw_label_ids' in facts else None,
-    split=facts['split'],
-    num_images=facts['num_images'],
-    thresholds=facts.get('thresholds', {}),
-    published=tuple(Published(**row) for row in facts['published']),
-  )
+def _parse(name: str, fields: Mapping) -> Benchmark:
+  tuples = {key: tuple(fields[key]) for key in ('classes', 'groupvit_names', 'raw_label_ids') if key in fields}
+  palette, published = tuple(map(tuple, fields['palette'])), tuple(Published(**row) for row in fields['published'])
+  return Benchmark(name=name, **(dict(fields) | tuples | dict(palette=palette, published=published)))
 
 
 def make_benchmark(name: str, classes: Sequence[str], *, background: bool = False) -> Benchmark:
-  """A benchmark of one's own classes, in VOC's colours.
+  """A benchmark of one's own classes, in VOC's colours, without published results.
 
   Args:
-    name: what to call it.
+    name: of the benchmark.
     classes: C names in label order; the background first, where there is one.
     background: whether there is one.
-
-  Returns:
-    A benchmark without published figures.
 
   Raises:
     ValueError: no class to look for, one twice, an empty name, or more than labels of 8 bits hold.
@@ -160,8 +141,8 @@ def make_benchmark(name: str, classes: Sequence[str], *, background: bool = Fals
   classes = tuple(classes)
   if len(classes) <= background:
     raise UserError(f'{name} has no classes to look for; name at least one')
-  if len(classes) > IGNORE_LABEL:
-    raise UserError(f'{name} has {len(classes)} classes; at most {IGNORE_LABEL} fit 8-bit labels')
+  if len(classes) > MAX_CLASSES:
+    raise UserError(f'{name} has {len(classes)} classes; at most {MAX_CLASSES} fit 8-bit labels')
   for i, label in enumerate(classes):
     if not label.strip():
       raise UserError(f'class {i} of {name} has an empty name; name it or remove it')

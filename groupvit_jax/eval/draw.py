@@ -1,4 +1,4 @@
-"""Pictures a person looks at: masks, overlays with names, groups with borders, and panels of them.
+"""Drawings for people: masks, overlays with class names, groups with borders, and panels of them.
 
 Numpy, OpenCV and Pillow with its bundled font; nothing here knows a model. Shape letters: H W pixels,
 C classes.
@@ -19,17 +19,19 @@ _IGNORE_COLOUR = (224, 224, 224)
 LONG_SIDE = 384  # overlays are at least this long: far below it no name is legible
 _TILE = 256  # the same for the tiles of a panel, of which there are many
 _LARGEST_TILE = 384  # and at most so long
-OPACITY = 0.55  # of classes over the picture
+OPACITY = 0.55  # of classes over the image
 GROUP_OPACITY = 0.35  # of groups, whose borders say more than their colours
-_TEXT_SHARE = 26  # a letter's height in pictures' short sides, inverted
+_TEXT_SHARE = 26  # letters are this fraction of an image's short side high
 _SMALLEST_TEXT, _PANEL_TEXT = 12, 15  # pixels
-_SMALLEST_AREA = 0.004  # of the picture: a smaller class is not named on it
+_SMALLEST_AREA = 0.004  # of the image: a smaller class is not named on it
 _GAP = 6  # pixels between the tiles of a panel
 _WHITE, _INK = (255, 255, 255), (24, 24, 24)
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
 
 class Row(NamedTuple):
-  """What a panel shows of one picture; all are [H, W, ...] of one size."""
+  """What a panel shows of one image; all are [H, W, ...] of one size."""
 
   image: np.ndarray  # uint8 [H, W, 3]
   truth: np.ndarray | None  # labels [H, W]
@@ -39,16 +41,10 @@ class Row(NamedTuple):
 
 @functools.cache
 def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
-  """Colours as far from each other as they get, the first ones farthest; always the same.
+  """C colours (RGB, at most 256) as far from each other as they get, the first ones farthest; always the same.
 
-  Farthest-point sampling in CIELAB, away from black, white and grey, so that they show on pictures
+  Farthest-point sampling in CIELAB, away from black, white and grey, so that they show on images
   and under letters. A longer palette starts like a shorter one.
-
-  Args:
-    count: C, at most 256.
-
-  Returns:
-    C RGB triples.
   """
   levels = np.linspace(0, 255, 16).round().astype(np.uint8)
   rgb = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), axis=-1).reshape(1, -1, 3)
@@ -65,18 +61,15 @@ def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
 
 
 def mask_image(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
-  """A label map as an indexed picture: pixel values are labels, 255 (grey) is 'ignore'.
-
-  Args:
-    labels: uint8 [H, W].
-    palette: C colours, at most 255.
-
-  Returns:
-    A picture of mode P.
-  """
+  """A label map uint8 [H, W] as an image of mode P: pixel values are labels, 255 (grey) is 'ignore'."""
   image = Image.fromarray(np.ascontiguousarray(labels, np.uint8)).convert('P')
   image.putpalette(_table(palette).tobytes())
   return image
+
+
+def hex_colour(colour: Sequence[int]) -> str:
+  """An RGB colour as '#rrggbb'."""
+  return '#{:02x}{:02x}{:02x}'.format(*colour)
 
 
 def colour_map(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
@@ -90,7 +83,7 @@ def enlarge(array: np.ndarray, factor: int) -> np.ndarray:
 
 
 def enlargement(size: tuple[int, int], long_side: int) -> int:
-  """The smallest whole factor that makes the long side of a picture (H, W) at least `long_side`."""
+  """The smallest whole factor that makes the long side of an image (H, W) at least `long_side`."""
   return -(-long_side // max(size)) or 1
 
 
@@ -115,7 +108,7 @@ def draw_overlay(
   opacity: float = OPACITY,
   long_side: int = LONG_SIDE,
 ) -> np.ndarray:
-  """Colours over a picture, borders between them, and each class's name on its largest area.
+  """Classes over an image: colours, borders between them, and each name on its largest area.
 
   Args:
     image: uint8 [H, W, 3].
@@ -123,7 +116,7 @@ def draw_overlay(
     palette: C colours.
     names: C names; an empty one is not drawn.
     opacity: of the colours, 0 to 1.
-    long_side: pixels; smaller pictures are enlarged.
+    long_side: pixels; smaller images are enlarged.
 
   Returns:
     uint8 [H * f, W * f, 3], f their `enlargement`.
@@ -139,15 +132,15 @@ def draw_overlay(
 def draw_groups(
   image: np.ndarray, groups: np.ndarray, *, opacity: float = GROUP_OPACITY, long_side: int = LONG_SIDE
 ) -> np.ndarray:
-  """Groups over a picture: a tint for each and borders between them.
+  """Groups over an image: a tint for each and borders between them.
 
-  A group's colour is that of its number, so a group token has one colour in all pictures.
+  A group's colour is that of its number, so a group token has one colour in all images.
 
   Args:
     image: uint8 [H, W, 3].
     groups: numbers [H, W], below 256.
     opacity: of the tints, 0 to 1.
-    long_side: pixels; smaller pictures are enlarged.
+    long_side: pixels; smaller images are enlarged.
 
   Returns:
     uint8 [H * f, W * f, 3], f their `enlargement`.
@@ -159,12 +152,12 @@ def draw_groups(
 
 
 def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Sequence[str]) -> np.ndarray:
-  """One line of tiles per picture: input, truth, prediction, final groups, first groups.
+  """One line of tiles per image: input, truth, prediction, final groups, first groups.
 
   Truth and prediction are left out where no row has one, and the first groups where there is one grouping stage.
 
   Args:
-    rows: the pictures; large ones are shown smaller.
+    rows: the images; large ones are shown smaller.
     palette: C colours.
     names: C names.
 
@@ -246,20 +239,20 @@ def _draw_legend(
 
 
 def _table(palette: Sequence[Sequence[int]]) -> np.ndarray:
-  """256 colours, uint8 [256, 3]: the palette's, then the one of what is ignored."""
+  """256 colours, uint8 [256, 3]: the palette's, then the grey of ignored pixels."""
   table = np.full((256, 3), _IGNORE_COLOUR, np.uint8)
   table[: len(palette)] = palette
   return table
 
 
 def _blend(image: np.ndarray, colours: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-  """Mixes two pictures [H, W, 3] by an opacity [H, W]."""
+  """Mixes two images [H, W, 3] by an opacity [H, W]."""
   share = opacity[:, :, None].astype(np.float32)
   return (image * (1 - share) + colours * share).round().astype(np.uint8)
 
 
 def _draw_borders(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """White lines with a dark rim where labels change, as wide as suits the picture's size."""
+  """White lines with a dark rim where labels change, as wide as suits the image's size."""
   edge = np.zeros(labels.shape, np.uint8)
   edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
   edge[1:] |= labels[1:] != labels[:-1]
@@ -275,25 +268,22 @@ def _write_names(
 ) -> None:
   """Writes each class's name in the middle of its largest area, large areas first."""
   draw = ImageDraw.Draw(canvas)
-  taken: list[tuple[float, float, float, float]] = []
+  boxes: list[Box] = []
   areas = np.bincount(labels.ravel(), minlength=256)
   for label in np.argsort(-areas, kind='stable').tolist():
     if label < len(names) and names[label] and areas[label] >= _SMALLEST_AREA * labels.size:
       font = _fitting_font(names[label], canvas.size)
       # The same height for all names, whether or not they have ascenders.
       size = font.getlength(names[label]), sum(font.getmetrics())
-      place = _find_place(labels == label, size, taken)
-      taken.append(place)
-      _write_name(draw, place, names[label], tuple(palette[label]), font)
+      boxes.append(_place_name(labels == label, size, boxes))
+      _write_name(draw, boxes[-1], names[label], tuple(palette[label]), font)
 
 
-def _find_place(
-  area: np.ndarray, size: tuple[float, float], taken: Sequence[tuple[float, float, float, float]]
-) -> tuple[float, float, float, float]:
-  """Where a name goes: deep inside its area, inside the picture, clear of other names if possible."""
+def _place_name(area: np.ndarray, size: tuple[float, float], others: Sequence[Box]) -> Box:
+  """The box of a name: deep inside its area, inside the image, clear of other names if possible."""
   height, width = area.shape
   half_width, half_height = size[0] / 2 + size[1] / 4, size[1] / 2
-  # Beyond the picture is not inside the area: names keep away from the picture's border too.
+  # Beyond the image is not inside the area: names keep away from the image's border too.
   depth = cv2.distanceTransform(np.pad(area.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
   best = None
   for _ in range(8):
@@ -302,37 +292,34 @@ def _find_place(
       break
     x = min(max(x, half_width), max(width - half_width, width / 2))
     y = min(max(y, half_height), max(height - half_height, height / 2))
-    place = (x - half_width, y - half_height, x + half_width, y + half_height)
-    best = best or place
-    if not any(_overlap(place, other) for other in taken):
-      return place
+    box = (x - half_width, y - half_height, x + half_width, y + half_height)
+    best = best or box
+    if not any(_overlap(box, other) for other in others):
+      return box
     # Elsewhere, by a plate's height and half its width at least.
     rows, columns = int(2 * half_height), int(half_width)
     depth[max(0, int(y) - rows) : int(y) + rows, max(0, int(x) - columns) : int(x) + columns] = 0
   return best
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+def _overlap(a: Box, b: Box) -> bool:
   return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
 def _write_name(
-  draw: ImageDraw.ImageDraw,
-  place: tuple[float, float, float, float],
-  name: str,
-  colour: tuple[int, int, int],
-  font: ImageFont.FreeTypeFont,
+  draw: ImageDraw.ImageDraw, box: Box, name: str, colour: tuple[int, int, int], font: ImageFont.FreeTypeFont
 ) -> None:
   """A name on a plate of its class's colour, in black or white, whichever is easier to read."""
   luminance = np.dot(colour, (0.299, 0.587, 0.114))
   ink = _INK if luminance > 140 else _WHITE
-  side = place[3] - place[1]
-  draw.rounded_rectangle(place, side / 4, colour, ink, max(1, round(side / 16)))
-  draw.text(((place[0] + place[2]) / 2, (place[1] + place[3]) / 2), name, ink, font, anchor='mm')
+  left, top, right, bottom = box
+  height = bottom - top
+  draw.rounded_rectangle(box, height / 4, colour, ink, max(1, round(height / 16)))
+  draw.text(((left + right) / 2, (top + bottom) / 2), name, ink, font, anchor='mm')
 
 
 def _fitting_font(name: str, size: tuple[int, int]) -> ImageFont.FreeTypeFont:
-  """The font in the size that suits a picture (width, height), smaller where a name is too long."""
+  """The font in the size that suits an image (width, height), smaller where a name is too long."""
   points = max(_SMALLEST_TEXT, round(min(size) / _TEXT_SHARE))
   length = _font(points).getlength(name)
   room = 0.9 * size[0]

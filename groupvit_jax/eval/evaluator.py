@@ -1,120 +1,232 @@
-"""A model's label maps of one set of labelled pictures: scores, and what the pictures look like."""
+"""Zero-shot semantic segmentation: a model, labelled images and class names in, mIoU out."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 
 import jax
+from jax.sharding import Mesh
+import ml_collections
 import numpy as np
 
 from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.eval import draw, groups, semantic_seg
-from groupvit_jax.eval.benchmarks import Benchmark
-from groupvit_jax.eval.labelled import Subset
-from groupvit_jax.eval.labeller import LabelMap
-from groupvit_jax.eval.protocols import Protocol
-from groupvit_jax.eval.window_encoder import EncodedPicture
+from groupvit_jax.errors import UserError
+from groupvit_jax.eval import draw, windows
+from groupvit_jax.eval.benchmarks import Benchmark, IGNORE_LABEL
+from groupvit_jax.eval.class_embeddings import embed_classes
+from groupvit_jax.eval.labelled import LabelledSource, open_scenes, Subset, take, VALIDATION
+from groupvit_jax.eval.labeller import CountingLabeller, LabelMap
+from groupvit_jax.eval.prefetch import BadImages, prefetch
+from groupvit_jax.eval.protocols import native_protocol, Protocol
+from groupvit_jax.eval.result import Result
+from groupvit_jax.eval.window_encoder import EncodedWindows, group_maps, WindowEncoder
+from groupvit_jax.model import metrics
 from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.model.metrics import GroupingHealth
 from groupvit_jax.running import sharding
 
 _WINDOWS_PER_DEVICE = 32
-_PIXELS_ON_A_CPU = 4 * 448**2  # of a device's windows: of more of them a picture takes no less time
+_PIXELS_PER_CPU = 4 * 448**2  # in windows: larger batches are no faster there
+
+OnImage = Callable[[EncodedWindows, LabelMap], None]
 
 
-def windows_per_batch(mesh: jax.sharding.Mesh, window: int) -> int:
+def windows_per_batch(mesh: Mesh, window: int) -> int:
   """Windows of a side that all devices of a mesh encode together."""
   each = _WINDOWS_PER_DEVICE
   if mesh.devices.flat[0].platform == 'cpu':
-    each = min(each, max(1, _PIXELS_ON_A_CPU // window**2))
+    each = min(each, max(1, _PIXELS_PER_CPU // window**2))
   return each * sharding.data_parallel_size(mesh)
+
+
+def evaluate(
+  model: ImageTextModel,
+  variables: dict,
+  source: LabelledSource,
+  text_embeds: np.ndarray,
+  benchmark: Benchmark,
+  protocol: Protocol,
+  *,
+  batch_size: int,
+  mesh: Mesh | None = None,
+  num_threads: int = 2,
+  oracle: bool = True,
+  thresholds: Sequence[float] = (),
+  on_image: OnImage | None = None,
+  provenance: Mapping[str, str] | None = None,
+) -> Result:
+  """Segments labelled images and scores the label maps.
+
+  Every process takes its share of the images. Calls with the same model, mesh, number of classes,
+  batch size and, but for thresholds, protocol compile once.
+
+  Args:
+    model: the model.
+    variables: of the model, on the devices of the mesh.
+    source: labelled images.
+    text_embeds: [C, E], of `benchmark.prompt_names(protocol.class_names)`.
+    benchmark: classes and colours.
+    protocol: how images are labelled.
+    batch_size: windows per batch, of all processes.
+    mesh: the devices; None for the first of this process.
+    num_threads: threads that decode and resize ahead of the devices.
+    oracle: whether segments are also scored with perfect names, for a second pass over the pixels.
+    thresholds: further background thresholds, counted along at little cost.
+    on_image: called with every image and its label map, about in order. Without it label maps
+      stay on the devices.
+    provenance: what else to name in the result.
+
+  Returns:
+    The result, the same on every process.
+
+  Raises:
+    BadImage: an image or label map is bad; on every process, whichever has met it.
+    ValueError: there are no images, names and embeddings differ in number, a batch does not fit
+      the mesh, or a background lacks its threshold.
+  """
+  mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
+  protocol = benchmark.fix_threshold(protocol)
+  _check(source, text_embeds, benchmark, protocol)
+  logit_scale = float(variables['params']['logit_scale'])
+  used = (protocol.threshold, *thresholds) if benchmark.background else ()
+  labeller = CountingLabeller(protocol, text_embeds, logit_scale, mesh, thresholds=used)
+  cut = functools.partial(
+    cut_labelled, source, benchmark=benchmark, protocol=protocol, patch_size=model.vision.patch_size
+  )
+  mine, bad_images = range(jax.process_index(), len(source), jax.process_count()), BadImages()
+  images = prefetch(bad_images.guard(cut), mine, num_threads=num_threads)
+  encoder = WindowEncoder(model, protocol, mesh, batch_size)
+  health: GroupingHealth | None = None
+  for item in encoder.encode(variables, (image for image in images if image is not None)):
+    if isinstance(item, GroupingHealth):
+      health = item if health is None else health.merge(item)
+      continue
+    label_map = labeller.count(item, oracle=oracle, fetch=on_image is not None)
+    if on_image is not None:
+      on_image(item, label_map)
+  bad_images.check()
+  predicted, named = labeller.counts()
+  return Result(
+    benchmark=benchmark,
+    protocol=protocol,
+    num_images=len(source),
+    counts=predicted[0],
+    oracle_counts=named if oracle else None,
+    health=health.compute(),
+    thresholds=used[1:],
+    threshold_counts=predicted[1:],
+    provenance=provenance or {},
+  )
+
+
+def _check(source: LabelledSource, text_embeds: np.ndarray, benchmark: Benchmark, protocol: Protocol) -> None:
+  """Raises ValueError for what would fail, or mislead, only after a while."""
+  names = benchmark.prompt_names(protocol.class_names)
+  if not len(source):
+    raise UserError(f'{benchmark.name} has no images; check its path and split')
+  if len(text_embeds) != len(names):
+    raise UserError(
+      f'{benchmark.name} asks for {len(names)} classes but {len(text_embeds)} are embedded; '
+      'embed benchmark.prompt_names(protocol.class_names)'
+    )
+  if tuple(source.classes) != benchmark.classes:
+    raise UserError(
+      f'the source labels {len(source.classes)} classes ({", ".join(source.classes[:3])}, ...) but '
+      f'{benchmark.name} has {benchmark.num_classes} ({", ".join(benchmark.classes[:3])}, ...); '
+      'give both the same names in the same order'
+    )
+
+
+def cut_labelled(
+  source: LabelledSource, index: int, *, benchmark: Benchmark, protocol: Protocol, patch_size: int
+) -> windows.CutImage:
+  """Reads, checks and cuts the image of an index.
+
+  Raises:
+    ValueError: it cannot be decoded, or its label map does not fit it or the benchmark.
+  """
+  record = source[index]
+  key, label = record['key'], record['label']
+  beyond = label[(label >= benchmark.num_classes) & (label != IGNORE_LABEL)]
+  if beyond.size:
+    raise UserError(
+      f'the label map of {key!r} holds {beyond[0]}, but {benchmark.name} has labels 0 to '
+      f'{benchmark.num_classes - 1} and {IGNORE_LABEL}'
+    )
+  image = read_image(record['image'], key)
+  return windows.cut_image(image, protocol, patch_size, key=key, index=index, label=label)
+
+
+def image_miou(truth: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
+  """mIoU of one image over the classes that it or its label map has; nan where nothing is labelled."""
+  counted = truth != IGNORE_LABEL
+  cells = truth[counted].astype(int) * num_classes + labels[counted]
+  counts = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+  return float(metrics.scores_from_counts(counts).miou)
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Scores a model on labelled pictures, as often as asked for. Compiles at the first call only.
+  """Scores a model on labelled images, as often as asked for. Compiles at the first call only.
+
+  Variables are {'params': ..., 'batch_stats': ...}, on the mesh.
 
   Attributes:
     model: the model.
     tokenizer: of the model.
     mesh: where the variables live.
-    source: the pictures.
+    source: the images.
     benchmark: their classes.
     protocol: how they are labelled.
-    num_threads: threads that decode and resize ahead of the devices; 0 for pictures that need neither.
+    num_threads: threads that decode and resize ahead of the devices; 0 for images that need neither.
     thresholds: further background thresholds, counted along.
   """
 
   model: ImageTextModel
   tokenizer: Tokenizer
-  mesh: jax.sharding.Mesh
-  source: semantic_seg.LabelledSource
+  mesh: Mesh
+  source: LabelledSource
   benchmark: Benchmark
   protocol: Protocol
   num_threads: int
   thresholds: tuple[float, ...] = ()
 
   def evaluate(
-    self,
-    variables: dict,
-    *,
-    on_picture: Callable[[EncodedPicture, LabelMap], None] | None = None,
-    provenance: Mapping[str, str] | None = None,
-  ) -> semantic_seg.Result:
-    """Labels and scores all pictures; the same result on every host.
-
-    Args:
-      variables: {'params': ..., 'batch_stats': ...}, on the mesh.
-      on_picture: called with every picture of this host and its label map.
-      provenance: what else to name in the result.
-
-    Returns:
-      The result; `.scalars()` for logs, `.table()` and `.to_json()` for people.
-    """
+    self, variables: dict, *, on_image: OnImage | None = None, provenance: Mapping[str, str] | None = None
+  ) -> Result:
+    """Labels and scores all images; the same result on every process. `on_image` is called for its own images."""
     return self._evaluate(
-      variables, self.source, oracle=True, thresholds=self.thresholds, on_picture=on_picture, provenance=provenance
+      variables, self.source, oracle=True, thresholds=self.thresholds, on_image=on_image, provenance=provenance
     )
 
   def rows(self, variables: dict, indices: Sequence[int]) -> list[draw.Row]:
-    """What there is to see of some pictures: input, truth, prediction, groups; the same on every host.
-
-    Args:
-      variables: {'params': ..., 'batch_stats': ...}, on the mesh.
-      indices: which pictures.
-    """
+    """Input, truth, prediction and groups of some images, to be drawn; the same on every process."""
     labels: dict[str, np.ndarray] = {}
-    # Every host labels all of them: with several, each would otherwise hold some rows.
+    # Every process labels all of them: it takes each n-th of a source in which each occurs n times.
     everywhere = Subset(self.source, tuple(np.repeat(indices, jax.process_count()).tolist()))
-    note = lambda encoded, found: labels.setdefault(encoded.picture.key, found.labels)
-    self._evaluate(variables, everywhere, oracle=False, on_picture=note)
+    keep = lambda encoded, label_map: labels.setdefault(encoded.image.key, label_map.labels)
+    self._evaluate(variables, everywhere, oracle=False, on_image=keep)
     records = [self.source[index] for index in indices]
     images = [read_image(record['image'], record['key']) for record in records]
-    grouped = groups.group_maps(self.model, variables, images, self.protocol.window, self.mesh)
+    grouped = group_maps(self.model, variables, images, self.protocol.window, self.mesh)
     return [
       draw.Row(image, record['label'], labels[record['key']], maps)
       for record, image, maps in zip(records, images, grouped)
     ]
 
   def panel(self, variables: dict, count: int = 4) -> np.ndarray:
-    """A panel of pictures, spread evenly: input, truth, prediction, final and first groups.
+    """A drawing of some images, spread evenly, the same at every call: uint8 [H, W, 3], on every process."""
+    rows = self.rows(variables, list(take(range(len(self.source)), min(count, len(self.source)))))
+    return draw.draw_panel(rows, self.benchmark.palette, self.benchmark.classes)
 
-    Args:
-      variables: {'params': ..., 'batch_stats': ...}, on the mesh.
-      count: of pictures, the same ones at every call.
-
-    Returns:
-      uint8 [H, W, 3], on every host.
-    """
-    chosen = np.linspace(0, len(self.source) - 1, min(count, len(self.source))).round().astype(int).tolist()
-    return draw.draw_panel(self.rows(variables, chosen), self.benchmark.palette, self.benchmark.classes)
-
-  def _evaluate(self, variables: dict, source: semantic_seg.LabelledSource, **options: object) -> semantic_seg.Result:
+  def _evaluate(self, variables: dict, source: LabelledSource, **options: object) -> Result:
     names = self.benchmark.prompt_names(self.protocol.class_names)
-    embeds = semantic_seg.embed_classes(self.model, variables, self.tokenizer, names, self.protocol.templates)
-    return semantic_seg.evaluate(
+    return evaluate(
       self.model,
       variables,
       source,
-      embeds,
+      embed_classes(self.model, variables, self.tokenizer, names, self.protocol.templates),
       self.benchmark,
       self.protocol,
       batch_size=windows_per_batch(self.mesh, self.protocol.window),
@@ -122,3 +234,13 @@ class Evaluator:
       num_threads=self.num_threads,
       **options,
     )
+
+
+def build_scene_evaluator(
+  config: ml_collections.ConfigDict, model: ImageTextModel, tokenizer: Tokenizer, mesh: Mesh, *, split: str = VALIDATION
+) -> Evaluator:
+  """Scores a run's model on its held-out scenes; see `open_scenes`."""
+  benchmark, source = open_scenes(config, split)
+  protocol = native_protocol(tuple(config.model.vision.image_size))
+  # A scene is composed faster than a thread is woken.
+  return Evaluator(model, tokenizer, mesh, source, benchmark, protocol, num_threads=0)

@@ -1,7 +1,6 @@
-"""Labelled pictures on disk: prepared TFDS data sets of the benchmarks, and one's own folders.
+"""Labelled images: benchmarks and ImageNet as prepared TFDS data sets, tars or folders, and held-out scenes.
 
-Both are read in any order from any number of threads, and hand on files as they are: what decodes them runs ahead of
-the devices.
+All are read in any order from any number of threads. Images on disk stay encoded: `prefetch` decodes them on threads.
 """
 
 from collections.abc import Sequence
@@ -9,19 +8,23 @@ import dataclasses
 import functools
 import io
 import json
-from typing import Any
+from typing import Any, Protocol
 
 from etils import epath
+import ml_collections
 import numpy as np
 from PIL import Image
 
 from groupvit_jax.data import prepared
+from groupvit_jax.data.bad_records import BadRecord
+from groupvit_jax.data.sources import build_scenes
+from groupvit_jax.data.webdataset import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, IGNORE_LABEL, make_benchmark
+from groupvit_jax.eval.draw import spread_palette
 from groupvit_jax.eval.protocols import NATIVE
-from groupvit_jax.eval.semantic_seg import LabelledSource
 
-# Benchmark -> the data set that its pictures and labels are kept in; see groupvit_jax/prepare.
+# Benchmark -> the data set that holds its images and labels; see groupvit_jax/prepare.
 STORED_IN = {
   'voc21': 'voc2012',
   'voc20': 'voc2012',
@@ -33,16 +36,41 @@ STORED_IN = {
   'cityscapes': 'cityscapes_fine',
 }
 FOLDER = 'folder'
+IMAGENET = 'imagenet'
 SPLIT = 'validation'
+VALIDATION, TEST = 'validation', 'test'  # of held-out scenes; no choice may depend on the score of TEST
+_IMAGENET_STORED_IN = 'imagenet2012'
 _BACKGROUND = 'background'
-_PICTURES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
+_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
+
+
+class LabelledSource(Protocol):
+  """Random access to labelled images."""
+
+  classes: tuple[str, ...]
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': uint8 [H, W], 'key': name}."""
+    ...
+
+
+class ClassifiedSource(Protocol):
+  """Random access to images with a class."""
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': int, 'key': name}."""
+    ...
 
 
 def decode_label(data: bytes, key: str) -> np.ndarray:
   """The indices in a label map's file, uint8 [H, W].
 
   Raises:
-    ValueError: it is no picture of 8-bit indices.
+    ValueError: it is no image of 8-bit indices.
   """
   try:
     with Image.open(io.BytesIO(data)) as image:
@@ -50,7 +78,7 @@ def decode_label(data: bytes, key: str) -> np.ndarray:
   except Exception as error:  # which one depends on where the damage is
     raise UserError(f'{key} cannot be read; it must be a PNG of indices') from error
   if labels.dtype == bool or mode not in ('L', 'P', 'I;16', 'I'):
-    raise UserError(f'{key} is a picture of mode {mode}; it must be a PNG of indices (mode L or P), not of colours')
+    raise UserError(f'{key} is an image of mode {mode}; it must be a PNG of indices (mode L or P), not of colours')
   if labels.size and labels.max() > IGNORE_LABEL:
     raise UserError(f'{key} holds the index {labels.max()}; at most {IGNORE_LABEL} (ignore) is possible')
   return labels.astype(np.uint8)
@@ -58,14 +86,9 @@ def decode_label(data: bytes, key: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedSet:
-  """Pictures of a prepared TFDS data set, labelled as a benchmark asks.
+  """Images of a prepared TFDS data set, labelled as a benchmark asks."""
 
-  Attributes:
-    path: folder of the data set's version.
-    benchmark: whose labels.
-  """
-
-  path: str
+  path: str  # folder of the data set's version
   benchmark: Benchmark
 
   @property
@@ -90,16 +113,10 @@ class PreparedSet:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledFolder:
-  """Anyone's pictures with label maps of the same names.
+  """Images of a folder, with label maps of the same names."""
 
-  Attributes:
-    path: folder with `images`, `labels` and the list of classes.
-    names: of the pictures, with their endings.
-    benchmark: the classes.
-  """
-
-  path: str
-  names: tuple[str, ...]
+  path: str  # folder with `images`, `labels` and the list of classes
+  names: tuple[str, ...]  # of the images, with their suffixes
   benchmark: Benchmark
 
   @property
@@ -119,10 +136,50 @@ class LabelledFolder:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subset:
-  """Some of the pictures of a source, in the order given."""
+class PreparedImagenet:
+  """Images of ImageNet, prepared as a TFDS data set."""
 
-  source: LabelledSource
+  path: str
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns {'image': bytes, 'label': int, 'key': name}."""
+    record = self._records[index]
+    return {'image': record['image'], 'label': int(record['label']), 'key': f'{SPLIT}[{index}]'}
+
+  @functools.cached_property
+  def _records(self) -> Sequence[dict[str, object]]:
+    return prepared.open_records(self.path, SPLIT, ('image',))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagenetTars:
+  """Images of webdataset tars, the class of each in its `.cls` file."""
+
+  tars: WebDataset
+
+  def __len__(self) -> int:
+    return len(self.tars)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    """Returns {'image': bytes, 'label': int, 'key': name}."""
+    try:
+      record = self.tars[index]
+      return {'image': record['image'], 'label': int(record['text']), 'key': record['key']}
+    except BadRecord as bad:
+      raise UserError(f'{bad.key}: {bad.cause}; a benchmark leaves no image out, so fetch it again') from bad
+    except ValueError as error:
+      text = record['text'][:40]
+      raise UserError(f'{record["key"]}.cls holds {text!r}; it must hold the class, 0 to 999') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+  """Some of the images of a source, in the order given."""
+
+  source: Any
   indices: tuple[int, ...]
 
   @property
@@ -138,16 +195,26 @@ class Subset:
     return self.source[self.indices[index]]
 
 
-def open_benchmark(name: str, data_dir: epath.PathLike, num_pictures: int = 0) -> tuple[Benchmark, LabelledSource]:
-  """A benchmark and its labelled pictures.
+def take(source: Any, num_images: int) -> Any:
+  """So many images of a source, spread evenly, the same ones every time; 0 for all.
+
+  Raises:
+    ValueError: the source is empty, or the number below 0.
+  """
+  if num_images < 0 or not len(source):
+    raise UserError(f'of {len(source)} images {num_images} cannot be taken; use 0 for all')
+  if not 0 < num_images < len(source):
+    return source
+  return Subset(source, tuple(np.linspace(0, len(source) - 1, num_images).round().astype(int).tolist()))
+
+
+def open_benchmark(name: str, data_dir: epath.PathLike, num_images: int = 0) -> tuple[Benchmark, LabelledSource]:
+  """A benchmark and its labelled images.
 
   Args:
     name: one of `STORED_IN`, or 'folder'.
     data_dir: where TFDS data sets are kept; of 'folder' the folder itself (see `open_folder`).
-    num_pictures: so many, spread evenly, the same ones every time; 0 for all.
-
-  Returns:
-    Benchmark and source.
+    num_images: so many, spread evenly, the same ones every time; 0 for all.
 
   Raises:
     ValueError: there is no such benchmark, or no whole data set of it in `data_dir`.
@@ -155,29 +222,16 @@ def open_benchmark(name: str, data_dir: epath.PathLike, num_pictures: int = 0) -
   if name != FOLDER and name not in STORED_IN:
     raise UserError(f'there is no benchmark {name!r}; choose one of {", ".join([*STORED_IN, FOLDER])}')
   source = open_folder(data_dir) if name == FOLDER else open_prepared(find_benchmark(name), data_dir)
-  return source.benchmark, take(source, num_pictures)
+  return source.benchmark, take(source, num_images)
 
 
 def default_protocol(benchmark: Benchmark) -> str:
-  """The protocol of the first published figure; the native one where there is none."""
+  """The protocol of the first published result; the native one where there is none."""
   return benchmark.published[0].protocol if benchmark.published else NATIVE
 
 
-def take(source: LabelledSource, num_pictures: int) -> LabelledSource:
-  """So many pictures of a source, spread evenly, the same ones every time; 0 for all.
-
-  Raises:
-    ValueError: the source is empty, or the number below 0.
-  """
-  if num_pictures < 0 or not len(source):
-    raise UserError(f'of {len(source)} pictures {num_pictures} cannot be taken; use 0 for all')
-  if not 0 < num_pictures < len(source):
-    return source
-  return Subset(source, tuple(np.linspace(0, len(source) - 1, num_pictures).round().astype(int).tolist()))
-
-
 def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> PreparedSet:
-  """The pictures of a public benchmark, from the newest version of its data set in `data_dir`.
+  """The images of a public benchmark, from the newest version of its data set in `data_dir`.
 
   Raises:
     ValueError: it has not been built there, or is damaged.
@@ -190,12 +244,46 @@ def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> PreparedSet
       f'python -m groupvit_jax.prepare {name} --manual_dir=... --data_dir={data_dir}'
     )
   source = PreparedSet(str(newest), benchmark)
-  len(source)  # what is damaged shows here, not in a thread
+  len(source)  # damage shows here, not in a thread
   return source
 
 
+def open_imagenet(data_dir: str) -> ClassifiedSource:
+  """ImageNet's validation images, with classes numbered in the order of their WordNet ids.
+
+  Args:
+    data_dir: where TFDS data sets are kept, one of which is `imagenet2012` in ArrayRecord files; or a pattern of tars.
+
+  Raises:
+    ValueError: there is neither, or it is not whole.
+  """
+  if data_dir.endswith('.tar'):
+    return ImagenetTars(open_webdataset((data_dir,), 'cls', '', f'--data_dir={data_dir}'))
+  newest = prepared.newest_version(data_dir, _IMAGENET_STORED_IN)
+  if newest is None:
+    raise UserError(
+      f'--data_dir={data_dir} holds no {epath.Path(data_dir) / _IMAGENET_STORED_IN} with a version in it; prepare it '
+      "with TFDS (file_format='array_record'), or name tars with .cls files: "
+      '--data_dir=FOLDER/{000000..000063}.tar'
+    )
+  source = PreparedImagenet(str(newest))
+  len(source)  # damage shows here, not in a thread
+  return source
+
+
+def open_scenes(config: ml_collections.ConfigDict, split: str) -> tuple[Benchmark, LabelledSource]:
+  """The held-out scenes of a run's config, `VALIDATION` or `TEST`, as a benchmark without a background.
+
+  Raises:
+    ValueError: the config's scenes have a mistake.
+  """
+  source = build_scenes(config.data.scenes, tuple(config.model.vision.image_size), split).labelled()
+  benchmark = make_benchmark('scenes', source.classes)
+  return dataclasses.replace(benchmark, palette=spread_palette(benchmark.num_classes)), source
+
+
 def open_folder(path: epath.PathLike) -> LabelledFolder:
-  """Anyone's labelled pictures.
+  """Anyone's labelled images.
 
   Args:
     path: folder with `images/NAME.jpg` (or .png and others), `labels/NAME.png` (indices, 255 to ignore) and the
@@ -207,27 +295,27 @@ def open_folder(path: epath.PathLike) -> LabelledFolder:
   """
   folder = epath.Path(path)
   images, labels = folder / 'images', folder / 'labels'
-  for part, what in ((images, 'the pictures'), (labels, 'a PNG of indices for each picture')):
+  for part, what in ((images, 'the images'), (labels, 'a PNG of indices for each image')):
     if not part.is_dir():
       raise UserError(f'there is no folder {part}; put {what} there')
-  names = _read_classes(folder)
-  benchmark = make_benchmark(folder.resolve().name, names, background=names[0] == _BACKGROUND)
-  pictures = sorted(p.name for p in images.iterdir() if p.suffix.lower() in _PICTURES)
-  if not pictures:
-    raise UserError(f'{images} holds no pictures ({", ".join(_PICTURES)}); put them there')
+  classes = _read_classes(folder)
+  benchmark = make_benchmark(folder.resolve().name, classes, background=classes[0] == _BACKGROUND)
+  names = sorted(p.name for p in images.iterdir() if p.suffix.lower() in _SUFFIXES)
+  if not names:
+    raise UserError(f'{images} holds no images ({", ".join(_SUFFIXES)}); put them there')
   present = {p.name for p in labels.iterdir()}
-  missing = [name for name in pictures if f'{epath.Path(name).stem}.png' not in present]
+  missing = [name for name in names if f'{epath.Path(name).stem}.png' not in present]
   if missing:
     raise UserError(
       f'there is no {labels / epath.Path(missing[0]).stem}.png, the label map of images/{missing[0]} '
-      f'({len(missing)} of {len(pictures)} are missing); add it, or remove the picture'
+      f'({len(missing)} of {len(names)} are missing); add it, or remove the image'
     )
   owners: dict[str, str] = {}
-  for name in pictures:
+  for name in names:
     other = owners.setdefault(epath.Path(name).stem, name)
     if other != name:
       raise UserError(f'{images} holds {other} and {name}, which share a label map; rename one')
-  return LabelledFolder(str(folder), tuple(pictures), benchmark)
+  return LabelledFolder(str(folder), tuple(names), benchmark)
 
 
 def _read_classes(folder: epath.Path) -> tuple[str, ...]:

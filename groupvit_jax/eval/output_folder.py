@@ -1,9 +1,10 @@
-"""Where an evaluation puts its files, and the promise not to touch anyone else's."""
+"""The folder of results that eval.py writes; files of others are left alone."""
 
 from collections.abc import Mapping
 import io
 import json
 import pathlib
+import sys
 import tempfile
 from typing import Any
 
@@ -15,21 +16,21 @@ from groupvit_jax import tensorboard
 from groupvit_jax.errors import ResourceError, UserError
 
 REPORT = 'results.json'
-# What an evaluation does not always write: an earlier one's must not stand beside another's results.
-_PASSING = ('thresholds.png', 'scenes.png', 'masks/*.png', 'tensorboard/events.*')
-_MADE_BY = 'groupvit_jax/eval.py'  # how a folder of ours is known
+# What only some evaluations write: it must not stand beside the results of another evaluation.
+_OPTIONAL = ('thresholds.png', 'scenes.png', 'masks/*.png', 'tensorboard/events.*')
+_MADE_BY = 'groupvit_jax/eval.py'  # identifies a folder of ours
 
 
 class OutputFolder:
   """A folder of results, marked by a report that says whether they are complete."""
 
   def __init__(self, path: epath.PathLike, *, overwrite: bool):
-    """Looks at the folder; nothing is written yet.
+    """Checks the folder; writes nothing.
 
     Args:
       path: a folder that does not exist, is empty, or holds an earlier evaluation's results, which
         will be replaced.
-      overwrite: whether any other folder will do as well.
+      overwrite: whether to accept any other folder as well.
 
     Raises:
       ValueError: it is none of these.
@@ -46,15 +47,17 @@ class OutputFolder:
       )
 
   def begin(self) -> None:
-    """Makes the folder, with a report that says that the results are not complete; removes an earlier one's rest."""
+    """Creates the folder with a report marked incomplete, and deletes what an earlier evaluation left."""
+    if self.replaces:
+      print(f'{self.path}: files of the same names are replaced', file=sys.stderr)
     _writing(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True))
     if self.replaces and self._is_ours():
-      for path in [path for pattern in _PASSING for path in self.path.glob(pattern)]:
+      for path in [path for pattern in _OPTIONAL for path in self.path.glob(pattern)]:
         _writing(path, path.unlink)
     self.write_report({}, complete=False)
 
   def make(self, name: str) -> None:
-    """Makes a folder in it."""
+    """Creates a folder in it."""
     path = self.path / name
     _writing(path, lambda: path.mkdir(parents=True, exist_ok=True))
 
@@ -70,19 +73,19 @@ class OutputFolder:
     """Writes a text file."""
     self._write(name, text.encode())
 
-  def write_picture(self, name: str, picture: np.ndarray | Image.Image) -> None:
-    """Writes a picture as PNG, with the palette of an indexed one."""
-    image = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+  def write_image(self, name: str, image: np.ndarray | Image.Image) -> None:
+    """Writes an image as PNG, with the palette of an indexed one."""
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     data = io.BytesIO()
     image.save(data, 'PNG', optimize=True)
     self._write(name, data.getvalue())
 
   def write_board(
-    self, step: int, figures: Mapping[str, float], texts: Mapping[str, str], pictures: Mapping[str, np.ndarray]
+    self, step: int, scalars: Mapping[str, float], texts: Mapping[str, str], images: Mapping[str, np.ndarray]
   ) -> None:
-    """Writes a TensorBoard file; here first, for its library knows no buckets."""
+    """Writes a TensorBoard file by way of a local folder: its library knows no buckets."""
     with tempfile.TemporaryDirectory() as local:
-      tensorboard.write_board(local, step, figures, texts, pictures)
+      tensorboard.write_board(local, step, scalars, texts, images)
       self.make('tensorboard')
       for path in pathlib.Path(local).iterdir():
         self._write(f'tensorboard/{path.name}', path.read_bytes())

@@ -1,5 +1,6 @@
-"""How a model is asked for label maps: every choice that moves mIoU, under a name."""
+"""Evaluation protocols: resizing, windows, templates, thresholds and post-processing, as named presets."""
 
+import ast
 from collections.abc import Mapping
 import dataclasses
 from typing import Any, get_args, Literal
@@ -9,20 +10,20 @@ from groupvit_jax.errors import UserError
 
 ThresholdMode = Literal['window', 'global']
 ClassNames = Literal['groupvit', 'benchmark']
-NATIVE = 'native'  # the protocol made to measure, by `native_protocol`
+NATIVE = 'native'  # the protocol that `native_protocol` makes for a model
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-  """A way to label a picture. A figure holds only for its protocol, so results name all of it.
+  """A way to label an image. A score holds only for its protocol, so results name all of it.
 
   Attributes:
     name: which of `PROTOCOLS` it is, or was made from.
-    short_side: pixels that a picture's short side is resized to.
-    max_long_side: pixels that its long side may have at most; where it would have more, the picture
+    short_side: pixels that an image's short side is resized to.
+    max_long_side: pixels that its long side may have at most; where it would have more, the image
       is made smaller than `short_side` asks.
-    antialias: whether pictures are averaged where they shrink; OpenCV's bilinear skips pixels.
-    window: side of the square windows, in pixels; a smaller picture is one smaller window.
+    antialias: whether images are averaged where they shrink; OpenCV's bilinear skips pixels.
+    window: side of the square windows, in pixels; a smaller image is one smaller window.
     stride: pixels from one window to the next; the last one is moved back inside.
     class_filter: classes kept per window, those that fit its pooled feature best; None for all.
     double_softmax: whether the filtered softmax is multiplied by the unfiltered one.
@@ -31,7 +32,7 @@ class Protocol:
     threshold_mode: 'window' lowers it to the best score of any segment of the window where that is
       smaller, so the best segment is never background (paper); 'global' is the same everywhere.
     templates: name of the set of sentences that class names are put into.
-    class_names: 'groupvit' for the spellings behind the published figures, 'benchmark' for its own.
+    class_names: 'groupvit' for the spellings behind the published results, 'benchmark' for its own.
     changed: parameters that are not those of the protocol of this name.
   """
 
@@ -65,7 +66,7 @@ class Protocol:
       )
     if self.short_side < self.window:
       raise UserError(
-        f'protocol.short_side={self.short_side} is less than window={self.window}: every picture would be a window of '
+        f'protocol.short_side={self.short_side} is less than window={self.window}: every image would be a window of '
         f'its own size; set protocol.window={self.short_side} as well, and a stride of at most that'
       )
     if self.stride > self.window:
@@ -78,13 +79,13 @@ class Protocol:
 
   @property
   def title(self) -> str:
-    """The name, with everything that is not as the name says: 'groupvit with stride=112'."""
+    """The name and the changed parameters: 'groupvit with stride=112'."""
     changes = ', '.join(f'{key}={getattr(self, key)}' for key in self.changed)
     return f'{self.name} with {changes}' if changes else self.name
 
   @property
   def max_windows(self) -> int:
-    """The most windows that any picture is cut into."""
+    """The most windows that any image is cut into."""
     return self.windows_along(self.short_side) * self.windows_along(self.max_long_side)
 
   def windows_along(self, length: int) -> int:
@@ -92,7 +93,7 @@ class Protocol:
     return -(-max(length - self.window, 0) // self.stride) + 1
 
   def to_json(self) -> dict[str, Any]:
-    """Every parameter, and under 'changed' those that differ from the protocol of this name."""
+    """All parameters, and under 'changed' those that differ from the preset."""
     return dataclasses.asdict(self) | {'changed': list(self.changed)}
 
 
@@ -101,14 +102,7 @@ PARAMETERS = tuple(field.name for field in dataclasses.fields(Protocol) if field
 
 
 def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
-  """The protocol with some parameters changed; it keeps its name, and says what changed.
-
-  Args:
-    protocol: where to start.
-    changes: parameter -> value.
-
-  Returns:
-    A protocol.
+  """The protocol with some parameters changed; it keeps its name, and `changed` lists them.
 
   Raises:
     ValueError: there is no such parameter, or it cannot have that value.
@@ -122,14 +116,7 @@ def override(protocol: Protocol, changes: Mapping[str, Any]) -> Protocol:
 
 
 def native_protocol(image_size: tuple[int, int]) -> Protocol:
-  """The paper's protocol at a model's own scale: windows of the size it was trained on.
-
-  Args:
-    image_size: (H, W) of the training pictures.
-
-  Returns:
-    A protocol named 'native', without a threshold.
-  """
+  """The paper's protocol for a model trained on images of (H, W): windows of that size, and no threshold."""
   side = min(image_size)
   return dataclasses.replace(
     GROUPVIT,
@@ -144,11 +131,7 @@ def native_protocol(image_size: tuple[int, int]) -> Protocol:
 
 
 def find_protocol(name: str, image_size: tuple[int, int]) -> Protocol:
-  """The protocol of that name.
-
-  Args:
-    name: one of `PROTOCOLS`, or 'native'.
-    image_size: (H, W) that the model was trained on.
+  """The protocol of that name, one of `PROTOCOLS` or 'native', for a model trained on images of (H, W).
 
   Raises:
     ValueError: there is none.
@@ -157,6 +140,22 @@ def find_protocol(name: str, image_size: tuple[int, int]) -> Protocol:
   if name not in protocols:
     raise UserError(f'there is no protocol {name!r}; choose one of {", ".join(protocols)}')
   return protocols[name]
+
+
+def parse_protocol(name: str, image_size: tuple[int, int], changes: Mapping[str, str]) -> Protocol:
+  """`find_protocol` with parameters changed as people write them: numbers, True, False, None (in any case), or text.
+
+  Raises:
+    ValueError: there is no such protocol or parameter, or it cannot have that value.
+  """
+  return override(find_protocol(name, image_size), {key: _parse(text) for key, text in changes.items()})
+
+
+def _parse(text: str) -> object:
+  try:
+    return ast.literal_eval(text.title() if text.isalpha() else text)
+  except (ValueError, SyntaxError):
+    return text
 
 
 def _check(field: str, value: Any, low: float, high: float | None, kind: type | tuple[type, ...]) -> None:

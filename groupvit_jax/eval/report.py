@@ -1,7 +1,7 @@
-"""A result as one page that needs nothing else: headline, classes, confusions, threshold curve, pictures."""
+"""An HTML page of a result: headline, classes, confusions, threshold curve and images, in one file."""
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import html
 import io
 
@@ -13,11 +13,12 @@ from groupvit_jax.eval.benchmarks import IGNORE_LABEL
 from groupvit_jax.eval.draw import Row
 from groupvit_jax.eval.protocols import Protocol
 from groupvit_jax.eval.result import Result
+from groupvit_jax.model import metrics
 
-MARK = '<!-- made by groupvit_jax/eval.py -->'  # how a page of ours is known
-_LONG_SIDE = 384  # pixels of a picture in the gallery, at most: about what a page shows, so that names stay legible
+MARK = '<!-- made by groupvit_jax/eval.py -->'  # identifies a page of ours
+_LONG_SIDE = 384  # pixels of a tile, at most: about what a page shows, so that names stay legible
 _CONFUSIONS = 12
-_TITLES = {'best': 'Best pictures', 'median': 'Median pictures', 'worst': 'Worst pictures'}
+_TITLES = {'best': 'Best images', 'median': 'Median images', 'worst': 'Worst images'}
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto; max-width: 1500px;
        padding: 0 1rem; }
@@ -45,28 +46,22 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; paddi
 def make_page(
   result: Result, gallery: Mapping[str, Sequence[tuple[str, float, Row]]], curve: np.ndarray | None, settings: str
 ) -> str:
-  """The page.
+  """The page, images included.
 
   Args:
-    result: what was found.
-    gallery: 'best', 'median' and 'worst' to pictures: name, mIoU and what there is to see.
+    result: of an evaluation.
+    gallery: 'best', 'median' and 'worst' to images: name, mIoU and row of tiles.
     curve: of thresholds, uint8 [H, W, 3]; None where none were swept.
-    settings: everything the figures depend on, as text.
-
-  Returns:
-    HTML with pictures inside.
+    settings: everything that the metrics depend on, as text.
   """
-  name = html.escape(result.benchmark.name)
-  protocol = result.protocol
+  title = f'{html.escape(result.benchmark.name)}: mIoU {_percent(result.scores.miou)}'
+  protocol, parameters = html.escape(result.protocol.title), html.escape(', '.join(_parameters(result.protocol)))
+  provenance = html.escape(', '.join(f'{key} {value}' for key, value in result.provenance.items()))
   parts = [
-    f'<h1>{name}: mIoU {_percent(result.scores.miou)}</h1>',
-    f'<p>{result.pictures} pictures, {result.benchmark.num_classes} classes; protocol '
-    f'<b>{html.escape(protocol.title)}</b>: '
-    + html.escape(', '.join(_parameters(protocol)))
-    + '. '
-    + ', '.join(f'{html.escape(key)} {html.escape(value)}' for key, value in result.provenance.items())
-    + '.</p>',
-    '<h2>Beside the published figures</h2>',
+    f'<h1>{title}</h1>',
+    f'<p>{result.images} images, {result.benchmark.num_classes} classes; protocol <b>{protocol}</b>: {parameters}. '
+    f'{provenance}.</p>',
+    '<h2>Beside the published results</h2>',
     _headline(result),
     '<h2>IoU of each class</h2>',
     _bars(result),
@@ -75,26 +70,65 @@ def make_page(
   ]
   if curve is not None:
     parts += ['<h2>Background threshold</h2>', f'<img class="curve" alt="mIoU over the threshold" src="{_uri(curve)}">']
-  for kind, pictures in gallery.items():
-    if pictures:
-      parts += [f'<h2>{_TITLES[kind]}</h2>', *(_strip(*picture, result) for picture in pictures)]
-  parts += ['<h2>Everything the figures depend on</h2>', f'<pre>{html.escape(settings)}</pre>']
+  for kind, images in gallery.items():
+    if images:
+      parts += [f'<h2>{_TITLES[kind]}</h2>', *(_strip(*image, result) for image in images)]
+  parts += ['<h2>Everything the results depend on</h2>', f'<pre>{html.escape(settings)}</pre>']
   return (
     f'<!doctype html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f'<title>{name}: mIoU {_percent(result.scores.miou)}</title><style>{_STYLE}</style></head>\n<body>\n'
-    + '\n'.join(parts)
-    + '\n</body></html>\n'
+    f'<title>{title}</title><style>{_STYLE}</style></head>\n<body>\n' + '\n'.join(parts) + '\n</body></html>\n'
   )
 
 
+def pick_images(miou: Sequence[float], each: int) -> dict[str, list[int]]:
+  """The best, median and worst images, none of them twice.
+
+  Args:
+    miou: of every image, nan where it has none.
+    each: how many of each kind, at most.
+
+  Returns:
+    'best', 'median' and 'worst' to indices; the best ones first, the worst first.
+  """
+  order = [int(i) for i in np.argsort(np.negative(miou), kind='stable') if not np.isnan(miou[i])]
+  each = min(each, -(-len(order) // 3))
+  best = order[:each]
+  worst = [i for i in reversed(order) if i not in best][:each]
+  rest = [i for i in order if i not in best and i not in worst]
+  start = max(len(rest) - each, 0) // 2
+  return {'best': best, 'median': rest[start : start + each], 'worst': worst}
+
+
+def threshold_curve(result: Result) -> np.ndarray:
+  """mIoU over the thresholds of a result, with the one that was used and the best one, uint8 [H, W, 3]."""
+  from matplotlib.figure import Figure  # half a second: only for those who use it
+
+  miou = [100 * metrics.scores_from_counts(counts).miou for counts in result.threshold_counts]
+  rows, used = list(zip(result.thresholds, miou)), (result.protocol.threshold, 100 * result.scores.miou)
+  best = max(rows, key=lambda row: row[1])
+  figure = Figure(figsize=(7, 4), dpi=120, layout='constrained')
+  axes = figure.add_subplot()
+  axes.plot(*zip(*sorted([*rows, used])), marker='.', color='#0077dd')
+  axes.plot(*used, 'o', color='#111111', label=f'used: {used[0]:g}, mIoU {used[1]:.1f}')
+  axes.plot(*best, '*', markersize=13, color='#dd5500', label=f'best of the sweep: {best[0]:g}, mIoU {best[1]:.1f}')
+  title = f'{result.benchmark.name}, {result.images} images, protocol {result.protocol.name}'
+  title += ', changed' * bool(result.protocol.changed)
+  axes.set(xlabel='background threshold', ylabel='mIoU, percent', title=title)
+  axes.grid(alpha=0.3)
+  axes.legend()
+  data = io.BytesIO()
+  figure.savefig(data, format='png')
+  return np.asarray(Image.open(data).convert('RGB'))
+
+
 def _parameters(protocol: Protocol) -> list[str]:
-  """Everything that a protocol says, in words."""
+  """The parameters of a protocol as phrases."""
   kept = 'all classes' if protocol.class_filter is None else f'the {protocol.class_filter} best classes of a window'
   where = 'in each window' if protocol.threshold_mode == 'window' else 'everywhere'
   return [
     f'short side {protocol.short_side} px, long side at most {protocol.max_long_side} px',
-    'averaged where pictures shrink' if protocol.antialias else 'OpenCV’s bilinear resize',
+    'averaged where images shrink' if protocol.antialias else 'OpenCV’s bilinear resize',
     f'windows of {protocol.window} px, stride {protocol.stride}',
     f'{kept}, {"double" if protocol.double_softmax else "plain"} softmax',
     *([] if protocol.threshold is None else [f'background threshold {protocol.threshold:g} {where}']),
@@ -102,35 +136,32 @@ def _parameters(protocol: Protocol) -> list[str]:
   ]
 
 
+def _table_row(texts: Iterable[str], numbers: Iterable[str], *, tag: str = 'td', kind: str = '') -> str:
+  """A row of a table; the numbers are flush right."""
+  cells = [f'<{tag}>{html.escape(text)}</{tag}>' for text in texts]
+  cells += [f'<{tag} class="number">{number}</{tag}>' for number in numbers]
+  opening = f'<tr class="{kind}">' if kind else '<tr>'
+  return f'{opening}{"".join(cells)}</tr>'
+
+
 def _headline(result: Result) -> str:
-  """This result, its bounds, and the papers' figures."""
-  row = lambda text, scores, kind='': (
-    f'<tr class="{kind}"><td>{html.escape(text)}</td>'
-    + ''.join(
-      f'<td class="number">{_percent(value)}</td>'
-      for value in (scores.miou, scores.pixel_accuracy, scores.mean_accuracy)
-    )
-    + '</tr>'
-  )
+  """This result, its bounds, and the published ones."""
+  percents = lambda scores: map(_percent, (scores.miou, scores.pixel_accuracy, scores.mean_accuracy))
   constant, scores = result.constant
-  rows = [row(f'this checkpoint, protocol {result.protocol.title}', result.scores, 'ours')]
+  rows = [
+    _table_row(['percent'], ['mIoU', 'pixel accuracy', 'mean accuracy'], tag='th'),
+    _table_row([f'this checkpoint, protocol {result.protocol.title}'], percents(result.scores), kind='ours'),
+  ]
   if result.oracle is not None:
-    rows.append(row('every segment with its majority label (what naming loses)', result.oracle))
-  rows.append(row(f'everything called “{constant}”', scores))
-  for published in result.benchmark.published:
-    unlike = result.unlike(published)
-    rows.append(
-      f'<tr><td>published: protocol {html.escape(published.protocol)}, GroupViT-S/16 of '
-      f'{html.escape(published.training_data)}{html.escape(f" ({unlike})" * bool(unlike))}</td>'
-      f'<td class="number">{published.miou:.1f}</td>'
-      '<td class="number">–</td><td class="number">–</td></tr>'
-    )
-  head = (
-    '<tr><th>percent</th><th class="number">mIoU</th><th class="number">pixel accuracy</th>'
-    '<th class="number">mean accuracy</th></tr>'
-  )
-  note = '' if result.benchmark.published else '<p class="note">There are no published figures for these classes.</p>'
-  return f'<table>{head}{"".join(rows)}</table>{note}'
+    oracle = 'every segment with its majority label (what naming loses)'
+    rows.append(_table_row([oracle], percents(result.oracle)))
+  rows.append(_table_row([f'everything called “{constant}”'], percents(scores)))
+  for row in result.benchmark.published:
+    unlike = result.unlike(row)
+    text = f'published: protocol {row.protocol}, GroupViT-S/16 of {row.training_data}' + f' ({unlike})' * bool(unlike)
+    rows.append(_table_row([text], [f'{row.miou:.1f}', '–', '–']))
+  note = '' if result.benchmark.published else '<p class="note">There are no published results for these classes.</p>'
+  return f'<table>{"".join(rows)}</table>{note}'
 
 
 def _bars(result: Result) -> str:
@@ -139,20 +170,20 @@ def _bars(result: Result) -> str:
   oracle = np.full(len(iou), np.nan) if result.oracle is None else result.oracle.iou
   bars, absent = [], []
   for label in np.argsort(-np.nan_to_num(iou, nan=-1), kind='stable'):
-    if np.isnan(iou[label]):
-      absent.append(html.escape(result.benchmark.classes[label].strip()))
-      continue
     name, value = html.escape(result.benchmark.classes[label].strip()), iou[label]
-    colour = '#{:02x}{:02x}{:02x}'.format(*result.benchmark.palette[label])
+    colour = draw.hex_colour(result.benchmark.palette[label])
+    if np.isnan(value):
+      absent.append(name)
+      continue
     mark = '' if np.isnan(oracle[label]) else f'<div class="mark" style="left:{100 * oracle[label]:.1f}%"></div>'
     bars.append(
-      f'<div class="bar"><div class="name" title="{name}">{name}</div><div class="track">'
-      f'<div class="fill" style="width:{100 * value:.1f}%;background:{colour}"></div>{mark}</div>'
+      f'<div class="bar"><div class="name" title="{name}">{name}</div><div class="track"><div class="fill" '
+      f'style="width:{100 * value:.1f}%;background:{colour}"></div>{mark}</div>'
       f'<div class="value">{_percent(value)}</div></div>'
     )
   return (
-    f'<div class="bars">{"".join(bars)}</div><p class="note">The mark is what perfect naming of the same '
-    f'segments would give.{" Neither in the truth nor predicted: " * bool(absent)}{", ".join(absent)}</p>'
+    f'<div class="bars">{"".join(bars)}</div><p class="note">The mark is what perfect naming of the same segments '
+    f'would give.{" Neither in the truth nor predicted: " * bool(absent)}{", ".join(absent)}</p>'
   )
 
 
@@ -163,39 +194,27 @@ def _confusions(result: Result) -> str:
   total = wrong.sum()
   if not total:
     return '<p>There are none.</p>'
-  rows = []
+  rows = [_table_row(['is', 'called'], ['% of its pixels', '% of all wrong pixels'], tag='th')]
   for cell in np.argsort(-wrong, axis=None, kind='stable')[:_CONFUSIONS]:
     true, called = np.unravel_index(cell, wrong.shape)
     if wrong[true, called]:
-      names = (html.escape(result.benchmark.classes[label].strip()) for label in (true, called))
+      names = (result.benchmark.classes[label].strip() for label in (true, called))
       shares = (wrong[true, called] / counts[true].sum(), wrong[true, called] / total)
-      rows.append(
-        '<tr>'
-        + ''.join(f'<td>{name}</td>' for name in names)
-        + ''.join(f'<td class="number">{_percent(share)}</td>' for share in shares)
-        + '</tr>'
-      )
-  return (
-    '<table><tr><th>is</th><th>called</th><th class="number">% of its pixels</th>'
-    f'<th class="number">% of all wrong pixels</th></tr>{"".join(rows)}</table>'
-  )
+      rows.append(_table_row(names, map(_percent, shares)))
+  return f'<table>{"".join(rows)}</table>'
 
 
 def _strip(name: str, miou: float, row: Row, result: Result) -> str:
-  """A picture as it came, as it is labelled, and its groups."""
+  """An image, its truth, prediction and groups side by side."""
   row = draw.shrink(row, _LONG_SIDE)
-  palette, names = result.benchmark.palette, result.benchmark.classes
-  overlay = lambda labels: draw.draw_overlay(row.image, labels, palette, names)
-  tiles = [
-    ('input', row.image),
-    ('truth', overlay(row.truth)),
-    ('prediction', overlay(row.prediction)),
-    ('final groups', draw.draw_groups(row.image, row.groups[-1])),
-  ]
+  overlay = lambda labels: draw.draw_overlay(row.image, labels, result.benchmark.palette, result.benchmark.classes)
+  tiles = {'input': row.image, 'truth': overlay(row.truth), 'prediction': overlay(row.prediction)}
+  tiles['final groups'] = draw.draw_groups(row.image, row.groups[-1])
   if len(row.groups) > 1:
-    tiles.append(('first groups', draw.draw_groups(row.image, row.groups[0])))
+    tiles['first groups'] = draw.draw_groups(row.image, row.groups[0])
   figures = ''.join(
-    f'<figure><img alt="{title}" src="{_uri(tile)}"><figcaption>{title}</figcaption></figure>' for title, tile in tiles
+    f'<figure><img alt="{title}" src="{_uri(tile)}"><figcaption>{title}</figcaption></figure>'
+    for title, tile in tiles.items()
   )
   return (
     f'<p>{html.escape(name)}: mIoU {_percent(miou)}</p><div class="strip">{figures}</div>'
@@ -206,20 +225,16 @@ def _strip(name: str, miou: float, row: Row, result: Result) -> str:
 def _legend(row: Row, result: Result) -> str:
   """The colours of the classes in the truth or the prediction, largest first."""
   pixels = np.bincount(np.concatenate([row.truth.ravel(), row.prediction.ravel()]), minlength=IGNORE_LABEL + 1)
-  swatch = lambda colour, name: (
-    '<span><i style="background:#{:02x}{:02x}{:02x}"></i>'.format(*colour) + html.escape(name.strip()) + '</span>'
-  )
-  return ' '.join(
-    swatch(result.benchmark.palette[label], result.benchmark.classes[label])
-    for label in np.argsort(-pixels, kind='stable')
-    if pixels[label] and label != IGNORE_LABEL
-  )
+  shown = [i for i in np.argsort(-pixels, kind='stable') if pixels[i] and i != IGNORE_LABEL]
+  palette, names = result.benchmark.palette, result.benchmark.classes
+  swatch = lambda i: f'<i style="background:{draw.hex_colour(palette[i])}"></i>'
+  return ' '.join(f'<span>{swatch(i)}{html.escape(names[i].strip())}</span>' for i in shown)
 
 
-def _uri(picture: np.ndarray) -> str:
-  """A picture as part of the page."""
+def _uri(image: np.ndarray) -> str:
+  """An image as part of the page."""
   data = io.BytesIO()
-  Image.fromarray(picture).save(data, 'WEBP', quality=85)
+  Image.fromarray(image).save(data, 'WEBP', quality=85)
   return 'data:image/webp;base64,' + base64.b64encode(data.getvalue()).decode()
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation found, as figures, JSON and a table that name the protocol."""
+"""The result of a segmentation evaluation as metrics, JSON and a table, with everything it depends on."""
 
 from collections.abc import Mapping
 import csv
@@ -15,24 +15,24 @@ from groupvit_jax.model import metrics
 from groupvit_jax.model.metrics import SegmentationScores
 
 SCORES = ('miou', 'pixel_accuracy', 'mean_accuracy')
-# What every evaluation of label maps measures, by the names of `Result.scalars`.
-FIGURES = tuple(prefix + name for prefix in ('', 'oracle_', 'constant_') for name in SCORES)
+# Metrics of every segmentation evaluation, as `Result.scalars` names them.
+METRICS = tuple(prefix + name for prefix in ('', 'oracle_', 'constant_') for name in SCORES)
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What an evaluation found, and everything its figures depend on.
+  """Confusion matrices, and everything they depend on.
 
   Attributes:
     benchmark: what was segmented.
     protocol: how, with the threshold that was used.
-    num_images: pictures counted.
+    num_images: images counted.
     counts: confusion matrix [C, C], rows true.
     oracle_counts: the same with every segment named by its majority label; None if not asked for.
     health: grouping health over all windows.
     thresholds: other background thresholds that were counted along.
     threshold_counts: their confusion matrices [T, C, C].
-    provenance: whatever else the figures depend on: checkpoint, step, weights, commit, precision.
+    provenance: checkpoint, step, weights, commit, precision.
   """
 
   benchmark: Benchmark
@@ -62,32 +62,32 @@ class Result:
     return self.benchmark.classes[best], scores
 
   @property
-  def pictures(self) -> str:
-    """How many were counted, and of how many if that is not all of a public benchmark."""
+  def images(self) -> str:
+    """How many images were counted, and of how many if that is not all of a public benchmark."""
     whole = self.benchmark.num_images
     return f'{self.num_images:,} of {whole:,}' if whole not in (0, self.num_images) else f'{self.num_images:,}'
 
   def unlike(self, row: Published) -> str:
-    """What keeps a published figure from being comparable; '' where nothing does."""
+    """The differences from the protocol and images of a published result; '' without any."""
     found = []
     if row.protocol != self.protocol.name:
       found.append('another protocol')
     if self.protocol.changed:
       found.append(f'changed here: {", ".join(self.protocol.changed)}')
     if self.num_images != self.benchmark.num_images:
-      found.append(f'here {self.pictures} pictures')
+      found.append(f'here {self.images} images')
     return '; '.join(found)
 
   def scalars(self) -> dict[str, float]:
-    """Headline figures by name, for logs."""
+    """The metrics by name, for logs."""
     rows = {'': self.scores, 'oracle_': self.oracle, 'constant_': self.constant[1]}
-    figures = {
+    found = {
       prefix + name: getattr(scores, name) for prefix, scores in rows.items() if scores is not None for name in SCORES
     }
-    return figures | dict(self.health)
+    return found | dict(self.health)
 
   def settings(self) -> dict[str, Any]:
-    """What the figures hold for, in short."""
+    """What the metrics hold for, in short."""
     return {
       'num_images': self.num_images,
       'num_images_published': self.benchmark.num_images or None,
@@ -96,7 +96,7 @@ class Result:
     }
 
   def to_json(self) -> dict[str, Any]:
-    """Figures, the protocol with all its parameters, and what they depend on. nan becomes None."""
+    """The metrics, and everything they depend on. nan becomes None."""
     named = lambda values: dict(zip(self.benchmark.classes, map(_number, values)))
     swept = map(metrics.scores_from_counts, self.threshold_counts)
     return {
@@ -126,12 +126,17 @@ class Result:
     return text.getvalue()
 
   def table(self) -> str:
-    """Per-class IoU and the headline figures, in percent, as text."""
+    """Per-class IoU and the headline metrics, in percent, as text."""
     oracle = self.oracle
     width = max(map(len, [*self.benchmark.classes, 'pixel accuracy']))
     row = lambda name, *values: '  '.join([name.ljust(width), *map(_percent, values)])
     columns = lambda pick: [pick(s) for s in (self.scores, oracle) if s is not None]
-    lines = [_describe(self), '', '  '.join([' ' * width, '   IoU', *['oracle'] * bool(oracle)])]
+    parameters = ', '.join(f'{key}={getattr(self.protocol, key)}' for key in PARAMETERS)
+    lines = [
+      f'{self.benchmark.name}, {self.images} images, protocol {self.protocol.title}\n({parameters})',
+      '',
+      '  '.join([' ' * width, '   IoU', *['oracle'] * bool(oracle)]),
+    ]
     for name, *iou in zip(self.benchmark.classes, *columns(lambda s: s.iou)):
       lines.append(row(name, *iou))
     constant, scores = self.constant
@@ -143,13 +148,6 @@ class Result:
       f'everything called {constant!r}: mIoU {scores.miou:.1%}, pixel accuracy {scores.pixel_accuracy:.1%}',
     ]
     return '\n'.join(lines)
-
-
-def _describe(result: Result) -> str:
-  """What the figures of a result hold for, in two lines."""
-  protocol = result.protocol
-  pairs = ', '.join(f'{key}={getattr(protocol, key)}' for key in PARAMETERS)
-  return f'{result.benchmark.name}, {result.pictures} pictures, protocol {protocol.title}\n({pairs})'
 
 
 def _number(value: float) -> float | None:

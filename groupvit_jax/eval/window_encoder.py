@@ -1,19 +1,24 @@
-"""Pictures of any size through the encoder in batches of windows, each window once."""
+"""Encodes the windows of images of any size in batches, each window once; and the groups of whole images.
+
+Shape letters: B windows or images, H W pixels, N tokens, S segments or groups of a stage, E joint embedding, K windows
+of an image.
+"""
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import functools
 from typing import NamedTuple
 
+import cv2
 import jax
 from jax.experimental import multihost_utils
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 import numpy as np
 
 from groupvit_jax.eval.protocols import Protocol
-from groupvit_jax.eval.windows import Picture
+from groupvit_jax.eval.windows import CutImage
 from groupvit_jax.model import segmentation
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.metrics import GroupingHealth
@@ -30,45 +35,31 @@ class WindowBatch(NamedTuple):
   segment_embeds: jax.Array  # [B, S, E], not normalised
   image_embeds: jax.Array  # [B, E], not normalised
   health: GroupingHealth  # over the windows that are no padding
-  num_windows: jax.Array  # [], those windows, of all hosts
+  num_windows: jax.Array  # [], those windows, of all processes
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'mesh'))
 def encode_windows(
   variables: dict, windows: jax.Array, mask: jax.Array, *, model: ImageTextModel, mesh: Mesh
 ) -> WindowBatch:
-  """Segments of a batch of windows.
-
-  Args:
-    variables: of the model.
-    windows: uint8 [B, H, W, 3].
-    mask: int32 [B], 1 for a window, 0 for padding.
-    model: the model.
-    mesh: over which the batch is divided.
-
-  Returns:
-    What is kept, divided like the batch.
-  """
+  """Encodes windows uint8 [B, H, W, 3], of which the int32 mask [B] marks padding with 0; sharded like the batch."""
   out = model.apply(variables, normalize_images(windows), method='encode_segments')
   size, patch = windows.shape[1:3], model.vision.patch_size
   affinity = segmentation.token_affinity(out.assignments)
   segments = segmentation.segment_map(affinity, (size[0] // patch, size[1] // patch), size)
   health = GroupingHealth.from_assignments(out.assignments, mask)
+  constrain = jax.lax.with_sharding_constraint
+  by_row = (segments.astype(jnp.uint8), out.segment_embeds, out.image_embeds)
   return WindowBatch(
-    *_constrain((segments.astype(jnp.uint8), out.segment_embeds, out.image_embeds), sharding.batch_sharding(mesh)),
-    *_constrain((health, mask.sum()), sharding.replicated(mesh)),
+    *constrain(by_row, sharding.batch_sharding(mesh)), *constrain((health, mask.sum()), sharding.replicated(mesh))
   )
 
 
-def _constrain(tree: tuple, place: NamedSharding) -> tuple:
-  return jax.lax.with_sharding_constraint(tree, place)
-
-
 @dataclasses.dataclass
-class EncodedPicture:
-  """A picture of which all windows have been through the encoder; it knows no classes yet."""
+class EncodedWindows:
+  """The encoded windows of an image; it knows no classes yet."""
 
-  picture: Picture
+  image: CutImage
   segments: list[np.ndarray]  # K of [H, W], uint8
   segment_embeds: list[np.ndarray]  # K of [S, E]
   image_embeds: list[np.ndarray]  # K of [E]
@@ -77,18 +68,18 @@ class EncodedPicture:
 
 @dataclasses.dataclass(frozen=True)
 class WindowEncoder:
-  """Encodes the windows of many pictures in batches of one size.
+  """Encodes the windows of many images in batches of one size.
 
-  Windows of several pictures share a batch, and the next batch is dispatched before the last one is
-  fetched. All hosts run the same batches, each with windows of its own pictures, until none has
-  any left. A picture lower or narrower than a window has windows of its own size, which cost a
-  compilation; with several hosts they wait until the rest is done.
+  Windows of several images share a batch, and the next batch is dispatched before the last one is fetched. All
+  processes run the same batches, each with windows of its own images, until none has any left. An image lower or
+  narrower than a window has windows of its own size, which cost a compilation; with several processes they wait until
+  the rest is done.
 
   Attributes:
     model: the model.
-    protocol: how pictures are cut.
-    mesh: the devices of all hosts.
-    batch_size: windows per batch, of all hosts.
+    protocol: how images are cut.
+    mesh: the devices of all processes.
+    batch_size: windows per batch, of all processes.
   """
 
   model: ImageTextModel
@@ -99,22 +90,18 @@ class WindowEncoder:
   def __post_init__(self):
     sharding.check_batch_size('eval batch_size', self.batch_size, self.mesh)
 
-  def encode(self, variables: dict, pictures: Iterable[Picture]) -> Iterator[EncodedPicture | GroupingHealth]:
-    """Encodes this host's pictures.
-
-    Args:
-      variables: of the model.
-      pictures: cut into windows.
+  def encode(self, variables: dict, images: Iterable[CutImage]) -> Iterator[EncodedWindows | GroupingHealth]:
+    """Encodes this process's images.
 
     Yields:
-      Pictures, in about the order in which they came; and for each batch its grouping health.
+      Encoded images, in about the order in which they came; and the grouping health of each batch.
     """
     batches = _Batches(self, variables)
     square = (self.protocol.window,) * 2
     alone = jax.process_count() == 1
-    for picture in pictures:
-      batches.add(picture)
-      size = picture.window_size
+    for image in images:
+      batches.add(image)
+      size = image.window_size
       while (size == square or alone) and batches.full(size):
         yield from batches.run(size)
     yield from batches.drain(square)
@@ -129,21 +116,21 @@ class _Batches:
     self._encode = functools.partial(encode_windows, variables, model=encoder.model, mesh=encoder.mesh)
     self._mesh = encoder.mesh
     self._rows = len(sharding.process_local_rows(encoder.batch_size, encoder.mesh))
-    self._waiting: dict[Size, list[tuple[EncodedPicture, int]]] = collections.defaultdict(list)
+    self._waiting: dict[Size, list[tuple[EncodedWindows, int]]] = collections.defaultdict(list)
     self._running: collections.deque[tuple[list, WindowBatch]] = collections.deque()
 
-  def add(self, picture: Picture) -> None:
-    """Queues the windows of a picture."""
-    count = len(picture.windows)
-    encoded = EncodedPicture(picture, [None] * count, [None] * count, [None] * count, count)
-    self._waiting[picture.window_size] += [(encoded, k) for k in range(count)]
+  def add(self, image: CutImage) -> None:
+    """Queues the windows of an image."""
+    count = len(image.windows)
+    encoded = EncodedWindows(image, [None] * count, [None] * count, [None] * count, count)
+    self._waiting[image.window_size] += [(encoded, k) for k in range(count)]
 
   def full(self, size: Size) -> bool:
     """Whether a batch of windows of that size could run without padding."""
     return len(self._waiting[size]) >= self._rows
 
   def odd_sizes(self) -> list[Size]:
-    """Sizes of the windows that still wait on any host, in an order that all hosts share."""
+    """Sizes of the windows that still wait on any process, in an order that all processes share."""
     sizes = sorted(size for size, queue in self._waiting.items() if queue)
     if jax.process_count() == 1:
       return sizes
@@ -153,28 +140,28 @@ class _Batches:
     everywhere = multihost_utils.process_allgather(padded).reshape(-1, 2)
     return sorted({tuple(size) for size in everywhere.tolist()} - {none})
 
-  def run(self, size: Size) -> Iterator[EncodedPicture | GroupingHealth]:
+  def run(self, size: Size) -> Iterator[EncodedWindows | GroupingHealth]:
     """Starts a batch, padded if need be, and fetches the one before."""
     queue = self._waiting[size]
-    jobs, self._waiting[size] = queue[: self._rows], queue[self._rows :]
+    batch, self._waiting[size] = queue[: self._rows], queue[self._rows :]
     windows = np.zeros((self._rows, *size, 3), np.uint8)
-    for row, (encoded, k) in zip(windows, jobs):
-      row[:] = encoded.picture.windows[k]
-    mask = (np.arange(self._rows) < len(jobs)).astype(np.int32)
+    for row, (encoded, k) in zip(windows, batch):
+      row[:] = encoded.image.windows[k]
+    mask = (np.arange(self._rows) < len(batch)).astype(np.int32)
     windows, mask = (sharding.make_global_array(rows, self._mesh) for rows in (windows, mask))
-    batch = self._encode(windows, mask)
-    sharding.synchronize(batch, self._mesh)
-    self._running.append((jobs, batch))
+    out = self._encode(windows, mask)
+    sharding.synchronize(out, self._mesh)
+    self._running.append((batch, out))
     if len(self._running) > 1:
       yield from self._fetch()
 
-  def drain(self, size: Size) -> Iterator[EncodedPicture | GroupingHealth]:
-    """Runs what waits, padded, until no host has windows of that size; fetches everything."""
+  def drain(self, size: Size) -> Iterator[EncodedWindows | GroupingHealth]:
+    """Runs what waits, padded, until no process has windows of that size; fetches everything."""
     if jax.process_count() == 1:
       while self._waiting[size]:
         yield from self.run(size)
     else:
-      # Every host sees the same counts, so all of them stop after the same batch.
+      # Every process sees the same counts, so all of them stop after the same batch.
       before = None
       while True:
         yield from self.run(size)
@@ -184,12 +171,12 @@ class _Batches:
     while self._running:
       yield from self._fetch()
 
-  def _fetch(self) -> Iterator[EncodedPicture | GroupingHealth]:
-    """Hands the oldest running batch back to its pictures."""
-    jobs, batch = self._running.popleft()
-    yield jax.tree.map(np.asarray, batch.health)
-    rows = zip(*map(_local_rows, (batch.segments, batch.segment_embeds, batch.image_embeds)))
-    for (encoded, k), row in zip(jobs, rows):
+  def _fetch(self) -> Iterator[EncodedWindows | GroupingHealth]:
+    """Hands the oldest running batch back to its images."""
+    batch, out = self._running.popleft()
+    yield jax.tree.map(np.asarray, out.health)
+    rows = zip(*map(_local_rows, (out.segments, out.segment_embeds, out.image_embeds)))
+    for (encoded, k), row in zip(batch, rows):
       encoded.segments[k], encoded.segment_embeds[k], encoded.image_embeds[k] = row
       encoded.missing -= 1
       if not encoded.missing:
@@ -197,6 +184,56 @@ class _Batches:
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:
-  """This host's rows of an array divided over its first axis; copies on other devices are left."""
+  """This process's rows of an array sharded over its first axis; copies on other devices are left out."""
   shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'mesh'))
+def encode_groups(variables: dict, images: jax.Array, *, model: ImageTextModel, mesh: Mesh) -> tuple[jax.Array, ...]:
+  """Per grouping stage the affinity of tokens to groups [B, N, S], of images uint8 [B, H, W, 3]."""
+  out = model.apply(variables, normalize_images(images), method='encode_segments')
+  stages = range(1, len(out.assignments) + 1)
+  affinities = tuple(segmentation.token_affinity(out.assignments[:i]) for i in stages)
+  return jax.lax.with_sharding_constraint(affinities, sharding.replicated(mesh))
+
+
+def group_maps(
+  model: ImageTextModel, variables: dict, images: Sequence[np.ndarray], window: int, mesh: Mesh
+) -> list[tuple[np.ndarray, ...]]:
+  """The group of each pixel, per grouping stage, as the paper's figures show them.
+
+  A label map averages overlapping windows, whose groups do not correspond. Here the model sees the whole image at once,
+  resized to one window; an image of a window's size has the groups of its label map.
+
+  Args:
+    model: the model.
+    variables: of the model, on the mesh.
+    images: B of uint8 [H, W, 3], of any sizes; the same on every process.
+    window: side of the square that images are resized to. Compiled once per B and window.
+    mesh: the devices.
+
+  Returns:
+    For each image, per grouping stage, uint8 [H, W]; the final segments come last.
+  """
+  # Area averaging where an image shrinks: bilinear would skip pixels.
+  method = lambda image: cv2.INTER_AREA if min(image.shape[:2]) > window else cv2.INTER_LINEAR
+  squares = np.stack([cv2.resize(image, (window, window), interpolation=method(image)) for image in images])
+  stages = [np.asarray(stage) for stage in encode_groups(variables, squares, model=model, mesh=mesh)]
+  side = window // model.vision.patch_size
+  return [
+    tuple(_upsample(stage[index].reshape(side, side, -1), image.shape[:2]) for stage in stages)
+    for index, image in enumerate(images)
+  ]
+
+
+def _upsample(affinity: np.ndarray, size: Size) -> np.ndarray:
+  """Argmax of [rows, columns, S], bilinear at `size`, one group at a time: images may be large."""
+  best = np.full(size, -np.inf, np.float32)
+  groups = np.zeros(size, np.uint8)
+  for index in range(affinity.shape[-1]):
+    plane = np.ascontiguousarray(affinity[:, :, index])
+    plane = cv2.resize(plane, size[::-1], interpolation=cv2.INTER_LINEAR)
+    groups[plane > best] = index
+    np.maximum(best, plane, out=best)
+  return groups

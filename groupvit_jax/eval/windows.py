@@ -1,11 +1,6 @@
-"""From a picture to the windows a model sees: resizing and cutting, on the host."""
+"""Resizes an image and cuts it into the windows that a model sees."""
 
-import collections
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 import dataclasses
-import os
-from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -13,27 +8,24 @@ import numpy as np
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.protocols import Protocol
 
-_MOST_THREADS = 16  # more pictures a second than these decode, no accelerator labels; each holds two pictures
-
-T = TypeVar('T')
-R = TypeVar('R')
-
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-  """A picture cut into windows.
+class CutImage:
+  """An image cut into windows.
 
   Attributes:
     key: its name.
-    original: rows and columns as it came.
+    index: its number in its source.
+    original: rows and columns before resizing.
     resized: rows and columns after resizing.
-    tops: first row of each of the K windows in the resized picture.
+    tops: first row of each of the K windows in the resized image.
     lefts: first column of each.
     windows: uint8 [K, H, W, 3].
-    label: uint8 [rows, columns] as it came, 255 to ignore; None where there is none.
+    label: uint8 label map [rows, columns] of the original size, 255 to ignore; None where there is none.
   """
 
   key: str
+  index: int
   original: tuple[int, int]
   resized: tuple[int, int]
   tops: tuple[int, ...]
@@ -48,7 +40,7 @@ class Picture:
 
 
 def resized_size(height: int, width: int, protocol: Protocol, patch_size: int) -> tuple[int, int]:
-  """Rows and columns of a picture after resizing.
+  """Rows and columns of an image after resizing.
 
   The short side becomes `protocol.short_side` unless the long side would pass its bound; the aspect
   ratio is kept, rounded half up as mmcv does. A side never shrinks below one patch.
@@ -65,63 +57,25 @@ def window_starts(length: int, protocol: Protocol) -> list[int]:
   return [min(i * protocol.stride, max(length - protocol.window, 0)) for i in range(count)]
 
 
-def cut_picture(
-  image: np.ndarray, protocol: Protocol, patch_size: int, *, key: str, label: np.ndarray | None = None
-) -> Picture:
-  """Resizes a picture and cuts it into windows.
-
-  Args:
-    image: uint8 [rows, columns, 3].
-    protocol: sizes.
-    patch_size: of the model, in pixels.
-    key: name of the picture, for messages.
-    label: uint8 [rows, columns], or None.
-
-  Returns:
-    The picture.
+def cut_image(
+  image: np.ndarray, protocol: Protocol, patch_size: int, *, key: str, index: int = 0, label: np.ndarray | None = None
+) -> CutImage:
+  """Resizes an image, uint8 [rows, columns, 3], and cuts it into windows.
 
   Raises:
     ValueError: the image is not 8-bit RGB, or its label map is of another size.
   """
   if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-    raise UserError(f'picture {key!r} is {image.dtype} {image.shape}; make it uint8 [H, W, 3]')
+    raise UserError(f'image {key!r} is {image.dtype} {image.shape}; make it uint8 [H, W, 3]')
   height, width = image.shape[:2]
   if label is not None and label.shape != (height, width):
-    raise UserError(f'picture {key!r} is {height} x {width} px, its label map {label.shape}; make them one size')
+    raise UserError(f'image {key!r} is {height} x {width} px, its label map {label.shape}; make them one size')
   rows, columns = resized_size(height, width, protocol, patch_size)
-  # Published figures are made with OpenCV's bilinear; Pillow's, called so too, antialiases.
+  # Published results use OpenCV's bilinear resize; Pillow's bilinear antialiases.
   shrinks = protocol.antialias and rows < height
-  method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-  resized = cv2.resize(image, (columns, rows), interpolation=method)
+  resized = cv2.resize(image, (columns, rows), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
   starts = [(y, x) for y in window_starts(rows, protocol) for x in window_starts(columns, protocol)]
   side = protocol.window
   windows = np.stack([resized[y : y + side, x : x + side] for y, x in starts])
   tops, lefts = zip(*starts)
-  return Picture(key, (height, width), (rows, columns), tops, lefts, windows, label)
-
-
-def decode_threads() -> int:
-  """Threads that decode and resize pictures ahead of the devices: one for each core, within reason."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  return min(cores, _MOST_THREADS)
-
-
-def prefetch(make: Callable[[T], R], items: Iterable[T], *, num_threads: int) -> Iterator[R]:
-  """`map(make, items)` in order, with threads that work ahead; 0 threads work in the caller.
-
-  At most two results per thread wait, which bounds the memory.
-  """
-  if not num_threads:
-    yield from map(make, items)
-    return
-  waiting: collections.deque[Future[R]] = collections.deque()
-  with ThreadPoolExecutor(num_threads) as pool:
-    try:
-      for item in items:
-        waiting.append(pool.submit(make, item))
-        if len(waiting) > 2 * num_threads:
-          yield waiting.popleft().result()
-      while waiting:
-        yield waiting.popleft().result()
-    finally:
-      pool.shutdown(cancel_futures=True)
+  return CutImage(key, index, (height, width), (rows, columns), tops, lefts, windows, label)

@@ -1,15 +1,15 @@
-"""Zero-shot classification: a model, pictures and class names in, top-1 and top-5 accuracy out.
+"""Zero-shot classification: a model, images and class names in, top-1 and top-5 accuracy out.
 
-A class is the mean of its name's embeddings in every template of a set, normalised; a picture's class is the nearest.
+A class is the mean of its name's embeddings in every template of a set, normalised; an image's class is the nearest.
+Shape letters: B images, H W pixels, C classes, E joint embedding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
-from typing import Protocol as Interface
 
 import jax
 import jax.numpy as jnp
@@ -21,54 +21,44 @@ from groupvit_jax.data import prompts
 from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval import semantic_seg, windows
-from groupvit_jax.eval.bad_images import PictureFaults
+from groupvit_jax.eval.class_embeddings import embed_classes
+from groupvit_jax.eval.labelled import ClassifiedSource, IMAGENET
+from groupvit_jax.eval.prefetch import BadImages, decode_threads, prefetch
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding
 
-IMAGENET = 'imagenet'
-# The published figures' (reference section 5): seven templates; `full` has all 80.
+# Those of the published accuracies (reference section 5): seven templates; `full` has all 80.
 TEMPLATES = 'subset'
 PUBLISHED = {'gcc_yfcc': 43.7, 'gcc_redcaps': 51.6}
 NUM_IMAGES = 50_000  # that these are about
 NO_PROTOCOL = f'{IMAGENET} has neither label maps nor windows; of the parts of a protocol it has templates alone'
-FIGURES = ('top1', 'top5')  # what every evaluation measures
+METRICS = ('top1', 'top5')  # of every evaluation
 _FILE = Path(__file__).with_name('imagenet_zero_shot.json')
-_NONE = -1  # label of padding
-_PICTURES_PER_DEVICE = 64  # that are classified at a time
+_PADDING = -1  # as a label
+_IMAGES_PER_DEVICE = 64  # in a batch
 _TOP = 5
 
 
-class ClassifiedSource(Interface):
-  """Random access to pictures with a class."""
-
-  def __len__(self) -> int: ...
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': int, 'key': name}."""
-    ...
-
-
 class Hits(NamedTuple):
-  """Counts over pictures that are no padding."""
+  """Counts over the images of a batch that are no padding."""
 
   top1: jax.Array  # []
   top5: jax.Array  # []
-  pictures: jax.Array  # []
+  images: jax.Array  # []
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What an evaluation found, and everything its figures depend on.
+  """Accuracies, and everything that they depend on.
 
   Attributes:
-    num_images: pictures counted.
+    num_images: images counted.
     num_classes: C.
     top1: share whose class is the nearest.
     top5: share whose class is among the five nearest.
-    protocol: how pictures and names were prepared.
-    provenance: whatever else the figures depend on: checkpoint, step, weights, commit, precision.
+    protocol: how images and names were prepared.
+    provenance: whatever else they depend on: checkpoint, step, weights, commit, precision.
   """
 
   num_images: int
@@ -79,11 +69,11 @@ class Result:
   provenance: Mapping[str, str]
 
   def scalars(self) -> dict[str, float]:
-    """The figures by name, for logs."""
-    return dict(zip(FIGURES, (self.top1, self.top5)))
+    """The metrics by name, for logs."""
+    return dict(zip(METRICS, (self.top1, self.top5)))
 
   def settings(self) -> dict[str, Any]:
-    """What the figures hold for, in short."""
+    """What the metrics hold for, in short."""
     return {
       'num_images': self.num_images,
       'num_images_published': NUM_IMAGES,
@@ -92,7 +82,7 @@ class Result:
     }
 
   def to_json(self) -> dict[str, Any]:
-    """Figures and what they depend on."""
+    """The metrics, and what they depend on."""
     return {
       'benchmark': IMAGENET,
       **self.settings(),
@@ -103,21 +93,19 @@ class Result:
     }
 
   def table(self) -> str:
-    """The figures, in percent, as text."""
+    """The metrics in percent, and the published ones."""
     pairs = ', '.join(f'{key}={value}' for key, value in self.protocol.items())
-    pictures = f'{self.num_images:,}' if self.num_images == NUM_IMAGES else f'{self.num_images:,} of {NUM_IMAGES:,}'
-    unlike = ['other templates'] * (self.protocol['templates'] != TEMPLATES)
-    unlike += [f'here {pictures} pictures'] * (self.num_images != NUM_IMAGES)
+    images = f'{self.num_images:,}' if self.num_images == NUM_IMAGES else f'{self.num_images:,} of {NUM_IMAGES:,}'
+    differences = ['other templates'] * (self.protocol['templates'] != TEMPLATES)
+    differences += [f'here {images} images'] * (self.num_images != NUM_IMAGES)
+    published = [f'published (GroupViT-S/16 of {data}): top-1 {value:.1f}' for data, value in PUBLISHED.items()]
     return '\n'.join(
       [
-        f'{IMAGENET}, {pictures} pictures, {self.num_classes} classes\n({pairs})',
+        f'{IMAGENET}, {images} images, {self.num_classes} classes\n({pairs})',
         '',
         f'top-1  {self.top1:6.1%}',
         f'top-5  {self.top5:6.1%}',
-        *(
-          '; '.join([f'published (GroupViT-S/16 of {data}): top-1 {value:.1f}', *unlike])
-          for data, value in PUBLISHED.items()
-        ),
+        *('; '.join([line, *differences]) for line in published),
       ]
     )
 
@@ -127,8 +115,8 @@ def class_names() -> tuple[str, ...]:
   return tuple(json.loads(_FILE.read_text())['classes'])
 
 
-def crop_picture(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """The middle of a picture resized so that its short side is 8/7 of the crop's: bicubic, as Pillow does it.
+def crop_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """The middle of an image whose short side is resized to 8/7 of the crop's: bicubic, as Pillow does it.
 
   Args:
     image: uint8 [rows, columns, 3].
@@ -160,31 +148,28 @@ def count_hits(
     labels: int32 [B], -1 for padding.
     text_embeds: [C, E], unit vectors, C at least 5.
     model: the model.
-    mesh: over which the batch is divided.
-
-  Returns:
-    Counts, on every device.
+    mesh: over which the batch is sharded.
   """
   embeds = model.apply(variables, normalize_images(images), method='encode_image').embeds
-  # Neither the picture's norm nor the temperature changes an order.
+  # Neither the image's norm nor the temperature changes an order.
   _, nearest = jax.lax.top_k(jnp.einsum('be,ce->bc', embeds, text_embeds, precision='highest'), _TOP)
   right = (nearest == labels[:, None]).astype(jnp.int32)
-  hits = Hits(right[:, 0].sum(), right.sum(), (labels != _NONE).astype(jnp.int32).sum())
+  hits = Hits(right[:, 0].sum(), right.sum(), (labels != _PADDING).astype(jnp.int32).sum())
   return jax.lax.with_sharding_constraint(hits, sharding.replicated(mesh))
 
 
 @dataclasses.dataclass(frozen=True)
 class ZeroShotEvaluator:
-  """Classifies pictures, as often as asked for. Compiles at the first call only.
+  """Classifies images, as often as asked for. Compiles at the first call only.
 
   Attributes:
     model: the model.
     tokenizer: of the model.
     mesh: where the variables live.
-    source: the pictures.
+    source: the images.
     names: C class names, at least 5.
     templates: name of a template set.
-    batch_size: of all hosts.
+    batch_size: of all processes.
     num_threads: threads that decode and resize ahead of the devices.
   """
 
@@ -201,34 +186,28 @@ class ZeroShotEvaluator:
     sharding.check_batch_size('eval batch_size', self.batch_size, self.mesh)
     prompts.template_set(self.templates)  # raises ValueError if there is none
     if not len(self.source) or len(self.names) < _TOP:
-      raise UserError(f'there are {len(self.source)} pictures of {len(self.names)} classes; it takes 1 of {_TOP}')
+      raise UserError(f'there are {len(self.source)} images of {len(self.names)} classes; it takes 1 of {_TOP}')
 
   def evaluate(self, variables: dict, *, provenance: Mapping[str, str] | None = None) -> Result:
-    """Classifies all pictures; every host takes its share, and has the same result.
-
-    Args:
-      variables: {'params': ..., 'batch_stats': ...}, on the mesh.
-      provenance: what else to name in the result.
+    """Classifies all images; every process takes its share, and has the same result.
 
     Raises:
-      PictureFault: a picture cannot be decoded, or its class is none; on every host, whichever has met it.
+      BadImage: an image cannot be decoded, or its class is none; on every process, whichever has met it.
     """
-    texts = semantic_seg.embed_classes(self.model, variables, self.tokenizer, self.names, self.templates)
+    texts = embed_classes(self.model, variables, self.tokenizer, self.names, self.templates)
     texts = jax.device_put(texts, sharding.replicated(self.mesh))
-    hosts = jax.process_count()
-    mine, faults = range(jax.process_index(), len(self.source), hosts), PictureFaults()
-    prepared = windows.prefetch(faults.guard(self._prepare), mine, num_threads=self.num_threads)
-    pictures = (picture for picture in prepared if picture is not None)
-    total, waiting = np.zeros(3, np.int64), None
+    mine, bad_images = range(jax.process_index(), len(self.source), jax.process_count()), BadImages()
+    read = prefetch(bad_images.guard(self._read), mine, num_threads=self.num_threads)
+    images = (image for image in read if image is not None)
+    total, running = np.zeros(3, np.int64), None
     for _ in range(-(-len(self.source) // self.batch_size)):
-      images, labels = self._batch(pictures)
-      hits = count_hits(variables, images, labels, texts, model=self.model, mesh=self.mesh)
+      hits = count_hits(variables, *self._batch(images), texts, model=self.model, mesh=self.mesh)
       sharding.synchronize(hits, self.mesh)
-      if waiting is not None:  # while this batch runs
-        total += np.array(jax.device_get(waiting))
-      waiting = hits
-    total += np.array(jax.device_get(waiting))
-    faults.check()
+      if running is not None:  # while this batch runs
+        total += np.array(jax.device_get(running))
+      running = hits
+    total += np.array(jax.device_get(running))
+    bad_images.check()
     size = tuple(self.model.vision.image_size)
     protocol = dict(
       name=IMAGENET,
@@ -238,37 +217,29 @@ class ZeroShotEvaluator:
       templates=self.templates,
       class_names='clip',
     )
-    return Result(
-      len(self.source),
-      len(self.names),
-      float(total[0] / total[2]),
-      float(total[1] / total[2]),
-      protocol,
-      provenance or {},
-    )
+    top1, top5 = (float(hits / total[2]) for hits in total[:2])
+    return Result(len(self.source), len(self.names), top1, top5, protocol, provenance or {})
 
-  def _prepare(self, index: int) -> tuple[np.ndarray, int]:
+  def _read(self, index: int) -> tuple[np.ndarray, int]:
     record = self.source[index]
     if not 0 <= record['label'] < len(self.names):
       raise UserError(f'{record["key"]} has the class {record["label"]}; there are 0 to {len(self.names) - 1}')
-    return crop_picture(read_image(record['image'], record['key']), self.model.vision.image_size), record['label']
+    return crop_image(read_image(record['image'], record['key']), self.model.vision.image_size), record['label']
 
-  def _batch(self, pictures: Any) -> tuple[jax.Array, jax.Array]:
-    """The next pictures of this host, padded, as its part of a batch."""
+  def _batch(self, classified: Iterator[tuple[np.ndarray, int]]) -> tuple[jax.Array, ...]:
+    """The next images and labels of this process, padded, as its part of a batch."""
     rows = len(sharding.process_local_rows(self.batch_size, self.mesh))
-    images, labels = np.zeros((rows, *self.model.vision.image_size, 3), np.uint8), np.full(rows, _NONE, np.int32)
-    for row in range(rows):
-      found = next(pictures, None)
-      if found is None:
-        break
-      images[row], labels[row] = found
+    images, labels = np.zeros((rows, *self.model.vision.image_size, 3), np.uint8), np.full(rows, _PADDING, np.int32)
+    for row, (image, label) in zip(range(rows), classified):
+      images[row], labels[row] = image, label
     return tuple(sharding.make_global_array(array, self.mesh) for array in (images, labels))
 
 
 def build_evaluator(
   model: ImageTextModel, tokenizer: Tokenizer, mesh: Mesh, source: ClassifiedSource, templates: str
 ) -> ZeroShotEvaluator:
-  """What classifies pictures into ImageNet's classes. Raises ValueError if there is no such set of templates."""
-  batch_size = _PICTURES_PER_DEVICE * sharding.data_parallel_size(mesh)
-  threads = windows.decode_threads()
-  return ZeroShotEvaluator(model, tokenizer, mesh, source, class_names(), templates, batch_size, threads)
+  """Classifies images into ImageNet's classes. Raises ValueError if there is no such set of templates."""
+  batch_size = _IMAGES_PER_DEVICE * sharding.data_parallel_size(mesh)
+  return ZeroShotEvaluator(
+    model, tokenizer, mesh, source, class_names(), templates, batch_size, num_threads=decode_threads()
+  )

@@ -12,12 +12,12 @@ from groupvit_jax.data import pipeline
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.eval import draw as visualize
-from groupvit_jax.eval import groups, zero_shot
-from groupvit_jax.eval.bad_images import PictureFault
-from groupvit_jax.eval.evaluator import Evaluator
+from groupvit_jax.eval import zero_shot
+from groupvit_jax.eval.evaluator import build_scene_evaluator, Evaluator
+from groupvit_jax.eval.prefetch import BadImage
 from groupvit_jax.eval.protocols import native_protocol
 from groupvit_jax.eval.result import Result
-from groupvit_jax.eval.scenes import SceneEvaluator
+from groupvit_jax.eval.window_encoder import group_maps
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import processes
 from groupvit_jax.running.interrupts import Interrupts, Preempted
@@ -63,8 +63,8 @@ def schedule(
     mesh: the devices on which its variables live, each with pictures of its own.
   """
   if config.data.source == 'scenes':
-    scenes = SceneEvaluator(config, model, tokenizer, mesh)
-    found = [Scheduled(SCENES, config.eval.every_steps, scenes.evaluate, scenes.pictures)]
+    scenes = build_scene_evaluator(config, model, tokenizer, mesh)
+    found = [Scheduled(SCENES, config.eval.every_steps, scenes.evaluate, scenes.panel)]
   else:
     examples = pipeline.build_examples(config, source, tokenizer, first_batch=0)
     drawer = _TrainingPictures(examples, model, mesh)
@@ -130,7 +130,7 @@ class RunEvals:
       except Preempted:
         self._log.say(f'{each.name} after step {step} left for a signal')
         return not any(other.evaluate for other in due[place:])
-      except PictureFault as fault:
+      except BadImage as fault:
         self._log.say(f'{each.name} after step {step} left out: {fault}')
       if panel is not None:
         self._log.picture(step, each.name if result is None else f'eval/{each.name}', panel)
@@ -165,6 +165,6 @@ class _TrainingPictures:
     if not self._images:
       self._images = [self._examples.preview(i).image for i in range(min(_SHOWN, len(self._examples)))]
     window = native_protocol(tuple(self._model.vision.image_size)).window
-    maps = groups.group_maps(self._model, variables, self._images, window, self._mesh)
+    maps = group_maps(self._model, variables, self._images, window, self._mesh)
     rows = [visualize.Row(image, None, None, stages) for image, stages in zip(self._images, maps, strict=True)]
     return visualize.draw_panel(rows, (), ())

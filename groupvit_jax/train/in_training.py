@@ -8,9 +8,10 @@ import ml_collections
 
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval import classified, labelled, protocols, windows, zero_shot
+from groupvit_jax.eval import labelled, protocols, zero_shot
 from groupvit_jax.eval.evaluator import Evaluator
-from groupvit_jax.eval.result import FIGURES
+from groupvit_jax.eval.prefetch import decode_threads
+from groupvit_jax.eval.result import METRICS
 from groupvit_jax.eval.zero_shot import ZeroShotEvaluator
 from groupvit_jax.model.image_text import ImageTextModel
 
@@ -40,7 +41,7 @@ class OpenedEval:
   @property
   def figures(self) -> tuple[str, ...]:
     """Names of what is measured."""
-    return zero_shot.FIGURES if self.benchmark is None else FIGURES
+    return zero_shot.METRICS if self.benchmark is None else METRICS
 
   def build(
     self, model: ImageTextModel, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
@@ -48,7 +49,7 @@ class OpenedEval:
     """An evaluator, whose `evaluate(variables).scalars()` are the figures; it compiles at the first call only."""
     if self.benchmark is None:
       return zero_shot.build_evaluator(model, tokenizer, mesh, self.source, self.templates)
-    return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, windows.decode_threads())
+    return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, decode_threads())
 
 
 def open_evals(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> tuple[OpenedEval, ...]:
@@ -73,7 +74,7 @@ def check_best(metric: str, evals: Sequence[OpenedEval], others: Sequence[str]) 
     evals: that a run has.
     others: names of further ones, of label maps.
   """
-  measured = {each.name: each.figures for each in evals} | {name: FIGURES for name in others}
+  measured = {each.name: each.figures for each in evals} | {name: METRICS for name in others}
   if metric and not any(metric == prefix(name) + figure for name, found in measured.items() for figure in found):
     known = ', '.join(f'{prefix(name)}{{{",".join(found)}}}' for name, found in measured.items())
     raise UserError(
@@ -104,10 +105,10 @@ def _check(name: str, entry: Mapping[str, object]) -> bool:
 
 def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -> OpenedEval:
   try:
-    if entry['benchmark'] == zero_shot.IMAGENET:
+    if entry['benchmark'] == labelled.IMAGENET:
       if entry['protocol'] or set(entry['changes']) - {'templates'}:
         raise UserError(zero_shot.NO_PROTOCOL)
-      source = labelled.take(classified.open_imagenet(entry['data_dir']), entry['num_pictures'])
+      source = labelled.take(labelled.open_imagenet(entry['data_dir']), entry['num_pictures'])
       templates = dict(entry['changes']).get('templates', zero_shot.TEMPLATES)
       return OpenedEval(name, entry['every_steps'], None, source, None, templates)
     benchmark, source = labelled.open_benchmark(entry['benchmark'], entry['data_dir'], entry['num_pictures'])

@@ -10,8 +10,8 @@ from PIL import Image
 import pytest
 
 from groupvit_jax.commands import score
-from groupvit_jax.commands.request import Request
-from groupvit_jax.eval import image_scores, labelled, protocols
+from groupvit_jax.commands.score import Request
+from groupvit_jax.eval import labelled, protocols
 from groupvit_jax.eval import report as html_report
 from groupvit_jax.model import metrics
 from groupvit_jax.prepare import __main__ as build
@@ -73,7 +73,7 @@ def test_every_benchmark_by_its_published_protocol(name, data_dir, tmp_path, cap
     report = json.loads((tmp_path / 'results.json').read_text())
   else:
     report, table = evaluate(name, data_dir, tmp_path, masks=True), capsys.readouterr().out
-  published, pictures = report['published'][0]['protocol'], f'3 of {report["num_images_published"]:,} pictures'
+  published, pictures = report['published'][0]['protocol'], f'3 of {report["num_images_published"]:,} images'
   assert report['complete'] and report['num_images'] == 3 and report['benchmark'] == name
   assert report['protocol']['name'] == published and report['protocol']['changed'] == list(SMALL)
   assert (report['protocol']['threshold'] is not None) == report['background']
@@ -136,7 +136,7 @@ def test_every_result_names_what_it_depends_on(swept):
     assert found['templates'] == ['a photo of a {}.'] and found['class_names'] == ['dog', 'grass']
     assert found['num_images'] == 3 and found['benchmark'] == data.name
   lines, page = table.splitlines(), (output / 'report.html').read_text()
-  assert lines[0] == f'{data.name}, 3 pictures, protocol groupvit with ' + ', '.join(
+  assert lines[0] == f'{data.name}, 3 images, protocol groupvit with ' + ', '.join(
     f'{key}={value}' for key, value in (SMALL | {'threshold': 0.3}).items()
   )
   assert lines[1] == '(' + ', '.join(f'{key}={expected[key]}' for key in protocols.PARAMETERS) + ')'
@@ -161,7 +161,7 @@ def test_a_page_for_people(swept, tmp_path):
   output, _, table = swept
   page = (output / 'report.html').read_text()
   assert html_report.MARK in page and f'a page for people: {output}/report.html' in table
-  for title in ('Best pictures', 'Median pictures', 'Worst pictures', 'Background threshold', 'Worst confusions'):
+  for title in ('Best images', 'Median images', 'Worst images', 'Background threshold', 'Worst confusions'):
     assert f'<h2>{title}</h2>' in page, title
   assert [page.count(f'<p>{key}: mIoU') for key in ('a', 'b', 'c.d')] == [1, 1, 1]
   assert page.count('data:image/webp;base64,') == 1 + 3 * 4  # the tiny model has one grouping stage
@@ -210,7 +210,7 @@ def test_some_pictures_and_held_out_scenes(data_dir, tmp_path):
     (dict(protocol='plan'), "no protocol 'plan'"),
     (dict(protocol='native'), 'no threshold under protocol .native.; set protocol.threshold'),
     (dict(output=None, masks=True), '--masks needs --output'),
-    (dict(num_pictures=-1), 'of 3 pictures -1 cannot be taken'),
+    (dict(num_pictures=-1), 'of 3 images -1 cannot be taken'),
   ],
 )
 def test_mistakes_write_nothing(request_, message, data_dir, tmp_path):
@@ -235,6 +235,6 @@ def test_thresholds_as_people_write_them(text, values):
 
 def test_best_median_and_worst_pictures():
   miou = np.array([0.5, np.nan, 0.9, 0.1, 0.7, 0.3, 0.2])
-  assert image_scores.pick(miou, 1) == {'best': [2], 'median': [0], 'worst': [3]}
-  assert image_scores.pick(miou, 5) == {'best': [2, 4], 'median': [0, 5], 'worst': [3, 6]}
-  assert image_scores.pick(miou[:2], 2) == {'best': [0], 'median': [], 'worst': []}
+  assert html_report.pick_images(miou, 1) == {'best': [2], 'median': [0], 'worst': [3]}
+  assert html_report.pick_images(miou, 5) == {'best': [2, 4], 'median': [0, 5], 'worst': [3, 6]}
+  assert html_report.pick_images(miou[:2], 2) == {'best': [0], 'median': [], 'worst': []}

@@ -16,9 +16,9 @@ import pytest
 import groupvit_jax
 from groupvit_jax import cli
 from groupvit_jax.commands import score, segment
-from groupvit_jax.commands.request import Request, SCENES
+from groupvit_jax.commands.score import Request, SCENES
 from groupvit_jax.eval import labeller, window_encoder
-from groupvit_jax.eval import scenes as scene_eval
+from groupvit_jax.eval.evaluator import build_scene_evaluator
 from groupvit_jax.train import open_run, state
 from tests.forbidden import run_without
 from tests.tiny import tiny_config
@@ -33,7 +33,7 @@ def scenes(workdir=None, output=None, overwrite=False, protocol='', **changes):
 
 
 def label(images, output, classes='dog|puppy,grass', workdir=None, overwrite=False, **changes):
-  return segment.label_pictures(
+  return segment.segment_images(
     str(workdir or trained_workdir()),
     images=str(images),
     classes=classes,
@@ -72,7 +72,7 @@ def test_scores_name_everything_they_depend_on(evaluated):
 def test_baselines_of_the_same_run(evaluated):
   baselines = json.loads((evaluated / 'results.json').read_text())['baselines']
   run = open_run.open_run(trained_workdir())
-  evaluator = scene_eval.SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
+  evaluator = build_scene_evaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
   truth = np.concatenate([evaluator.source[i]['label'].ravel() for i in range(8)])
   shares = np.bincount(truth, minlength=18) / truth.size
   assert baselines['constant']['class'] == evaluator.source.classes[shares.argmax()]
@@ -123,16 +123,16 @@ def test_protocol_overrides_are_named(capsys, tmp_path):
 
 def test_evaluator_compiles_once():
   run = open_run.open_run(trained_workdir())
-  evaluator = scene_eval.SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh)
-  first, panel = evaluator.evaluate(run.variables), evaluator.pictures(run.variables)
-  before = window_encoder.encode_windows._cache_size(), labeller.label_pixels._cache_size()
+  evaluator = build_scene_evaluator(run.config, run.model, run.tokenizer, run.mesh)
+  first, panel = evaluator.evaluate(run.variables), evaluator.panel(run.variables)
+  before = window_encoder.encode_windows._cache_size(), labeller.count_pixels._cache_size()
   again = evaluator.evaluate(run.variables)
   assert np.array_equal(again.counts, first.counts)
-  assert np.array_equal(evaluator.pictures(run.variables), panel)
-  after = window_encoder.encode_windows._cache_size(), labeller.label_pixels._cache_size()
+  assert np.array_equal(evaluator.panel(run.variables), panel)
+  after = window_encoder.encode_windows._cache_size(), labeller.count_pixels._cache_size()
   assert before == after
-  assert evaluator.split == 'validation' and panel.dtype == np.uint8 and panel.ndim == 3
-  test = scene_eval.SceneEvaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
+  assert panel.dtype == np.uint8 and panel.ndim == 3
+  test = build_scene_evaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
   assert not np.array_equal(test.source[0]['image'], evaluator.source[0]['image'])
 
 
@@ -165,7 +165,7 @@ def labelled(pictures, tmp_path_factory) -> pathlib.Path:
   assert [line for line in done.stderr.splitlines() if 'broken.png' in line] == [
     line for line in done.stderr.splitlines() if line.startswith('not done: ')
   ]
-  assert '6 of 7 pictures' in done.stdout
+  assert '6 of 7 images' in done.stdout
   return output
 
 
@@ -249,8 +249,8 @@ def test_workdirs_without_a_run_a_checkpoint_or_an_entry(tmp_path):
     (dict(classes='dog,grass,dog'), "the class 'dog' is named twice"),
     (dict(classes='background,dog', threshold='0.5'), "the class 'background' is named twice"),
     (dict(classes=','.join(f'word{i}' for i in range(256))), '256 classes'),
-    (dict(images='*.nothing'), r'no picture matches --images=.*\*\.nothing'),
-    (dict(images=''), r'no picture matches .* for a folder write .*/\*'),
+    (dict(images='*.nothing'), r'no image matches --images=.*\*\.nothing'),
+    (dict(images=''), r'no image matches .* for a folder write .*/\*'),
     (dict(stride='64'), 'protocol.stride=64 leaves gaps'),
     (dict(threshold='2'), 'protocol.threshold=2'),
     (dict(window='wide'), "protocol.window='wide'"),
@@ -318,11 +318,11 @@ def test_nothing_imports_tensorflow_or_torch(tmp_path):
 import numpy as np
 import groupvit_jax
 from groupvit_jax.train import loop
-from groupvit_jax.commands import request, score, segment
+from groupvit_jax.commands import score, segment
 from tests.tiny import tiny_config
 assert loop.train(tiny_config(), '{tmp_path}/run') == 0
-score.evaluate_benchmark('{tmp_path}/run', request.Request('scenes', output='{tmp_path}/eval'))
-assert segment.label_pictures('{tmp_path}/run', images='{tmp_path}/picture.png', classes='dog,grass',
+score.evaluate_benchmark('{tmp_path}/run', score.Request('scenes', output='{tmp_path}/eval'))
+assert segment.segment_images('{tmp_path}/run', images='{tmp_path}/picture.png', classes='dog,grass',
                                output='{tmp_path}/out', overwrite=False, protocol='native', changes={{}}) == 0
 predictor = groupvit_jax.Predictor.from_workdir('{tmp_path}/run')
 predictor(np.zeros((32, 32, 3), np.uint8), ['dog', 'grass']).overlay()

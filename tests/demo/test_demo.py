@@ -20,7 +20,7 @@ from groupvit_jax.commands.import_weights import import_weights
 from groupvit_jax.demo import viewer as viewer_lib
 from groupvit_jax.demo.examples import make_examples
 from groupvit_jax.demo.viewer import Viewer
-from groupvit_jax.eval import groups, window_encoder
+from groupvit_jax.eval import window_encoder
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
 from tests import browser, photos
@@ -57,14 +57,15 @@ def picture(tmp_path) -> str:
 
 def test_other_words_and_sliders_do_not_encode_again(viewer, picture, monkeypatch):
   passes = []
-  for module, name in ((window_encoder, 'encode_windows'), (groups, '_affinities')):
-    run = getattr(module, name)
-    monkeypatch.setattr(module, name, lambda *args, run=run, name=name, **kw: passes.append(name) or run(*args, **kw))
+  for name in ('encode_windows', 'encode_groups'):
+    run = getattr(window_encoder, name)
+    counted = lambda *args, run=run, name=name, **kw: passes.append(name) or run(*args, **kw)
+    monkeypatch.setattr(window_encoder, name, counted)
   first = viewer.look(picture, WORDS, 0, None)
   assert first.prediction.classes == ('dog', 'banana', 'grass')
   shown = viewer_lib.for_screen(first.prediction)
   drawn = [shown.overlay(opacity) for opacity in (0.1, 0.9)]
-  assert not np.array_equal(*drawn) and passes == ['encode_windows', '_affinities']
+  assert not np.array_equal(*drawn) and passes == ['encode_windows', 'encode_groups']
   cut = viewer.look(picture, WORDS, 0.9, first)
   assert cut.prediction.classes[0] == 'background'
   np.testing.assert_array_equal(viewer_lib.for_screen(cut.prediction).group_overlay(), shown.group_overlay())

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from groupvit_jax.eval import draw, groups
+from groupvit_jax.eval import draw, window_encoder
 from groupvit_jax.model import segmentation
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding
@@ -166,7 +166,7 @@ def test_group_maps_are_those_of_the_windows(rng):
   model = tiny_model()
   images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
   variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 1, 6), jnp.int32))
-  maps = groups.group_maps(model, variables, list(images), 16, sharding.make_mesh())
+  maps = window_encoder.group_maps(model, variables, list(images), 16, sharding.make_mesh())
   encode = jax.jit(functools.partial(model.apply, method='encode_segments'))
   assignments = encode(variables, normalize_images(images)).assignments
   want = [
@@ -178,6 +178,6 @@ def test_group_maps_are_those_of_the_windows(rng):
       assert (maps[b][stage] == np.asarray(want[stage][b])).mean() > 0.99  # near-ties may differ
   assert len(np.unique(maps[0][0])) > 1
   # Any other size is seen through the same square.
-  large = groups.group_maps(model, variables, [draw.enlarge(images[0], 3)], 16, sharding.make_mesh())
+  large = window_encoder.group_maps(model, variables, [draw.enlarge(images[0], 3)], 16, sharding.make_mesh())
   assert large[0][0].shape == (48, 48)
   assert (large[0][0][1::3, 1::3] == maps[0][0]).mean() > 0.95

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.eval import labeller, protocols, semantic_seg, window_encoder, windows
+from groupvit_jax.eval import class_embeddings, evaluator, labeller, protocols, window_encoder, windows
 from groupvit_jax.eval.benchmarks import make_benchmark
 from groupvit_jax.eval.evaluator import Evaluator, windows_per_batch
+from groupvit_jax.eval.result import Result
 from groupvit_jax.model import metrics
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
@@ -120,16 +121,16 @@ def evaluate(model, variables, text_embeds):
 
   def call(sizes, benchmark, protocol, **options):
     maps = {}
-    keep = lambda encoded, labelled: maps.update({encoded.picture.key: labelled})
+    keep = lambda encoded, labelled: maps.update({encoded.image.key: labelled})
     source = Pictures(sizes, benchmark.classes)
-    result = semantic_seg.evaluate(
+    result = evaluator.evaluate(
       model,
       variables,
       source,
       text_embeds[: len(benchmark.prompt_names(protocol.class_names))],
       benchmark,
       protocol,
-      **({'batch_size': 8, 'on_picture': keep} | options),
+      **({'batch_size': 8, 'on_image': keep} | options),
     )
     return result, maps
 
@@ -183,8 +184,8 @@ def test_the_published_sizes_are_those_of_the_slow_reference(text_embeds):
   encode = encoder_of(model, variables)
   protocol = protocols.override(protocols.GROUPVIT, {'threshold': 0.1})
   source, maps = Pictures(REAL, CLASSES), {}
-  keep = lambda encoded, labelled: maps.update({encoded.picture.key: labelled.labels})
-  semantic_seg.evaluate(model, variables, source, text_embeds, WITH_BACKGROUND, protocol, batch_size=2, on_picture=keep)
+  keep = lambda encoded, labelled: maps.update({encoded.image.key: labelled.labels})
+  evaluator.evaluate(model, variables, source, text_embeds, WITH_BACKGROUND, protocol, batch_size=2, on_image=keep)
   agree, counted = [], []
   for record in source:
     want, margin = reference_protocol.label_picture(
@@ -245,7 +246,7 @@ def test_any_ordinary_sizes_are_a_program_for_pictures_one_for_labels_and_one_fo
   other = jax.tree.map(lambda x: x * 1.1, variables)
   compilations.clear()
   evaluate(variables, ORDINARY, 0.1, (0.3, 0.4))
-  assert sorted(compilations) == ['jit(_embed_texts)', 'jit(encode_windows)', 'jit(label_pixels)']
+  assert sorted(compilations) == ['jit(_embed_texts)', 'jit(count_pixels)', 'jit(encode_windows)']
   # Another step of training, other thresholds, other pictures: nothing is compiled again.
   compilations.clear()
   evaluate(other, ORDINARY[5:9], 0.7, (0.2, 0.9))
@@ -271,10 +272,10 @@ def test_oracle_names_each_segment_by_its_majority(evaluate):
   segments = {}
 
   def keep(encoded, _):
-    segments[encoded.picture.key] = encoded.segments[0]
+    segments[encoded.image.key] = encoded.segments[0]
 
   sizes = [(WINDOW, WINDOW)] * 5
-  result, _ = evaluate(sizes, WITHOUT, PROTOCOL, on_picture=keep)
+  result, _ = evaluate(sizes, WITHOUT, PROTOCOL, on_image=keep)
   counts = 0
   for record in Pictures(sizes, WITHOUT.classes):
     counts += metrics.ConfusionMatrix.oracle(
@@ -321,8 +322,8 @@ def test_each_window_is_encoded_once_in_full_batches(evaluate, monkeypatch):
     return encode_windows(variables, windows, mask, **options)
 
   monkeypatch.setattr(window_encoder, 'encode_windows', encode)
-  monkeypatch.setattr(labeller.Segmenter, 'fetch', lambda *_: fetched.append(1))
-  evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1), thresholds=(0.02, 0.3), on_picture=None)
+  monkeypatch.setattr(labeller.Labeller, '_fetch', lambda *_: fetched.append(1))
+  evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1), thresholds=(0.02, 0.3), on_image=None)
   sizes = [windows.resized_size(*size, PROTOCOL, PATCH) for size in ORDINARY]
   whole, rest = divmod(sum(PROTOCOL.windows_along(h) * PROTOCOL.windows_along(w) for h, w in sizes), 8)
   assert batches == [8] * whole + [rest] * bool(rest) and whole > 5 and not fetched
@@ -345,9 +346,9 @@ def test_plain_is_softmax_and_one_threshold(evaluate, encode, variables, text_em
   segments = {}
 
   def keep(encoded, labelled):
-    segments[encoded.picture.key] = encoded.segments[0], labelled
+    segments[encoded.image.key] = encoded.segments[0], labelled
 
-  evaluate(sizes, WITH_BACKGROUND, plain, on_picture=keep)
+  evaluate(sizes, WITH_BACKGROUND, plain, on_image=keep)
   scale = np.exp(float(variables['params']['logit_scale']))
   unit = reference_protocol.unit
   for record in Pictures(sizes, CLASSES):
@@ -376,7 +377,7 @@ def test_json_names_everything(evaluate):
 
 def test_table_and_baseline():
   counts = np.array([[6, 2, 0], [1, 1, 0], [0, 0, 0]])
-  result = semantic_seg.Result(
+  result = Result(
     benchmark=make_benchmark('mine', ('cat', 'dog', 'cow')),
     protocol=PROTOCOL,
     num_images=2,
@@ -388,7 +389,7 @@ def test_table_and_baseline():
     provenance={},
   )
   lines = result.table().splitlines()
-  assert 'mine, 2 pictures, protocol groupvit' in lines[0] and 'stride=16' in lines[1]
+  assert 'mine, 2 images, protocol groupvit' in lines[0] and 'stride=16' in lines[1]
   assert 'cat               66.7   100.0' in lines
   assert 'cow                  -       -' in lines
   assert 'mIoU              45.8   100.0' in lines
@@ -418,14 +419,14 @@ def test_class_embeddings_are_means_of_projected_features(model, variables):
     want.append(np.asarray(embed(jnp.asarray(tokens)), np.float64).mean(axis=0))
   want = reference_protocol.unit(np.array(want))
   prompts = [[template.format(name) for template in templates] for name in names]
-  got = semantic_seg.embed_prompts(model, variables, tokenizer, prompts)
+  got = class_embeddings.embed_prompts(model, variables, tokenizer, prompts)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'source': Pictures([], CLASSES[1:])}, 'shapes has no pictures'),
+    ({'source': Pictures([], CLASSES[1:])}, 'shapes has no images'),
     ({'source': Pictures(ORDINARY, CLASSES[:9])}, 'the source labels 9 classes .background'),
     ({'text_embeds': np.ones((8, 8), np.float32)}, 'asks for 9 classes but 8 are embedded'),
     ({'benchmark': WITH_BACKGROUND}, 'set protocol.threshold'),
@@ -444,11 +445,11 @@ def test_mistakes_are_named(changes, message, model, variables, text_embeds):
   if 'mesh' in arguments:
     arguments['mesh'] = sharding.make_mesh()
   with pytest.raises(ValueError, match=message):
-    semantic_seg.evaluate(model, variables, **arguments)
+    evaluator.evaluate(model, variables, **arguments)
 
 
 def test_a_label_that_is_no_class_is_named(evaluate):
   fewer = make_benchmark('shapes', CLASSES[1:4])
   source = Pictures([(32, 32)], CLASSES)
   with pytest.raises(ValueError, match="label map of '0: 32 x 32' holds [3-9], but shapes has .* 2"):
-    semantic_seg.prepare_picture(source, 0, benchmark=fewer, protocol=PROTOCOL, patch_size=PATCH)
+    evaluator.cut_labelled(source, 0, benchmark=fewer, protocol=PROTOCOL, patch_size=PATCH)

@@ -5,13 +5,10 @@ import json
 import pathlib
 import subprocess
 import sys
-import types
 
 import pytest
 
-from groupvit_jax.commands import run_metadata
 from groupvit_jax.eval import protocols
-from tests.tiny import tiny_config
 
 
 def test_groupvit_is_the_published_procedure():
@@ -70,8 +67,7 @@ def test_every_part_can_be_changed_on_the_command_line():
     templates='full',
     class_names='benchmark',
   )
-  run = types.SimpleNamespace(config=tiny_config())
-  found = run_metadata.choose_protocol(run, 'groupvit', texts).to_json()
+  found = protocols.parse_protocol('groupvit', (32, 32), texts).to_json()
   assert found['changed'] == list(texts) == list(protocols.PARAMETERS)
   assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
   assert [found[key] for key in texts] == [224, 1024, True, 224, 112, None, False, 0.9, 'global', 'full', 'benchmark']
@@ -95,7 +91,7 @@ def test_every_part_can_be_changed_on_the_command_line():
     ({'class_names': 'imagenet'}, "class_names='imagenet'"),
     ({'double_softmax': 1}, 'double_softmax=1: use True or False'),
     ({'max_long_side': 400}, 'max_long_side=400 is less than short_side=448'),
-    ({'short_side': 224}, 'short_side=224 is less than window=448: every picture would be a window of its own size'),
+    ({'short_side': 224}, 'short_side=224 is less than window=448: every image would be a window of its own size'),
     ({'templates': 'none'}, "no template set 'none'; the known sets are full"),
     ({'templates': 80}, "no template set '80'"),
   ],

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from groupvit_jax.eval import plots, protocols, report
+from groupvit_jax.eval import protocols, report
 from groupvit_jax.eval.benchmarks import find_benchmark
 from groupvit_jax.eval.draw import Row
 from groupvit_jax.eval.result import Result
@@ -47,13 +47,13 @@ def make_row(height: int, width: int) -> Row:
 def page() -> str:
   result = make_result()
   gallery = {'best': [('a & b', 0.9, make_row(90, 120))], 'median': [], 'worst': [('big', 0.1, make_row(900, 1300))]}
-  return report.make_page(result, gallery, plots.threshold_curve(result), 'stride=224\n<settings>')
+  return report.make_page(result, gallery, report.threshold_curve(result), 'stride=224\n<settings>')
 
 
 def test_figures_stand_beside_the_published_ones(page):
   result = make_result()
   assert f'{100 * result.scores.miou:.1f}' in page and '<td class="number">52.3</td>' in page
-  assert 'published: protocol groupvit, GroupViT-S/16 of gcc_redcaps (here 7 of 1,449 pictures)' in page
+  assert 'published: protocol groupvit, GroupViT-S/16 of gcc_redcaps (here 7 of 1,449 images)' in page
   assert '<b>groupvit</b>' in page and 'the 5 best classes of a window, double softmax' in page
   assert 'background threshold 0.95 in each window' in page
   rows = re.findall(r'<tr><td>(.*?)</td><td>(.*?)</td><td class="number">(.*?)</td><td class="number">(.*?)</td>', page)
@@ -77,7 +77,7 @@ def test_a_changed_protocol_is_not_called_by_its_name_alone():
   page = report.make_page(result, {}, None, '')
   assert 'this checkpoint, protocol groupvit with stride=112, class_filter=None</td>' in page
   assert page.count('(changed here: stride, class_filter)') == 2 and 'all classes, double softmax' in page
-  assert result.table().splitlines()[0].endswith('1,449 pictures, protocol groupvit with stride=112, class_filter=None')
+  assert result.table().splitlines()[0].endswith('1,449 images, protocol groupvit with stride=112, class_filter=None')
   as_published = dataclasses.replace(make_result(), num_images=1449)
   assert [as_published.unlike(row) for row in BENCHMARK.published] == ['', '']
 
@@ -88,7 +88,7 @@ def test_what_people_wrote_is_text(page):
 
 def test_no_curve_and_no_gallery_where_there_are_none():
   page = report.make_page(make_result(()), {'best': [], 'median': [], 'worst': []}, None, '')
-  assert 'threshold</h2>' not in page and 'pictures</h2>' not in page and '<img' not in page
+  assert 'threshold</h2>' not in page and 'images</h2>' not in page and '<img' not in page
 
 
 def test_in_a_browser(page, tmp_path):

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from groupvit_jax.eval import protocols, windows
+from groupvit_jax.eval import prefetch, protocols, windows
 
 GROUPVIT = protocols.GROUPVIT
 
@@ -41,7 +41,7 @@ def test_last_window_is_moved_back_inside():
 
 def test_windows_are_cut_from_opencvs_resize(rng):
   image = rng.integers(0, 256, (60, 100, 3), np.uint8)
-  picture = windows.cut_picture(image, GROUPVIT, 16, key='a')
+  picture = windows.cut_image(image, GROUPVIT, 16, key='a')
   resized = cv2.resize(image, (747, 448), interpolation=cv2.INTER_LINEAR)
   assert picture.original == (60, 100) and picture.resized == (448, 747)
   assert (picture.tops, picture.lefts) == ((0, 0, 0), (0, 224, 299))
@@ -52,30 +52,30 @@ def test_windows_are_cut_from_opencvs_resize(rng):
 def test_antialiasing_averages_where_a_picture_shrinks(rng):
   protocol = dataclasses.replace(GROUPVIT, short_side=4, window=4, stride=4, antialias=True)
   image = rng.integers(0, 256, (16, 16, 3), np.uint8)
-  window = windows.cut_picture(image, protocol, 2, key='a').windows[0]
+  window = windows.cut_image(image, protocol, 2, key='a').windows[0]
   want = image.reshape(4, 4, 4, 4, 3).mean(axis=(1, 3))
   np.testing.assert_allclose(window, want, atol=0.51)
   # Where it grows there is nothing to average.
   small = image[:2, :2]
   want = cv2.resize(small, (4, 4), interpolation=cv2.INTER_LINEAR)
-  assert np.array_equal(windows.cut_picture(small, protocol, 2, key='a').windows[0], want)
+  assert np.array_equal(windows.cut_image(small, protocol, 2, key='a').windows[0], want)
 
 
 def test_a_picture_of_window_size_is_left_alone(rng):
   image = rng.integers(0, 256, (448, 448, 3), np.uint8)
-  assert np.array_equal(windows.cut_picture(image, GROUPVIT, 16, key='a').windows, image[None])
+  assert np.array_equal(windows.cut_image(image, GROUPVIT, 16, key='a').windows, image[None])
 
 
 def test_a_picture_smaller_than_a_window_is_one_window(rng):
   image = rng.integers(0, 256, (40, 300, 3), np.uint8)
-  picture = windows.cut_picture(image, GROUPVIT, 16, key='a')
+  picture = windows.cut_image(image, GROUPVIT, 16, key='a')
   assert picture.window_size == (273, 448) and len(picture.windows) == GROUPVIT.max_windows
 
 
 @pytest.mark.parametrize(
   'image, label, message',
   [
-    (np.zeros((4, 4), np.uint8), None, "picture 'a' is uint8 .4, 4.; make it uint8"),
+    (np.zeros((4, 4), np.uint8), None, "image 'a' is uint8 .4, 4.; make it uint8"),
     (np.zeros((4, 4, 3), np.float32), None, 'is float32'),
     (np.zeros((0, 4, 3), np.uint8), None, 'make it uint8'),
     (np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4), np.uint8), 'is 4 x 5 px, its label map .5, 4.'),
@@ -83,12 +83,12 @@ def test_a_picture_smaller_than_a_window_is_one_window(rng):
 )
 def test_bad_pictures_are_refused(image, label, message):
   with pytest.raises(ValueError, match=message):
-    windows.cut_picture(image, GROUPVIT, 16, key='a', label=label)
+    windows.cut_image(image, GROUPVIT, 16, key='a', label=label)
 
 
 @pytest.mark.parametrize('num_threads', [0, 3])
 def test_prefetch_keeps_the_order(num_threads):
-  assert list(windows.prefetch(str, range(50), num_threads=num_threads)) == [*map(str, range(50))]
+  assert list(prefetch.prefetch(str, range(50), num_threads=num_threads)) == [*map(str, range(50))]
 
 
 def test_prefetch_works_ahead_but_not_without_bound():
@@ -100,7 +100,7 @@ def test_prefetch_works_ahead_but_not_without_bound():
       third.set()
     return i
 
-  results = windows.prefetch(make, range(1000), num_threads=2)
+  results = prefetch.prefetch(make, range(1000), num_threads=2)
   next(results)
   assert third.wait(10)  # made without being asked for
   results.close()
@@ -109,4 +109,4 @@ def test_prefetch_works_ahead_but_not_without_bound():
 
 def test_prefetch_passes_errors_on():
   with pytest.raises(ZeroDivisionError):
-    list(windows.prefetch(lambda i: 1 // i, [1, 0, 1], num_threads=2))
+    list(prefetch.prefetch(lambda i: 1 // i, [1, 0, 1], num_threads=2))

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from groupvit_jax.commands import score
 from groupvit_jax.commands.score import Request
 from groupvit_jax.data import prompts
-from groupvit_jax.eval import classified, semantic_seg, zero_shot
+from groupvit_jax.eval import class_embeddings, labelled, zero_shot
 from groupvit_jax.running import sharding
 from tests import photos
 from tests.tars import write_tar
@@ -57,10 +57,10 @@ def test_top1_and_top5_are_those_of_a_plain_loop():
     model, Letters(), mesh, Pictures(), NAMES, 'simple', size, num_threads=2
   )
   found = build(mesh, 8).evaluate(jax.device_put(variables, sharding.replicated(mesh)))
-  texts = semantic_seg.embed_classes(model, variables, Letters(), NAMES, 'simple')
+  texts = class_embeddings.embed_classes(model, variables, Letters(), NAMES, 'simple')
   top1 = top5 = 0
   for i in range(11):
-    pixels = zero_shot.crop_picture(picture(i), (16, 16))
+    pixels = zero_shot.crop_image(picture(i), (16, 16))
     pixels = (pixels / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     embed = np.asarray(encode(jnp.asarray(pixels[None], jnp.float32)))
     order = np.argsort(-(texts @ embed))
@@ -75,13 +75,13 @@ def test_top1_and_top5_are_those_of_a_plain_loop():
 def test_the_crop_is_the_middle_at_seven_eighths():
   image = np.zeros((512, 1024, 3), np.uint8)
   image[:, 512 - 224 : 512 + 224] = 200  # what a crop of 224 out of 256 sees of it
-  crop = zero_shot.crop_picture(image, (224, 224))
+  crop = zero_shot.crop_image(image, (224, 224))
   assert crop.shape == (224, 224, 3) and (crop[:, 2:-2] == 200).all()
   want = np.asarray(Image.fromarray(image).resize((512, 256), Image.Resampling.BICUBIC))[16:240, 144:368]
   np.testing.assert_array_equal(crop, want)
-  assert zero_shot.crop_picture(image[:5, :3], (224, 224)).shape == (224, 224, 3)
+  assert zero_shot.crop_image(image[:5, :3], (224, 224)).shape == (224, 224, 3)
   image = np.broadcast_to((np.arange(259) % 256).astype(np.uint8)[None, :, None], (256, 259, 3))
-  crop = zero_shot.crop_picture(np.ascontiguousarray(image), (224, 224))
+  crop = zero_shot.crop_image(np.ascontiguousarray(image), (224, 224))
   assert crop[0, 0, 0] == 18  # torchvision rounds 17.5, half of what is left, to the even number
 
 
@@ -110,8 +110,8 @@ def test_tars_with_classes_through_the_command(tmp_path, monkeypatch, capsys):
   )
   assert 0 <= report['top1'] <= report['top5'] <= 1 and report['checkpoint']['step'] == 6
   table = capsys.readouterr().out
-  assert 'top-1 43.7; other templates; here 4 of 50,000 pictures' in table
-  assert 'imagenet, 4 of 50,000 pictures, 1000 classes' in table and 'weights trained' in table
+  assert 'top-1 43.7; other templates; here 4 of 50,000 images' in table
+  assert 'imagenet, 4 of 50,000 images, 1000 classes' in table and 'weights trained' in table
   assert (tmp_path / 'out' / 'tensorboard').is_dir()
 
 
@@ -144,7 +144,7 @@ class Imagenet2012(tfds.core.GeneratorBasedBuilder):
 
 def test_a_tfds_directory(tmp_path):
   Imagenet2012(data_dir=tmp_path, file_format='array_record').download_and_prepare()
-  source = classified.open_imagenet(str(tmp_path))
+  source = labelled.open_imagenet(str(tmp_path))
   assert sorted(source[i]['label'] for i in range(3)) == [100, 101, 102]
   assert source[0]['image'][:2] == b'\xff\xd8'  # not decoded
 
@@ -152,10 +152,10 @@ def test_a_tfds_directory(tmp_path):
 def test_mistakes(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   with pytest.raises(ValueError, match='holds no .*imagenet2012 with a version'):
-    classified.open_imagenet(str(tmp_path))
+    labelled.open_imagenet(str(tmp_path))
   write_tar(tmp_path / 'bad.tar', {'0.jpg': photos.encode(picture(0)), '0.cls': b'tench'})
   with pytest.raises(ValueError, match="cls holds 'tench'; it must hold the class"):
-    classified.open_imagenet(str(tmp_path / 'bad.tar'))[0]
+    labelled.open_imagenet(str(tmp_path / 'bad.tar'))[0]
   for options in (dict(masks=True), dict(thresholds='0.5'), dict(changes={'stride': '8'}), dict(protocol='tcl')):
     with pytest.raises(ValueError, match='neither label maps nor windows'):
       score.evaluate_benchmark(str(trained_workdir()), Request('imagenet', str(tmp_path), **options))

@@ -16,8 +16,7 @@ import transformers
 
 from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax.commands.import_weights import import_weights
-from groupvit_jax.commands.request import Request
-from groupvit_jax.commands.score import evaluate_benchmark
+from groupvit_jax.commands.score import evaluate_benchmark, Request
 from groupvit_jax.interop import huggingface, read
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
@@ -311,7 +310,7 @@ def test_weights_are_no_workdir(released, tmp_path):
 
 def test_weights_from_elsewhere_have_no_scenes_to_be_scored_on(released, tmp_path):
   import_weights(str(released[0]), str(tmp_path / 'run'))
-  with pytest.raises(ValueError, match=f'{tmp_path}/run has no held-out scenes; name pictures with --images, or'):
+  with pytest.raises(ValueError, match=f'{tmp_path}/run has no held-out scenes; name images with --images, or'):
     evaluate_benchmark(str(tmp_path / 'run'), Request('scenes'))
 
 

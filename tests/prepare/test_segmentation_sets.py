@@ -156,9 +156,9 @@ def test_a_set_in_a_bucket_is_copied_once(data_dir, tmp_path, monkeypatch):
 
 def test_a_subset_is_spread_evenly_and_always_the_same(tmp_path):
   layouts.folder(tmp_path)
-  benchmark, some = labelled.open_benchmark('folder', tmp_path, num_pictures=2)
+  benchmark, some = labelled.open_benchmark('folder', tmp_path, num_images=2)
   assert [some[i]['key'] for i in range(2)] == ['a', 'c.d'] and some.classes == benchmark.classes
-  assert len(labelled.open_benchmark('folder', tmp_path, num_pictures=7)[1]) == 3
+  assert len(labelled.open_benchmark('folder', tmp_path, num_images=7)[1]) == 3
 
 
 def test_a_folder_of_ones_own(tmp_path):
@@ -201,7 +201,7 @@ FAULTS = [
     'voc2012',
     f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png',
     lambda p: layouts.save(p, np.zeros((20, 30, 3), np.uint8)),
-    'picture of mode RGB; it must be a PNG of indices',
+    'image of mode RGB; it must be a PNG of indices',
   ),
   (
     'voc2012',
@@ -282,7 +282,7 @@ def test_a_wrong_layout_is_one_line(name, path, damage, message, tmp_path, capsy
     (lambda p: (p / 'classes.txt').unlink(), 'there is no .*classes.txt nor .*classes.json'),
     (lambda p: (p / 'classes.txt').write_text(''), 'classes.txt is empty'),
     (lambda p: (p / 'classes.json').write_text('{}'), 'not a list of names'),
-    (lambda p: empty(p / 'images'), 'holds no pictures'),
+    (lambda p: empty(p / 'images'), 'holds no images'),
     (lambda p: shutil.copy(p / 'images' / 'a.jpg', p / 'images' / 'a.png'), 'a.jpg and a.png, which share'),
   ],
 )

@@ -46,7 +46,7 @@ def run(tmp_path_factory):
 
   def count(self, variables, **options):
     result = evaluate(self, variables, **options)
-    compiled.append((window_encoder.encode_windows._cache_size(), labeller.label_pixels._cache_size()))
+    compiled.append((window_encoder.encode_windows._cache_size(), labeller.count_pixels._cache_size()))
     return result
 
   with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +127,7 @@ def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
   assert report['checkpoint']['step'] == best['step']
   assert {key: report[key] for key in best['settings']} == best['settings']  # it is named as in training
   assert (
-    segment.label_pictures(
+    segment.segment_images(
       str(workdir),
       images=f'{folder}/images/a.jpg',
       classes='dog,grass',

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from groupvit_jax.commands.import_weights import import_weights
-from groupvit_jax.commands.request import Request
-from groupvit_jax.commands.score import evaluate_benchmark
+from groupvit_jax.commands.score import evaluate_benchmark, Request
 from groupvit_jax.interop import licence, read
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.interop.native import to_flat

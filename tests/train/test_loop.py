@@ -23,7 +23,7 @@ import pytest
 
 from groupvit_jax import cli
 from groupvit_jax.data.sources import build_source
-from groupvit_jax.eval.scenes import SceneEvaluator
+from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.running import sharding
 from groupvit_jax.train import loop, optim
 from groupvit_jax.train import workdir as workdir_lib
@@ -115,8 +115,8 @@ def terminate_after(log: pathlib.Path, lines: int) -> None:
   [
     (loop, 'set_up', 1),
     (loop, 'restore_or_init', 1),
-    (SceneEvaluator, 'evaluate', 1),
-    (SceneEvaluator, 'evaluate', 2),
+    (Evaluator, 'evaluate', 1),
+    (Evaluator, 'evaluate', 2),
     (Checkpoints, 'save', 1),
     (Checkpoints, 'wait', 1),
   ],
