@@ -1,4 +1,4 @@
-"""Writes reports into the tables of README.md and docs/, between marks.
+"""Writes reports into the tables of docs/, between marks.
 
 python -m benchmarks tables docs/speed_train.json docs/speed_inference.json docs/speed_windows.json
 python -m benchmarks tables docs/speed_evaluation.json
@@ -27,7 +27,7 @@ def main() -> None:
   speed = [report for report in reports if 'work' in report]
   evaluations = [report for report in reports if 'label_maps' in report]
   if speed:
-    insert('README.md', 'speed', speed_table(speed))
+    insert('docs/performance.md', 'speed', speed_table(speed))
     insert('docs/performance.md', 'growth', growth_table(speed))
   if evaluations:
     insert('docs/evaluation.md', 'evaluation', '\n\n'.join(map(evaluation_table, evaluations)))

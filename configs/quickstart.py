@@ -59,7 +59,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.total_steps = 7000
   config.batch_size = 64
   config.grad_accum_steps = 1  # the towers see the batch in so many parts; gradients stay those of the whole
-  config.remat = 'none'  # 'dots' or 'blocks' forget more activations and compute them again: docs/large_batches.md
+  config.remat = 'none'  # 'dots' or 'blocks' forget more activations and compute them again: docs/train.md
   config.scan_layers = False  # True: blocks of one shape are a loop, of which the compiler sees one turn (docs/pods.md)
   config.text_budget = 0  # tokens an image that the text tower computes at once; 0 pads: docs/performance.md
   config.multi_label_weight = 1.0
@@ -75,7 +75,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict(
     dict(
       source='scenes',
-      num_prompts=0,  # with so few words every batch holds each prompt many times over: see the README
+      num_prompts=0,  # with so few words every batch holds each prompt many times over: docs/design.md
       noun_phrases=False,  # prompts of words, as in the paper; True: of whole noun phrases
       num_threads=2,
       num_workers=0,
@@ -98,7 +98,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     dict(
       dtype='float32',
       embed_dim=64,
-      projector_dim=64,  # a wider one names segments worse: see the README
+      projector_dim=64,  # a wider one names segments worse: docs/design.md
       vision=dict(
         image_size=(64, 64),
         patch_size=8,
@@ -110,7 +110,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
         mlp_ratio=4.0,
         drop_path=0.0,
         assignment='gumbel',
-        # A small model learns to group only if its assignment is decisive from the first step: see the README.
+        # A small model learns to group only if its assignment is decisive from the first step: docs/design.md.
         init=dict(
           kernel='fan_in:1', assign_kernel='fan_in:8', value_kernel='fan_in:4', tokens_std=0.5, positions_std=0.5
         ),

@@ -74,7 +74,7 @@ def prepare(folder: pathlib.Path) -> None:
     if path.name not in ('runs', '.git'):
       (folder / path.name).symlink_to(path)
   rng = np.random.default_rng(0)
-  for name in ('photo.jpg', 'picture.jpg', 'picture.png', 'a.png', 'b.png'):
+  for name in ('photo.jpg', 'image.jpg', 'image.png', 'a.png', 'b.png'):
     pixels = rng.integers(0, 256, (6, 8, 3), np.uint8)
     Image.fromarray(pixels).resize((320, 240), Image.Resampling.BICUBIC).save(folder / name)
   official_layouts.voc2012(folder / 'downloads')

@@ -1,7 +1,7 @@
 """Groups the patches of a picture and names each segment, with jax and Pillow and none of this project's code.
 
 python -m groupvit_jax.commands.export --workdir=runs/quickstart --format=stablehlo --output=exported
-python examples/run_exported.py exported picture.jpg
+python examples/run_exported.py exported image.jpg
 """
 
 import json

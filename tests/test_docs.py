@@ -19,14 +19,14 @@ ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = sorted([ROOT / 'README.md', *(ROOT / 'docs').glob('*.md')])
 
 
-def load_check():
-  spec = importlib.util.spec_from_file_location('docs_check', ROOT / 'docs' / 'check.py')
+def load(name: str):
+  spec = importlib.util.spec_from_file_location(name, ROOT / 'docs' / f'{name}.py')
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
 
 
-check = load_check()
+check = load('check')
 
 
 def test_the_released_weights_and_a_photograph(tmp_path, torch):
@@ -170,3 +170,14 @@ def test_a_python_that_is_too_old_is_one_line(tmp_path):
   assert said == [
     f'error: {old} is Python 3.10; it takes 3.11 or newer: name one, as in  make PYTHON=python3.13 quickstart'
   ]
+
+
+def test_the_map_of_the_code_shows_every_room_and_module():
+  rooms = load('rooms')
+  table, picture = rooms.table(), rooms.picture()
+  for path in (ROOT / 'groupvit_jax').rglob('*.py'):
+    name = str(path.relative_to(ROOT / 'groupvit_jax')).removesuffix('__init__.py')
+    assert not name or name in table, name
+  assert picture.count('<circle') == sum(map(len, rooms.imports().values())) > 30
+  page = rooms.page((ROOT / 'docs' / 'design.md').read_text())
+  assert table in page and rooms.page(page) == page

@@ -131,7 +131,7 @@ def tabulate(reports: Sequence[Mapping[str, object]]) -> str:
 def advise(config: ml_collections.ConfigDict, report: dict[str, object]) -> str:
   """What to change so that a step fits: first what costs least."""
   if config.remat == 'none':
-    return 'set --config.remat=dots: less than a tenth more arithmetic (docs/large_batches.md)'
+    return 'set --config.remat=dots: less than a tenth more arithmetic (docs/train.md)'
   rows = report['pairs_a_device']
   if config.grad_accum_steps < rows:
     steps = min(step for step in range(config.grad_accum_steps + 1, rows + 1) if rows % step == 0)

@@ -41,7 +41,7 @@ class VisionInit:
   """Initialisers of the image tower.
 
   The paper's (timm's) are `normal(0.02)` throughout. A small model learns to group only when its assignment starts
-  out decisive, see the README's design notes.
+  out decisive, see docs/design.md.
   """
 
   kernel: Initializer

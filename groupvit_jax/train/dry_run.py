@@ -115,7 +115,7 @@ def check_memory(memory: Memory) -> None:
     )
 
 
-_ADVICE = "set remat='dots' or 'blocks', raise grad_accum_steps, or use more devices: docs/large_batches.md"
+_ADVICE = "set remat='dots' or 'blocks', raise grad_accum_steps, or use more devices: docs/train.md"
 
 
 def _set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
