@@ -60,7 +60,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
   config.max_skipped_in_a_row = 10
   config.eval = ml_collections.ConfigDict(dict(every_steps=5000))
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=1000, keep=3, best=''))  # or best='eval/voc21/miou'
-  config.evals = ml_collections.ConfigDict(
+  config.benchmarks = ml_collections.ConfigDict(
     dict(
       voc21=benchmark('voc21'),
       context60=benchmark('context60'),

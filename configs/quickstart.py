@@ -70,7 +70,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict(dict(every_steps=500))
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=500, keep=2, best=''))
   # checkpoint.best='eval/validation/miou' keeps the checkpoint with the highest such figure, too.
-  config.evals = ml_collections.ConfigDict()  # benchmarks to score along the way: docs/evaluation.md
+  config.benchmarks = ml_collections.ConfigDict()  # benchmarks to score along the way: docs/evaluation.md
 
   config.data = ml_collections.ConfigDict(
     dict(

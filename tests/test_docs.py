@@ -135,7 +135,7 @@ def test_parts_of_configs_are_parts_of_configs():
   config = names['get_config']()
   assert list(config.data.sets) == ['mine'] and config.init_from and config.total_steps == 1000
   exec(parts['evaluation'], {'config': config})
-  assert config.evals.voc21.every_steps == 5000 and config.checkpoint.best == 'eval/voc21/miou'
+  assert config.benchmarks.voc21.every_steps == 5000 and config.checkpoint.best == 'eval/voc21/miou'
 
 
 def test_blocks_are_found_and_run(tmp_path):

@@ -81,7 +81,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
     scan_layers=config.scan_layers,
   )
   tx = optim.build_optimizer(config.optim, schedule)
-  run = loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], evals=(), attention=None)
+  run = loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], benchmarks=(), attention=None)
   state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)
   step = loop.jit_step(run, state)
   batch = _abstract_batch(run)

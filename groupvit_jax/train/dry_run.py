@@ -20,7 +20,7 @@ from groupvit_jax.data import bad_records, pipeline
 from groupvit_jax.errors import UserError
 from groupvit_jax.model import text_packing
 from groupvit_jax.running import processes, sharding
-from groupvit_jax.train import loop, manifest
+from groupvit_jax.train import loop
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
@@ -64,7 +64,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
   changed = workdir_lib.compare(workdir, config)
   run = _set_up(config, workdir)
-  manifest.compare(workdir, run.source.metadata())
+  workdir_lib.check_data(workdir, run.source.metadata())
   for line in _data_lines(run):
     say(line)
   batch = _first_batch(run, say)

@@ -1,6 +1,7 @@
-"""Evaluations and pictures of a run while it trains: when they are due, and which an earlier start left."""
+"""Evaluations and panels of images during training, and the benchmarks of a config."""
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import json
 from typing import NamedTuple
 
@@ -11,17 +12,17 @@ import numpy as np
 from groupvit_jax.data import pipeline
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.tokenizer import Tokenizer
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw as visualize
-from groupvit_jax.eval import zero_shot
+from groupvit_jax.eval import labelled, protocols, zero_shot
 from groupvit_jax.eval.evaluator import build_scene_evaluator, Evaluator
-from groupvit_jax.eval.prefetch import BadImage
-from groupvit_jax.eval.protocols import native_protocol
-from groupvit_jax.eval.result import Result
+from groupvit_jax.eval.prefetch import BadImage, decode_threads
+from groupvit_jax.eval.result import METRICS, Result
 from groupvit_jax.eval.window_encoder import group_maps
+from groupvit_jax.eval.zero_shot import ZeroShotEvaluator
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import processes
 from groupvit_jax.running.interrupts import Interrupts, Preempted
-from groupvit_jax.train import in_training
 from groupvit_jax.train.checkpoint import BestCheckpoint
 from groupvit_jax.train.log import RunLog
 from groupvit_jax.train.state import TrainState
@@ -29,30 +30,65 @@ from groupvit_jax.train.state import TrainState
 SCENES = 'validation'  # the held-out scenes, as an evaluation
 _TRAINING = 'train/pictures'
 _SHOWN = 4  # pictures on a panel
+_ENTRIES = ('benchmark', 'data_dir', 'every_steps', 'num_pictures', 'protocol', 'changes')
 
 
 class Scheduled(NamedTuple):
-  """Something to do with the variables every so many steps, and after the last one."""
+  """An evaluation or panel every so many steps, and after the last one."""
 
   name: str
   every_steps: int  # 0 for never
-  evaluate: Callable[..., Result | zero_shot.Result] | None  # (variables, provenance=...); None for pictures alone
+  evaluate: Callable[..., Result | zero_shot.Result] | None  # (variables, provenance=...); None for panels alone
   draw: Callable[[dict], np.ndarray] | None  # variables -> panel uint8 [H, W, 3]; None where there is nothing to see
 
   def due(self, step: int, total_steps: int) -> bool:
-    """Whether it is its turn after a step."""
+    """Whether it is due after a step."""
     return self.every_steps > 0 and step > 0 and (step % self.every_steps == 0 or step == total_steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedBenchmark:
+  """A benchmark whose images have been found; `build` makes its evaluator.
+
+  Attributes:
+    name: in the config, and in the metrics' names.
+    every_steps: how often.
+    benchmark: its classes; None for ImageNet.
+    source: its images.
+    protocol: how they are labelled; None for ImageNet.
+    templates: of ImageNet's names.
+  """
+
+  name: str
+  every_steps: int
+  benchmark: labelled.Benchmark | None
+  source: object
+  protocol: protocols.Protocol | None
+  templates: str = zero_shot.TEMPLATES
+
+  @property
+  def metrics(self) -> tuple[str, ...]:
+    """Names of its metrics."""
+    return zero_shot.METRICS if self.benchmark is None else METRICS
+
+  def build(
+    self, model: ImageTextModel, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+  ) -> Evaluator | ZeroShotEvaluator:
+    """An evaluator, whose `evaluate(variables).scalars()` are the metrics; it compiles at its first call."""
+    if self.benchmark is None:
+      return zero_shot.build_evaluator(model, tokenizer, mesh, self.source, self.templates)
+    return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, decode_threads())
 
 
 def schedule(
   config: ml_collections.ConfigDict,
   source: Mixture,
-  opened: Sequence[in_training.OpenedEval],
+  opened: Sequence[OpenedBenchmark],
   model: ImageTextModel,
   tokenizer: Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> list[Scheduled]:
-  """Everything that a run's config asks for; it compiles at the first call only.
+  """The evaluations and panels that a config asks for; each compiles at its first call.
 
   Args:
     config: of the run.
@@ -64,20 +100,20 @@ def schedule(
   """
   if config.data.source == 'scenes':
     scenes = build_scene_evaluator(config, model, tokenizer, mesh)
-    found = [Scheduled(SCENES, config.eval.every_steps, scenes.evaluate, scenes.panel)]
+    scheduled = [Scheduled(SCENES, config.eval.every_steps, scenes.evaluate, scenes.panel)]
   else:
     examples = pipeline.build_examples(config, source, tokenizer, first_batch=0)
     drawer = _TrainingPictures(examples, model, mesh)
-    found = [Scheduled(_TRAINING, config.eval.every_steps, None, drawer.draw)]
+    scheduled = [Scheduled(_TRAINING, config.eval.every_steps, None, drawer.draw)]
   for each in opened:
     built = each.build(model, tokenizer, mesh)
     draw = built.panel if isinstance(built, Evaluator) else None
-    found.append(Scheduled(each.name, each.every_steps, built.evaluate, draw))
-  return found
+    scheduled.append(Scheduled(each.name, each.every_steps, built.evaluate, draw))
+  return scheduled
 
 
 class RunEvals:
-  """Does what is scheduled, logs it, and keeps the best checkpoint."""
+  """Runs what is scheduled, logs it, and keeps the best checkpoint."""
 
   def __init__(
     self,
@@ -86,37 +122,37 @@ class RunEvals:
     log: RunLog,
     best: BestCheckpoint,
     interrupts: Interrupts,
-    facts: Callable[..., Mapping[str, str]],
+    provenance: Callable[..., Mapping[str, str]],
   ):
-    """Holds on to its arguments.
+    """Keeps its arguments.
 
     Args:
       scheduled: see `schedule`.
       config: of the run.
-      log: where figures and panels go.
-      best: is offered every figure.
+      log: where metrics and panels go.
+      best: is offered every metric.
       interrupts: a signal leaves an evaluation at once.
-      facts: (step=...) -> what figures depend on besides their protocol.
+      provenance: (step=...) -> what metrics depend on besides their protocol.
     """
     self._scheduled, self._config, self._log, self._best = scheduled, config, log, best
-    self._interrupts, self._facts = interrupts, facts
+    self._interrupts, self._provenance = interrupts, provenance
 
   def due(self, step: int) -> list[Scheduled]:
-    """What to do after a step."""
+    """What to run after a step."""
     return [each for each in self._scheduled if each.due(step, self._config.total_steps)]
 
-  def left(self, step: int) -> list[Scheduled]:
-    """What should have been evaluated after the step that a run goes on from, and has no figures in its log."""
+  def missing(self, step: int) -> list[Scheduled]:
+    """Evaluations due after the step that a run resumes from, and absent from its log."""
     logged = processes.all_gather_objects(sorted(self._log.first_figures))[0]
-    done = lambda name: any(figure.startswith(in_training.prefix(name)) for figure in logged)
+    done = lambda name: any(figure.startswith(prefix(name)) for figure in logged)
     return [each for each in self.due(step) if each.evaluate is not None and not done(each.name)]
 
   def run(self, due: Sequence[Scheduled], state: TrainState) -> bool:
-    """Does all that is due.
+    """Runs all that is due.
 
     Returns:
-      Whether all evaluations were done: a signal leaves the one that it comes in, and those after it. One with a bad
-      picture is left out: the others, and the run, do without.
+      Whether all evaluations were run: a signal ends the one that it comes in, and skips those after it. One with a
+      bad image is skipped; the others, and the run, continue.
     """
     step = int(state.step)
     for place, each in enumerate(due):
@@ -124,47 +160,114 @@ class RunEvals:
       try:
         with self._interrupts.immediately():
           if each.evaluate is not None:
-            result = each.evaluate(state.best_variables, provenance=self._facts(step=step))
+            result = each.evaluate(state.best_variables, provenance=self._provenance(step=step))
           if each.draw is not None:
             panel = each.draw(state.best_variables)
       except Preempted:
         self._log.say(f'{each.name} after step {step} left for a signal')
         return not any(other.evaluate for other in due[place:])
-      except BadImage as fault:
-        self._log.say(f'{each.name} after step {step} left out: {fault}')
+      except BadImage as error:
+        self._log.say(f'{each.name} after step {step} left out: {error}')
       if panel is not None:
         self._log.picture(step, each.name if result is None else f'eval/{each.name}', panel)
       if result is not None:
-        self._keep(each.name, result, state)
+        self._record(each.name, result, state)
     return True
 
-  def _keep(self, name: str, result: Result | zero_shot.Result, state: TrainState) -> None:
-    """Keeps what was found: the state if it is the best so far, then the figures, beside what they depend on.
+  def _record(self, name: str, result: Result | zero_shot.Result, state: TrainState) -> None:
+    """Saves the state if it is the best so far, then logs the metrics and their settings.
 
-    In this order: an evaluation that has figures in the log is not done again.
+    In this order: an evaluation that is in the log is not run again.
     """
     step, scalars = int(state.step), result.scalars()
-    figures = in_training.figures(name, scalars)
-    if self._best.offer(figures, state, self._config, result.settings()):
+    metrics = add_prefix(name, scalars)
+    if self._best.offer(metrics, state, self._config, result.settings()):
       self._log.say(f'step {step}  {self._config.checkpoint.best} {self._best.value:.3f} is the best so far; kept')
-    self._log.figures(step, figures, {f'eval/{name}/settings': result.settings()})
+    self._log.figures(step, metrics, {f'eval/{name}/settings': result.settings()})
     self._log.text(step, f'eval/{name}/settings', json.dumps(result.to_json(), indent=2))
     shown = [key for key in ('miou', 'oracle_miou', 'top1') if key in scalars]
     self._log.say(f'step {step}  {name}  ' + '  '.join(f'{key} {scalars[key]:.3f}' for key in shown))
 
 
+def open_benchmarks(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> tuple[OpenedBenchmark, ...]:
+  """Finds the images of every benchmark that a config's `benchmarks` part lists.
+
+  Args:
+    config: name -> `benchmark` and `data_dir` as eval.py takes them, `every_steps` (0 for never), `num_pictures` (so
+      many, spread evenly; 0 for all), `protocol` ('' for that of the published figure) and `changes` to it.
+    image_size: (H, W) of the training images.
+
+  Raises:
+    ValueError: an entry has a mistake, or its images are not there.
+  """
+  return tuple(_open(name, config[name], image_size) for name in sorted(config) if _check(name, config[name]))
+
+
+def check_best(metric: str, benchmarks: Sequence[OpenedBenchmark], others: Sequence[str]) -> None:
+  """Raises ValueError unless a metric is '' or a metric of one of some evaluations.
+
+  Args:
+    metric: 'eval/NAME/FIGURE'.
+    benchmarks: that a run has.
+    others: names of further ones, of label maps.
+  """
+  measured = {each.name: each.metrics for each in benchmarks} | {name: METRICS for name in others}
+  if metric and not any(metric == prefix(name) + figure for name, found in measured.items() for figure in found):
+    known = ', '.join(f'{prefix(name)}{{{",".join(found)}}}' for name, found in measured.items())
+    raise UserError(
+      f'checkpoint.best={metric!r} is a figure of no evaluation; there are '
+      + (known or 'none, for nothing is evaluated')
+    )
+
+
+def add_prefix(name: str, scalars: Mapping[str, float]) -> dict[str, float]:
+  """An evaluation's metrics by the names in the log."""
+  return {prefix(name) + key: value for key, value in scalars.items()}
+
+
+def prefix(name: str) -> str:
+  """The prefix of an evaluation's metrics in the log."""
+  return f'eval/{name}/'
+
+
+def _check(name: str, entry: Mapping[str, object]) -> bool:
+  """Whether a benchmark is turned on; raises UserError for a mistake."""
+  if odd := sorted(set(_ENTRIES) ^ set(entry)):
+    verb = 'is missing' if odd[0] in _ENTRIES else 'is unknown'
+    raise UserError(f'benchmarks.{name}.{odd[0]} {verb}; a benchmark has {", ".join(_ENTRIES)}')
+  if entry['every_steps'] < 0:
+    raise UserError(f'benchmarks.{name}.every_steps={entry["every_steps"]}: use 0 for never, or more')
+  return entry['every_steps'] > 0
+
+
+def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -> OpenedBenchmark:
+  try:
+    if entry['benchmark'] == labelled.IMAGENET:
+      if entry['protocol'] or set(entry['changes']) - {'templates'}:
+        raise UserError(zero_shot.NO_PROTOCOL)
+      source = labelled.take(labelled.open_imagenet(entry['data_dir']), entry['num_pictures'])
+      templates = dict(entry['changes']).get('templates', zero_shot.TEMPLATES)
+      return OpenedBenchmark(name, entry['every_steps'], None, source, None, templates)
+    benchmark, source = labelled.open_benchmark(entry['benchmark'], entry['data_dir'], entry['num_pictures'])
+    protocol = protocols.find_protocol(entry['protocol'] or labelled.default_protocol(benchmark), image_size)
+    protocol = benchmark.fix_threshold(protocols.override(protocol, dict(entry['changes'])))
+  except ValueError as error:
+    raise UserError(f'benchmarks.{name}: {error}') from error
+  return OpenedBenchmark(name, entry['every_steps'], benchmark, source, protocol)
+
+
 class _TrainingPictures:
-  """A few training pictures and their groups: what can be seen where nothing is labelled."""
+  """Panels of a few training images and their groups, where nothing is labelled."""
 
   def __init__(self, examples: pipeline.Examples, model: ImageTextModel, mesh: jax.sharding.Mesh):
     self._examples, self._model, self._mesh = examples, model, mesh
     self._images: list[np.ndarray] = []
 
   def draw(self, variables: dict) -> np.ndarray:
-    """A panel of pictures, cropped as in the run's first batch; the same ones at every call, on every host."""
+    """A panel of images, cropped as in the run's first batch; the same ones at every call, on every host."""
     if not self._images:
       self._images = [self._examples.preview(i).image for i in range(min(_SHOWN, len(self._examples)))]
-    window = native_protocol(tuple(self._model.vision.image_size)).window
+    window = protocols.native_protocol(tuple(self._model.vision.image_size)).window
     maps = group_maps(self._model, variables, self._images, window, self._mesh)
     rows = [visualize.Row(image, None, None, stages) for image, stages in zip(self._images, maps, strict=True)]
     return visualize.draw_panel(rows, (), ())

@@ -30,7 +30,7 @@ from groupvit_jax.running.attention_choice import AttentionChoice, choose_attent
 from groupvit_jax.running.interrupts import Interrupts, Preempted
 from groupvit_jax.running.profile import StepTrace
 from groupvit_jax.train import evals as run_evals
-from groupvit_jax.train import in_training, initial_weights, manifest, open_run, optim
+from groupvit_jax.train import initial_weights, open_run, optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from groupvit_jax.train import workdir as workdir_lib
@@ -52,7 +52,7 @@ class Run(NamedTuple):
   tx: optax.GradientTransformation
   schedule: optax.Schedule
   changed: list[str]  # config keys that differ from the first start
-  evals: tuple[in_training.OpenedEval, ...]
+  benchmarks: tuple[run_evals.OpenedBenchmark, ...]
   attention: AttentionChoice | None  # of the image tower; None where a step is compiled for hardware that is not there
 
   @property
@@ -112,9 +112,9 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     remat=config.remat,
     scan_layers=config.scan_layers,
   )
-  evals = in_training.open_evals(config.evals, tuple(config.model.vision.image_size))
+  benchmarks = run_evals.open_benchmarks(config.benchmarks, tuple(config.model.vision.image_size))
   scenes = config.data.source == 'scenes' and config.eval.every_steps > 0
-  in_training.check_best(config.checkpoint.best, evals, (run_evals.SCENES,) if scenes else ())
+  run_evals.check_best(config.checkpoint.best, benchmarks, (run_evals.SCENES,) if scenes else ())
   build(vocab_size=2, eos_id=1)  # like the augmentation: a mistake in the config shows before anything is written
   starts_from_weights = config.init_from and not (epath.Path(workdir) / 'config.json').exists()
   # By all processes together: each reads its part of a checkpoint.
@@ -122,7 +122,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   with processes.first_process_first():
     changed = workdir_lib.claim(workdir, config)
     licence_lib.keep(workdir, licence)
-    manifest.claim(workdir, source.metadata())
+    workdir_lib.record_data(workdir, source.metadata())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
   model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
   samples = config.batch_size // config.grad_accum_steps
@@ -133,7 +133,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   )
   model = model.clone(vision=model.vision.clone(attention=attention.implementation))
   tx = optim.build_optimizer(config.optim, schedule)
-  return Run(config, mesh, source, tokenizer, model, tx, schedule, changed, evals, attention)
+  return Run(config, mesh, source, tokenizer, model, tx, schedule, changed, benchmarks, attention)
 
 
 def _check_rhythm(config: ml_collections.ConfigDict) -> None:
@@ -166,7 +166,7 @@ def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
   )
 
 
-def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, train_step.Figures]]:
+def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, train_step.StepMetrics]]:
   """The training step, compiled for the places where `state` lies; it takes over the state it is given."""
   step = functools.partial(
     train_step.train_step,
@@ -212,7 +212,7 @@ def _loop(
   with contextlib.closing(log):  # whatever ends the run: what was logged can be read
     _announce(log, run, state)
     scheduled = run_evals.schedule(
-      config, run.source, run.evals, run.model, run.tokenizer, sharding.evaluation_mesh(run.mesh)
+      config, run.source, run.benchmarks, run.model, run.tokenizer, sharding.evaluation_mesh(run.mesh)
     )
     facts = functools.partial(
       open_run.provenance, workdir, weights='ema' if run.averages else 'trained', model=run.model, mesh=run.mesh
@@ -223,10 +223,10 @@ def _loop(
       workdir, first_step, batch_size=config.batch_size, max_share=config.data.max_fault_share, mesh=run.mesh
     )
     log_step = functools.partial(_log_step, log, tally, _learning_rates(run), config.max_skipped_in_a_row)
-    whole = evals.run(evals.left(first_step), state)  # whether all that was due is evaluated
+    whole = evals.run(evals.missing(first_step), state)  # whether all that was due is evaluated
     step_fn = jit_step(run, state)
     trace = StepTrace(workdir, first_step, config.profile, log.say)
-    pending: tuple[int, train_step.Figures, jax.Array | None] | None = None
+    pending: tuple[int, train_step.StepMetrics, jax.Array | None] | None = None
     started = time.perf_counter()
     for step, batch in enumerate(read_batches(run, first_step) if whole else (), start=first_step + 1):
       tally.add(batch.pop('bad_records'))
@@ -317,7 +317,7 @@ def _log_step(
   rates: np.ndarray,
   max_skipped_in_a_row: int,
   step: int,
-  figures: train_step.Figures,
+  figures: train_step.StepMetrics,
   faults: jax.Array | None,
 ) -> None:
   """Waits for a step, logs its figures when it is their turn (then there are `faults`).

@@ -1,44 +1,46 @@
 """One step of training: a pure function of state and batch."""
 
+from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import optax
 
-from groupvit_jax.model import losses, metrics
+from groupvit_jax.model import losses
 from groupvit_jax.model.image_text import ImageTextModel, Projected
 from groupvit_jax.model.layers import sample_keys
+from groupvit_jax.model.metrics import GroupingHealth
 from groupvit_jax.model.pixels import normalize_images, RandomErasing
 from groupvit_jax.model.text_packing import Encoders, text_features, text_load, TextLoad
 from groupvit_jax.running import sharding
 from groupvit_jax.train import optim
-from groupvit_jax.train.accumulation import map_micro_batches
 from groupvit_jax.train.state import TrainState
 
 Batch = dict[str, jax.Array]  # 'image': uint8 [B, H, W, 3], 'tokens': int32 [B, T, L]
 
 
-class Figures(NamedTuple):
-  """What a step reports."""
+class StepMetrics(NamedTuple):
+  """Metrics of a step."""
 
   scalars: dict[str, jax.Array]
-  health: metrics.GroupingHealth
+  health: GroupingHealth
 
 
 class LossOutput(NamedTuple):
-  """What else the loss returns."""
+  """Auxiliary output of the loss."""
 
   batch_stats: object
-  figures: Figures
+  metrics: StepMetrics
 
 
 def total_loss(
   out: Projected, multi_label_weight: float, batch_sharding: NamedSharding | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """Caption loss plus weighted multi-label loss (paper section 3.3), and everything worth logging about them."""
+  """Caption loss plus weighted multi-label loss (paper section 3.3), and metrics of both."""
   with jax.named_scope('caption_loss'):
     caption = losses.contrastive_loss(out.image_embeds, out.text_embeds[:, 0], out.logit_scale, sharding=batch_sharding)
   loss = caption.loss
@@ -61,6 +63,35 @@ def total_loss(
   return loss, logged | {'loss': loss}
 
 
+def map_micro_batches(
+  function: Callable[[dict[str, jax.Array]], tuple[object, object]], batch: dict[str, jax.Array], num_steps: int
+) -> tuple[object, object]:
+  """Applies `function`, in which samples do not meet, to a batch in micro-batches.
+
+  Differentiated, each micro-batch is computed a second time when its gradient is due, and only its inputs are kept
+  until then: the memory of one micro-batch, for one more forward pass.
+
+  Micro-batch i holds the rows r with r % num_steps == i. So each device computes rows that it has already.
+
+  Args:
+    function: batch -> (rows, sums): arrays [b, ...] of the samples in order, and sums over them.
+    batch: arrays [B, ...]; num_steps divides B.
+    num_steps: micro-batches; with 1 the function is simply called.
+
+  Returns:
+    Rows [B, ...] and sums of the whole batch.
+  """
+  if num_steps == 1:
+    return function(batch)
+  split = jax.tree.map(lambda x: x.reshape(-1, num_steps, *x.shape[1:]), batch)
+  pick = lambda i: jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, axis=1, keepdims=False), split)
+  # The compiler cannot merge the two computations across loops, so it need not be kept from it.
+  apply = jax.checkpoint(lambda i: function(pick(i)), prevent_cse=False)
+  rows, sums = lax.map(apply, jnp.arange(num_steps))  # [num_steps, B / num_steps, ...] and [num_steps, ...]
+  rows = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), rows)
+  return rows, jax.tree.map(lambda x: x.sum(axis=0), sums)
+
+
 def loss_and_grads(
   state: TrainState,
   batch: Batch,
@@ -72,7 +103,7 @@ def loss_and_grads(
   random_erasing: RandomErasing | None,
   batch_sharding: NamedSharding | None,
 ) -> tuple[LossOutput, object]:
-  """Loss, figures and updated BatchNorm statistics of a batch, and the gradient of the loss.
+  """Loss, metrics and updated BatchNorm statistics of a batch, and the gradient of the loss.
 
   The towers see the batch in `grad_accum_steps` micro-batches, projectors and losses see it whole; so neither result
   depends on their number. Arguments as in `train_step`.
@@ -84,13 +115,13 @@ def loss_and_grads(
 
   packed = dict(eos_id=model.text.eos_id, budget=text_budget, groups=groups)
 
-  def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], tuple[metrics.GroupingHealth, TextLoad]]:
+  def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], tuple[GroupingHealth, TextLoad]]:
     images = normalize_images(rows['image'])
     if random_erasing is not None:
       images = random_erasing(images, rows['keys'])
     vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
     text = text_features(readers, params, rows['tokens'], **packed)
-    health = metrics.GroupingHealth.from_assignments(vision.assignments)
+    health = GroupingHealth.from_assignments(vision.assignments)
     return (vision.pooled, text), (health, text_load(rows['tokens'], **packed))
 
   def loss_fn(params):
@@ -102,7 +133,7 @@ def loss_and_grads(
     )
     loss, logged = total_loss(out, multi_label_weight, batch_sharding)
     logged |= {'text_tokens': load.tokens / len(batch['image']), 'text_turns': load.turns}
-    return loss, LossOutput(updated['batch_stats'], Figures(logged, health))
+    return loss, LossOutput(updated['batch_stats'], StepMetrics(logged, health))
 
   grads, out = jax.grad(loss_fn, has_aux=True)(state.params)
   return out, grads
@@ -136,7 +167,7 @@ def train_step(
   random_erasing: RandomErasing | None,
   batch_sharding: NamedSharding | None,
   ema_decay: float = 0.0,
-) -> tuple[TrainState, Figures]:
+) -> tuple[TrainState, StepMetrics]:
   """Applies one update.
 
   An update with a non-finite loss or gradient is skipped and counted: parameters, statistics and optimiser stay as
@@ -155,7 +186,7 @@ def train_step(
     ema_decay: of the moving average, in a state that has one (static).
 
   Returns:
-    The next state and the step's figures.
+    The next state and the step's metrics.
   """
   out, grads = loss_and_grads(
     state,
@@ -169,7 +200,7 @@ def train_step(
   )
   with jax.named_scope('optimizer'):
     grad_norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(out.figures.scalars['loss']) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(out.metrics.scalars['loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
     updated = (optax.apply_updates(state.params, updates), out.batch_stats)
     params, batch_stats = optim.select(finite, updated, (state.params, state.batch_stats))
@@ -185,9 +216,9 @@ def train_step(
   )
   if state.ema is not None:
     state = state.replace(ema=average_variables(state, ema_decay))
-  scalars = out.figures.scalars | {
+  scalars = out.metrics.scalars | {
     'grad_norm': grad_norm,
     'skipped': state.skipped,
     'skipped_in_a_row': state.skipped_in_a_row,
   }
-  return state, Figures(scalars, out.figures.health)
+  return state, StepMetrics(scalars, out.metrics.health)

@@ -1,6 +1,6 @@
 """The folder of a run: its config, tokenizer and checkpoints, written once and read by every command."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import importlib.util
 import json
@@ -19,6 +19,8 @@ from groupvit_jax.running.attention_choice import AttentionChoice
 
 # Where a run can be kept besides disks, and what reads and writes there.
 _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
+
+_DATA_FILE = 'data.json'  # which records the run was started on
 
 # What decides whether a checkpoint fits: everything else may change from one start to the next.
 _FITTING = ('model', 'tokenizer')
@@ -137,6 +139,47 @@ def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[
       + '; use another --workdir, or the values of that run'
     )
   return list(differences.values())
+
+
+def record_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
+  """Writes metadata of the training data into a workdir, or checks that they are the ones recorded there.
+
+  Args:
+    workdir: of the run.
+    metadata: see `Mixture.facts`.
+
+  Raises:
+    ValueError: see `check_data`.
+  """
+  check_data(workdir, metadata)
+  path = epath.Path(workdir) / _DATA_FILE
+  if not path.exists():
+    storage.write_atomic(str(path), (json.dumps(metadata, indent=2) + '\n').encode())
+
+
+def check_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
+  """Checks that the training data are those of the run in a workdir, if there is one.
+
+  Where records lie and when they were written does not matter, only which they are, in what order.
+
+  Raises:
+    ValueError: the run was started on other data: its order of records would be another one.
+  """
+  path = epath.Path(workdir) / _DATA_FILE
+  before = json.loads(path.read_text()) if path.exists() else metadata
+  if before['fingerprint'] == metadata['fingerprint']:
+    return
+  old, new = before['sets'], metadata['sets']
+  changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+  raise UserError(
+    f'the data changed since the run in {workdir} started: {", ".join(changed)} '
+    f'({_count_records(old, changed)} records then, {_count_records(new, changed)} now); bring the old data back, '
+    f'use another --workdir, or delete {path} to go on with another order of records'
+  )
+
+
+def _count_records(sets: Mapping[str, Mapping[str, object]], names: list[str]) -> str:
+  return ' + '.join(f'{sets[name]["records"]:,}' if name in sets else '0' for name in names)
 
 
 def keeps_average(config: ml_collections.ConfigDict) -> bool:

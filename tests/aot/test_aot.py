@@ -17,7 +17,7 @@ from groupvit_jax.model.layers import sample_keys
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.model.text_packing import one_a_row
 from groupvit_jax.model.vision import StageSpec
-from groupvit_jax.train.accumulation import map_micro_batches
+from groupvit_jax.train.step import map_micro_batches
 from tests.agreement import assert_agree
 from tests.running.test_sharding import random_batch
 from tests.tiny import tiny_config, tiny_model

@@ -12,7 +12,7 @@ from groupvit_jax.data import augment, bad_records, pipeline
 from groupvit_jax.data.bad_records import BadRecord, TooManyBadRecords
 from groupvit_jax.data.sources import build_source, sample_captions
 from groupvit_jax.running import sharding
-from groupvit_jax.train import manifest
+from groupvit_jax.train import workdir
 from groupvit_jax.train.bad_record_tally import FaultTally
 from tests.tars import bad_record_counts, data_config, encode, samples, set_config, Words, write_tar
 
@@ -228,7 +228,7 @@ def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path):
     path = write_tar(tmp_path / name / 'a.tar', samples(numbers))
     return build_source(data_config(a=set_config(path)), (16, 16)).metadata()
 
-  manifest.claim(tmp_path, facts('one', range(5)))
-  manifest.claim(tmp_path, facts('moved', range(5)))
+  workdir.record_data(tmp_path, facts('one', range(5)))
+  workdir.record_data(tmp_path, facts('moved', range(5)))
   with pytest.raises(ValueError, match=r'the data changed .* started: a \(5 records then, 6 now\).*data.json'):
-    manifest.claim(tmp_path, facts('grown', range(6)))
+    workdir.record_data(tmp_path, facts('grown', range(6)))

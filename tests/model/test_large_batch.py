@@ -19,7 +19,7 @@ from groupvit_jax.running import sharding
 from groupvit_jax.train import loop
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
-from groupvit_jax.train.accumulation import map_micro_batches
+from groupvit_jax.train.step import map_micro_batches
 from tests.agreement import assert_agree
 from tests.running.test_sharding import random_batch, TEXT_SHAPE
 from tests.tiny import tiny_config, tiny_model
@@ -69,7 +69,7 @@ def outcome(*variant, seed: int = 0):
   """Figures, BatchNorm statistics and gradients of one batch, on the host; `compiled_step` has the variants."""
   step = compiled_step(*variant)
   found = jax.device_get(step(*jax.device_put(arguments(seed), step.input_shardings[0])))
-  found[0].figures.scalars.pop('text_turns')  # how texts are packed depends on the variant
+  found[0].metrics.scalars.pop('text_turns')  # how texts are packed depends on the variant
   return found
 
 
@@ -115,7 +115,7 @@ def test_rematerialisation_changes_nothing(one_shot, remat):
 def test_the_comparisons_include_noise(one_shot):
   """Otherwise they would pass with noise that depends on the micro-batch."""
   other = outcome(1, 1, 'none', 0, seed=1)
-  assert abs(one_shot[0].figures.scalars['loss'] - other[0].figures.scalars['loss']) > 1e-3
+  assert abs(one_shot[0].metrics.scalars['loss'] - other[0].metrics.scalars['loss']) > 1e-3
 
 
 def test_micro_batches_and_policies_keep_less():

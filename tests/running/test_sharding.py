@@ -62,7 +62,7 @@ def loss_and_grads_on(mesh: jax.sharding.Mesh):
     .compile(EFFORTLESS)
   )
   out, grads = step(state, batch)
-  return jax.device_get((out.figures.scalars['loss'], out.batch_stats, grads))
+  return jax.device_get((out.metrics.scalars['loss'], out.batch_stats, grads))
 
 
 @functools.cache

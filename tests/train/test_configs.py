@@ -64,7 +64,7 @@ def shrink(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collec
 @pytest.mark.parametrize('machine', MACHINES)
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_every_key_of_the_quickstart_is_there(recipe, machine):
-  other = lambda key: key.startswith(('data.scenes', 'data.sets', 'data.augment', 'data.index_dir', 'evals'))
+  other = lambda key: key.startswith(('data.scenes', 'data.sets', 'data.augment', 'data.index_dir', 'benchmarks'))
   keys = {key for key in flat(recipe.get_config(machine)) if not other(key)}
   assert keys == {key for key in flat(quickstart.get_config()) if not other(key)}
 

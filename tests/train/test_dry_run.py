@@ -9,7 +9,7 @@ import pytest
 from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax import cli
 from groupvit_jax.data.sources import build_source
-from groupvit_jax.train import dry_run, manifest, workdir
+from groupvit_jax.train import dry_run, workdir
 from tests.tars import samples, write_tar
 from tests.train.test_configs import shrink
 
@@ -71,7 +71,7 @@ def test_memory_is_the_devices(config, tmp_path):
 def test_a_workdir_with_another_run_is_named_and_left_alone(config, tmp_path):
   run = tmp_path / 'run'
   workdir.claim(run, config)
-  manifest.claim(run, build_source(config.data, (32, 32)).metadata())
+  workdir.record_data(run, build_source(config.data, (32, 32)).metadata())
   before = contents(run)
   config.model.vision.width = 32
   with pytest.raises(ValueError, match='model.vision.width is 32 here and 16 there'):

@@ -12,7 +12,7 @@ import pytest
 from groupvit_jax.commands import score, segment
 from groupvit_jax.commands.score import Request
 from groupvit_jax.eval import evaluator, labeller, window_encoder
-from groupvit_jax.train import in_training, loop, open_run
+from groupvit_jax.train import evals, loop, open_run
 from groupvit_jax.train.checkpoint import BEST_FOLDER, BestCheckpoint
 from groupvit_jax.train.log import RunLog
 from groupvit_jax.train.state import TrainState
@@ -39,8 +39,8 @@ def run(tmp_path_factory):
   layouts.save_indices(bad / 'labels' / 'b.png', np.full(layouts.SIZES[1], 7, np.uint8))
   config = tiny_config()
   config.eval.every_steps = 100
-  config.evals.mine, config.evals.off = entry(folder), entry('/nowhere', every_steps=0)
-  config.evals.bad = entry(bad, every_steps=3)
+  config.benchmarks.mine, config.benchmarks.off = entry(folder), entry('/nowhere', every_steps=0)
+  config.benchmarks.bad = entry(bad, every_steps=3)
   config.checkpoint.best = 'eval/mine/pixel_accuracy'
   compiled, said, evaluate = [], [], evaluator.Evaluator.evaluate
 
@@ -181,30 +181,30 @@ def train_state_of(workdir):
 @pytest.mark.parametrize(
   'changes, message',
   [
-    (dict(benchmark='voc'), "evals.mine: there is no benchmark 'voc'"),
-    (dict(every_steps=-1), 'evals.mine.every_steps=-1'),
-    (dict(protocol='x'), "evals.mine: there is no protocol 'x'"),
-    (dict(benchmark='imagenet', protocol='', changes={}), 'evals.mine: .*holds no .*imagenet2012'),
-    (dict(benchmark='imagenet', changes={}), 'evals.mine: imagenet has neither label maps nor windows'),
-    (dict(benchmark='imagenet', protocol=''), 'evals.mine: imagenet has neither label maps nor windows'),
-    (dict(extra=1), 'evals.mine.extra is unknown'),
+    (dict(benchmark='voc'), "benchmarks.mine: there is no benchmark 'voc'"),
+    (dict(every_steps=-1), 'benchmarks.mine.every_steps=-1'),
+    (dict(protocol='x'), "benchmarks.mine: there is no protocol 'x'"),
+    (dict(benchmark='imagenet', protocol='', changes={}), 'benchmarks.mine: .*holds no .*imagenet2012'),
+    (dict(benchmark='imagenet', changes={}), 'benchmarks.mine: imagenet has neither label maps nor windows'),
+    (dict(benchmark='imagenet', protocol=''), 'benchmarks.mine: imagenet has neither label maps nor windows'),
+    (dict(extra=1), 'benchmarks.mine.extra is unknown'),
   ],
 )
 def test_a_mistake_shows_before_the_first_step(changes, message, tmp_path):
   layouts.folder(tmp_path)
   with pytest.raises(ValueError, match=message):
-    in_training.open_evals(ml_collections.ConfigDict(dict(mine=entry(tmp_path, **changes))), (32, 32))
+    evals.open_benchmarks(ml_collections.ConfigDict(dict(mine=entry(tmp_path, **changes))), (32, 32))
 
 
 def test_the_best_of_what_is_not_measured(tmp_path):
   layouts.folder(tmp_path)
-  evals = in_training.open_evals(ml_collections.ConfigDict(dict(mine=entry(tmp_path))), (32, 32))
-  in_training.check_best('eval/mine/miou', evals, ())
-  in_training.check_best('eval/validation/oracle_miou', evals, ('validation',))
-  in_training.check_best('', (), ())
+  benchmarks = evals.open_benchmarks(ml_collections.ConfigDict(dict(mine=entry(tmp_path))), (32, 32))
+  evals.check_best('eval/mine/miou', benchmarks, ())
+  evals.check_best('eval/validation/oracle_miou', benchmarks, ('validation',))
+  evals.check_best('', (), ())
   for metric in ('eval/voc21/miou', 'eval/mine/mIoU', 'eval/mine/top1', 'mine/miou', 'eval/mine'):
     with pytest.raises(ValueError, match='of no evaluation; there are eval/mine/{miou,.*}, eval/validation/{miou,'):
-      in_training.check_best(metric, evals, ('validation',))
+      evals.check_best(metric, benchmarks, ('validation',))
 
 
 def test_a_bad_label_map_costs_its_evaluation_and_not_the_run(run):
