@@ -1,5 +1,5 @@
 # The two targets that matter do all their set-up: `make quickstart` and `make test`.
-PYTHON ?= python3
+PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python3)
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 WORKERS ?= 2
@@ -43,7 +43,8 @@ $(VENV)/test: requirements-test.txt requirements-demo.txt $(VENV)/run
 docs: $(VENV)/test  # the API reference, from docstrings
 	$(BIN)/python -m pdoc --docformat=google --output-directory=build/docs groupvit_jax
 
-docs-check: $(VENV)/test
+docs-check: $(VENV)/test  # with Python 3.11: it writes weights with torch
+	$(BIN)/python docs/rooms.py --check
 	$(BIN)/python docs/check.py README.md $(wildcard docs/*.md)
 
 clean:
