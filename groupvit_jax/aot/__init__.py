@@ -1,1 +1,1 @@
-"""What a training step needs of a pod, found out without one: `python -m groupvit_jax.aot`."""
+"""Ahead-of-time compilation of the training step for TPU pods: `python -m groupvit_jax.aot`."""

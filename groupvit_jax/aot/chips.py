@@ -1,4 +1,4 @@
-"""The chips that a step can be compiled for, as published, and how many of them a topology has."""
+"""TPU chips, their published peaks and clocks, and the topologies that a step can be compiled for."""
 
 from collections.abc import Mapping
 import math
@@ -12,19 +12,25 @@ from groupvit_jax.errors import UserError
 
 
 class Chip(NamedTuple):
-  """A chip, by Google Cloud's pages on TPU versions (docs.cloud.google.com/tpu/docs)."""
+  """A chip, by Google Cloud's pages on TPU versions (docs.cloud.google.com/tpu/docs).
+
+  Clocks: v4's is published (Jouppi et al. 2023, arXiv 2304.01433). v5e's and v5p's follow from the published peak and
+  the multipliers that JAX's table of TPUs has (cores x 4 matrix units x 128 x 128): peak / (2 x multipliers), 1.50 and
+  1.75 GHz. For newer chips that quotient is no plausible clock, and none is published.
+  """
 
   peak_flops: float  # a second, bfloat16
   hbm_bytes: float
   hbm_bandwidth: float  # bytes a second
   link_bandwidth: float  # bytes a second over all of a chip's links, in both directions together
-  chip_config: str | None = None  # how the compiler is told that both cores of a chip are one device
+  clock_hz: float | None = None
+  chip_config: str | None = None  # makes both cores of a chip one device for the compiler
 
 
 CHIPS: Mapping[str, Chip] = {
-  'v4': Chip(275e12, 32 * 2**30, 1228e9, 600e9, 'megacore'),
-  'v5e': Chip(197e12, 16 * 2**30, 819e9, 400e9),
-  'v5p': Chip(459e12, 95 * 2**30, 2765e9, 1200e9),
+  'v4': Chip(275e12, 32 * 2**30, 1228e9, 600e9, 1.05e9, 'megacore'),
+  'v5e': Chip(197e12, 16 * 2**30, 819e9, 400e9, 1.5e9),
+  'v5p': Chip(459e12, 95 * 2**30, 2765e9, 1200e9, 1.75e9),
   'v6e': Chip(918e12, 32 * 2**30, 1638e9, 800e9),
   'tpu7x': Chip(2307e12, 192 * 2**30, 7380e9, 1200e9),
 }
@@ -43,14 +49,14 @@ def find_topology(name: str) -> Topology:
   """The devices of a topology such as 'v5e:16x16'.
 
   Raises:
-    ValueError: there is no such topology, or libtpu is missing.
+    UserError: there is no such topology, or libtpu is missing.
   """
   version, _, shape = name.partition(':')
   if version not in CHIPS or not re.fullmatch(r'\d+(x\d+)+', shape):
     raise UserError(
       f'--topology={name} is none; write a chip ({", ".join(CHIPS)}) and a shape, as in v5e:16x16 or v5p:4x4x4'
     )
-  # Nothing is run: no machine is asked for what it is, and several processes may compile at a time.
+  # Nothing runs: no metadata server is asked about this machine, and several processes may compile at a time.
   for variable, value in dict(
     TPU_SKIP_MDS_QUERY='1',
     ALLOW_MULTIPLE_LIBTPU_LOAD='1',

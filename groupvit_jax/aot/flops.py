@@ -1,4 +1,4 @@
-"""What a traced program computes, loops included; the compiler counts the body of a loop once."""
+"""FLOPs of a traced program, loops included; the compiler counts the body of a loop once."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax.extend.core
 
 
 def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
-  """Floating-point operations of matrix products and convolutions, loops counted as often as they run."""
+  """Floating-point operations of matmuls and convolutions, loops counted as often as they run."""
   total = 0
   for eqn in jaxpr.eqns:
     shapes = [var.aval.shape for var in eqn.invars]

@@ -1,28 +1,22 @@
-"""From a compiled step to what a person wants to know: does it fit, what limits it, how long will it take."""
+"""Reports of a compiled step: memory, expected time, bounds, and cost by part of the model."""
 
 from collections.abc import Mapping, Sequence
 
 import ml_collections
 
-from groupvit_jax.aot.chips import Topology
+from groupvit_jax.aot import scopes
+from groupvit_jax.aot.chips import Chip, Topology
+from groupvit_jax.aot.program import Cost, Kernels
 from groupvit_jax.aot.step import CompiledStep
 
 _GIB = 2**30
-_LATENCY = 1e-6  # seconds that a chip's message to its neighbour takes at least, however short: a round figure
+_LATENCY = 1e-6  # seconds that a chip's message to its neighbour takes at least, however short: a round number
 _DAY = 24 * 60 * 60
+_VECTOR = 8 * 128  # numbers that a core's vector unit handles in a cycle
 
 
 def make_report(config: ml_collections.ConfigDict, topology: Topology, step: CompiledStep) -> dict[str, object]:
-  """Figures of a chip, for JSON.
-
-  Args:
-    config: the experiment.
-    topology: what the step was compiled for.
-    step: the step.
-
-  Returns:
-    Sizes in GiB, times in seconds.
-  """
+  """Metrics of a chip, for JSON: sizes in GiB, times in seconds."""
   chip, devices = topology.chip, len(topology.devices) / topology.num_chips
   per_chip = lambda size: round(devices * size / _GIB, 3)
   report = {
@@ -44,10 +38,10 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
   if step.memory is None:
     return report
   report['hbm_gib'] |= {name: per_chip(size) for name, size in step.memory._asdict().items()}
-  times = {'arithmetic': step.flops / topology.num_chips / chip.peak_flops}
+  bounds = {'arithmetic': step.flops / topology.num_chips / chip.peak_flops}
   report['gflop'] = round(step.flops / topology.num_chips / 1e9, 1)
   if step.traffic is not None:
-    times |= {
+    bounds |= {
       'memory': devices * step.traffic.hbm_bytes / chip.hbm_bandwidth,
       'collectives': (
         devices * sum(step.traffic.sent.values()) / (chip.link_bandwidth / 2)
@@ -61,18 +55,57 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
         for kind, size in sorted(step.traffic.sent.items())
       },
       'estimated_cycles': step.traffic.cycles,
+      'custom_kernels': step.traffic.kernels.count,
     }
-  seconds = max(times.values())
-  return report | {
-    'roofline_s': {name: round(value, 6) for name, value in times.items()},
-    'limited_by': max(times, key=times.get) + (', as far as is known' if step.traffic is None else ''),
+  seconds = max(bounds.values())
+  report |= {
+    'roofline_s': {name: round(value, 6) for name, value in bounds.items()},
+    'limited_by': max(bounds, key=bounds.get) + (', as far as is known' if step.traffic is None else ''),
     'step_s': round(seconds, 6),
     'images_per_s': round(config.batch_size / seconds),
     'days': round(config.total_steps * seconds / _DAY, 3),
   }
+  if step.traffic is not None and chip.clock_hz is not None:
+    seconds = max(seconds, _device_seconds(step.traffic, chip, devices) + bounds['collectives'])
+    report['expected'] = {
+      'step_s': round(seconds, 6),
+      'share_of_peak': round(bounds['arithmetic'] / seconds, 4),
+      'images_per_s': round(config.batch_size / seconds),
+      'days': round(config.total_steps * seconds / _DAY, 3),
+    }
+    report['parts'] = _parts(step.traffic.by_name, chip, devices)
+  return report
 
 
-def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> str:
+def _device_seconds(cost: Cost, chip: Chip, devices: float) -> float:
+  """Expected time of operations, one after the other; a chip has `devices` devices."""
+  return cost.cycles / chip.clock_hz + _kernel_seconds(cost.kernels, chip, devices)
+
+
+def _kernel_seconds(kernels: Kernels, chip: Chip, devices: float) -> float:
+  """Expected time of custom kernels: of the matrix unit, the vector unit or memory, whichever takes longest."""
+  return max(
+    devices * kernels.flops / chip.peak_flops,
+    kernels.transcendentals / (_VECTOR * chip.clock_hz),
+    devices * kernels.bytes / chip.hbm_bandwidth,
+  )
+
+
+def _parts(by_name: Mapping[str, Cost], chip: Chip, devices: float) -> dict[str, dict[str, float]]:
+  """Milliseconds by pass, and traffic, of each part of the model; the longest part first."""
+  parts: dict[str, dict[str, float]] = {}
+  for op_name, cost in by_name.items():
+    empty = dict(ms=0.0, forward=0.0, recomputed=0.0, backward=0.0, hbm_traffic_gib=0.0, operations=0)
+    part = parts.setdefault(scopes.part_of(op_name), empty)
+    for key in ('ms', scopes.pass_of(op_name)):
+      part[key] += 1e3 * _device_seconds(cost, chip, devices)
+    part['hbm_traffic_gib'] += devices * cost.hbm_bytes / _GIB
+    part['operations'] += cost.operations
+  rounded = {name: {key: round(value, 3) for key, value in part.items()} for name, part in parts.items()}
+  return dict(sorted(rounded.items(), key=lambda item: -item[1]['ms']))
+
+
+def describe(report: Mapping[str, object], config: ml_collections.ConfigDict) -> str:
   """The report as people read it; `config` is the experiment."""
   hbm, lines = report['hbm_gib'], []
   add = lambda name, text: lines.append(f'{name:12} {text}')
@@ -93,38 +126,65 @@ def describe(report: dict[str, object], config: ml_collections.ConfigDict) -> st
       add('traffic', f"{report['hbm_traffic_gib']:,} GiB to and from a chip's memory")
       for kind, found in report['collectives'].items():
         add('collective', f'{kind}: {found["count"]} in which a chip sends {found["sent_mib"]:,} MiB')
-      add('estimate', f'{report["estimated_cycles"] / 1e6:,.1f} million cycles of a device, by the compiler')
+      kernels = report['custom_kernels']
+      add(
+        'estimate',
+        f'{report["estimated_cycles"] / 1e6:,.1f} million cycles of a device, by the compiler'
+        + (f', beside {kernels} custom kernels, counted by their cost estimates' if kernels else ''),
+      )
     else:
       add('traffic', 'not known, nor what is sent: jaxlib cannot read the program that libtpu made; try a newer jax')
-    add(
-      'at best',
-      ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in report['roofline_s'].items())
-      + f'; limited by {report["limited_by"]}',
-    )
-    add('so at most', f'{report["images_per_s"]:,} images/s; {config.total_steps:,} steps in {report["days"]:.2f} days')
+    if expected := report.get('expected'):
+      add(
+        'expected',
+        f'{1e3 * expected["step_s"]:.1f} ms a step, {expected["share_of_peak"]:.1%} of the peak; '
+        f'{expected["images_per_s"]:,} images/s; {config.total_steps:,} steps in {expected["days"]:.2f} days',
+      )
+    bounds = ', '.join(f'{name} {1e3 * value:.1f} ms' for name, value in report['roofline_s'].items())
+    add('at best', f'{bounds}; limited by {report["limited_by"]}; {report["images_per_s"]:,} images/s')
   if not report['fits']:
     add('does not fit', advise(config, report))
   return '\n'.join(lines)
 
 
 def tabulate(reports: Sequence[Mapping[str, object]]) -> str:
-  """Several reports as a Markdown table; chip-hours are those of the config's steps."""
+  """Several reports as a Markdown table; days and chip-hours are expected ones, of the config's steps."""
   lines = [
-    '| topology | chips | pairs a chip | GiB a chip | arithmetic, ms | memory, ms | collectives, ms '
-    '| limited by | images/s | days | chip-hours | compiled in, s |',
-    '|:--|' + '--:|' * 6 + ':--|' + '--:|' * 4,
+    '| topology | chips | pairs a chip | GiB a chip | expected, ms | of the peak | arithmetic, ms | memory, ms '
+    '| collectives, ms | images/s | days | chip-hours | compiled in, s |',
+    '|:--|' + '--:|' * 12,
   ]
   for report in reports:
     hbm, pairs = report['hbm_gib'], report['batch_size'] / report['chips']
-    start = f'| {report["topology"]} | {report["chips"]} | {pairs:,.4g} | {hbm["together"]:.1f} of {hbm["chip"]:.0f} | '
-    if 'roofline_s' in report:
-      names, known = ('arithmetic', 'memory', 'collectives'), report['roofline_s']
-      times = ' | '.join(f'{1e3 * known[name]:.1f}' if name in known else '?' for name in names)
-      hours = 24 * report['days'] * report['chips']
-      start += f'{times} | {report["limited_by"]} | {report["images_per_s"]:,} | {report["days"]:.2f} | {hours:,.0f} | '
-    else:
-      start += ' | | | does not fit | | | | '
-    lines.append(f'{start}{report["compile_s"]:.0f} |')
+    cells = [report['topology'], report['chips'], f'{pairs:,.4g}', f'{hbm["together"]:.1f} of {hbm["chip"]:.0f}']
+    expected, bounds = report.get('expected'), report.get('roofline_s', {})
+    if not report['fits']:
+      cells.append('does not fit')
+    elif expected:
+      cells += [f'**{1e3 * expected["step_s"]:.1f}**', f'{expected["share_of_peak"]:.0%}']
+    cells += ['?'] * (6 - len(cells))
+    cells += [
+      f'{1e3 * bounds[name]:.1f}' if name in bounds else '?' for name in ('arithmetic', 'memory', 'collectives')
+    ]
+    if expected:
+      hours = 24 * expected['days'] * report['chips']
+      cells += [f'{expected["images_per_s"]:,}', f'{expected["days"]:.2f}', f'{hours:,.0f}']
+    cells += ['?'] * (12 - len(cells))
+    lines.append(f'| {" | ".join(map(str, cells))} | {report["compile_s"]:.0f} |')
+  return '\n'.join(lines)
+
+
+def tabulate_parts(report: Mapping[str, object]) -> str:
+  """Expected time and traffic by part of the model, as a Markdown table."""
+  columns = ('forward', 'recomputed', 'backward')
+  parts, total = report['parts'], sum(part['ms'] for part in report['parts'].values())
+  lines = [f'| {report["topology"]} | ms | share | {" | ".join(columns)} | GiB | operations |', '|:--|' + '--:|' * 7]
+  for name, part in parts.items():
+    passes = ' | '.join(f'{part[column]:.1f}' for column in columns)
+    share = part['ms'] / total if total else 0.0
+    lines.append(
+      f'| {name} | {part["ms"]:.1f} | {share:.1%} | {passes} | {part["hbm_traffic_gib"]:.2f} | {part["operations"]:,} |'
+    )
   return '\n'.join(lines)
 
 

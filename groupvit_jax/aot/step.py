@@ -1,4 +1,4 @@
-"""Compiles a config's training step, exactly as a run would, for chips that are not there."""
+"""Compiles a config's training step, exactly as a run would, for absent chips."""
 
 import math
 import re
@@ -40,7 +40,7 @@ class State(NamedTuple):
 
 
 class CompiledStep(NamedTuple):
-  """What is known of a step before it is run."""
+  """A step as its compiler sees it."""
 
   memory: Memory | None  # None: the compiler found no way to fit it in
   wanted_bytes: float  # of a device's main memory
