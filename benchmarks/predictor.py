@@ -52,7 +52,7 @@ def main() -> None:
       clock = [time.perf_counter()]
       encoded = predictor.encode(images)
       clock.append(time.perf_counter())
-      found = [predictor.find(one, _CLASS_NAMES) for one in encoded]
+      found = [predictor.segment(one, _CLASS_NAMES) for one in encoded]
       clock.append(time.perf_counter())
       for one in found:
         one.groups  # noqa: B018 (computed when asked for)

@@ -1,4 +1,4 @@
-"""What was found in one picture: label maps, groups, scores, heat maps, overlays."""
+"""Prediction: the label map, groups, scores and heat maps of one image, and drawings of them."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,19 +15,19 @@ from groupvit_jax.eval.window_encoder import EncodedWindows
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What was found in one picture. Label c stands for `classes[c]`.
+  """The segmentation of one image. Label c stands for `classes[c]`.
 
   Attributes:
-    key: name of the picture: its path, or its place in the list.
+    key: name of the image: its path, or its number in the list.
     image: uint8 [H, W, 3].
     classes: C names.
-    background: whether the first of them is what no word fits well enough.
+    background: whether the first of them is the background: pixels that fit no class well enough.
     palette: their colours.
     labels: uint8 [H, W].
     pixel_scores: float32 [H, W], of those labels.
     scores: [C], of the segment that fits a class best, in any window; nan for the background.
-    group_maps: makes `groups` when they are first asked for, which takes one more pass of the encoder.
-    windows: the K windows that were looked at.
+    group_maps: computes `groups` at the first call, which takes one more pass of the encoder.
+    windows: the K encoded windows.
     class_scores: float32 [K, S, C], of their segments; without the background.
   """
 
@@ -45,12 +45,12 @@ class Prediction:
 
   @property
   def areas(self) -> np.ndarray:
-    """Share of the picture that each class covers, [C]."""
+    """Share of the image that each class covers, [C]."""
     return np.bincount(self.labels.ravel(), minlength=len(self.classes)) / self.labels.size
 
   @property
   def groups(self) -> tuple[np.ndarray, ...]:
-    """Per grouping stage uint8 [H, W], of the picture seen whole; the final segments are last."""
+    """Per grouping stage uint8 [H, W], of the whole image in one window; the final segments are last."""
     return self.group_maps()
 
   @property
@@ -59,15 +59,15 @@ class Prediction:
     return self.groups[-1]
 
   def heat_map(self, name: str) -> np.ndarray:
-    """How well a class fits each pixel: its score in [0, 1], float32 [H, W]; the largest one labels.
+    """The score in [0, 1] of a class at each pixel, float32 [H, W]; a pixel's label is the class that scores highest.
 
     Raises:
-      ValueError: no such class was looked for.
+      ValueError: the image was not segmented into such a class.
     """
-    words = self.classes[self.background :]
-    if name not in words:
-      raise UserError(f'{name!r} was not looked for; there are {", ".join(words)}')
-    scores = self.class_scores[:, :, words.index(name)]
+    names = self.classes[self.background :]
+    if name not in names:
+      raise UserError(f'{name!r} was not looked for; there are {", ".join(names)}')
+    scores = self.class_scores[:, :, names.index(name)]
     image = self.windows.image
     total, covers = np.zeros((2, *image.resized), np.float32)
     for top, left, segments, score in zip(image.tops, image.lefts, self.windows.segments, scores):
@@ -77,36 +77,27 @@ class Prediction:
     return cv2.resize(total / covers, image.original[::-1], interpolation=cv2.INTER_LINEAR)
 
   def mask(self) -> Image.Image:
-    """The label map as an indexed picture with the classes' colours."""
+    """The label map as an indexed image in the classes' colours."""
     return draw.mask_image(self.labels, self.palette)
 
   def overlay(self, opacity: float = draw.OPACITY) -> np.ndarray:
-    """The picture under the classes' colours and names, uint8 [H', W', 3]; small ones are enlarged."""
+    """The image under the classes' colours and names, uint8 [H', W', 3]; small ones are enlarged."""
     labels = self.labels
-    if self.background:  # shows the picture as it is
+    if self.background:  # shows the image as it is
       labels = np.where(labels == 0, np.uint8(draw.IGNORE_LABEL), labels)
     return draw.draw_overlay(self.image, labels, self.palette, self.classes, opacity=opacity)
 
   def group_overlay(self, stage: int = -1) -> np.ndarray:
-    """The picture under a stage's groups, uint8 [H', W', 3]; 0 is the first, -1 the final one."""
+    """The image under a stage's groups, uint8 [H', W', 3]; 0 is the first, -1 the final one."""
     return draw.draw_groups(self.image, self.groups[stage])
 
   def to_json(self) -> dict[str, Any]:
     """Areas and scores of the classes, largest area first."""
+    pixels = np.bincount(self.labels.ravel(), minlength=len(self.classes))
+    columns = zip(self.classes, self.areas, pixels, self.scores)
     rows = [
-      {
-        'label': label,
-        'name': name,
-        'area': float(area),
-        'pixels': int((self.labels == label).sum()),
-        'score': None if np.isnan(score) else float(score),
-      }
-      for label, (name, area, score) in enumerate(zip(self.classes, self.areas, self.scores))
+      dict(label=label, name=name, area=float(area), pixels=int(count), score=None if np.isnan(score) else float(score))
+      for label, (name, area, count, score) in enumerate(columns)
     ]
     height, width = self.labels.shape
-    return {
-      'picture': self.key,
-      'height': height,
-      'width': width,
-      'classes': sorted(rows, key=lambda row: -row['area']),
-    }
+    return dict(picture=self.key, height=height, width=width, classes=sorted(rows, key=lambda row: -row['area']))

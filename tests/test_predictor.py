@@ -15,7 +15,7 @@ import pytest
 from groupvit_jax import predictor as predictor_lib
 from groupvit_jax.eval import class_embeddings, labelled, protocols, window_encoder
 from groupvit_jax.eval.evaluator import Evaluator
-from groupvit_jax.predictor import parse_words, Prediction, Predictor
+from groupvit_jax.predictor import parse_class_names, Prediction, Predictor
 from groupvit_jax.running import sharding
 from groupvit_jax.train import open_run
 from tests.tiny import tiny_model
@@ -33,7 +33,7 @@ def run() -> open_run.TrainedRun:
 
 @pytest.fixture(scope='module')
 def predictor(run) -> Predictor:
-  return Predictor.from_run(run)
+  return Predictor(run.model, run.variables, run.tokenizer, run.mesh)
 
 
 @pytest.fixture(scope='module')
@@ -80,9 +80,9 @@ def test_heat_maps_are_what_labels_are_chosen_by(predictor, prediction, image):
 def test_other_words_do_not_encode_again(predictor, prediction, image, monkeypatch):
   (encoded,) = predictor.encode([image])
   monkeypatch.setattr(window_encoder, 'encode_windows', None)
-  found = predictor.find(encoded, WORDS)
+  found = predictor.segment(encoded, WORDS)
   assert np.array_equal(found.labels, prediction.labels) and found.key == prediction.key
-  assert predictor.find(encoded, ['sky', 'dog'], threshold=0.2).classes == ('background', 'sky', 'dog')
+  assert predictor.segment(encoded, ['sky', 'dog'], threshold=0.2).classes == ('background', 'sky', 'dog')
 
 
 def test_json_has_areas_and_scores(prediction):
@@ -111,7 +111,7 @@ def test_same_answer_as_the_evaluation(run):
   """By a protocol of one's own, on held-out scenes: the same pixels are right and wrong."""
   changes = dict(class_filter=3, double_softmax=False, templates='subset')
   protocol = protocols.override(protocols.native_protocol(run.model.vision.image_size), changes)
-  predictor = Predictor.from_run(run, protocol=protocol)
+  predictor = Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol)
   benchmark, source = labelled.open_scenes(run.config, labelled.TEST)
   scenes = Evaluator(run.model, run.tokenizer, run.mesh, source, benchmark, protocol, num_threads=0)
   want = scenes.evaluate(run.variables).counts
@@ -128,30 +128,30 @@ def test_same_answer_as_the_evaluation(run):
 
 
 def test_synonyms_are_the_mean_of_their_embeddings_and_are_kept(predictor, monkeypatch):
-  words = parse_words(['dog|puppy', 'dog2', 'puppy3'])
-  two = predictor.embed_words(parse_words(['dog', 'puppy']))
+  words = parse_class_names(['dog|puppy', 'dog2', 'puppy3'])
+  two = predictor.embed_classes(parse_class_names(['dog', 'puppy']))
   np.testing.assert_allclose(np.linalg.norm(two, axis=1), 1, rtol=1e-5)
   asked = []
   embed = class_embeddings.embed_classes
   monkeypatch.setattr(class_embeddings, 'embed_classes', lambda *args: asked.append(args[3]) or embed(*args))
-  got = predictor.embed_words(words)
+  got = predictor.embed_classes(words)
   mean = two.mean(axis=0)
   np.testing.assert_allclose(got[0], mean / np.linalg.norm(mean), atol=1e-6)
-  predictor.embed_words(words)
+  predictor.embed_classes(words)
   assert asked == [['dog2', 'puppy3']]  # what was known is not embedded again
 
 
 def test_more_words_than_a_batch_of_texts_in_one_shape_and_the_last_ones_are_kept(predictor, monkeypatch):
-  words = parse_words([f'{letter}{i}' for letter in 'abc' for i in range(20)])
+  words = parse_class_names([f'{letter}{i}' for letter in 'abc' for i in range(20)])
   with traces() as names:
-    few, many = predictor.embed_words(words[:17]), predictor.embed_words(words)
+    few, many = predictor.embed_classes(words[:17]), predictor.embed_classes(words)
   assert names.count('_embed_texts') <= 2  # rows of texts, rounded up
   with traces() as names:
-    predictor.embed_words(parse_words([f'd{i}' for i in range(40)]))
+    predictor.embed_classes(parse_class_names([f'd{i}' for i in range(40)]))
   assert not names
   np.testing.assert_array_equal(many[:17], few)
-  monkeypatch.setattr(predictor_lib, '_MOST_EMBEDDINGS', 5)
-  np.testing.assert_allclose(predictor.embed_words(words[17:]), many[17:], atol=1e-6)
+  monkeypatch.setattr(predictor_lib, '_MAX_EMBEDDINGS', 5)
+  np.testing.assert_allclose(predictor.embed_classes(words[17:]), many[17:], atol=1e-6)
   assert list(predictor._embeds) == [word.name for word in words[-5:]]
 
 
@@ -196,7 +196,7 @@ def traces() -> Iterator[list[str]]:
 
 def test_compiled_once_per_bucket_of_sizes_and_of_numbers_of_words(predictor, image, monkeypatch):
   large, many = image.repeat(2, axis=0).repeat(2, axis=1), [f'a{i}' for i in range(33)]
-  predictor.embed_words(parse_words(many))  # how these are compiled, the test of words says
+  predictor.embed_classes(parse_class_names(many))  # how these are compiled, the test of words says
   for threshold in (None, 0.5):
     predictor(image, WORDS, threshold=threshold)
   with traces() as names:
@@ -231,9 +231,9 @@ def test_one_cpu_device_does_not_encode_more_padding_than_it_must(total, batch_s
     ([], 'there are no classes to look for'),
     (['dog', 'cat', 'Dog '], "the class 'Dog' is named twice"),
     (['dog|puppy', 'puppy'], "the class 'puppy' is named twice"),
-    (['dog', ' '], "the word ' ' has an empty name"),
-    (['dog|'], "the word 'dog|' has an empty name".replace('|', r'\|')),
-    ('dog', "words is one text, 'dog'"),
+    (['dog', ' '], "the class ' ' has an empty name"),
+    (['dog|'], "the class 'dog|' has an empty name".replace('|', r'\|')),
+    ('dog', "class_names is one text, 'dog'"),
   ],
 )
 def test_bad_words_are_refused(words, message, predictor, image):

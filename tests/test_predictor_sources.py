@@ -24,7 +24,7 @@ PROTOCOLS = {
 @pytest.fixture(scope='module')
 def want():
   return {
-    name: Predictor.open(trained_workdir(), protocol=protocol)(PICTURES, WORDS, threshold=0.2)
+    name: Predictor.from_pretrained(trained_workdir(), protocol=protocol)(PICTURES, WORDS, threshold=0.2)
     for name, protocol in PROTOCOLS.items()
   }
 
@@ -33,7 +33,7 @@ def want():
 def test_every_form_gives_the_same_answer(form, want, tmp_path):
   export(str(trained_workdir()), form, str(tmp_path / 'exported'))
   for name, protocol in PROTOCOLS.items():
-    predictor = Predictor.open(tmp_path / 'exported', protocol=protocol)
+    predictor = Predictor.from_pretrained(tmp_path / 'exported', protocol=protocol)
     for mine, other in zip(predictor(PICTURES, WORDS, threshold=0.2), want[name], strict=True):
       assert mine.classes == other.classes
       np.testing.assert_allclose(mine.class_scores, other.class_scores, atol=1e-4)
@@ -45,19 +45,19 @@ def test_every_form_gives_the_same_answer(form, want, tmp_path):
       open_run.open_run(tmp_path / 'exported')
     (tmp_path / 'exported' / 'text.stablehlo').write_bytes(b'half')
     with pytest.raises(ValueError, match='exported is no whole bundle'):
-      Predictor.open(tmp_path / 'exported')
+      Predictor.from_pretrained(tmp_path / 'exported')
 
 
 def test_protocols_by_name():
   run = open_run.open_run(trained_workdir())
-  assert Predictor.from_run(run, protocol='groupvit').protocol == protocols.GROUPVIT
-  assert Predictor.from_run(run).protocol == Predictor.from_run(run, protocol='native').protocol
+  protocol_of = lambda name: Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=name).protocol
+  assert protocol_of('groupvit') == protocols.GROUPVIT and protocol_of(None) == protocol_of('native')
   with pytest.raises(ValueError, match="there is no protocol 'paper'; choose one of native, groupvit"):
-    Predictor.from_run(run, protocol='paper')
+    protocol_of('paper')
   with pytest.raises(ValueError, match='kept no best checkpoint'):
-    Predictor.open(trained_workdir(), checkpoint='best')
+    Predictor.from_pretrained(trained_workdir(), checkpoint='best')
 
 
 def test_nothing_there(tmp_path):
   with pytest.raises(ValueError, match='there is no workdir'):
-    Predictor.open(tmp_path / 'none')
+    Predictor.from_pretrained(tmp_path / 'none')

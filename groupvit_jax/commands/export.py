@@ -1,9 +1,9 @@
-"""Takes a run's model elsewhere.
+"""Exports a run's model as a Hugging Face folder, StableHLO or safetensors.
 
   python -m groupvit_jax.commands.export --workdir=runs/quickstart --format=huggingface --output=exported
 
-Formats: huggingface (a folder `transformers` loads), stablehlo (both towers for jax alone, see
-examples/run_exported.py), safetensors (our names, and a JSON of the config).
+Formats: huggingface (a folder that `transformers` loads), stablehlo (both towers for jax alone, see
+examples/run_exported.py), safetensors (groupvit_jax's own names, and the config as JSON).
 """
 
 from collections.abc import Sequence
@@ -31,12 +31,12 @@ Form = Literal['huggingface', 'stablehlo', 'safetensors']
 Dtype = Literal['float32', 'bfloat16']
 
 _WEIGHTS = ('.safetensors', '.stablehlo')
-_TRIAL_TEXTS = ('a dog', 'grass')  # whose ids are in bundle.json, to try the text side with
+_TRIAL_TEXTS = ('a dog', 'grass')  # their ids are in bundle.json, to try the text tower with
 
 _FLAT_USE = """\
 ```python
 from groupvit_jax import Predictor
-prediction = Predictor.open(FOLDER)('picture.jpg', ['dog', 'grass'])
+prediction = Predictor.from_pretrained(FOLDER)('image.jpg', ['dog', 'grass'])
 ```
 
 `model.safetensors` has groupvit_jax's own names; `config.json` says how to build the model.
@@ -51,7 +51,7 @@ tower = export.deserialize(open('image.stablehlo', 'rb').read())
 out = tower.call(pixels)  # uint8 [b, H, W, 3], H and W multiples of the patch size
 ```
 
-`bundle.json` has the sizes and the special tokens. `groupvit_jax.Predictor.open(FOLDER)` takes the folder as it is.
+`bundle.json` has the sizes and the special tokens. `groupvit_jax.Predictor.from_pretrained(FOLDER)` opens the folder.
 """
 
 
@@ -70,15 +70,15 @@ def export(
   Args:
     workdir: of the run.
     form: of the folder.
-    output: folder to make; must not exist, or be empty.
-    dtype: of the weights, and of what stablehlo computes.
+    output: folder to create; must not exist, or be empty.
+    dtype: of the weights, and of the computation of stablehlo.
     scores: results.json files of `eval.py`, of this checkpoint, which go into the model card; None for the one in
       WORKDIR/eval, if it is of this checkpoint.
-    weights: as for `trained_run.open_run`.
+    weights: as for `open_run.open_run`.
     checkpoint: likewise.
 
   Returns:
-    What was written, a line for each file of weights, and which scores.
+    A line for each file of weights, and one about the scores.
 
   Raises:
     ValueError: there is no such run, `output` is taken, or the format cannot represent the model.
@@ -108,7 +108,7 @@ def export(
 
 
 def _choose_reports(run: TrainedRun, paths: Sequence[str] | None) -> tuple[list[model_card.Report], str]:
-  """Reports for the model card, and a line that says which."""
+  """Reports for the model card, and a line about them."""
   usual = run.workdir / 'eval' / 'results.json'
   if paths is None and not usual.exists():
     return [], f'the model card has no scores: there is no {usual}, and --scores names none'
@@ -136,7 +136,7 @@ def _write_flat(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec
 def _write_stablehlo(
   folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype
 ) -> dict[str, str]:
-  """Writes both towers, the tokenizer and what a caller needs to know; returns the latency of each file, in words."""
+  """Writes both towers, the tokenizer and bundle.json; returns the latency of each file as text."""
   towers = {
     'image.stablehlo': stablehlo.export_image_tower(spec, run.variables, dtype),
     'text.stablehlo': stablehlo.export_text_tower(spec, run.variables, dtype),
@@ -174,7 +174,7 @@ def _write_stablehlo(
 
 
 def _describe_machine() -> dict[str, Any]:
-  """What a latency depends on."""
+  """The hardware and the version of JAX that a latency depends on."""
   return dict(device=jax.devices()[0].device_kind, cores=os.cpu_count(), jax=jax.__version__)
 
 
@@ -185,7 +185,7 @@ def _write_json(path: epath.Path, values: object) -> None:
 if __name__ == '__main__':
   WORKDIR = flags.DEFINE_string('workdir', None, 'The run.')
   FORMAT = flags.DEFINE_enum('format', None, ['huggingface', 'stablehlo', 'safetensors'], 'What to write.')
-  OUTPUT = flags.DEFINE_string('output', None, 'Folder to make.')
+  OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
   DTYPE = flags.DEFINE_enum(
     'dtype', 'float32', ['float32', 'bfloat16'], 'Of the weights; of stablehlo also of the computation.'
   )

@@ -1,4 +1,4 @@
-"""Writes a folder that `transformers` loads: weights, configs, tokenizer, model card."""
+"""The Hugging Face folder of a model, which `transformers` loads: weights, configs, tokenizer, model card."""
 
 from collections.abc import Sequence
 import json
@@ -21,7 +21,7 @@ _BILINEAR = 2  # Pillow's number, which the image processor's config holds
 _SENTENCEPIECE_NOTE = f"""\
 The tokenizer is the SentencePiece model `{SENTENCEPIECE_FILE}`, for which `transformers` has no class that fits: it
 loads the model and the image processor (`AutoModel`, `AutoImageProcessor`) but neither `AutoTokenizer` nor
-`AutoProcessor`. Make ids with `sentencepiece` and append the end of text, where the text is pooled:
+`AutoProcessor`. Tokenize with `sentencepiece` and append the end of text, where the text is pooled:
 
 ```python
 import sentencepiece, torch
@@ -38,8 +38,8 @@ model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrai
 """
 
 _RESIZED = """
-Pictures are resized to {height} x {width} px: `transformers` accepts no other size, and its segmentation logits apply
-the temperature twice. groupvit_jax reads this folder too (`groupvit_jax.commands.import_weights`) and segments pictures
+Images are resized to {height} x {width} px: `transformers` accepts no other size, and its segmentation logits apply
+the temperature twice. groupvit_jax reads this folder too (`groupvit_jax.commands.import_weights`) and segments images
 of any size.
 """
 
@@ -56,14 +56,7 @@ def write_folder(
   dtype: np.dtype,
   reports: Sequence[model_card.Report],
 ) -> None:
-  """Fills a folder.
-
-  Args:
-    folder: exists and is empty.
-    run: whose newest checkpoint is written.
-    spec: its model.
-    dtype: of the weights.
-    reports: of evaluations, for the model card.
+  """Writes the files of a run's model into an empty folder; `reports` of evaluations go into the model card.
 
   Raises:
     ValueError: `transformers` cannot represent the model.

@@ -1,4 +1,4 @@
-"""Makes a workdir of weights from elsewhere.
+"""Imports weights into a new workdir.
 
   python -m groupvit_jax.commands.import_weights --from=groupvit-gcc-yfcc --workdir=runs/released
 
@@ -25,15 +25,15 @@ from groupvit_jax.train.state import TrainState
 
 
 def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> str:
-  """Makes a workdir that evaluation and `Predictor` open like any other.
+  """Imports weights into a new workdir, which evaluation and `Predictor` open like any other.
 
   Args:
     source: folder or file with the weights.
-    workdir: where it goes; must not exist, or be empty.
+    workdir: folder to create; must not exist, or be empty.
     tokenizer: tokenizer files, where `source` has none.
 
   Returns:
-    What was imported, in a line or two, the licence included.
+    A line about the weights, and one about their licence.
 
   Raises:
     ValueError: the weights or the tokenizer are missing, damaged or do not fit, or `workdir` is taken.
@@ -99,7 +99,7 @@ def _count(weights: Weights) -> int:
 
 if __name__ == '__main__':
   SOURCE = flags.DEFINE_string('from', None, 'Folder or .pth file with the weights.')
-  WORKDIR = flags.DEFINE_string('workdir', None, 'Folder to make.')
+  WORKDIR = flags.DEFINE_string('workdir', None, 'Folder to create.')
   TOKENIZER = flags.DEFINE_string('tokenizer', None, "Tokenizer files; by default those in the weights' folder.")
   flags.mark_flags_as_required(['from', 'workdir'])
   cli.run(lambda: print(import_weights(SOURCE.value, WORKDIR.value, TOKENIZER.value)))

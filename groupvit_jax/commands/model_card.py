@@ -1,4 +1,4 @@
-"""The README.md of an exported model: its licence, use, data, scores and configuration."""
+"""The model card (README.md) of an exported model: licence, use, data, scores and configuration."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -19,8 +19,8 @@ _CARD = """\
 ---
 # GroupViT
 
-Segments pictures into words, learnt from captions alone (Xu et al., CVPR 2022). Written by groupvit_jax {code} from
-step {step:,} of its run.
+Segments images into named classes, trained on captions alone (Xu et al., CVPR 2022). Written by groupvit_jax {code}
+from step {step:,} of its run.
 
 ## Use
 
@@ -39,7 +39,7 @@ step {step:,} of its run.
 ```
 """
 
-_FIGURES = ('miou', 'pixel_accuracy', 'oracle_miou', 'top1', 'top5')
+_METRICS = ('miou', 'pixel_accuracy', 'oracle_miou', 'top1', 'top5')
 
 
 def write(folder: epath.Path, run: TrainedRun, *, use: str, tags: str, reports: Sequence[Report]) -> None:
@@ -48,7 +48,7 @@ def write(folder: epath.Path, run: TrainedRun, *, use: str, tags: str, reports: 
   Args:
     folder: of the exported model.
     run: whose model it is.
-    use: Markdown for those who take it from there.
+    use: Markdown on how to use the format.
     tags: further lines of the header, as the Hugging Face Hub knows them.
     reports: of evaluations of this checkpoint.
   """
@@ -67,11 +67,7 @@ def write(folder: epath.Path, run: TrainedRun, *, use: str, tags: str, reports: 
 
 
 def read_reports(run: TrainedRun, paths: Sequence[epath.PathLike]) -> list[Report]:
-  """Reports of evaluations of a run's opened checkpoint.
-
-  Args:
-    run: the run.
-    paths: of the reports.
+  """Reads reports of evaluations of a run's opened checkpoint.
 
   Raises:
     ValueError: one is not there, holds no scores, or is of another checkpoint.
@@ -87,8 +83,8 @@ def _read(path: epath.Path) -> Report:
   except ValueError as error:
     raise UserError(f'{path} is not JSON ({error}); name a results.json that eval.py wrote') from error
   known = isinstance(report, dict) and {'benchmark', 'num_images', 'protocol', 'provenance'} <= report.keys()
-  if not known or not any(name in report for name in _FIGURES):
-    raise UserError(f'{path} holds no scores; name the results.json of an evaluation on labelled pictures')
+  if not known or not any(name in report for name in _METRICS):
+    raise UserError(f'{path} holds no scores; name the results.json of an evaluation on labelled images')
   return report
 
 
@@ -105,7 +101,7 @@ def _check(report: Report, run: TrainedRun, path: epath.PathLike) -> Report:
 
 
 def _describe_data(config: ml_collections.ConfigDict) -> str:
-  """Where the training pairs came from, how many there are, and what texts were made of a caption."""
+  """The sources and numbers of the training pairs, and the texts of an image."""
   if 'imported' in config:
     return f'Not known: the weights were imported from {config.imported.source} ({config.imported.form}).'
   data, lines = config.data, []
@@ -125,7 +121,7 @@ def _describe_data(config: ml_collections.ConfigDict) -> str:
     lines.append('')
   prompts = f'and {data.num_prompts} prompts made of it' if data.num_prompts else 'alone'
   lines.append(
-    f'Texts of a picture: its caption {prompts}; {config.total_steps:,} steps of {config.batch_size:,} pictures.'
+    f'Texts of an image: its caption {prompts}; {config.total_steps:,} steps of {config.batch_size:,} images.'
   )
   if 'init_from' in config and config.init_from:
     lines.append(f'Training started from the weights in {config.init_from}.')
@@ -133,9 +129,9 @@ def _describe_data(config: ml_collections.ConfigDict) -> str:
 
 
 def _table(report: Report) -> str:
-  """What `eval.py` found, with the protocol that the figures hold for."""
-  figures = ''.join(f'| {name} | {report[name]:.3f} |\n' for name in _FIGURES if report.get(name) is not None)
+  """The metrics of a report, with their protocol."""
+  rows = ''.join(f'| {name} | {report[name]:.3f} |\n' for name in _METRICS if report.get(name) is not None)
   return (
-    f'{report["benchmark"]}, {report["num_images"]:,} pictures:\n\n| figure | value |\n| --- | --- |\n{figures}\n'
+    f'{report["benchmark"]}, {report["num_images"]:,} images:\n\n| metric | value |\n| --- | --- |\n{rows}\n'
     f'Protocol:\n\n```json\n{json.dumps(report["protocol"], indent=2)}\n```\n'
   )

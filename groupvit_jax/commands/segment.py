@@ -16,7 +16,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.eval import protocols
 from groupvit_jax.eval.draw import hex_colour
 from groupvit_jax.eval.output_folder import OutputFolder
-from groupvit_jax.predictor import parse_words, Prediction, Predictor
+from groupvit_jax.predictor import parse_class_names, Prediction, Predictor
 from groupvit_jax.train import open_run
 
 
@@ -59,12 +59,12 @@ def segment_images(
   if jax.process_count() > 1:
     raise UserError('images are segmented by one process; start it alone, with --num_processes=1')
   class_names = [name.strip() for name in classes.split(',')] if classes.strip() else []
-  parse_words(class_names)  # before anything that takes time
+  parse_class_names(class_names)  # before anything that takes time
   paths = _find_images(images)
   folder = OutputFolder(output, overwrite=overwrite)
   run = open_run.open_run(workdir, checkpoint, weights=weights)
   chosen = protocols.parse_protocol(protocol, run.model.vision.image_size, changes)
-  predictor = Predictor.from_run(run, protocol=chosen)
+  predictor = Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=chosen)
   names, failures, done = _unique_names(paths), {}, {}
   predictions = predictor.stream(_read_all(paths, failures), class_names, threshold=chosen.threshold)
   folder.begin()

@@ -1,1 +1,1 @@
-"""A page on which anyone can drop a picture, type words and see the segments; needs requirements-demo.txt."""
+"""A page on which people drop an image, type class names and see the segments; needs requirements-demo.txt."""

@@ -21,7 +21,7 @@ CHECKPOINT = flags.DEFINE_enum(
 HOST = flags.DEFINE_string('host', '127.0.0.1', 'Address to listen at; 0.0.0.0 lets in the whole network.')
 PORT = flags.DEFINE_integer('port', 7860, 'Port to listen at; 0 takes a free one.', 0, 65535)
 UPLOAD = flags.DEFINE_integer('max_upload_mb', 20, 'Larger files are refused.', 1)
-PIXELS = flags.DEFINE_float('max_megapixels', 24, 'Larger pictures are refused.', 0.01)
+PIXELS = flags.DEFINE_float('max_megapixels', 24, 'Larger images are refused.', 0.01)
 flags.mark_flag_as_required('workdir')
 
 

@@ -1,4 +1,4 @@
-"""Pictures to try the page with: scenes made here, and photographs that come with scikit-image."""
+"""Example images for the page: scenes made here, and photographs that come with scikit-image."""
 
 from collections.abc import Iterator
 import importlib.resources
@@ -16,7 +16,7 @@ _NUM_SCENES = 4
 # For a run that was not trained on scenes.
 _THINGS, _STUFF = ('dog', 'panda', 'banana', 'rocket'), ('grass', 'sky', 'sand', 'water')
 
-# In the public domain (the first two by CC0, the third by SpaceX), with words that fit.
+# In the public domain (the first two by CC0, the third by SpaceX), with class names that fit.
 _PHOTOGRAPHS = {
   'chelsea.png': 'cat, blanket',
   'coffee.png': 'coffee|cup, spoon, table',
@@ -25,7 +25,7 @@ _PHOTOGRAPHS = {
 
 
 class Example(NamedTuple):
-  """A picture, and words to look for."""
+  """An image, and class names to segment it into."""
 
   path: str
   words: str

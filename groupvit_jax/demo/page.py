@@ -1,4 +1,4 @@
-"""The page itself: what is where on it, and what happens when something changes."""
+"""The page: its layout in Gradio, and its event handlers."""
 
 from collections.abc import Sequence
 import json
@@ -10,8 +10,8 @@ import gradio as gr
 
 from groupvit_jax.demo import viewer as viewer_lib
 from groupvit_jax.demo.examples import Example
-from groupvit_jax.demo.viewer import Looked, Viewer
-from groupvit_jax.eval import draw as visualize
+from groupvit_jax.demo.viewer import View, Viewer
+from groupvit_jax.eval.draw import OPACITY
 
 _HOUR = 3600
 
@@ -32,15 +32,15 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
   """The page, which `launch` serves.
 
   Args:
-    viewer: what segments.
+    viewer: of the model.
     examples: shown at the bottom.
-    title: what the page says of the model.
+    title: a line about the model, in Markdown.
     folder: where downloads are written, one folder in it for each visitor.
   """
   shown = dict(interactive=False, format='png', buttons=['download', 'fullscreen'])
   with gr.Blocks(title='GroupViT', analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page:
     gr.Markdown(f'# GroupViT\n{title}')
-    looked = gr.State(None, time_to_live=_HOUR)
+    view = gr.State(None, time_to_live=_HOUR)
     with gr.Row():
       with gr.Column():
         picture = gr.Image(
@@ -70,7 +70,7 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
           elem_id='threshold',
           info='What fits every word worse is background. At 0 each pixel gets a word.',
         )
-        opacity = gr.Slider(0, 1, visualize.OPACITY, step=0.05, label='Opacity', elem_id='opacity')
+        opacity = gr.Slider(0, 1, OPACITY, step=0.05, label='Opacity', elem_id='opacity')
       with gr.Column():
         message = gr.Markdown(elem_id='message')
         overlay = gr.Image(label='Segments', elem_id='overlay', **shown)
@@ -83,54 +83,47 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
       report = gr.DownloadButton('Areas and scores (JSON)', elem_id='report', interactive=False)
     gr.Examples([list(example) for example in examples], [picture, words], label='Examples')
 
-    results = [message, looked, overlay, legend, first, final, mask, report]
+    results = [message, view, overlay, legend, first, final, mask, report]
 
     def segment(
-      path: str | None, text: str, cut: float, tint: float, before: Looked | None, request: gr.Request
+      path: str | None, text: str, cut: float, tint: float, before: View | None, request: gr.Request
     ) -> list[Any]:
       try:
-        now = viewer.look(path, text, cut, before)
+        now = viewer.segment(path, text, cut, before)
       except ValueError as error:
         kept = before and before._replace(prediction=None)
         return [_alert(error), kept, None, '', None, None, *[gr.update(value=None, interactive=False)] * 2]
       files = [gr.update(value=path, interactive=True) for path in _write_downloads(folder, request, now)]
-      found = viewer_lib.for_screen(now.prediction)
-      several = len(found.groups) > 1
-      first_groups = gr.update(value=found.group_overlay(0) if several else None, visible=several)
-      return [
-        '',
-        now._replace(prediction=found),
-        found.overlay(tint),
-        viewer_lib.legend(now.prediction),
-        first_groups,
-        found.group_overlay(-1),
-        *files,
-      ]
+      shown = viewer_lib.for_screen(now.prediction)
+      several = len(shown.groups) > 1
+      first_groups = gr.update(value=shown.group_overlay(0) if several else None, visible=several)
+      drawn = [shown.overlay(tint), viewer_lib.legend(now.prediction), first_groups, shown.group_overlay(-1)]
+      return ['', now._replace(prediction=shown), *drawn, *files]
 
-    def draw(tint: float, now: Looked | None) -> Any:
+    def draw(tint: float, now: View | None) -> Any:
       return gr.skip() if now is None or now.prediction is None else now.prediction.overlay(tint)
 
     def leave(request: gr.Request) -> None:
       shutil.rmtree(_visitor(folder, request), ignore_errors=True)
 
-    inputs = [picture, words, threshold, opacity, looked]
+    inputs = [picture, words, threshold, opacity, view]
     # One at a time: the devices are shared, and a slider that moves on outdates what it asked for.
     options = dict(concurrency_limit=1, concurrency_id='model', trigger_mode='always_last', api_visibility='private')
     for happens in (picture.change, words.submit, button.click, threshold.change):
       happens(segment, inputs, results, **options)
-    opacity.change(draw, [opacity, looked], overlay, trigger_mode='always_last', api_visibility='private')
+    opacity.change(draw, [opacity, view], overlay, trigger_mode='always_last', api_visibility='private')
     page.load(js=_PASTE)
     page.unload(leave)
   return page
 
 
 def _alert(error: ValueError) -> str:
-  """A mistake as a line of the page; Markdown in it stays as typed."""
+  """An error as a line of the page; Markdown in it stays as typed."""
   text = ''.join(f'\\{c}' if c in '\\`*_{}[]<>()#+-.!|~$' else c for c in ' '.join(str(error).split()))
   return f'⚠️ {text}'
 
 
-def _write_downloads(folder: pathlib.Path, request: gr.Request, now: Looked) -> tuple[str, str]:
+def _write_downloads(folder: pathlib.Path, request: gr.Request, now: View) -> tuple[str, str]:
   """The label map and the JSON of a visitor's last result."""
   folder = _visitor(folder, request)
   folder.mkdir(exist_ok=True)
@@ -141,5 +134,5 @@ def _write_downloads(folder: pathlib.Path, request: gr.Request, now: Looked) -> 
 
 
 def _visitor(folder: pathlib.Path, request: gr.Request) -> pathlib.Path:
-  """The folder of whoever asks; what the browser calls itself is no path."""
+  """The folder of a visitor; a browser's name for its session is no path."""
   return folder / ''.join(filter(str.isalnum, str(request.session_hash)))

@@ -14,8 +14,8 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
 
-_MOST_VISITORS = 32  # whose pictures are remembered, in about 20 MB each
-_MOST_WAITING = 32
+_MAX_VISITORS = 32  # whose images are kept, about 20 MB each
+_MAX_WAITING = 32
 _ANY_PORT = 0
 
 
@@ -26,24 +26,25 @@ def serve(
 
   Args:
     workdir: of the run.
-    protocol: name of the protocol that pictures are labelled by.
-    checkpoint: as for `trained_run.open_run`.
+    protocol: name of the protocol that labels images.
+    checkpoint: as for `open_run.open_run`.
     host: address to listen at.
     port: to listen at; 0 for one that is free.
     max_upload_mb: megabytes that an uploaded file may have.
-    max_pixels: that a picture may have.
+    max_pixels: that an image may have.
 
   Raises:
     ValueError: there is no such run or protocol, or the address cannot be listened at.
   """
   run = open_run.open_run(workdir, checkpoint)
-  viewer = Viewer(Predictor.from_run(run, protocol=protocol), max_pixels=max_pixels)
+  predictor = Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol)
+  viewer = Viewer(predictor, max_pixels=max_pixels)
   title = f'`{run.workdir.name}` at step {run.step:,}. Drop or paste a picture, and type what to look for in it.'
   with tempfile.TemporaryDirectory(prefix='groupvit-demo-') as folder:
     folder = pathlib.Path(folder)
     page = build_page(viewer, make_examples(run.config, folder), title, folder)
-    page.queue(max_size=_MOST_WAITING)
-    _ask_no_proxy(host)
+    page.queue(max_size=_MAX_WAITING)
+    _bypass_proxy(host)
     try:
       # Fonts of the system: the default theme fetches some from elsewhere.
       _, address, _ = page.launch(
@@ -53,7 +54,7 @@ def serve(
         quiet=True,
         prevent_thread_lock=True,
         max_file_size=f'{max_upload_mb}mb',
-        state_session_capacity=_MOST_VISITORS,
+        state_session_capacity=_MAX_VISITORS,
         theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
         footer_links=[],
         ssr_mode=False,
@@ -61,7 +62,7 @@ def serve(
       )
     except OSError as error:
       raise UserError(f'cannot listen at {host}:{port}; choose another --port, or --port=0 for any') from error
-    except ValueError as error:  # Gradio asks itself for the page before it says that it is there
+    except ValueError as error:  # Gradio asks itself for the page first
       raise UserError(
         f'the page at {host}:{port} does not answer on this machine ({error}); look at HTTP_PROXY and '
         'NO_PROXY, or name another --host'
@@ -70,8 +71,8 @@ def serve(
     page.block_thread()
 
 
-def _ask_no_proxy(host: str) -> None:
-  """Lets this process ask itself for the page where a proxy stands between it and all else."""
+def _bypass_proxy(host: str) -> None:
+  """Bypasses a proxy for requests to this host: Gradio asks itself for the page."""
   for name in ('NO_PROXY', 'no_proxy'):
     known = os.environ.get(name, '')
     os.environ[name] = ','.join(part for part in (known, 'localhost', '127.0.0.1', host) if part)

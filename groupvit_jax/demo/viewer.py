@@ -1,4 +1,4 @@
-"""What the page does with a picture and words; knows no Gradio."""
+"""Segments the image of a visitor; knows no Gradio."""
 
 import dataclasses
 import html
@@ -10,52 +10,52 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax.errors import UserError
+from groupvit_jax.eval.draw import hex_colour
 from groupvit_jax.prediction import Prediction
-from groupvit_jax.predictor import EncodedImage, parse_words, Predictor
+from groupvit_jax.predictor import EncodedImage, parse_class_names, Predictor
 
 _SCREEN_SIDE = 1280  # pixels: a larger overlay only takes longer to arrive
 
 
-class Looked(NamedTuple):
-  """A picture that somebody looks at."""
+class View(NamedTuple):
+  """The image on a visitor's page."""
 
   path: str
   encoded: EncodedImage  # its image and groups no larger than a screen
-  prediction: Prediction | None  # the last one; None when the last words had a mistake
+  prediction: Prediction | None  # the last one; None when the last class names had a mistake
 
 
 class Viewer:
-  """Encodes a picture once, and looks for as many words as people type."""
+  """Encodes an image once, and segments it into any classes that people type."""
 
   def __init__(self, predictor: Predictor, *, max_pixels: int):
-    """Takes a predictor; pictures of more than `max_pixels` are refused."""
+    """Wraps a predictor; images of more than `max_pixels` are refused."""
     self._predictor, self._max_pixels = predictor, max_pixels
 
-  def look(self, path: str | None, text: str, threshold: float, before: Looked | None) -> Looked:
-    """Looks for words in a picture.
+  def segment(self, path: str | None, text: str, threshold: float, before: View | None) -> View:
+    """Segments an image.
 
     Args:
-      path: of the picture; None when there is none.
-      text: words between commas; 'dog|puppy' is one class.
+      path: of the image; None when there is none.
+      text: class names between commas; 'dog|puppy' is one class.
       threshold: score below which a pixel is background; with 0 there is no background.
-      before: what was looked at before; the encoder does not run again for the same picture.
+      before: the last view; the encoder does not run again for the same image.
 
     Returns:
-      What was found, its label map as large as the picture.
+      The view, its label map as large as the image.
 
     Raises:
-      ValueError: there is no picture, it cannot be read or is too large, or the words have a mistake. Each
+      ValueError: there is no image, it cannot be read or is too large, or the class names have a mistake. Each
         is a sentence for the person at the page.
     """
     if path is None:
       raise UserError('There is no picture yet: drop, paste or choose one.')
-    words = [word for word in text.split(',') if word.strip()]
-    if not words:
+    class_names = [name for name in text.split(',') if name.strip()]
+    if not class_names:
       raise UserError('There are no words to look for: type some, with commas between them, as in dog, grass.')
-    parse_words(words)
+    parse_class_names(class_names)
     encoded = before.encoded if before is not None and before.path == path else self._encode(path)
-    found = self._predictor.find(encoded, words, threshold=threshold or None)
-    return Looked(path, encoded, found)
+    return View(path, encoded, self._predictor.segment(encoded, class_names, threshold=threshold or None))
 
   def _encode(self, path: str) -> EncodedImage:
     name = os.path.basename(path)
@@ -68,8 +68,8 @@ class Viewer:
     try:
       encoded = self._predictor.encode([path])[0]
     except ValueError as error:
-      raise UserError(str(error).replace(path, name)) from error  # where uploads lie is nobody's business
-    # Groups are shown whatever the words. Made now, they need the large picture no more.
+      raise UserError(str(error).replace(path, name)) from error  # visitors do not see where uploads lie
+    # Groups do not depend on the classes. Computed now, they need the large image no more.
     scale = min(1, _SCREEN_SIDE / max(encoded.image.shape[:2]))
     size = tuple(max(1, round(side * scale)) for side in encoded.image.shape[:2])
     maps = tuple(_pick(groups, size) for groups in encoded.group_maps())
@@ -78,7 +78,7 @@ class Viewer:
 
 
 def for_screen(prediction: Prediction) -> Prediction:
-  """The same prediction, its label map as large as its image: a screen, where the picture is larger."""
+  """The same prediction with a label map as large as its image, which is no larger than a screen."""
   size = prediction.image.shape[:2]
   return dataclasses.replace(
     prediction, labels=_pick(prediction.labels, size), pixel_scores=_pick(prediction.pixel_scores, size)
@@ -86,18 +86,17 @@ def for_screen(prediction: Prediction) -> Prediction:
 
 
 def legend(prediction: Prediction) -> str:
-  """HTML: colour, name, area and best score of each class, largest area first, and what was not found."""
+  """HTML: colour, name, area and best score of each class, largest area first, and the absent classes."""
   rows, absent = [], []
   for row in prediction.to_json()['classes']:
     name = html.escape(row['name'])
     if not row['pixels']:
       absent.append(name)
       continue
-    colour = '#{:02x}{:02x}{:02x}'.format(*prediction.palette[row['label']])
-    score = '' if row['score'] is None else f'{row["score"]:.2f}'
+    colour, score = hex_colour(prediction.palette[row['label']]), row['score']
     rows.append(
-      f'<tr><td><span style="display:inline-block;width:1em;height:1em;background:{colour}"></span> '
-      f'{name}</td><td>{row["area"]:.1%}</td><td>{score}</td></tr>'
+      f'<tr><td><span style="display:inline-block;width:1em;height:1em;background:{colour}"></span> {name}</td>'
+      f'<td>{row["area"]:.1%}</td><td>{"" if score is None else f"{score:.2f}"}</td></tr>'
     )
   table = '<table><thead><tr><th>word</th><th>area</th><th>best score</th></tr></thead><tbody>'
   rest = f'<p>not found: {", ".join(absent)}</p>' if absent else ''
@@ -110,7 +109,7 @@ def _pick(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _stated_size(path: str) -> tuple[int, int]:
-  """(W, H) as the file's header says, before anything is decoded; (0, 0) of what the predictor will refuse."""
+  """(W, H) in the file's header, before anything is decoded; (0, 0) of a file that the predictor will refuse."""
   try:
     with Image.open(path) as image:
       return image.size

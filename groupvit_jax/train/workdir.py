@@ -42,7 +42,7 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   path = workdir / 'config.json'
   if (workdir / 'bundle.json').exists():
     raise UserError(
-      f'{workdir} is a bundle of export --format=stablehlo and no workdir; groupvit_jax.Predictor.open '
+      f'{workdir} is a bundle of export --format=stablehlo and no workdir; groupvit_jax.Predictor.from_pretrained '
       'takes it; name the workdir that it was exported from'
     )
   if not path.exists():

@@ -182,7 +182,7 @@ def test_the_card_says_what_the_model_is(form, clip_run, tmp_path):
     'Not known: the weights were imported from nowhere',
     '| miou | 0.510 |',
     '"window": 64',
-    'imagenet, 50,000 pictures',
+    'imagenet, 50,000 images',
     '| top1 | 0.437 |',
     '"num_group_tokens"',
   ):
@@ -201,7 +201,7 @@ def test_the_card_says_what_a_run_was_trained_on(tmp_path):
   card = (tmp_path / 'README.md').read_text()
   assert card.startswith('---\nlicense: unknown\n---\n')
   assert '12 things (dog, panda, ' in card and 'on 6 kinds of stuff (grass, ' in card
-  assert 'its caption and 1 prompts made of it; 6 steps of 8 pictures.' in card
+  assert 'its caption and 1 prompts made of it; 6 steps of 8 images.' in card
   changed = groupvit_vits16_gcc_yfcc.get_config()
   changed.data.num_prompts, changed.init_from = 0, 'runs/other'
   model_card.write(tmp_path, run._replace(config=changed), use='', tags='', reports=[])
@@ -232,7 +232,7 @@ def test_scores_are_those_of_the_exported_checkpoint(clip_run, tmp_path):
   finally:
     shutil.rmtree(usual.parent)
   (tmp_path / 'pictures.json').write_text(json.dumps({'pictures': [], 'provenance': {}}))
-  with pytest.raises(ValueError, match='holds no scores; name the results.json of an evaluation on labelled pictures'):
+  with pytest.raises(ValueError, match='holds no scores; name the results.json of an evaluation on labelled images'):
     export(clip_run, 'safetensors', tmp_path / 'new', scores=[f'{tmp_path}/pictures.json'])
 
 

@@ -245,7 +245,7 @@ def test_workdirs_without_a_run_a_checkpoint_or_an_entry(tmp_path):
   'request_, message',
   [
     (dict(classes=''), 'there are no classes to look for'),
-    (dict(classes='dog,,cat'), "the word '' has an empty name"),
+    (dict(classes='dog,,cat'), "the class '' has an empty name"),
     (dict(classes='dog,grass,dog'), "the class 'dog' is named twice"),
     (dict(classes='background,dog', threshold='0.5'), "the class 'background' is named twice"),
     (dict(classes=','.join(f'word{i}' for i in range(256))), '256 classes'),
@@ -324,7 +324,7 @@ assert loop.train(tiny_config(), '{tmp_path}/run') == 0
 score.evaluate_benchmark('{tmp_path}/run', score.Request('scenes', output='{tmp_path}/eval'))
 assert segment.segment_images('{tmp_path}/run', images='{tmp_path}/picture.png', classes='dog,grass',
                                output='{tmp_path}/out', overwrite=False, protocol='native', changes={{}}) == 0
-predictor = groupvit_jax.Predictor.from_workdir('{tmp_path}/run')
+predictor = groupvit_jax.Predictor.from_pretrained('{tmp_path}/run')
 predictor(np.zeros((32, 32, 3), np.uint8), ['dog', 'grass']).overlay()
 """,
     tmp_path,

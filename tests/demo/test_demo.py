@@ -46,7 +46,7 @@ PROXY = dict.fromkeys(('HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'), 'h
 
 @pytest.fixture(scope='module')
 def viewer() -> Viewer:
-  return Viewer(Predictor.from_workdir(trained_workdir()), max_pixels=10_000)
+  return Viewer(Predictor.from_pretrained(trained_workdir()), max_pixels=10_000)
 
 
 @pytest.fixture
@@ -61,15 +61,15 @@ def test_other_words_and_sliders_do_not_encode_again(viewer, picture, monkeypatc
     run = getattr(window_encoder, name)
     counted = lambda *args, run=run, name=name, **kw: passes.append(name) or run(*args, **kw)
     monkeypatch.setattr(window_encoder, name, counted)
-  first = viewer.look(picture, WORDS, 0, None)
+  first = viewer.segment(picture, WORDS, 0, None)
   assert first.prediction.classes == ('dog', 'banana', 'grass')
   shown = viewer_lib.for_screen(first.prediction)
   drawn = [shown.overlay(opacity) for opacity in (0.1, 0.9)]
   assert not np.array_equal(*drawn) and passes == ['encode_windows', 'encode_groups']
-  cut = viewer.look(picture, WORDS, 0.9, first)
+  cut = viewer.segment(picture, WORDS, 0.9, first)
   assert cut.prediction.classes[0] == 'background'
   np.testing.assert_array_equal(viewer_lib.for_screen(cut.prediction).group_overlay(), shown.group_overlay())
-  assert viewer.look(picture, 'cat,', 0, cut._replace(prediction=None)).prediction.areas.tolist() == [1]
+  assert viewer.segment(picture, 'cat,', 0, cut._replace(prediction=None)).prediction.areas.tolist() == [1]
   assert len(passes) == 2
 
 
@@ -84,14 +84,14 @@ def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_pat
     (str(tmp_path / 'large.png'), WORDS, 'large.png has 101 x 100 pixels; this page takes up to 0.01 million'),
   ):
     with pytest.raises(ValueError, match=message):
-      viewer.look(path, text, 0, None)
+      viewer.segment(path, text, 0, None)
 
 
 def test_the_legend_has_areas_and_no_markup_of_the_visitors(viewer, picture):
-  found = viewer.look(picture, '<b>x</b>', 0, None).prediction
+  found = viewer.segment(picture, '<b>x</b>', 0, None).prediction
   text = viewer_lib.legend(found)
   assert '&lt;b&gt;x&lt;/b&gt;</td><td>100.0%' in text and '<b>' not in text
-  some = viewer.look(picture, WORDS, 0, None).prediction
+  some = viewer.segment(picture, WORDS, 0, None).prediction
   found, _, absent = viewer_lib.legend(some).partition('not found: ')
   for name, area in zip(some.classes, some.areas):
     assert (name in found, name in absent) == (area > 0, area == 0)
@@ -99,12 +99,12 @@ def test_the_legend_has_areas_and_no_markup_of_the_visitors(viewer, picture):
 
 def test_what_is_kept_fits_a_screen(viewer, tmp_path):
   Image.fromarray(photo(8, 1250)).resize((1300, 7)).save(tmp_path / 'long.png')
-  looked = viewer.look(str(tmp_path / 'long.png'), WORDS, 0, None)
-  shown = viewer_lib.for_screen(looked.prediction)
-  assert looked.prediction.labels.shape == (7, 1300) and shown.overlay(0.5).shape == (7, 1280, 3)
+  view = viewer.segment(str(tmp_path / 'long.png'), WORDS, 0, None)
+  shown = viewer_lib.for_screen(view.prediction)
+  assert view.prediction.labels.shape == (7, 1300) and shown.overlay(0.5).shape == (7, 1280, 3)
   assert [x.shape for x in shown.groups] == [(7, 1280)] and shown.group_overlay(0).shape == (7, 1280, 3)
   assert {x.shape for x in (shown.image[..., 0], shown.labels, shown.pixel_scores)} == {(7, 1280)}
-  assert looked.encoded.image.shape == (7, 1280, 3)
+  assert view.encoded.image.shape == (7, 1280, 3)
 
 
 def test_examples_are_scenes_of_the_run_and_photographs(tmp_path):

@@ -318,9 +318,9 @@ def test_a_tokenizer_of_other_weights_is_refused_by_the_predictor_too(released, 
   folder = shutil.copytree(released[0], tmp_path / 'hub')
   edit_config(folder / 'vocab.json', '', extra=514)
   with pytest.raises(ValueError, match='vocab_size=515 and the weights have 514; put that into '):
-    Predictor.open(folder)
+    Predictor.from_pretrained(folder)
   with pytest.raises(ValueError, match='is no workdir and has one set of weights; leave out weights'):
-    Predictor.open(released[0], weights='ema')
+    Predictor.from_pretrained(released[0], weights='ema')
 
 
 def test_the_command(released, tmp_path):
