@@ -2,8 +2,8 @@
 
   python train.py --config=configs/groupvit_vitb16_gcc_yfcc.py --workdir=runs/vitb16
 
-Hardware: 64 chips or more, in multiples of 8: ask `python -m groupvit_jax.aot` (docs/pods.md). Nobody has published
-figures for this size, and the learning rate is the small model's.
+Hardware: 64 chips or more, in multiples of 8: ask `python -m groupvit_jax.aot` (docs/pods.md). There are no
+published results for this size, and the learning rate is the small model's.
 """
 
 import ml_collections

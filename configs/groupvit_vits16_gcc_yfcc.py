@@ -4,7 +4,7 @@
   python train.py --config=configs/groupvit_vits16_gcc_yfcc.py:8gpu --workdir=runs/gcc_yfcc
   python train.py --config=configs/groupvit_vits16_gcc_yfcc.py:1gpu --workdir=runs/gcc_yfcc
 
-All three train on the same batches of 4096, with gradients that are equal but for rounding; the first is for 16 devices
+All three train on the same batches of 4096 and compute the same gradients up to rounding; the first is for 16 devices
 or more, on any number of hosts. Before a run: `--config.dry_run=True`, and the audit of docs/data.md.
 
 Point `data.sets.*.path` at your copies: `--config.data.sets.cc3m.path='gs://bucket/cc3m/{00000..00331}.tar'`.
@@ -20,8 +20,8 @@ import ml_collections
 
 EPOCHS, WARMUP_EPOCHS = 30, 2
 
-# What a step needs for a pair on an H100, beside parameters: 36 MiB (53 with XLA's attention), with remat='dots' 19.
-# Workers are those of each host.
+# Memory per pair on an H100, beside parameters: 36 MiB (53 with XLA's attention), with remat='dots' 19 MiB. Workers are
+# per host.
 MACHINES = {
   '': dict(grad_accum_steps=1, num_workers=8),  # at most 256 pairs a device, 5 GiB
   '8gpu': dict(grad_accum_steps=1, num_workers=12),  # 512 a device, 10 GiB
@@ -48,8 +48,8 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
       batch_size=4096,
       grad_accum_steps=MACHINES[machine]['grad_accum_steps'],
       remat='dots',
-      scan_layers=False,  # True: blocks of one shape are a loop, of which the compiler sees one turn (docs/pods.md)
-      text_budget=64,  # tokens an image; packed captions and prompts of CC12M take 57: docs/performance.md
+      scan_layers=False,  # True: blocks of one shape become a loop and compile once: docs/pods.md
+      text_budget=64,  # tokens per image in packed rows; CC12M's captions and prompts take 57: docs/performance.md
       multi_label_weight=1.0,
       init_from='',
       ema_decay=0.0,
@@ -79,7 +79,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
       ),
       index_dir='',
       num_prompts=3,
-      noun_phrases=False,  # prompts of words, as in the paper; True: of whole noun phrases
+      noun_phrases=False,  # prompts are nouns and verbs, as in the paper; True: whole noun phrases
       # The paper's: RandAugment m9 mstd0.5 inc1 after crop and flip, random erasing in the step.
       augment=dict(
         name='rand_augment',
@@ -152,7 +152,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
 
 
 def benchmark(name: str) -> dict[str, object]:
-  """An evaluation along the way, by the published figure's protocol; off until every_steps is set."""
+  """An evaluation during training with the published protocol; off until every_steps is set."""
   return dict(benchmark=name, data_dir='/data/tfds', every_steps=0, num_pictures=0, protocol='', changes={})
 
 

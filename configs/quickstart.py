@@ -58,30 +58,30 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.dry_run = False  # True checks data, tokenizer, shapes and memory instead of training
   config.total_steps = 7000
   config.batch_size = 64
-  config.grad_accum_steps = 1  # the towers see the batch in so many parts; gradients stay those of the whole
-  config.remat = 'none'  # 'dots' or 'blocks' forget more activations and compute them again: docs/train.md
-  config.scan_layers = False  # True: blocks of one shape are a loop, of which the compiler sees one turn (docs/pods.md)
-  config.text_budget = 0  # tokens an image that the text tower computes at once; 0 pads: docs/performance.md
+  config.grad_accum_steps = 1  # micro-batches in the towers; gradients stay those of the whole batch
+  config.remat = 'none'  # 'dots' or 'blocks' keep fewer activations and recompute them: docs/train.md
+  config.scan_layers = False  # True: blocks of one shape become a loop and compile once: docs/pods.md
+  config.text_budget = 0  # tokens per image in packed rows; 0 pads: docs/performance.md
   config.multi_label_weight = 1.0
-  config.ema_decay = 0.0  # above 0 a moving average of the weights is kept, and is what evaluation and exports use
+  config.ema_decay = 0.0  # above 0: keeps a moving average of the weights, which evaluation and export use
 
   config.log_every = 50
   config.max_skipped_in_a_row = 10
   config.eval = ml_collections.ConfigDict(dict(every_steps=500))
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=500, keep=2, best=''))
-  # checkpoint.best='eval/validation/miou' keeps the checkpoint with the highest such figure, too.
+  # checkpoint.best='eval/validation/miou' also keeps the checkpoint with the highest value of that metric.
   config.benchmarks = ml_collections.ConfigDict()  # benchmarks to score along the way: docs/evaluation.md
 
   config.data = ml_collections.ConfigDict(
     dict(
       source='scenes',
-      num_prompts=0,  # with so few words every batch holds each prompt many times over: docs/design.md
-      noun_phrases=False,  # prompts of words, as in the paper; True: of whole noun phrases
+      num_prompts=0,  # with so few class names a batch repeats each prompt many times: docs/design.md
+      noun_phrases=False,  # prompts are nouns and verbs, as in the paper; True: whole noun phrases
       num_threads=2,
       num_workers=0,
       prefetch_batches=4,
-      augment=dict(name='none'),  # scenes have the model's size and vary by themselves
-      max_fault_share=0.05,  # more records that cannot be used end the run
+      augment=dict(name='none'),  # scenes have the model's size and vary without it
+      max_fault_share=0.05,  # a larger share of bad records ends the run
       scenes=dict(
         seed=0, things=THINGS[variant], stuff=STUFF, min_things=1, max_things=3, partial_captions=0.5, num_heldout=512
       ),

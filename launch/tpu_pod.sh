@@ -40,7 +40,7 @@ install() {  # the last commit and its requirements, on every host
   everywhere "
     python=${PYTHON:-python3}"'
     if ! $python -c "import sys; sys.exit(sys.version_info < (3, 11))"; then
-      echo "error: $python on $(hostname) is no Python 3.11 or later; name one that is there with PYTHON=python3.11," \
+      echo "error: $python on $(hostname) is no Python 3.11 or later; name one that is there with PYTHON=python3.13," \
            "or an image that has one with RUNTIME=..."
       echo exit-code 2; exit 2
     fi
