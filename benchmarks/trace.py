@@ -1,11 +1,11 @@
-"""Says where the time of a traced step goes, by part of the model and kind of operation:
+"""Time of a traced step, by part of the model and kind of operation.
 
-  python -m benchmarks.train_step --trace=/tmp/trace --peer_modes --output=/tmp/train.json
-  python -m benchmarks.trace_summary /tmp/trace --steps=3 --json=docs/trace.json
+  python -m benchmarks training --trace=/tmp/trace --peer_modes --output=/tmp/train.json
+  python -m benchmarks trace /tmp/trace --steps=3 --json=docs/trace.json
 
-The folder holds a profile and the program that ran, program.txt: the trace names operations, the program says what
-each belongs to. What one operation spends in others counts as theirs alone. On a GPU, trace with
-XLA_FLAGS=--xla_gpu_enable_command_buffer= : what a CUDA graph runs has no name.
+The folder holds a profile, which names operations, and the program that ran, program.txt, which names the part of each.
+Time that one operation spends in others counts as theirs alone. On a GPU, trace with
+XLA_FLAGS=--xla_gpu_enable_command_buffer= : operations of a CUDA graph have no names.
 """
 
 import argparse
@@ -16,26 +16,11 @@ import pathlib
 import re
 from typing import NamedTuple
 
-# The first that matches says what an operation belongs to; paths are those of modules and named scopes.
-PARTS = (
-  ('losses', r'(caption|multi_label)_loss'),
-  ('optimizer', r'optimizer|^state\.(params|opt_state)'),
-  ('projectors', r'_projector/|/project/'),
-  ('packing texts', r'pack_texts'),
-  ('text: attention', r'\btext/.*attn\b'),
-  ('text: MLPs', r'\btext/.*mlp\b'),
-  ('text: norms', r'\btext/.*norm'),
-  ('text: the rest', r'\btext\b|text_features'),
-  ('grouping blocks', r'_grouping\b'),
-  ('pictures: attention', r'\bvision/.*attn\b'),
-  ('pictures: MLPs', r'\bvision/.*mlp\b'),
-  ('pictures: norms', r'\bvision/.*norm'),
-  ('pictures: patches', r'patch_embed'),
-  ('pictures: the rest', r'\bvision\b|vision_features'),
-)
+from groupvit_jax.aot import scopes
+
 KINDS = (
   ('fused attention', r'fmha'),
-  ('products', r'gemm|matmul|\bdot\b|dot_|cublas|conv_|convolution'),
+  ('matmuls', r'gemm|matmul|\bdot\b|dot_|cublas|conv_|convolution'),
   ('copies', r'^copy|transpose'),
 )
 REST = 'the rest'
@@ -58,7 +43,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('folder', type=pathlib.Path)
   parser.add_argument('--steps', type=int, required=True, help='that were traced')
-  parser.add_argument('--json', type=pathlib.Path, help='Also writes the figures here.')
+  parser.add_argument('--json', type=pathlib.Path, help='JSON file.')
   args = parser.parse_args()
   program = (args.folder / 'program.txt').read_text(encoding='utf-8')
   found = summarize(read_events(args.folder, program), read_instructions(program), args.steps)
@@ -68,7 +53,7 @@ def main() -> None:
 
 
 def read_instructions(program: str) -> dict[str, tuple[str, str]]:
-  """Of each instruction of a compiled program what tells its kind, and the path that it belongs to."""
+  """Name and kind of each instruction of a compiled program, and the path of its scope."""
   found = {}
   for name, shape_and_call in re.findall(r'^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$', program, re.MULTILINE):
     path = re.search(r'op_name="([^"]*)"', shape_and_call)
@@ -97,8 +82,8 @@ def summarize(threads: list[list[Event]], instructions: dict[str, tuple[str, str
   for thread in threads:
     for event, own in own_times(thread):
       kind, path = instructions.get(event.name, (event.name, ''))
-      row = parts.setdefault(_first(PARTS, path, 'of no part'), dict.fromkeys(['ms', 'backward_ms', *kinds], 0.0))
-      kind = _first(KINDS, f'{kind} {path.rpartition("/")[2]}', REST)
+      row = parts.setdefault(scopes.part_of(path), dict.fromkeys(['ms', 'backward_ms', *kinds], 0.0))
+      kind = _kind(f'{kind} {path.rpartition("/")[2]}')
       for column in ['ms', kind] + ['backward_ms'] * ('transpose(' in path):
         row[column] += own / 1e3 / steps
   parts = dict(sorted(parts.items(), key=lambda item: -item[1]['ms']))
@@ -117,8 +102,8 @@ def own_times(thread: list[Event]) -> list[tuple[Event, float]]:
   return list(zip(thread, own))
 
 
-def _first(patterns: tuple[tuple[str, str], ...], text: str, otherwise: str) -> str:
-  return next((name for name, pattern in patterns if re.search(pattern, text)), otherwise)
+def _kind(text: str) -> str:
+  return next((name for name, pattern in KINDS if re.search(pattern, text)), REST)
 
 
 def table(found: dict[str, object]) -> str:
@@ -134,7 +119,3 @@ def table(found: dict[str, object]) -> str:
       + ' |'
     )
   return '\n'.join(lines)
-
-
-if __name__ == '__main__':
-  main()
