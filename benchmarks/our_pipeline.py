@@ -18,8 +18,8 @@ from groupvit_jax.data import pipeline, prompts
 from groupvit_jax.data.augment import Augment
 from groupvit_jax.data.mixture import DataSet, Mixture
 from groupvit_jax.data.rand_augment import RandAugment
+from groupvit_jax.data.tars import open_webdataset
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
-from groupvit_jax.data.webdataset import open_webdataset
 from groupvit_jax.running import sharding
 
 BATCH, LENGTH, PROMPTS = 64, 77, 3

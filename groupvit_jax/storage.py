@@ -1,9 +1,8 @@
-"""Shards wherever they lie: patterns of paths, sizes and versions, and reads of byte ranges.
+"""Files on disks and in buckets: shard patterns, byte ranges, retries, atomic writes and folders.
 
-Local paths go to the system; `gs://`, `s3://`, `http(s)://` and whatever else `fsspec` knows go to
-it. Reads are thread-safe and meant to be made by many threads at once: that is what hides the
-latency of a remote store. Credentials and endpoints are those of the store's own library and of
-fsspec's configuration (`FSSPEC_S3_ENDPOINT_URL`, `FSSPEC_GS_TOKEN`, ...).
+Local paths go to the system; `gs://`, `s3://`, `http(s)://` and whatever else `fsspec` knows go to it. Reads are
+thread-safe and meant to run in many threads at once, which hides the latency of a remote store. Credentials and
+endpoints are those of the store's library and of fsspec's configuration (`FSSPEC_S3_ENDPOINT_URL`, `FSSPEC_GS_TOKEN`).
 """
 
 import atexit
@@ -12,6 +11,8 @@ import concurrent.futures
 import contextlib
 import glob
 import hashlib
+import itertools
+import math
 import os
 import pathlib
 import re
@@ -21,15 +22,18 @@ import threading
 import time
 from typing import NamedTuple, TypeVar
 
+from etils import epath
 import fsspec
+import safetensors
 
 from groupvit_jax.errors import ResourceError, Unavailable, UserError
 
-# Seconds waited before a failed remote read is tried again: rides out an overloaded server.
+# Seconds before a failed remote operation is tried again: rides out an overloaded server.
 RETRY_DELAYS = (0.2, 0.5, 1.0, 2.0, 4.0)
 
 _REQUESTS = 32  # in flight while shards are looked up
 _CONNECT_S, _STALLED_S = 10, 60  # then a connection, or a read without a byte, is given up
+_MOST_PATHS = 1_000_000  # that one pattern may stand for
 _BRACES = re.compile(r'\{([^{}]*)\}')
 _RANGE = re.compile(r'(\d+)\.\.(\d+)')
 _lock = threading.Lock()
@@ -39,17 +43,11 @@ _R = TypeVar('_R')
 
 
 class Shard(NamedTuple):
-  """A file of records.
+  """A file of records."""
 
-  Attributes:
-    path: local, or with a protocol.
-    size: in bytes.
-    version: changes when the file does: its modification time or its store's tag.
-  """
-
-  path: str
-  size: int
-  version: str
+  path: str  # local, or with a protocol
+  size: int  # in bytes
+  version: str  # changes when the file does: its modification time or its store's tag
 
   @property
   def name(self) -> str:
@@ -57,40 +55,51 @@ class Shard(NamedTuple):
     return self.path.rsplit('/', 1)[-1]
 
 
+def is_local(path: str) -> bool:
+  """Whether a path names a file of this machine."""
+  return '://' not in path
+
+
+def check_local(path: epath.PathLike) -> None:
+  """Raises UserError for weights in a bucket, which the libraries that read and write them cannot reach."""
+  if not is_local(str(path)):
+    raise UserError(
+      f'{path} is in a bucket, and weights are read from and written to disks; copy the folder, as in '
+      'gcloud storage cp --recursive'
+    )
+
+
+def cache_folder() -> pathlib.Path:
+  """The folder for what can be built or fetched again: `$XDG_CACHE_HOME/groupvit_jax`, or below `~/.cache`."""
+  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  return pathlib.Path(base) / 'groupvit_jax'
+
+
 def expand_braces(pattern: str) -> list[str]:
-  """Returns the paths that a pattern stands for, as bash does.
+  """The paths that a pattern stands for, in bash's order.
 
-  Args:
-    pattern: `{0000..1243}` counts (with as many digits as its ends are written with), `{a,b}`
-      lists; several multiply.
-
-  Returns:
-    Paths in order.
+  `{0000..1243}` counts, with as many digits as its ends have; `{a,b}` lists; several multiply.
 
   Raises:
-    ValueError: braces that do not close, count down, or hold neither a range nor a list.
+    UserError: braces do not close, count down, hold neither a range nor a list, or stand for too many paths.
   """
-  match = _BRACES.search(pattern)
-  if not match:
-    if '{' in pattern or '}' in pattern:
-      raise UserError(f'{pattern!r}: a brace is missing its partner')
-    return [pattern]
-  head, tail = pattern[: match.start()], expand_braces(pattern[match.end() :])
-  return [head + middle + end for middle in _alternatives(match[1], pattern) for end in tail]
+  pieces = _BRACES.split(pattern)
+  if any(brace in text for text in pieces[::2] for brace in '{}'):
+    raise UserError(f'{pattern!r}: a brace is missing its partner')
+  choices = [_alternatives(piece, pattern) if n % 2 else [piece] for n, piece in enumerate(pieces)]
+  _check_count(math.prod(map(len, choices)), pattern)
+  return list(map(''.join, itertools.product(*choices)))
 
 
 def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
-  """Finds every shard of some patterns, in order.
+  """Every shard of some patterns, in order.
 
   Args:
     patterns: paths with braces (see `expand_braces`) and, where the store can list, `*`.
-    what: names the set in messages.
-
-  Returns:
-    The shards.
+    what: names the set in errors.
 
   Raises:
-    ValueError: a shard is missing, is listed twice or cannot be reached, or there is none.
+    UserError: a shard is missing, is listed twice or cannot be reached, or there is none.
   """
   paths = [path for pattern in patterns for path in _list_paths(os.path.expanduser(pattern), what)]
   if not paths:
@@ -109,26 +118,16 @@ def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
 
 
 def list_files(pattern: str) -> list[str]:
-  """The files that a pattern with '*' stands for, in order. Raises ValueError where a store cannot be reached."""
-  return _reach(pattern, lambda: _glob(pattern))
+  """The files that a pattern with '*' stands for, in order. Raises UserError where a store cannot be reached."""
+  if is_local(pattern):
+    return sorted(glob.glob(pattern))
+  with _reaching(pattern):
+    system = _system(pattern)
+    return sorted(map(system.unstrip_protocol, system.glob(pattern)))
 
 
-def cache_folder() -> pathlib.Path:
-  """Where what can be made or fetched again is kept: `$XDG_CACHE_HOME/groupvit_jax`, or the same under `~/.cache`."""
-  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-  return pathlib.Path(base) / 'groupvit_jax'
-
-
-def read(path: str, start: int, size: int) -> bytes:
-  """Reads a byte range in one request, trying again where a remote store fails.
-
-  Args:
-    path: of a shard.
-    start: first byte.
-    size: number of bytes, at least 1.
-
-  Returns:
-    Exactly `size` bytes.
+def read_range(path: str, start: int, size: int) -> bytes:
+  """Reads exactly `size` bytes from `start` in one request; retries where a remote store fails.
 
   Raises:
     OSError: the file ends earlier, or cannot be read.
@@ -144,19 +143,15 @@ def read(path: str, start: int, size: int) -> bytes:
       raise ResourceError(f'the server sent {len(data)} of {size} bytes')
     return data
 
-  try:
+  with _remote_errors(f'cannot read {path}'):
     return with_retries(fetch)
-  except Unavailable as error:
-    raise ResourceError(f'cannot read {path} {error}') from error
-  except OSError as error:
-    raise ResourceError(f'cannot read {path}: {_line(error)}') from error
 
 
 def with_retries(operation: Callable[..., _R], *arguments: object) -> _R:
-  """What an operation of a remote store returns, tried again where it fails.
+  """The result of an operation of a remote store, retried where it fails.
 
   Raises:
-    FileNotFoundError, PermissionError: as `operation` does; another attempt would end the same way.
+    FileNotFoundError, PermissionError: at once: another attempt would end the same way.
     Unavailable: the last attempt failed too.
   """
   for delay in (*RETRY_DELAYS, None):
@@ -171,7 +166,7 @@ def with_retries(operation: Callable[..., _R], *arguments: object) -> _R:
 
 
 def read_if_exists(path: str) -> bytes | None:
-  """Reads a small file, or returns None when there is none."""
+  """The contents of a small file, or None when there is none."""
   try:
     return pathlib.Path(path).read_bytes() if is_local(path) else _system(path).cat_file(path)
   except FileNotFoundError:
@@ -182,35 +177,26 @@ def write_atomic(path: str, data: bytes) -> None:
   """Writes a file so that no reader, and no kill, ever sees half of it.
 
   Raises:
-    OSError: see `writing`; Unavailable where a store fails again and again.
+    OSError: it cannot be written; Unavailable where a store fails again and again.
   """
   if not is_local(path):
-    return _store(path, data)
+    with _remote_errors(f'cannot write {path}'):
+      return with_retries(_system(path).pipe_file, path, data)  # a store shows only whole objects
   file = pathlib.Path(path)
-  part = file.with_name(f'.{file.name}.{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}')
+  partial = file.with_name(f'.{file.name}.{os.uname().nodename}-{os.getpid()}-{threading.get_ident()}')
   with writing(path):
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-      part.write_bytes(data)
-      part.replace(file)
+      partial.write_bytes(data)
+      partial.replace(file)
     except OSError:
-      part.unlink(missing_ok=True)
+      partial.unlink(missing_ok=True)
       raise
-
-
-def _store(path: str, data: bytes) -> None:
-  """Writes an object of a store, which shows only whole ones."""
-  try:
-    with_retries(_system(path).pipe_file, path, data)
-  except Unavailable as error:
-    raise Unavailable(f'cannot write {path} {error}') from error
-  except OSError as error:
-    raise ResourceError(f'cannot write {path}: {_line(error)}') from error
 
 
 @contextlib.contextmanager
 def writing(path: object) -> Iterator[None]:
-  """Raises OSError, with the path and what to do about it, where something cannot be written inside."""
+  """Raises OSError, with the path and the cure, where something cannot be written inside."""
   try:
     yield
   except OSError as error:
@@ -219,12 +205,70 @@ def writing(path: object) -> Iterator[None]:
     ) from error
 
 
-def is_local(path: str) -> bool:
-  """Whether a path names a file of this machine."""
-  return '://' not in path
+def check_free(flag: str, path: epath.PathLike) -> None:
+  """Raises UserError unless a folder can be created: the path is local, and nothing or an empty folder is there.
+
+  Args:
+    flag: that named the path, for errors.
+    path: of the folder.
+  """
+  check_local(path)
+  path = epath.Path(path)
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UserError(f'{path} exists already and is left alone; name another {flag}')
 
 
-def map_threads(function: Callable[[_T], _R], items: Sequence[_T], threads: int) -> list[_R]:
+@contextlib.contextmanager
+def atomic_folder(flag: str, path: epath.PathLike) -> Iterator[epath.Path]:
+  """Yields a folder to fill, which is renamed to `path` at the end; after an error nothing is left of it.
+
+  Args:
+    flag: that named the path, for errors.
+    path: must not exist, or be an empty folder.
+
+  Raises:
+    UserError: something is there already.
+    OSError: it cannot be written.
+  """
+  check_free(flag, path)
+  path = epath.Path(path)
+  partial = path.with_name(f'{path.name}.partial-{os.getpid()}')
+  try:
+    partial.mkdir(parents=True)
+    yield partial
+    if path.exists():
+      path.rmdir()
+    partial.rename(path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise ResourceError(
+      f'cannot write {path}: {getattr(error, "strerror", None) or error}; make room, or name another {flag}'
+    ) from error
+  finally:
+    if partial.exists():
+      partial.rmtree()
+
+
+def temporary_folder(purpose: str, url: str | None = None, process: int = 0) -> pathlib.Path:
+  """Creates an empty temporary folder, which is deleted when the process ends in order.
+
+  Args:
+    purpose: a word for its name.
+    url: what it is a copy of, when one process at a time has it: what a killed one left is deleted, so that a run
+      that is killed again and again does not fill the disk.
+    process: number of this process among those that keep copies of it.
+  """
+  if url is None:
+    folder = pathlib.Path(tempfile.mkdtemp(prefix=f'groupvit-{purpose}-'))
+  else:
+    name = hashlib.sha256(f'{url} {os.getuid()}'.encode()).hexdigest()[:16]  # hosts are shared, names are not
+    folder = pathlib.Path(tempfile.gettempdir()) / f'groupvit-{purpose}-{name}-{process}'
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return folder
+
+
+def map_threads(function: Callable[..., _R], items: Sequence[_T], threads: int) -> list[_R]:
   """Maps in threads, in order. The first error ends it without starting what is still queued."""
   with concurrent.futures.ThreadPoolExecutor(threads) as pool:
     futures = [pool.submit(function, item) for item in items]
@@ -240,6 +284,7 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
     first, last = map(int, bounds.groups())
     if first > last:
       raise UserError(f'{pattern!r} counts down; write {{{bounds[2]}..{bounds[1]}}}')
+    _check_count(last - first + 1, pattern)
     width = max(map(len, bounds.groups()))
     padded = any(text[0] == '0' and len(text) > 1 for text in bounds.groups())
     return [str(n).zfill(width if padded else 0) for n in range(first, last + 1)]
@@ -248,25 +293,20 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
   return inside.split(',')
 
 
+def _check_count(count: int, pattern: str) -> None:
+  if count > _MOST_PATHS:
+    raise UserError(f'{pattern!r} stands for {count:,} paths; use {_MOST_PATHS:,} or fewer')
+
+
 def _list_paths(pattern: str, what: str) -> list[str]:
   """Paths of one pattern: braces, then '*'."""
   paths = []
   for path in expand_braces(pattern):
-    if '*' not in path:
-      paths.append(path)
-      continue
-    found = list_files(path)
+    found = list_files(path) if '*' in path else [path]
     if not found:
       raise UserError(f'{what}: nothing matches {path}')
     paths += found
   return paths
-
-
-def _glob(path: str) -> list[str]:
-  if is_local(path):
-    return sorted(glob.glob(path))
-  system = _system(path)
-  return sorted(map(system.unstrip_protocol, system.glob(path)))
 
 
 def _stat(path: str) -> Shard | None:
@@ -279,7 +319,8 @@ def _stat(path: str) -> Shard | None:
     if not pathlib.Path(path).is_file():
       raise UserError(f'{path} is not a file')
     return Shard(path, stat.st_size, str(stat.st_mtime_ns))
-  info = _reach(path, lambda: _info(path))
+  with _reaching(path):
+    info = _info(path)
   if info is None:
     return None
   if info.get('size') is None or info.get('partial') is False:
@@ -298,12 +339,24 @@ def _info(path: str) -> dict[str, object] | None:
     return None
 
 
-def _reach(path: str, function: Callable[[], _R]) -> _R:
-  """Runs a remote operation; whatever it raises becomes one line."""
+@contextlib.contextmanager
+def _reaching(path: str) -> Iterator[None]:
+  """Raises UserError with one line for whatever a remote operation raises inside."""
   try:
-    return function()
+    yield
   except Exception as error:  # every library behind fsspec has exceptions of its own
     raise UserError(f'cannot reach {path}: {_line(error)}') from error
+
+
+@contextlib.contextmanager
+def _remote_errors(start: str) -> Iterator[None]:
+  """Raises OSError with one line that begins with `start` where a remote read or write fails inside."""
+  try:
+    yield
+  except Unavailable as error:
+    raise Unavailable(f'{start} {error}') from error
+  except OSError as error:
+    raise ResourceError(f'{start}: {_line(error)}') from error
 
 
 def _system(path: str) -> fsspec.AbstractFileSystem:
@@ -334,23 +387,3 @@ def _read_local(path: str, start: int, size: int) -> bytes:
 
 def _line(error: BaseException) -> str:
   return ' '.join(str(error).split())[:300] or type(error).__name__
-
-
-def temporary_folder(purpose: str, url: str | None = None, process: int = 0) -> pathlib.Path:
-  """Makes an empty temporary folder, which is gone when the process has ended in order.
-
-  Args:
-    purpose: a word for its name.
-    url: what it is a copy of, when one process at a time has it: what one that was killed left is removed, so
-      that a run that is killed again and again does not fill the disk.
-    process: number of this process among those that keep copies of it.
-  """
-  if url is None:
-    folder = pathlib.Path(tempfile.mkdtemp(prefix=f'groupvit-{purpose}-'))
-  else:
-    name = hashlib.sha256(f'{url} {os.getuid()}'.encode()).hexdigest()[:16]  # hosts are shared, names are not
-    folder = pathlib.Path(tempfile.gettempdir()) / f'groupvit-{purpose}-{name}-{process}'
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
-  atexit.register(shutil.rmtree, folder, ignore_errors=True)
-  return folder

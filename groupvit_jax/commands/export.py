@@ -22,8 +22,8 @@ from groupvit_jax import cli
 from groupvit_jax.commands import huggingface_folder, model_card
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import native, stablehlo, state_dicts
-from groupvit_jax.interop.new_folder import check_free, new_folder
 from groupvit_jax.model.losses import clamped_scale
+from groupvit_jax.storage import atomic_folder, check_free
 from groupvit_jax.train import open_run
 from groupvit_jax.train.open_run import TrainedRun
 
@@ -92,7 +92,7 @@ def export(
   reports, note = _choose_reports(run, scores)
   spec = state_dicts.ModelSpec(run.config.model, run.tokenizer.vocab_size, run.tokenizer.eos_id, run.model.multi_label)
   number_format = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
-  with open_run.complete_config(run.workdir), new_folder('--output', output) as folder:
+  with open_run.complete_config(run.workdir), atomic_folder('--output', output) as folder:
     notes = {}
     if form == 'huggingface':
       huggingface_folder.write_folder(folder, run, spec, number_format, reports)

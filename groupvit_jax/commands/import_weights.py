@@ -17,8 +17,8 @@ from groupvit_jax import cli
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence
-from groupvit_jax.interop.new_folder import check_free, check_local, new_folder
 from groupvit_jax.interop.read import check_tokenizer, read_weights, Weights
+from groupvit_jax.storage import atomic_folder, check_free, check_local
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
 from groupvit_jax.train.state import TrainState
@@ -51,7 +51,7 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
     eos_id=weights.spec.eos_id,
     remedy='name the one they were trained with, with --tokenizer=',
   )
-  with new_folder('--workdir', workdir) as folder:
+  with atomic_folder('--workdir', workdir) as folder:
     _write(folder, weights, loaded, source)
   return (
     f'{workdir}: {_count(weights):,} parameters, imported from {source} ({weights.form})\n'

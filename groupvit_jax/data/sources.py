@@ -1,6 +1,6 @@
-"""From a ConfigDict to a source of image-text pairs."""
+"""Training data of a config: embedded scenes, or sets of image-text pairs in webdataset tars and TFDS folders."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import concurrent.futures
 import hashlib
 
@@ -9,34 +9,73 @@ import ml_collections
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.mixture import DataSet, Mixture
 from groupvit_jax.data.scenes.scenes import Scenes
-from groupvit_jax.data.sets import open_sets
+from groupvit_jax.data.tars import open_webdataset
+from groupvit_jax.data.tfds import open_tfds
 from groupvit_jax.errors import UserError
 
 _CAPTION_THREADS, _CHUNK = 32, 1024  # each thread waits for one read
 
+# What a set of each format is described by, besides `format`, `weight` and `expected`.
+_FIELDS = {'webdataset': ('path', 'caption'), 'tfds': ('path', 'split', 'image', 'caption')}
+_COMMON = ('format', 'weight', 'expected')
+
 
 def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> Mixture:
-  """Builds the training data a config's `data` part names: 'scenes', or the 'sets' it describes.
+  """Builds the training data that a config's `data` part names.
+
+  Args:
+    config: `source` is 'scenes', with `scenes` (see `build_scenes`), or 'sets', with `sets`, a dict from name to a
+      set's description, and `index_dir`. Sets are counted in the order of their names. A set has a `format`, a `weight`
+      (see `mixture`), the number of samples `expected` (0 if unknown; for the audit), and
+
+      - 'webdataset': `path`, a pattern of tars or several (see `storage.find_shards`), and `caption`: 'txt', 'cls' or
+        'json:FIELD';
+      - 'tfds': `path`, the folder of a prepared TFDS data set in ArrayRecord files, its `split`, and the names of its
+        features `image` and `caption`.
+    image_size: (H, W) of the model.
 
   Raises:
-    ValueError: there is no such source, it cannot be read, or cannot make pictures of `image_size`.
+    UserError: a description has a mistake, a set cannot be read, or scenes cannot have `image_size`.
   """
-  if config.source == 'sets':
-    return open_sets(config)
-  if config.source != 'scenes':
+  if config.source not in ('scenes', 'sets'):
     raise UserError(f"data.source={config.source!r}: use 'scenes' or 'sets'")
+  if config.source == 'sets':
+    if not config.get('sets'):
+      raise UserError("data.sets is empty; name the sets to train on, or use data.source='scenes'")
+    return Mixture(tuple(_open_set(name, config.sets[name], config.index_dir) for name in sorted(config.sets)))
   scenes = build_scenes(config.scenes, image_size, split='train')
   digest = hashlib.sha256(repr(scenes).encode()).hexdigest()[:16]
   return Mixture((DataSet('scenes', scenes, digest, num_shards=0, weight=0.0),))
 
 
-def sample_captions(source: Mixture, count: int) -> Iterator[str]:
-  """Yields usable captions, spread evenly over all records, without reading pictures where a set allows that.
+def build_scenes(config: ml_collections.ConfigDict, image_size: tuple[int, int], split: str) -> Scenes:
+  """Builds embedded scenes: endless for training, `num_heldout` of them otherwise.
 
   Args:
-    source: the data.
-    count: how many records are looked at; all of them if there are fewer.
+    config: the `data.scenes` part of a config.
+    image_size: (H, W) of the model; scenes are square.
+    split: 'train', 'validation' or 'test'.
+
+  Raises:
+    UserError: the model's images are not square, or the config asks for what the scenes do not offer.
   """
+  if image_size[0] != image_size[1]:
+    raise UserError(f'model.vision.image_size={image_size}: scenes are square; use equal height and width')
+  return Scenes(
+    size=image_size[0],
+    things=config.things,
+    stuff=config.stuff,
+    seed=config.seed,
+    length=2**40 if split == 'train' else config.num_heldout,
+    split=split,
+    min_things=config.min_things,
+    max_things=config.max_things,
+    partial_captions=config.partial_captions,
+  )
+
+
+def sample_captions(source: Mixture, count: int) -> Iterator[str]:
+  """Yields usable captions of up to `count` records, spread evenly, without reading images where a set allows that."""
   count = min(count, len(source))
   stored = any(part.num_shards for part in source.sets)  # what is made on demand is alike everywhere
   stride = len(source) / count if stored else 1
@@ -52,28 +91,17 @@ def sample_captions(source: Mixture, count: int) -> Iterator[str]:
       yield from filter(None, pool.map(read, range(start, min(start + _CHUNK, count))))
 
 
-def build_scenes(config: ml_collections.ConfigDict, image_size: tuple[int, int], split: str) -> Scenes:
-  """Builds embedded scenes: endless for training, `num_heldout` of them otherwise.
-
-  Args:
-    config: the `data.scenes` part of a config.
-    image_size: (H, W) of the model; scenes are square.
-    split: 'train', 'validation' or 'test'.
-
-  Raises:
-    ValueError: the model's pictures are not square, or the config asks for what the scenes do not offer.
-  """
-  if image_size[0] != image_size[1]:
-    raise UserError(f'model.vision.image_size={image_size}: scenes are square; use equal height and width')
-  length = 2**40 if split == 'train' else config.num_heldout
-  return Scenes(
-    size=image_size[0],
-    things=config.things,
-    stuff=config.stuff,
-    seed=config.seed,
-    length=length,
-    split=split,
-    min_things=config.min_things,
-    max_things=config.max_things,
-    partial_captions=config.partial_captions,
-  )
+def _open_set(name: str, config: Mapping[str, object], index_dir: str) -> DataSet:
+  what = f'data.sets.{name}'
+  if config.get('format') not in _FIELDS:
+    raise UserError(f'{what}.format={config.get("format")!r}: use ' + ' or '.join(map(repr, _FIELDS)))
+  fields = {*_FIELDS[config['format']], *_COMMON}
+  if odd := sorted(fields ^ set(config)):
+    verb = 'is missing' if odd[0] in fields else 'is unknown'
+    raise UserError(f'{what}.{odd[0]} {verb}; a {config["format"]} set has {", ".join(sorted(fields))}')
+  if config['format'] == 'tfds':
+    source = open_tfds(config['path'], config['split'], config['image'], config['caption'], what)
+    return DataSet(name, source, source.digest, source.num_shards, config['weight'])
+  patterns = (config['path'],) if isinstance(config['path'], str) else tuple(config['path'])
+  source = open_webdataset(patterns, config['caption'], index_dir, what)
+  return DataSet(name, source, source.index.digest, len(source.shards), config['weight'])

@@ -15,10 +15,10 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from groupvit_jax.data import prepared
+from groupvit_jax.data import tfds
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_scenes
-from groupvit_jax.data.webdataset import open_webdataset, WebDataset
+from groupvit_jax.data.tars import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, IGNORE_LABEL, make_benchmark
 from groupvit_jax.eval.draw import spread_palette
@@ -108,7 +108,7 @@ class PreparedSet:
 
   @functools.cached_property
   def _records(self) -> Sequence[dict[str, bytes]]:
-    return prepared.open_records(self.path, SPLIT, ('image', 'label'))
+    return tfds.open_records(self.path, SPLIT, ('image', 'label'))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +151,7 @@ class PreparedImagenet:
 
   @functools.cached_property
   def _records(self) -> Sequence[dict[str, object]]:
-    return prepared.open_records(self.path, SPLIT, ('image',))
+    return tfds.open_records(self.path, SPLIT, ('image',))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +237,7 @@ def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> PreparedSet
     ValueError: it has not been built there, or is damaged.
   """
   name = STORED_IN[benchmark.name]
-  newest = prepared.newest_version(data_dir, name)
+  newest = tfds.newest_version(data_dir, name)
   if newest is None:
     raise UserError(
       f'--data_dir={data_dir} holds no {name}, which {benchmark.name} needs; make it with '
@@ -259,7 +259,7 @@ def open_imagenet(data_dir: str) -> ClassifiedSource:
   """
   if data_dir.endswith('.tar'):
     return ImagenetTars(open_webdataset((data_dir,), 'cls', '', f'--data_dir={data_dir}'))
-  newest = prepared.newest_version(data_dir, _IMAGENET_STORED_IN)
+  newest = tfds.newest_version(data_dir, _IMAGENET_STORED_IN)
   if newest is None:
     raise UserError(
       f'--data_dir={data_dir} holds no {epath.Path(data_dir) / _IMAGENET_STORED_IN} with a version in it; prepare it '

@@ -14,7 +14,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.interop import huggingface, native, nvlabs, state_dicts, torch_file
 from groupvit_jax.interop import licence as licence_lib
 from groupvit_jax.interop.licence import Licence
-from groupvit_jax.interop.new_folder import check_local
+from groupvit_jax.storage import check_local
 
 # Beside an exported model's config.json: what `transformers` has no place for.
 SIDE_FILE = 'groupvit_jax.json'

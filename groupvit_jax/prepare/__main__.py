@@ -24,7 +24,7 @@ import sys
 from etils import epath
 
 from groupvit_jax import cli
-from groupvit_jax.data import prepared
+from groupvit_jax.data.tfds import newest_version, open_records
 from groupvit_jax.errors import UserError
 from groupvit_jax.storage import is_local
 
@@ -56,7 +56,7 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> st
   for flag, folder in (('manual_dir', manual_dir), ('data_dir', data_dir)):
     if not is_local(str(folder)):
       raise UserError(f'--{flag}={folder} is remote; build from a disk onto a disk, then copy the folder')
-  if (kept := prepared.newest_version(data_dir, name)) is not None:
+  if (kept := newest_version(data_dir, name)) is not None:
     return (
       f'{_describe(name, kept)}; it was there before, and --manual_dir={manual_dir} was not looked at: to build '
       f'it again delete {kept}'
@@ -76,7 +76,7 @@ def _describe(name: str, folder: epath.PathLike) -> str:
   """How many pictures there are, of how many, and where."""
   from groupvit_jax.eval import benchmarks, labelled
 
-  found = len(prepared.open_records(folder, labelled.SPLIT, ('image', 'label')))
+  found = len(open_records(folder, labelled.SPLIT, ('image', 'label')))
   benchmark = next(each for each, stored in labelled.STORED_IN.items() if stored == name)
   wanted = benchmarks.find_benchmark(benchmark).num_images
   line = f'{name}: {found:,} of {wanted:,} pictures, in {folder}'

@@ -21,7 +21,7 @@ import tqdm
 
 from groupvit_jax import storage
 from groupvit_jax.data.bad_records import BadRecord
-from groupvit_jax.data.webdataset import open_webdataset, WebDataset
+from groupvit_jax.data.tars import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
 
 Record = dict[str, object]  # 'image' and texts by the name of their feature

@@ -7,7 +7,7 @@ from PIL import Image
 import pytest
 
 from benchmarks.photo_tars import write_tars
-from groupvit_jax.data.webdataset import open_webdataset
+from groupvit_jax.data.tars import open_webdataset
 from tests.photos import encode, photo
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from groupvit_jax import storage
-from groupvit_jax.data import augment, pipeline, webdataset
+from groupvit_jax.data import augment, pipeline, tars
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.eval import labelled
 from groupvit_jax.eval.output_folder import OutputFolder
@@ -34,8 +34,8 @@ def server(tmp_path):
     yield server
 
 
-def open_set(*patterns: str, index_dir: str = '') -> webdataset.WebDataset:
-  return webdataset.open_webdataset(patterns, 'txt', index_dir, 'data.sets.x')
+def open_set(*patterns: str, index_dir: str = '') -> tars.WebDataset:
+  return tars.open_webdataset(patterns, 'txt', index_dir, 'data.sets.x')
 
 
 def batches(source, num_threads: int) -> list[dict[str, np.ndarray]]:
@@ -155,7 +155,7 @@ def test_a_bucket_holds_shards_and_their_index(bucket, tmp_path, monkeypatch):
   (tmp_path / 'cache').rename(tmp_path / 'gone')  # another machine: only the bucket's index is there
   system = storage._system(bucket)
   assert len(system.ls(f'{bucket}/index')) == 3
-  monkeypatch.delattr(webdataset, 'index_tar')  # it must not be built again
+  monkeypatch.delattr(tars, 'index_tar')  # it must not be built again
   assert len(open_set(f'{bucket}/set/*.tar', index_dir=f'{bucket}/index')) == 20
   with pytest.raises(ValueError, match='x: 1 of 2 shards are missing, first s3://photographs/set/0007.tar'):
     open_set(f'{bucket}/set/{{0000,0007}}.tar')

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 from groupvit_jax.data.sources import build_source
-from groupvit_jax.data.tfds_source import open_tfds
+from groupvit_jax.data.tfds import open_tfds
 from groupvit_jax.prepare import __main__ as build
 from groupvit_jax.prepare import caption_layouts, caption_sets
 from tests.tars import data_config, encode, samples, write_set, write_tar

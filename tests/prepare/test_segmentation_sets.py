@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 import pytest
 
 from groupvit_jax import cli, storage
-from groupvit_jax.data import prepared
+from groupvit_jax.data import tfds
 from groupvit_jax.data.images import read_image
 from groupvit_jax.eval import labelled
 from groupvit_jax.prepare import __main__ as build
@@ -135,7 +135,7 @@ def test_pictures_without_an_area_are_counted(tmp_path, capsys):
 def test_a_set_in_a_bucket_is_copied_once(data_dir, tmp_path, monkeypatch):
   """With a store that `fsspec` keeps in memory for a bucket."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  monkeypatch.setattr(prepared, '_CHUNK', 1000)  # so that files take several
+  monkeypatch.setattr(tfds, '_CHUNK', 1000)  # so that files take several
   store = fsspec.filesystem('memory')
   store.put(str(data_dir / 'voc2012'), '/bucket/voc2012', recursive=True)
   _, source = labelled.open_benchmark('voc20', 'memory://bucket/')
@@ -143,8 +143,8 @@ def test_a_set_in_a_bucket_is_copied_once(data_dir, tmp_path, monkeypatch):
   assert len(source) == 3
   for mine, theirs in zip(map(source.__getitem__, range(3)), map(local.__getitem__, range(3))):
     assert mine['image'] == theirs['image'] and np.array_equal(mine['label'], theirs['label'])
-  fetched, read = [], storage.read
-  monkeypatch.setattr(storage, 'read', lambda path, *extent: fetched.append(path) or read(path, *extent))
+  fetched, read = [], storage.read_range
+  monkeypatch.setattr(storage, 'read_range', lambda path, *extent: fetched.append(path) or read(path, *extent))
   labelled.open_benchmark('voc21', 'memory://bucket')
   assert not fetched
   store.pipe('/bucket/voc2012/1.0.0/features.json', store.cat('/bucket/voc2012/1.0.0/features.json') + b' ')

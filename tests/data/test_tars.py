@@ -8,10 +8,10 @@ import tarfile
 import numpy as np
 import pytest
 
-from groupvit_jax import storage as shards_lib
-from groupvit_jax.data import webdataset
+from groupvit_jax import storage
+from groupvit_jax.data import tars
 from groupvit_jax.data.bad_records import BadRecord
-from groupvit_jax.data.tar_index import tar_members
+from groupvit_jax.data.tars import tar_members
 from groupvit_jax.storage import expand_braces, find_shards
 from tests.tars import encode, samples, write_set, write_tar
 
@@ -25,13 +25,13 @@ def cache(tmp_path, monkeypatch):
 def reads(monkeypatch):
   """The (path, start, size) of every read."""
   made = []
-  read = shards_lib.read
-  monkeypatch.setattr(shards_lib, 'read', lambda *args: made.append(args) or read(*args))
+  read = storage.read_range
+  monkeypatch.setattr(storage, 'read_range', lambda *args: made.append(args) or read(*args))
   return made
 
 
-def open_set(*patterns: str, caption: str = 'txt', index_dir: str = '') -> webdataset.WebDataset:
-  return webdataset.open_webdataset(patterns, caption, index_dir, 'data.sets.x')
+def open_set(*patterns: str, caption: str = 'txt', index_dir: str = '') -> tars.WebDataset:
+  return tars.open_webdataset(patterns, caption, index_dir, 'data.sets.x')
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,8 @@ def test_braces_expand_as_in_bash(pattern, paths):
     ('{3..0}', 'counts down; write .0..3.'),
     ('{}', 'neither'),
     ('{a}', 'neither'),
+    ('{000..999999999}.tar', 'stands for 1,000,000,000 paths; use 1,000,000 or fewer'),
+    ('{0..9999}/{0..9999}.tar', 'stands for 100,000,000 paths'),
   ],
 )
 def test_braces_that_mean_nothing(pattern, message):
@@ -104,8 +106,18 @@ def test_sizes_beyond_octal_and_tars_written_one_after_the_other(tmp_path):
     file.truncate(start + info.size)
     file.seek(0, 2)
     file.write(pathlib.Path(write_tar(tmp_path / 'b.tar', {'b.txt': b'b'})).read_bytes())
-  found = list(tar_members(lambda *args: shards_lib.read(str(path), *args), path.stat().st_size, 512))
+  found = list(tar_members(lambda *args: storage.read_range(str(path), *args), path.stat().st_size, 512))
   assert found == [('big.jpg', 1, 9 * 2**30), ('b.txt', 2 + 9 * 2**21, 1)]
+
+
+def test_damage_between_two_files_is_found_where_it_is(tmp_path):
+  path = pathlib.Path(write_tar(tmp_path / 'a.tar', samples(range(3))))
+  data = path.read_bytes()
+  at = tarfile.open(path).getmember('00001.jpg').offset
+  for damage in (b'x' * 512, data[at : at + 148] + b'0000000' + data[at + 155 : at + 512]):
+    path.write_bytes(data[:at] + damage + data[at + 512 :])
+    with pytest.raises(ValueError, match=f'is damaged: byte {at} starts no header'):
+      open_set(str(path))
 
 
 def test_samples_are_read_as_they_are(tmp_path):
@@ -257,17 +269,17 @@ def test_index_files_that_do_not_fit(tmp_path):
 
 def test_a_killed_build_leaves_what_it_finished(tmp_path, monkeypatch):
   pattern = write_set(tmp_path / 'set', 64)
-  index_tar = webdataset.index_tar
+  index_tar = tars.index_tar
 
   def dies_at_the_last(read, *args):
     if read.args[0].endswith('0007.tar'):
       raise KeyboardInterrupt
     return index_tar(read, *args)
 
-  monkeypatch.setattr(webdataset, 'index_tar', dies_at_the_last)
+  monkeypatch.setattr(tars, 'index_tar', dies_at_the_last)
   with pytest.raises(KeyboardInterrupt):
     open_set(pattern)
-  monkeypatch.setattr(webdataset, 'index_tar', index_tar)
+  monkeypatch.setattr(tars, 'index_tar', index_tar)
   assert len(list((tmp_path / 'set' / '.index').iterdir())) == 7
   assert not list(tmp_path.rglob('*.npy.*')) and len(open_set(pattern)) == 64
 

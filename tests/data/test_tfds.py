@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_source
-from groupvit_jax.data.tfds_source import open_tfds
+from groupvit_jax.data.tfds import open_tfds
 from tests.forbidden import run_without
 from tests.tars import data_config, encode, set_config, write_set
 
