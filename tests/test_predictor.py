@@ -248,7 +248,7 @@ def test_background_is_a_word_like_any_other_without_a_threshold(predictor, imag
 
 
 def test_a_bad_picture_is_named(predictor, image):
-  with pytest.raises(ValueError, match="picture 'number 2' is float64"):
+  with pytest.raises(ValueError, match="image 'number 2' is float64"):
     predictor([image, image / 255], WORDS)
 
 

@@ -1,4 +1,4 @@
-"""Looks at a config's data before anyone trains on them:
+"""Audit of a config's data before training: usable and duplicate records, caption lengths, speed, sample pages.
 
   python -m groupvit_jax.data.audit --config=configs/EXPERIMENT.py --output=audits/EXPERIMENT
 
@@ -7,7 +7,7 @@ when more records cannot be used than the config's `data.max_fault_share`.
 """
 
 import collections
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -16,37 +16,40 @@ import io
 import json
 import pathlib
 import tempfile
+import textwrap
 import time
 
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 import tqdm
 
 from groupvit_jax import cli
 from groupvit_jax.data import bad_records, pipeline, prompts
-from groupvit_jax.data.contact_sheet import draw_sheet
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source, sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer, train_sentencepiece
 from groupvit_jax.storage import write_atomic
 
 _THREADS = 16
-_LISTED = 100  # faulty records named in the report, for each set
-_SHEET, _COLUMNS = 24, 6  # pictures on a page
+_LISTED = 100  # bad records named in the report, for each set
+_SHEET, _COLUMNS = 24, 6  # images on a page, and side by side
+_WIDTH, _MARGIN = 224, 8  # of an image on the page, and around it, in pixels
+_LETTERS, _LINE, _FONT = 36, 14, 12  # to a line, pixels between lines, pixels of a letter
+_INK, _FAINT = (20, 20, 20), (110, 110, 110)
 _TIMED = 128  # examples
 _PERCENTILES = (0, 5, 50, 95, 100)
 
 
 @dataclasses.dataclass
-class Findings:
-  """What was found in one record."""
+class RecordStats:
+  """Statistics of one record."""
 
   key: str = ''
-  fault: str = ''
-  picture: bytes = b''  # digests, to tell duplicates
+  cause: str = ''  # why it cannot be used
+  image: bytes = b''  # digests, to tell duplicates
   caption: bytes = b''
   tokens: int = 0
   words: int = 0
@@ -58,7 +61,7 @@ def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int)
   Args:
     config: an experiment.
     output: folder for the report and the pages.
-    samples: records looked at in each set, spread evenly; 0 for all.
+    samples: records read in each set, spread evenly; 0 for all.
 
   Returns:
     The report, as it is written.
@@ -79,24 +82,18 @@ def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int)
   return report
 
 
-def summarize(found: list[Findings], num_prompts: int, text_length: int) -> dict[str, object]:
-  """Counts over the records of a set that were looked at.
-
-  Args:
-    found: one for each.
-    num_prompts: M.
-    text_length: L, tokens kept of a text.
-  """
-  good = [record for record in found if not record.fault]
-  bad = [record for record in found if record.fault]
+def summarize(found: list[RecordStats], num_prompts: int, text_length: int) -> dict[str, object]:
+  """Counts over the records of a set: for M prompts and a text length of L tokens."""
+  good = [record for record in found if not record.cause]
+  bad = [record for record in found if record.cause]
   tokens = [record.tokens for record in good]
   words = [record.words for record in good]
   return {
     'looked_at': len(found),
-    'unusable': dict(collections.Counter(record.fault for record in bad).most_common()),
+    'unusable': dict(collections.Counter(record.cause for record in bad).most_common()),
     'unusable_share': len(bad) / max(len(found), 1),
-    'unusable_keys': [f'{record.key}: {record.fault}' for record in bad[:_LISTED]],
-    'duplicate_pictures': _duplicates(record.picture for record in good),
+    'unusable_keys': [f'{record.key}: {record.cause}' for record in bad[:_LISTED]],
+    'duplicate_pictures': _duplicates(record.image for record in good),
     'duplicate_captions': _duplicates(record.caption for record in good),
     'tokens_percentiles': _percentiles(tokens),
     'captions_cut': sum(n > text_length for n in tokens) / max(len(good), 1),
@@ -106,29 +103,79 @@ def summarize(found: list[Findings], num_prompts: int, text_length: int) -> dict
   }
 
 
-def describe(name: str, facts: Mapping[str, object]) -> str:
+def describe(name: str, report: Mapping[str, object]) -> str:
   """A set's report in a few lines, for people."""
-  causes = ', '.join(f'{cause} {n:,}' for cause, n in facts['unusable'].items()) or 'none'
+  causes = ', '.join(f'{cause} {n:,}' for cause, n in report['unusable'].items()) or 'none'
   expected = (
-    f' of {facts["expected"]:,} expected ({facts["records"] / facts["expected"]:.1%})' if facts['expected'] else ''
+    f' of {report["expected"]:,} expected ({report["records"] / report["expected"]:.1%})' if report['expected'] else ''
   )
   spread = lambda values: ' / '.join(map(str, values))
   return '\n'.join(
     [
-      f'{name}: {facts["records"]:,} records{expected} in {facts["shards"]:,} shards, digest {facts["digest"]}',
-      f'  looked at           {facts["looked_at"]:,}',
-      f'  unusable            {facts["unusable_share"]:.2%} ({causes})',
-      f'  duplicates          {facts["duplicate_pictures"]:,} pictures, {facts["duplicate_captions"]:,} captions',
-      f'  tokens per caption  {spread(facts["tokens_percentiles"])} (least, 5 %, median, 95 %, most); '
-      f'{facts["captions_cut"]:.1%} are cut',
-      f'  words for prompts   {spread(facts["words_percentiles"])}, {facts["words_mean"]:.1f} on average; '
-      f'{facts["captions_with_too_few_words"]:.1%} have too few',
-      f'  examples per core   {facts["examples_per_core_second"]:.0f}/s, decoded, cropped and tagged',
+      f'{name}: {report["records"]:,} records{expected} in {report["shards"]:,} shards, digest {report["digest"]}',
+      f'  looked at           {report["looked_at"]:,}',
+      f'  unusable            {report["unusable_share"]:.2%} ({causes})',
+      f'  duplicates          {report["duplicate_pictures"]:,} pictures, {report["duplicate_captions"]:,} captions',
+      f'  tokens per caption  {spread(report["tokens_percentiles"])} (least, 5 %, median, 95 %, most); '
+      f'{report["captions_cut"]:.1%} are cut',
+      f'  words for prompts   {spread(report["words_percentiles"])}, {report["words_mean"]:.1f} on average; '
+      f'{report["captions_with_too_few_words"]:.1%} have too few',
+      f'  examples per core   {report["examples_per_core_second"]:.0f}/s, decoded, cropped and tagged',
     ]
   )
 
 
-def _look_at(examples: pipeline.Examples, count: int) -> Iterator[Findings]:
+def draw_sheet(images: Sequence[np.ndarray], texts: Sequence[Sequence[str]], columns: int) -> np.ndarray:
+  """Draws images with their captions and prompts underneath.
+
+  Args:
+    images: uint8 [H, W, 3] each, of any size.
+    texts: of each image: the caption, then its prompts in grey.
+    columns: images side by side.
+
+  Returns:
+    uint8 [height, width, 3].
+  """
+  font = ImageFont.load_default(_FONT)
+  cells = [_Cell(image, lines) for image, lines in zip(images, texts, strict=True)]
+  rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+  heights = [max(cell.height for cell in row) for row in rows]
+  sheet = Image.new('RGB', (columns * (_WIDTH + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), 'white')
+  draw, top = ImageDraw.Draw(sheet), _MARGIN
+  for row, height in zip(rows, heights, strict=True):
+    for column, cell in enumerate(row):
+      cell.draw(sheet, draw, _MARGIN + column * (_WIDTH + _MARGIN), top, font)
+    top += height
+  return np.asarray(sheet)
+
+
+class _Cell:
+  """An image and the lines below it."""
+
+  def __init__(self, image: np.ndarray, texts: Sequence[str]):
+    height = round(_WIDTH * image.shape[0] / image.shape[1])
+    self._image = Image.fromarray(image).resize((_WIDTH, height))
+    self._lines = [
+      (line, _FAINT if n else _INK)
+      for n, text in enumerate(texts)
+      for line in textwrap.wrap(text, _LETTERS, max_lines=4) or ['']
+    ]
+
+  @property
+  def height(self) -> int:
+    return self._image.height + _LINE * len(self._lines) + 2 * _MARGIN
+
+  def draw(
+    self, sheet: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, font: ImageFont.FreeTypeFont
+  ) -> None:
+    sheet.paste(self._image, (left, top))
+    top += self._image.height + 2
+    for line, colour in self._lines:
+      draw.text((left, top), line, colour, font)
+      top += _LINE
+
+
+def _look_at(examples: pipeline.Examples, count: int) -> Iterator[RecordStats]:
   """Reads records spread evenly over a set of one; threads, because shards may be far away."""
   size = len(examples.source)
   count = min(count, size)
@@ -141,17 +188,17 @@ def _look_at(examples: pipeline.Examples, count: int) -> Iterator[Findings]:
           yield found
 
 
-def _look(examples: pipeline.Examples, index: int) -> Findings:
+def _look(examples: pipeline.Examples, index: int) -> RecordStats:
   try:
     record = examples.source[index]
     examples.make(record, position=index)
-  except bad_records.BadRecord as fault:
-    return Findings(fault.key, fault.cause)
+  except bad_records.BadRecord as error:
+    return RecordStats(error.key, error.cause)
   text, image = record['text'], record['image']
   pixels = image if isinstance(image, bytes) else image.tobytes()
   tokens = examples.tokenizer.encode([text], len(text.encode()) + 8)[0]
   length = int(np.argmax(tokens == examples.tokenizer.eos_id)) + 1
-  return Findings(
+  return RecordStats(
     record['key'], '', _digest(pixels), _digest(text.encode('utf-8', 'replace')), length, len(prompts.nouns(text))
   )
 
@@ -220,8 +267,8 @@ def main() -> int:
   """Runs the command; see this module."""
   config, output = _CONFIG.value, pathlib.Path(_OUTPUT.value).expanduser()
   report = audit(config, output, _SAMPLES.value)
-  for name, facts in report['sets'].items():
-    print(describe(name, facts))
+  for name, part in report['sets'].items():
+    print(describe(name, part))
   print(f'fingerprint {report["fingerprint"]}; report and samples in {output}')
   worst = max(report['sets'], key=lambda name: report['sets'][name]['unusable_share'])
   share = report['sets'][worst]['unusable_share']

@@ -1,6 +1,6 @@
-"""From a picture, encoded or not, to what the model sees of it: crop, resize, flip, RandAugment.
+"""Augmentation of one image on the host: crop, resize, flip and RandAugment.
 
-Random erasing and ImageNet's mean and deviation belong to the training step: `model/pixels.py`.
+Random erasing and normalisation belong to the training step: `model/pixels.py`.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from groupvit_jax.data import images, jpeg
+from groupvit_jax.data import images
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.rand_augment import RandAugment
 from groupvit_jax.errors import UserError
@@ -26,7 +26,7 @@ cv2.setNumThreads(0)
 
 
 class Box(NamedTuple):
-  """A part of a picture, in pixels."""
+  """A part of an image, in pixels."""
 
   top: int
   left: int
@@ -36,13 +36,10 @@ class Box(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Augment:
-  """A picture -> uint8 [H, W, 3]; a pure function of (picture, rng).
-
-  A random resized crop, bilinear; perhaps flipped; perhaps RandAugment.
-  """
+  """Random resized crop, bilinear, then a random flip and RandAugment: a pure function of (image, rng)."""
 
   size: tuple[int, int]  # (H, W)
-  area: tuple[float, float]  # the crop's share of the picture's area
+  area: tuple[float, float]  # the crop's share of the image's area
   ratio: tuple[float, float]  # the crop's width / height
   flip: float  # probability of a horizontal flip
   rand_augment: RandAugment | None
@@ -50,7 +47,7 @@ class Augment:
   max_pixels: int  # larger ones are, before they are decoded
 
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, key: str) -> np.ndarray:
-    """Returns uint8 [H, W, 3].
+    """Augments an image: uint8 [H, W, 3].
 
     Args:
       image: a file (JPEG, PNG, WebP, ...) or its pixels, uint8 [h, w, 3].
@@ -58,7 +55,7 @@ class Augment:
       key: the image's name in errors.
 
     Raises:
-      BadRecord: the picture is corrupt, truncated, tiny or huge.
+      BadRecord: the image is corrupt, truncated, tiny or huge.
     """
     pixels, box = self.read_crop(image, rng, key)
     pixels = resize_box(pixels, box, self.size)
@@ -67,17 +64,8 @@ class Augment:
     return pixels if self.rand_augment is None else self.rand_augment(pixels, rng)
 
   def read_crop(self, image: bytes | np.ndarray, rng: np.random.Generator, key: str) -> tuple[np.ndarray, Box]:
-    """Draws a crop and decodes what it needs.
-
-    Args:
-      image: as for a call, like what follows.
-      rng: decides the crop.
-      key: the image's name in errors.
-
-    Returns:
-      uint8 [h', w', 3], and the place of the crop there.
-    """
-    header = jpeg.read_header(image, key) if isinstance(image, bytes) else None
+    """Draws a crop and decodes what it needs: uint8 [h', w', 3], and the crop's box there."""
+    header = images.read_jpeg_header(image, key) if isinstance(image, bytes) else None
     if header is None:
       pixels = self._decode_whole(image, key) if isinstance(image, bytes) else image
       self._check_size(*pixels.shape[:2], key)
@@ -85,11 +73,11 @@ class Augment:
     self._check_size(header.height, header.width, key)
     box = random_box(header.height, header.width, self.area, self.ratio, rng)
     reduction = _reduction(box, self.size)
-    pixels = jpeg.decode_rows(image, header, box.top + box.height, reduction, key)
+    pixels = images.decode_jpeg_rows(image, header, box.top + box.height, reduction, key)
     return pixels, _reduce(box, reduction)
 
   def _decode_whole(self, data: bytes, key: str) -> np.ndarray:
-    """Decodes what `jpeg` leaves alone."""
+    """Decodes what `images.read_jpeg_header` leaves alone."""
     try:
       with Image.open(io.BytesIO(data)) as image:
         width, height = image.size
@@ -114,14 +102,13 @@ def build_augment(config: ml_collections.ConfigDict, image_size: tuple[int, int]
   """Builds what a config's `data.augment` names.
 
   Args:
-    config: `name` is 'none' for pixels that have the model's size already; 'plain' for crops and
-      flips, with `area`, `ratio`, `flip`, `min_side` and `max_pixels` (see `Augment`);
-      'rand_augment' for RandAugment on top, with `num_ops`, `op_probability`, `magnitude` and
-      `magnitude_std`.
+    config: `name` is 'none' for pixels that have the model's size already; 'plain' for crops and flips, with `area`,
+      `ratio`, `flip`, `min_side` and `max_pixels` (see `Augment`); 'rand_augment' for RandAugment on top, with
+      `num_ops`, `op_probability`, `magnitude` and `magnitude_std`.
     image_size: (H, W) of the model.
 
   Raises:
-    ValueError: there is no such augmentation, or a range or a probability is none.
+    UserError: there is no such augmentation, or a range or a probability is none.
   """
   if config.name == 'none':
     return None
@@ -140,17 +127,10 @@ def build_augment(config: ml_collections.ConfigDict, image_size: tuple[int, int]
 def random_box(
   height: int, width: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> Box:
-  """Draws the crop of a picture (Szegedy et al. 2015, as torchvision defines it).
+  """Draws the crop of an image (Szegedy et al. 2015, as torchvision defines it).
 
-  The area is uniform, the ratio log-uniform, the place uniform. When ten crops do not fit, it is
-  the largest one in the middle whose ratio lies in the range.
-
-  Args:
-    height: of the picture.
-    width: of the picture.
-    area: range of the crop's share of the picture's area.
-    ratio: range of its width / height.
-    rng: decides.
+  The area is uniform, the ratio log-uniform, the position uniform. When ten crops do not fit, it is the largest one in
+  the middle whose ratio lies in the range.
   """
   for _ in range(_ATTEMPTS):
     pixels = rng.uniform(*area) * height * width
@@ -163,20 +143,11 @@ def random_box(
 
 
 def resize_box(pixels: np.ndarray, box: Box, size: tuple[int, int]) -> np.ndarray:
-  """Resizes a part of a picture as Pillow's bilinear filter does, within a level or so.
+  """Resizes a part of an image as Pillow's bilinear filter does, within a level or so: uint8 [H, W, 3].
 
-  Pillow widens its filter, a triangle, by the factor r by which it makes a picture smaller;
-  OpenCV's bilinear does not. So a Gaussian runs first that adds the variance which is missing: a
-  triangle's is r^2 / 6, and sampling between pixels, which OpenCV does as well, is worth about
-  half of 1 / 6.
-
-  Args:
-    pixels: uint8 [h, w, 3].
-    box: the part.
-    size: (H, W).
-
-  Returns:
-    uint8 [H, W, 3].
+  Pillow widens its filter, a triangle, by the factor r by which it makes an image smaller; OpenCV's bilinear does not.
+  So a Gaussian runs first that adds the missing variance: a triangle's is r^2 / 6, and sampling between pixels, which
+  OpenCV does as well, is worth about half of 1 / 6.
   """
   part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
   sigma_y, sigma_x = _blur(box.height / size[0]), _blur(box.width / size[1])
@@ -202,7 +173,7 @@ def _reduction(box: Box, size: tuple[int, int]) -> int:
 
 
 def _reduce(box: Box, reduction: int) -> Box:
-  """The box in a picture made smaller: at most a quarter of an output pixel from its place."""
+  """The box in an image made smaller: at most a quarter of an output pixel off."""
   top, left = round(box.top / reduction), round(box.left / reduction)
   bottom = round((box.top + box.height) / reduction)
   right = round((box.left + box.width) / reduction)

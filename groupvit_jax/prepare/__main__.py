@@ -1,4 +1,4 @@
-"""Makes ArrayRecord files of a data set in its official layout.
+"""Command that converts a data set in its official layout to ArrayRecord files.
 
   python -m groupvit_jax.prepare voc2012 --manual_dir=FOLDER --data_dir=data
 
@@ -9,7 +9,7 @@ Segmentation, from the official archives unpacked in --manual_dir:
   ade20k           ADEChallengeData2016
   cityscapes_fine  leftImg8bit and gtFine
 
-Image-text pairs, from downloads in --manual_dir, by --workers processes; the same command goes on where one ended:
+Image-text pairs, from downloads in --manual_dir, by --workers processes; the same command resumes:
   cc3m, cc12m      *.tar as img2dataset writes them, local or remote
   yfcc14m          **/*.zip with HASH.jpg, yfcc100m_dataset.sql, yfcc100m_subset_data.tsv
   redcaps12m       annotations/SUBREDDIT_YEAR.json, images/SUBREDDIT/IMAGE_ID.jpg
@@ -17,7 +17,6 @@ Image-text pairs, from downloads in --manual_dir, by --workers processes; the sa
 
 import argparse
 from collections.abc import Sequence
-import importlib
 import os
 import sys
 
@@ -28,13 +27,13 @@ from groupvit_jax.data.tfds import newest_version, open_records
 from groupvit_jax.errors import UserError
 from groupvit_jax.storage import is_local
 
-# Data set -> module and class of its builder, imported when asked for.
+# Data set -> class of its builder in `segmentation_sets`.
 BUILDERS = {
-  'voc2012': ('segmentation_sets', 'Voc2012'),
-  'pascal_context': ('segmentation_sets', 'PascalContext'),
-  'coco_stuff': ('segmentation_sets', 'CocoStuff'),
-  'ade20k': ('segmentation_sets', 'Ade20k'),
-  'cityscapes_fine': ('segmentation_sets', 'CityscapesFine'),
+  'voc2012': 'Voc2012',
+  'pascal_context': 'PascalContext',
+  'coco_stuff': 'CocoStuff',
+  'ade20k': 'Ade20k',
+  'cityscapes_fine': 'CityscapesFine',
 }
 CAPTION_SETS = ('cc3m', 'cc12m', 'yfcc14m', 'redcaps12m')
 
@@ -44,14 +43,14 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> st
 
   Args:
     name: one of `BUILDERS`.
-    manual_dir: where its archives were unpacked.
-    data_dir: where TFDS data sets are kept, on a local disk.
+    manual_dir: folder with its archives, unpacked.
+    data_dir: folder of all TFDS data sets, on a local disk.
 
   Returns:
-    What is there now, in a line.
+    A line about what is there.
 
   Raises:
-    ValueError: there is no such folder, it has another layout, or one of both is remote.
+    UserError: there is no such folder, it has another layout, or one of both is remote.
   """
   for flag, folder in (('manual_dir', manual_dir), ('data_dir', data_dir)):
     if not is_local(str(folder)):
@@ -65,21 +64,21 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> st
     raise UserError(f'there is no folder --manual_dir={manual_dir}; unpack the official archives there')
   import tensorflow_datasets as tfds  # it takes a second to import
 
-  module, builder_class = BUILDERS[name]
-  module = importlib.import_module(f'groupvit_jax.prepare.{module}')
-  builder = getattr(module, builder_class)(data_dir=str(data_dir), file_format='array_record')
+  from groupvit_jax.prepare import segmentation_sets
+
+  builder = getattr(segmentation_sets, BUILDERS[name])(data_dir=str(data_dir), file_format='array_record')
   builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
   return _describe(name, builder.data_dir)
 
 
 def _describe(name: str, folder: epath.PathLike) -> str:
-  """How many pictures there are, of how many, and where."""
+  """The number of images, the number expected, and the folder."""
   from groupvit_jax.eval import benchmarks, labelled
 
   found = len(open_records(folder, labelled.SPLIT, ('image', 'label')))
   benchmark = next(each for each, stored in labelled.STORED_IN.items() if stored == name)
   wanted = benchmarks.find_benchmark(benchmark).num_images
-  line = f'{name}: {found:,} of {wanted:,} pictures, in {folder}'
+  line = f'{name}: {found:,} of {wanted:,} images, in {folder}'
   return line if found == wanted else f'{line}; published figures are about all {wanted:,}: is the download whole?'
 
 

@@ -1,7 +1,7 @@
-"""Where the official downloads of image-text sets put their pictures and captions.
+"""Official layouts of image-text data sets: the records of a download, in parts.
 
-Each function takes the folder of a download and lists its parts, each of which becomes one file of the TFDS data set.
-A part yields what to keep of each record, or the fault for which it is left out. Pictures are not decoded.
+Each function takes the folder of a download and lists its parts; each becomes one file of the TFDS data set. A part
+yields its records, or the reason why one is left out. Images are not decoded.
 """
 
 import bz2
@@ -34,16 +34,10 @@ _PHOTO, _HASH, _TITLE, _DESCRIPTION = 1, 2, 8, 9
 
 
 class Part(NamedTuple):
-  """What one file is made of.
-
-  Attributes:
-    name: of the input.
-    size: of the input; tells another input of the same name.
-    read: gives the records, in any process.
-  """
+  """An input file that becomes one file of the data set."""
 
   name: str
-  size: int
+  size: int  # tells another input of the same name
   read: Callable[[], Iterator[Record | BadRecord]]
 
 
@@ -51,7 +45,7 @@ Layout = Callable[[str, pathlib.Path], list[Part]]
 
 
 def tars(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
-  """What img2dataset wrote of CC3M or CC12M: `*.tar` with `KEY.jpg` and `KEY.txt`, local or remote."""
+  """CC3M or CC12M from img2dataset: `*.tar` with `KEY.jpg` and `KEY.txt`, local or remote."""
   del scratch
   pattern = f'{manual_dir.rstrip("/")}/*.tar'
   found = storage.find_shards([pattern], 'tars')
@@ -90,7 +84,7 @@ def yfcc14m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
 
 
 def redcaps12m(manual_dir: str, scratch: pathlib.Path) -> list[Part]:
-  """What `redcaps download-imgs` left: `annotations/SUBREDDIT_YEAR.json` and `images/SUBREDDIT/IMAGE_ID.jpg`."""
+  """RedCaps from `redcaps download-imgs`: `annotations/SUBREDDIT_YEAR.json` and `images/SUBREDDIT/IMAGE_ID.jpg`."""
   del scratch
   folder = _folder(manual_dir)
   files = sorted((folder / 'annotations').glob('*.json'))
@@ -112,8 +106,8 @@ def _read_tar(source: WebDataset, start: int, end: int) -> Iterator[Record | Bad
   for number in range(start, end):
     try:
       record = source[number]
-    except BadRecord as fault:
-      yield fault
+    except BadRecord as error:
+      yield error
       continue
     yield {'image': record['image'], 'caption': record['text'], 'key': record['key']}
 
@@ -131,13 +125,8 @@ def _read_zip(path: pathlib.Path, captions: pathlib.Path) -> Iterator[Record | B
         if key in known[key[:2]]:
           title, description = known[key[:2]][key]
           caption = '. '.join(filter(None, (title, description)))
-          yield {
-            'image': archive.read(member),
-            'caption': caption,
-            'key': key,
-            'title': title,
-            'description': description,
-          }
+          texts = {'caption': caption, 'key': key, 'title': title, 'description': description}
+          yield {'image': archive.read(member)} | texts
   except zipfile.BadZipFile as error:
     raise UserError(f'{path} is damaged ({error}); fetch it again') from error
 
@@ -156,7 +145,7 @@ def _read_redcaps(path: pathlib.Path, images: pathlib.Path) -> Iterator[Record |
 
 
 def _sort_captions(table: pathlib.Path, subset: pathlib.Path | None, folder: pathlib.Path) -> None:
-  """Sorts the subset's captions by the first two digits of their pictures' hashes, in files a process can hold."""
+  """Sorts the subset's captions by the first two digits of their images' hashes, in files a process can hold."""
   if subset is None and table.suffix == '.sql':
     raise UserError(f'{table} holds no hashes: fetch yfcc100m_subset_data.tsv into {table.parent}')
   wanted = None if subset is None else _read_subset(subset)

@@ -1,7 +1,7 @@
-"""TFDS data sets of image-text pairs: encoded pictures as they come, in ArrayRecord files, one for each input file.
+"""TFDS data sets of image-text pairs: encoded images unchanged, one ArrayRecord file for each input file.
 
-Any number of processes write at once, each a file at a time. What is finished stays: after an interruption the same
-command goes on. The metadata without which nobody takes the folder for a data set are written last.
+Any number of processes write at once, each a file at a time. Finished files stay: after an interruption the same
+command resumes. The metadata that make the folder a data set are written last.
 """
 
 import collections
@@ -26,39 +26,34 @@ from groupvit_jax.prepare.caption_layouts import Layout, Part, Record
 from groupvit_jax.storage import is_local, write_atomic
 
 VERSION, SPLIT = '1.0.0', 'train'
+_TEXTS = ('caption', 'key')
+_CONCEPTUAL = 'https://github.com/google-research-datasets/'
 
 
 class CaptionSet(NamedTuple):
-  """A set: what its download looks like, the records there should be, its texts, and where it comes from."""
+  """A set of image-text pairs."""
 
   layout: Layout
-  expected: int
-  texts: tuple[str, ...]
+  expected: int  # records, as the paper has them
+  texts: tuple[str, ...]  # features besides the image
   homepage: str
 
 
 SETS = {
-  'cc3m': CaptionSet(
-    caption_layouts.tars,
-    2_891_445,
-    ('caption', 'key'),
-    'https://github.com/google-research-datasets/conceptual-captions',
-  ),
-  'cc12m': CaptionSet(
-    caption_layouts.tars, 11_156_203, ('caption', 'key'), 'https://github.com/google-research-datasets/conceptual-12m'
-  ),
+  'cc3m': CaptionSet(caption_layouts.tars, 2_891_445, _TEXTS, f'{_CONCEPTUAL}conceptual-captions'),
+  'cc12m': CaptionSet(caption_layouts.tars, 11_156_203, _TEXTS, f'{_CONCEPTUAL}conceptual-12m'),
   'yfcc14m': CaptionSet(
     caption_layouts.yfcc14m,
     14_615_499,
-    ('caption', 'key', 'title', 'description'),
+    (*_TEXTS, 'title', 'description'),
     'https://github.com/openai/CLIP/blob/main/data/yfcc100m.md',
   ),
-  'redcaps12m': CaptionSet(caption_layouts.redcaps12m, 11_866_987, ('caption', 'key'), 'https://redcaps.xyz'),
+  'redcaps12m': CaptionSet(caption_layouts.redcaps12m, 11_866_987, _TEXTS, 'https://redcaps.xyz'),
 }
 
 
 def build(name: str, manual_dir: str, data_dir: str, workers: int) -> pathlib.Path:
-  """Builds a set, or what is left of it.
+  """Builds a set, or the files of it that are missing.
 
   Args:
     name: one of `SETS`.
@@ -80,7 +75,7 @@ def build(name: str, manual_dir: str, data_dir: str, workers: int) -> pathlib.Pa
     return folder
   folder.mkdir(parents=True, exist_ok=True)
   parts = described.layout(manual_dir, folder)
-  _claim(folder, parts)
+  _check_inputs(folder, parts)
   template = tfds.core.ShardedFileTemplate(
     data_dir=folder, dataset_name=name, split=SPLIT, filetype_suffix='array_record'
   )
@@ -94,7 +89,7 @@ def build(name: str, manual_dir: str, data_dir: str, workers: int) -> pathlib.Pa
 
 
 def describe(name: str, folder: pathlib.Path) -> str:
-  """What a built set holds, in a line."""
+  """A line about the contents of a built set."""
   report = json.loads((folder / 'build.json').read_text())
   left_out = ', '.join(f'{cause} {n:,}' for cause, n in report['left_out'].items()) or 'none'
   return (
@@ -104,7 +99,7 @@ def describe(name: str, folder: pathlib.Path) -> str:
 
 
 def write_part(part: Part, path: str, texts: tuple[str, ...]) -> dict[str, object]:
-  """Writes a file, unless it is there; returns its records, its bytes, and what was left out by cause."""
+  """Writes a file, unless it exists; returns its records, its bytes, and what was left out by cause."""
   done = pathlib.Path(f'{path}.json')
   if done.exists():
     return json.loads(done.read_text())
@@ -128,7 +123,7 @@ def write_part(part: Part, path: str, texts: tuple[str, ...]) -> dict[str, objec
 
 
 def _cause(record: Record) -> str:
-  """Why a record cannot be used, as far as that can be seen without decoding its picture; '' if it can."""
+  """Why a record cannot be used, as far as that shows without decoding its image; '' if it can."""
   if not record['image']:
     return 'image_missing'
   return '' if record['caption'].strip() else 'caption_empty'
@@ -168,8 +163,8 @@ def _in_pool(jobs: list[tuple], workers: int, bar: tqdm.tqdm) -> list[Mapping[st
     return [future.result() for future in futures]
 
 
-def _claim(folder: pathlib.Path, parts: list[Part]) -> None:
-  """Notes what the set is built from, or checks it."""
+def _check_inputs(folder: pathlib.Path, parts: list[Part]) -> None:
+  """Records the input files of a build, or raises UserError where it was begun with others."""
   path = folder / 'inputs.json'
   inputs = [[part.name, part.size] for part in parts]
   if not path.exists():
@@ -181,7 +176,7 @@ def _claim(folder: pathlib.Path, parts: list[Part]) -> None:
 def _finish(
   folder: pathlib.Path, name: str, template: tfds.core.ShardedFileTemplate, reports: list[Mapping[str, object]]
 ) -> None:
-  """Writes the metadata, and removes what only the building needed."""
+  """Writes the metadata, and deletes what only the build needed."""
   lengths = [report['records'] for report in reports]
   if not any(lengths):
     raise UserError(f'{name}: none of the {len(lengths)} input files holds a usable record; see {folder}')

@@ -1,7 +1,6 @@
-"""Where the official archives of segmentation data sets put their pictures and label maps.
+"""Official layouts of segmentation data sets: the image and label files of one split.
 
-Each function takes the folder that archives were unpacked in and lists the labelled pictures of one split. What is
-missing ends in one line that says which file was expected where.
+Each function takes the folder in which the archives were unpacked. A missing file is an error that names it.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,75 +16,17 @@ from PIL import Image
 
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import find_benchmark
-from groupvit_jax.prepare import coco_rle
 
 # Context's 459 category ids that its 60 classes have, in the order of the classes; 0 is the background.
 _CONTEXT_IDS = (
-  0,
-  2,
-  9,
-  18,
-  19,
-  22,
-  23,
-  25,
-  31,
-  33,
-  34,
-  44,
-  45,
-  46,
-  59,
-  65,
-  68,
-  72,
-  80,
-  85,
-  98,
-  104,
-  105,
-  113,
-  115,
-  144,
-  158,
-  159,
-  162,
-  187,
-  189,
-  207,
-  220,
-  232,
-  258,
-  259,
-  260,
-  284,
-  295,
-  296,
-  308,
-  324,
-  326,
-  347,
-  349,
-  354,
-  355,
-  360,
-  366,
-  368,
-  397,
-  415,
-  416,
-  420,
-  424,
-  427,
-  440,
-  445,
-  454,
-  458,
-)
+  0, 2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158,
+  159, 162, 187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368,
+  397, 415, 416, 420, 424, 427, 440, 445, 454, 458,
+)  # fmt: skip
 
 
 class LabelledFile(NamedTuple):
-  """A picture's file and its label map."""
+  """An image file and its label map."""
 
   key: str
   image: epath.Path
@@ -108,10 +49,10 @@ def pascal_context(manual_dir: epath.PathLike) -> list[LabelledFile]:
   name = 'trainval_merged.json'
   path = _find(manual_dir, [f'{folder}{name}' for folder in ('VOCdevkit/VOC2010/', 'VOC2010/', '')])
   try:
-    facts = json.loads(path.read_text())
-    images = [image for image in facts['images'] if image['phase'] == 'val']
+    merged = json.loads(path.read_text())
+    images = [image for image in merged['images'] if image['phase'] == 'val']
     areas: dict[int, list[dict]] = {image['image_id']: [] for image in images}
-    for area in facts['annos_segmentation']:
+    for area in merged['annos_segmentation']:
       areas.get(area['image_id'], []).append(area)
     bare = sum(not found for found in areas.values())
     files = [
@@ -125,7 +66,7 @@ def pascal_context(manual_dir: epath.PathLike) -> list[LabelledFile]:
   except (KeyError, TypeError, ValueError) as error:
     raise UserError(f'{path} is not the trainval_merged.json of Pascal Context ({error!r}); fetch it again') from error
   if bare:
-    print(f'{path}: {bare:,} of {len(images):,} pictures have no area; all of them is background', file=sys.stderr)
+    print(f'{path}: {bare:,} of {len(images):,} images have no area; they are all background', file=sys.stderr)
   return _pairs(path, files)
 
 
@@ -133,7 +74,7 @@ def coco_stuff(manual_dir: epath.PathLike) -> list[LabelledFile]:
   """COCO-Stuff val2017: `[images/]val2017/*.jpg` and `stuffthingmaps/val2017/*.png`, or `annotations/val2017/*.png`.
 
   `*_labelTrainIds.png`, which mmsegmentation makes of them, will do as well. The archive of label maps has no folder of
-  its own: unpacked beside the pictures it would mix with them.
+  its own: unpacked beside the images it would mix with them.
   """
   images = _find(manual_dir, ['images/val2017', 'val2017'])
   folders = ('stuffthingmaps/val2017', 'annotations/val2017', 'stuffthingmaps_trainvaltest2017/val2017')
@@ -168,9 +109,37 @@ def cityscapes_fine(manual_dir: epath.PathLike) -> list[LabelledFile]:
   return _pairs(images, files)
 
 
-def _find(manual_dir: epath.PathLike, places: Iterable[str], remedy: str = '') -> epath.Path:
-  """The first of several places below a folder that there is; where there is none, `remedy` says what to do."""
-  candidates = [epath.Path(manual_dir) / place for place in places]
+def decode_run_lengths(counts: str | bytes, size: tuple[int, int]) -> np.ndarray:
+  """The mask, bool [H, W], of the compressed run lengths that COCO's tools write.
+
+  Runs alternate between outside and inside, column by column. From the third on a run is stored as its difference
+  to the last but one; a number takes groups of 5 bits, low ones first, in characters from '0' on, of which the sixth
+  bit tells that another follows and the last one's fifth is the sign.
+
+  Raises:
+    UserError: the runs do not fill the mask.
+  """
+  runs: list[int] = []
+  value = shift = 0
+  for char in counts if isinstance(counts, bytes) else counts.encode():
+    bits = char - ord('0')
+    value |= (bits & 0x1F) << shift
+    shift += 5
+    if bits & 0x20:
+      continue
+    if bits & 0x10:
+      value -= 1 << shift
+    runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    value = shift = 0
+  if sum(runs) != size[0] * size[1] or min(runs, default=0) < 0:
+    raise UserError(f'run lengths of {sum(runs)} pixels do not fill a mask of {size[0]} x {size[1]}')
+  inside = np.arange(len(runs)) % 2 == 1
+  return np.repeat(inside, runs).reshape(size[::-1]).T
+
+
+def _find(manual_dir: epath.PathLike, paths: Iterable[str], remedy: str = '') -> epath.Path:
+  """The first path below a folder that exists; where none does, `remedy` tells what to do."""
+  candidates = [epath.Path(manual_dir) / path for path in paths]
   for path in candidates:
     if path.exists():
       return path
@@ -187,15 +156,15 @@ def _sorted(folder: epath.Path, ending: str) -> list[epath.Path]:
 
 
 def _pairs(
-  place: epath.Path, files: list[tuple[str, epath.Path, epath.Path | Callable[[], bytes]]]
+  source: epath.Path, files: list[tuple[str, epath.Path, epath.Path | Callable[[], bytes]]]
 ) -> list[LabelledFile]:
-  """The pictures, after a look for each file: a folder is listed once, however many pictures are expected in it.
+  """The labelled images, after a check that each file exists; a folder is listed once.
 
   Raises:
-    ValueError: there are none, or a file is missing.
+    UserError: there are none, or a file is missing.
   """
   if not files:
-    raise UserError(f'{place} names no pictures of the split; unpack the official archives again')
+    raise UserError(f'{source} names no images of the split; unpack the official archives again')
   expected = [path for _, image, label in files for path in (image, label) if not callable(label) or path is image]
   present = {
     folder: {path.name for path in folder.iterdir()} if folder.exists() else set()
@@ -218,14 +187,14 @@ def _raw_ids(path: epath.Path) -> bytes:
 
 
 def _draw_context(path: epath.Path, image: dict, areas: list[dict]) -> bytes:
-  """Draws the label map of a picture: its areas in the order of the file."""
+  """Draws the label map of an image: its areas in the order of the file."""
   labels = np.zeros((image['height'], image['width']), np.uint8)
   for area in areas:
     if area['category_id'] not in _CONTEXT_IDS:
       raise UserError(
         f'{path}: {image["file_name"]} has the category {area["category_id"]}, none of the 60 classes; fetch it again'
       )
-    mask = coco_rle.decode(area['segmentation']['counts'], tuple(area['segmentation']['size']))
+    mask = decode_run_lengths(area['segmentation']['counts'], tuple(area['segmentation']['size']))
     labels[mask] = _CONTEXT_IDS.index(area['category_id'])
   return _encode(labels)
 

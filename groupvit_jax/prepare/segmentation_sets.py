@@ -1,7 +1,6 @@
-"""TFDS builders of segmentation data sets. Pictures and label maps are stored as they come, in one split 'validation'.
+"""TFDS builders of segmentation data sets: images and label maps unchanged, in one split 'validation'.
 
-What a benchmark makes of the labels (`Benchmark.train_labels`) is made when they are read, so VOC20, Context59 and
-COCO-Object need no copy of their own.
+Labels are mapped to a benchmark's classes when they are read, so VOC20, Context59 and COCO-Object need no copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from groupvit_jax.prepare import segmentation_layouts
 
 
 class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
-  """Labelled pictures of one split: 'image' and 'label' are files, 'key' is the picture's name."""
+  """Labelled images of one split: 'image' and 'label' are files, 'key' is the image's name."""
 
   VERSION = tfds.core.Version('1.0.0')
   MANUAL_DOWNLOAD_INSTRUCTIONS = 'Unpack the official archives in --manual_dir.'

@@ -11,7 +11,7 @@ from PIL import Image
 import pytest
 
 from configs import quickstart
-from groupvit_jax.data import audit, contact_sheet
+from groupvit_jax.data import audit
 from groupvit_jax.data.prompts import nouns
 from tests.tars import encode, samples, set_config, write_tar
 
@@ -111,8 +111,8 @@ def test_command_says_it_in_lines_and_fails_on_a_bad_set(config, tmp_path):
 
 def test_sheet_has_room_for_every_line():
   images = [np.full((20, 10, 3), 50, np.uint8), np.full((10, 10, 3), 50, np.uint8)]
-  short = contact_sheet.draw_sheet(images[1:], [['a dog']], 1)
+  short = audit.draw_sheet(images[1:], [['a dog']], 1)
   assert short.shape == (224 + 14 + 2 * 8 + 8, 224 + 2 * 8, 3)
   assert (short[8:232, 8:232] == 50).all() and (short[232:] < 100).any()  # the picture, ink below it
-  both = contact_sheet.draw_sheet(images, [['a dog'], ['dog ' * 1000, 'second', '']], 1)
+  both = audit.draw_sheet(images, [['a dog'], ['dog ' * 1000, 'second', '']], 1)
   assert both.shape[0] == 448 + 14 + 16 + 224 + 6 * 14 + 16 + 8

@@ -9,6 +9,8 @@ from PIL import Image
 import pytest
 
 from groupvit_jax.data import images
+from groupvit_jax.data.bad_records import BadRecord
+from tests.photos import decode, encode, photo
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
 
@@ -67,7 +69,7 @@ def test_floats_from_zero_to_one():
   image = Image.fromarray(np.array([[0, 0.2, 1]], np.float32))
   assert read(encoded(image, 'TIFF'))[0, :, 0].tolist() == [0, 51, 255]
   wild = Image.fromarray(np.array([[-1, 7]], np.float32))
-  with pytest.raises(ValueError, match="picture 'a' is damaged .its values go from -1 to 7"):
+  with pytest.raises(ValueError, match="image 'a' is damaged .its values go from -1 to 7"):
     read(encoded(wild, 'TIFF'))
 
 
@@ -110,12 +112,12 @@ def test_arrays_images_and_paths(tmp_path):
 @pytest.mark.parametrize(
   'picture, message',
   [
-    (b'', "picture 'a' is empty"),
-    (b'not a picture', "picture 'a' is not a picture this reads"),
-    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'not a picture this reads'),
-    (encoded(RGB)[:70], "picture 'a' is damaged"),
-    (encoded(RGB.repeat(9, axis=0), 'JPEG')[:-200], "picture 'a' is damaged"),
-    ('/nowhere/a.png', 'there is no picture /nowhere/a.png'),
+    (b'', "image 'a' is empty"),
+    (b'not a picture', "image 'a' has no format that can be read"),
+    (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'has no format that can be read'),
+    (encoded(RGB)[:70], "image 'a' is damaged"),
+    (encoded(RGB.repeat(9, axis=0), 'JPEG')[:-200], "image 'a' is damaged"),
+    ('/nowhere/a.png', 'there is no image /nowhere/a.png'),
     (np.zeros((4, 4, 3)), 'is float64; make it uint8'),
     (np.zeros((4, 4, 2), np.uint8), r'has the shape \(4, 4, 2\)'),
     (np.zeros((0, 4, 3), np.uint8), r'has the shape \(0, 4, 3\)'),
@@ -138,5 +140,88 @@ def test_bombs_are_refused_before_they_go_off(side, recwarn):
 
 
 def test_a_folder_is_no_picture(tmp_path):
-  with pytest.raises(ValueError, match="picture 'a' cannot be read: Is a directory"):
+  with pytest.raises(ValueError, match="image 'a' cannot be read: Is a directory"):
     images.read_image(tmp_path, 'a')
+
+
+PIXELS = photo(83, 70)
+FORMS = {
+  '4:2:0': dict(subsampling='4:2:0'),
+  '4:4:4': dict(subsampling='4:4:4'),
+  'progressive': dict(progressive=True),
+  'restarts': dict(restart_marker_rows=1),
+  'optimised': dict(optimize=True, quality=95),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('bottom', [1, 15, 16, 33, 83])
+@pytest.mark.parametrize('form', FORMS)
+def test_rows_are_those_of_the_whole_picture(form, bottom):
+  data = encode(PIXELS, **FORMS[form])
+  header = images.read_jpeg_header(data, '')
+  assert header[:2] == (83, 70)
+  rows = images.decode_jpeg_rows(data, header, bottom, 1, '')
+  np.testing.assert_array_equal(rows[:bottom], decode(data)[:bottom])
+  if header.one_scan:
+    assert len(rows) <= bottom + 16  # the rest is not decoded
+  assert header.one_scan == (form != 'progressive')
+
+
+def test_grey_becomes_rgb():
+  data = encode(PIXELS[..., 0])
+  rows = images.decode_jpeg_rows(data, images.read_jpeg_header(data, ''), 40, 1, '')
+  np.testing.assert_array_equal(rows[:40], decode(data)[:40])
+
+
+@pytest.mark.parametrize('reduction', [2, 4, 8])
+@pytest.mark.parametrize('form', ['4:2:0', 'progressive'])
+def test_a_reduced_picture_is_that_many_times_smaller(form, reduction):
+  data = encode(photo(160, 131), **FORMS[form])
+  rows = images.decode_jpeg_rows(data, images.read_jpeg_header(data, ''), 81, reduction, '')
+  image = Image.open(io.BytesIO(data))
+  image.draft('RGB', (131 // reduction, 160 // reduction))
+  expected = np.asarray(image)
+  assert rows.shape[1] == expected.shape[1] == -(-131 // reduction)
+  assert np.abs(rows[: 80 // reduction].astype(int) - expected[: 80 // reduction]).mean() < 1
+
+
+@pytest.mark.parametrize('share', [0.02, 0.3, 0.9])
+def test_a_truncated_file_is_a_fault(share):
+  data = encode(PIXELS)
+  with pytest.raises(BadRecord, match='set/0001/key: image_truncated'):
+    images.read_jpeg_header(data[: int(len(data) * share)], 'set/0001/key')
+
+
+def test_what_follows_the_picture_does_not_matter():
+  data = encode(PIXELS) + b'appended'
+  np.testing.assert_array_equal(
+    images.decode_jpeg_rows(data, images.read_jpeg_header(data, ''), 83, 1, ''), decode(data)
+  )
+
+
+def test_a_damaged_table_is_a_fault():
+  data = bytearray(encode(PIXELS))
+  tables = data.index(b'\xff\xc4')
+  data[tables + 5 : tables + 21] = b'\xff' * 16  # more codes than there can be
+  header = images.read_jpeg_header(bytes(data), 'key')
+  with pytest.raises(BadRecord, match='key: image_corrupt'):
+    images.decode_jpeg_rows(bytes(data), header, 83, 1, 'key')
+
+
+def test_what_is_left_to_pillow():
+  cmyk = io.BytesIO()
+  Image.new('CMYK', (20, 20)).save(cmyk, 'JPEG')
+  others = (encode(PIXELS, 'PNG'), encode(PIXELS, 'WEBP'), cmyk.getvalue(), b'', b'\xff\xd8ab' * 9)
+  for data in others:
+    assert images.read_jpeg_header(data, '') is None
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  assert images.read_jpeg_header(encode(PIXELS, exif=exif), '') is None
+  exif[0x0112] = 1
+  assert images.read_jpeg_header(encode(PIXELS, exif=exif), '') is not None
+
+
+def test_channels_that_come_one_after_another_are_not_cut():
+  data = bytearray(encode(PIXELS))
+  data[data.index(b'\xff\xda') + 4] = 1  # channels in the first scan
+  assert not images.read_jpeg_header(bytes(data), '').one_scan

@@ -80,7 +80,7 @@ def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_pat
     (None, WORDS, 'There is no picture yet'),
     (picture, ' , ', 'There are no words to look for'),
     (picture, 'dog, dog', "the class 'dog' is named twice"),
-    (str(tmp_path / 'no.png'), WORDS, "^picture 'no.png' is not a picture"),
+    (str(tmp_path / 'no.png'), WORDS, "^image 'no.png' has no format that can be read"),
     (str(tmp_path / 'large.png'), WORDS, 'large.png has 101 x 100 pixels; this page takes up to 0.01 million'),
   ):
     with pytest.raises(ValueError, match=message):
@@ -252,7 +252,7 @@ def test_in_a_browser(tmp_path):
       assert (mask == row['label']).sum() == row['pixels']
 
     upload.set_input_files(dict(name='bad.png', mimeType='image/png', buffer=b'not a picture'))
-    sync_api.expect(message).to_contain_text("picture 'bad.png' is not a picture")
+    sync_api.expect(message).to_contain_text("image 'bad.png' has no format that can be read")
     assert page.locator('#overlay img').count() == 0
     page.locator('#opacity input[type=number]').fill('0.5')  # draws nothing: there is no picture
     upload.set_input_files(picture_bytes(np.zeros((600, 500, 3), np.uint8)))

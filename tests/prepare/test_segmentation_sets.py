@@ -16,7 +16,7 @@ from groupvit_jax.data import tfds
 from groupvit_jax.data.images import read_image
 from groupvit_jax.eval import labelled
 from groupvit_jax.prepare import __main__ as build
-from groupvit_jax.prepare import coco_rle
+from groupvit_jax.prepare.segmentation_layouts import decode_run_lengths
 from tests import official_layouts as layouts
 from tests.forbidden import run_without
 
@@ -114,7 +114,7 @@ def test_what_was_built_is_counted(raw, data_dir, tmp_path, capsys):
   command = ['ade20k', f'--manual_dir={folder}', f'--data_dir={tmp_path}']
   assert build.main(command) == 0
   line = capsys.readouterr().out.splitlines()[-1]  # the others are TFDS's
-  assert line.startswith('ade20k: 3 of 2,000 pictures, in ') and 'about all 2,000: is the download whole?' in line
+  assert line.startswith('ade20k: 3 of 2,000 images, in ') and 'about all 2,000: is the download whole?' in line
   assert build.main(command) == 0
   assert f'it was there before, and --manual_dir={folder} was not looked at: to build' in capsys.readouterr().out
   for flag in ('manual_dir', 'data_dir'):
@@ -129,7 +129,7 @@ def test_pictures_without_an_area_are_counted(tmp_path, capsys):
   facts['annos_segmentation'] = [area for area in facts['annos_segmentation'] if area['image_id'] != 1]
   path.write_text(json.dumps(facts))
   build.build('pascal_context', tmp_path, tmp_path / 'data')
-  assert 'trainval_merged.json: 1 of 3 pictures have no area; all of them is background' in capsys.readouterr().err
+  assert 'trainval_merged.json: 1 of 3 images have no area; they are all background' in capsys.readouterr().err
 
 
 def test_a_set_in_a_bucket_is_copied_once(data_dir, tmp_path, monkeypatch):
@@ -188,7 +188,7 @@ def empty(folder):
 # What is done to which file of a good layout, and what is said then.
 FAULTS = [
   ('voc2012', V12, shutil.rmtree, r'there is no .*VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt nor '),
-  ('voc2012', f'{V12}/ImageSets/Segmentation/val.txt', lambda p: p.write_text('\n'), 'names no pictures'),
+  ('voc2012', f'{V12}/ImageSets/Segmentation/val.txt', lambda p: p.write_text('\n'), 'names no images'),
   (
     'voc2012',
     f'{V12}/SegmentationClass/{layouts.KEYS[1]}.png',
@@ -228,9 +228,9 @@ FAULTS = [
     'pascal_context',
     f'{V10}/trainval_merged.json',
     lambda p: p.write_text(p.read_text().replace('"phase": "val"', '"phase": "test"')),
-    'names no pictures',
+    'names no images',
   ),
-  ('coco_stuff', 'val2017', empty, 'val2017 names no pictures'),
+  ('coco_stuff', 'val2017', empty, 'val2017 names no images'),
   ('coco_stuff', f'stuffthingmaps/val2017/{0:012}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
   (
     'coco_stuff',
@@ -247,7 +247,7 @@ FAULTS = [
     'there is no .*annotations/validation/ADE_val_00000001.png;',
   ),
   ('ade20k', f'{ADE}/annotations/validation/ADE_val_00000000.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
-  ('ade20k', f'{ADE}/images/validation', empty, 'names no pictures'),
+  ('ade20k', f'{ADE}/images/validation', empty, 'names no images'),
   ('cityscapes_fine', 'leftImg8bit', shutil.rmtree, 'there is no .*leftImg8bit/val; unpack'),
   (
     'cityscapes_fine',
@@ -256,7 +256,7 @@ FAULTS = [
     'there is no .*ulm_000001_000019_gtFine_labelIds.png',
   ),
   ('cityscapes_fine', 'gtFine/val/bonn/bonn_000000_000019_gtFine_labelIds.png', wrong_size, 'its label map 5 x 6'),
-  ('cityscapes_fine', 'leftImg8bit/val', empty, 'leftImg8bit/val names no pictures'),
+  ('cityscapes_fine', 'leftImg8bit/val', empty, 'leftImg8bit/val names no images'),
 ]
 
 
@@ -308,9 +308,9 @@ def test_run_lengths_are_those_of_cocos_own_tools():
   masks.append(np.pad(np.ones((90, 500), bool), 60))  # long runs and large differences
   for mask in masks:
     coded = coco_mask.encode(np.asfortranarray(mask, np.uint8))
-    np.testing.assert_array_equal(coco_rle.decode(coded['counts'], tuple(coded['size'])), mask)
+    np.testing.assert_array_equal(decode_run_lengths(coded['counts'], tuple(coded['size'])), mask)
   with pytest.raises(ValueError, match='do not fill a mask'):
-    coco_rle.decode(coded['counts'], (3, 3))
+    decode_run_lengths(coded['counts'], (3, 3))
 
 
 def test_tensorflow_is_not_needed(raw, tmp_path):
