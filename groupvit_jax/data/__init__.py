@@ -1,1 +1,1 @@
-"""Training data: sources, pictures, words and batches."""
+"""Training data: sources, images, captions and batches."""

@@ -1,4 +1,4 @@
-"""Records that cannot be used: what is wrong with them, and which record takes their place."""
+"""Bad records: their causes, their replacement, counts and log."""
 
 from collections.abc import Iterator
 import logging
@@ -10,8 +10,8 @@ from groupvit_jax.errors import UserError
 
 # Order of the counts in a batch's 'bad_records'.
 CAUSES = (
-  'image_missing',  # no picture, or an empty file
-  'image_corrupt',  # not a picture, or damaged
+  'image_missing',  # no image, or an empty file
+  'image_corrupt',  # not an image, or damaged
   'image_truncated',  # ends early
   'image_tiny',  # fewer pixels on a side than the config asks for
   'image_huge',  # more pixels than the config allows: a decompression bomb
@@ -28,12 +28,7 @@ _written = 0
 
 
 class BadRecord(Exception):
-  """A record cannot be used.
-
-  Attributes:
-    cause: one of `CAUSES`.
-    key: names the record, its shard included.
-  """
+  """A record that cannot be used: its cause, of `CAUSES`, and its key, which names the shard."""
 
   def __init__(self, cause: str, key: str):
     super().__init__(cause, key)
@@ -48,15 +43,10 @@ class TooManyBadRecords(UserError):
 
 
 def replacement_order(index: int, start: int, size: int) -> Iterator[int]:
-  """Yields a record, then those that may take its place.
+  """Yields a record, then those that may replace it, all of its set of `size` records from `start`.
 
-  First those that follow it; then the distance doubles, so that a few more steps leave even a
-  shard that is damaged as a whole.
-
-  Args:
-    index: the record that was drawn.
-    start: first record of its set.
-    size: records of its set.
+  First those that follow it; then the distance doubles, so that a few more steps leave even a shard that is damaged as
+  a whole.
   """
   for k in range(min(_TRIES, size)):
     distance = k if k < _NEAR else 2 ** (k - _NEAR + 4)

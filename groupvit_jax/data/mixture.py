@@ -1,18 +1,15 @@
-"""Sets of image-text records, mixed into one endless order.
+"""Mixture of sets of image-text records in one endless order.
 
 The order is a function of (seed, position) alone. A position counts examples through the whole
 run: batch b holds the positions b * B to (b + 1) * B - 1.
 
 - Mixed by size (no weights): an epoch is N positions, N being the records of all sets together.
-  Epoch e, the positions e * N to (e + 1) * N - 1, is a permutation of all records, drawn from
-  seed + e.
-- Mixed by weights: every block of `BLOCK` positions holds the same number of records of each set,
-  its share rounded to whole records, in an order drawn from (seed, block). Block k takes from a
-  set what follows in the set's own epochs, each a permutation of its records drawn from (seed,
-  set, epoch): all of them have been seen before the next epoch's are, but for the order within
-  the block in which the epochs meet. The mixture as a whole has no epochs.
+  Epoch e, the positions e * N to (e + 1) * N - 1, is a permutation of all records, drawn from seed + e.
+- Mixed by weights: every block of `BLOCK` positions holds the same number of records of each set, its share rounded to
+  whole records, in an order drawn from (seed, block). Each set has epochs of its own, permutations of its records drawn
+  from (seed, set, epoch), and a block takes the next records of these. The mixture as a whole has no epochs.
 
-Positions know nothing of hosts and workers, so neither changes what is seen, nor when.
+Positions do not depend on hosts and workers, so neither changes what is seen, nor when.
 """
 
 from collections.abc import Sequence
@@ -42,25 +39,17 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-  """A set of a mixture.
-
-  Attributes:
-    name: of the set.
-    source: its records.
-    digest: changes when the records do.
-    num_shards: files it lies in.
-    weight: its share of the examples relative to the other sets'; 0 for its share of the records.
-  """
+  """A set of a mixture."""
 
   name: str
   source: Source
-  digest: str
-  num_shards: int
-  weight: float
+  digest: str  # changes when the records do
+  num_shards: int  # files; 0 for records made on demand
+  weight: float  # its share of the examples relative to the other sets'; 0 for its share of the records
 
 
 class Order:
-  """The position in a run -> the record to read, among the records of all sets in turn."""
+  """Maps a position in a run to the record to read, counted through the sets."""
 
   def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
     """Sets up an order; see this module.
@@ -94,11 +83,7 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Sets as one source: the records of the first, then those of the second, and so on.
-
-  Attributes:
-    sets: in the order in which their records are counted.
-  """
+  """Sets as one source: the records of the first, then those of the second, and so on."""
 
   sets: tuple[DataSet, ...]
 
@@ -125,7 +110,7 @@ class Mixture:
     return part.source[index - start]
 
   def caption_of(self, index: int) -> str:
-    """Reads a caption, where the set can without the picture."""
+    """Reads a caption, without the image where the set can."""
     part, start = self.set_of(index)
     if hasattr(part.source, 'caption_of'):
       return part.source.caption_of(index - start)
@@ -142,12 +127,12 @@ class Mixture:
     return Order([len(part.source) for part in self.sets], weights if all(weights) else None, seed)
 
   def metadata(self) -> dict[str, object]:
-    """What the order and the records depend on besides the seed, as JSON: for a run's manifest."""
+    """What the order and the records depend on besides the seed, as JSON for a run's manifest."""
     sets = {
       part.name: {'records': len(part.source), 'shards': part.num_shards, 'weight': part.weight, 'digest': part.digest}
       for part in self.sets
     }
-    text = json.dumps([[name, facts['records'], facts['weight'], facts['digest']] for name, facts in sets.items()])
+    text = json.dumps([[name, part['records'], part['weight'], part['digest']] for name, part in sets.items()])
     return {'fingerprint': hashlib.sha256(text.encode()).hexdigest()[:16], 'sets': sets}
 
   @functools.cached_property

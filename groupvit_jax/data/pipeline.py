@@ -64,7 +64,7 @@ class Examples:
   """
 
   source: Mixture
-  augment: image_ops.Augment | None  # None where the source makes pictures of the model's size
+  augment: image_ops.Augment | None  # None where the source's images have the model's size
   tokenizer: Tokenizer
   seed: int
   batch_size: int  # global
@@ -95,9 +95,9 @@ class Examples:
     return self.make_some((index,))[0]
 
   def make_some(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-    """Makes examples, all pictures before all words; see `__getitem__`.
+    """Makes examples, all images before all texts; see `__getitem__`.
 
-    In turns, pictures would drive the tables of tagger and tokenizer out of the processor's caches each time.
+    Alternating, images would drive the tables of tagger and tokenizer out of the processor's caches each time.
     """
     rows = []
     for loaded in [self._load(index) for index in indices]:
@@ -115,7 +115,7 @@ class Examples:
     return self._image(record, position), self._texts(record['text'], position), record['key']
 
   def _load(self, index: int) -> _Loaded:
-    """The record to use, and its picture."""
+    """The record to use, and its image."""
     batch, row = divmod(index, len(self.rows))
     position = (self.first_batch + batch) * self.batch_size + self.rows[row]
     drawn = self._order[position]
@@ -150,19 +150,13 @@ class Examples:
 
 
 class Batches:
-  """Examples stacked into one host's batches; the examples of a batch are made by many threads at once.
+  """Examples stacked into one host's batches, each made by many threads at once.
 
-  Threads are not only for the cores: each waits for one read at a time, so with remote shards their number is the
-  number of requests in flight.
+  Each thread waits for one read at a time, so with remote shards their number is the number of requests in flight.
   """
 
   def __init__(self, examples: Examples, num_threads: int):
-    """Batches examples.
-
-    Args:
-      examples: this host's.
-      num_threads: that make examples, in each process that pickles this; 0 makes them in the caller.
-    """
+    """Batches this host's examples by `num_threads` in each process; 0 makes them in the caller."""
     self._examples, self._num_threads = examples, num_threads
 
   def __reduce__(self):

@@ -1,9 +1,9 @@
 """RandAugment as timm's `rand-m9-mstd0.5-inc1` defines it (Cubuk et al. 2020; timm's parameters).
 
-Of the 15 operations `num_ops` are drawn, with replacement; each is applied with a probability, at
-a strength drawn around `magnitude`. All work on uint8. Those that look at one pixel at a time, and
-sharpness, give what Pillow gives. Those that move pixels round to the nearest level, where Pillow
-rounds down, and fade into the fill colour over one pixel, where Pillow cuts.
+Of the 15 operations `num_ops` are drawn, with replacement; each is applied with a probability, at a strength drawn
+around `magnitude`. All work on uint8. Operations on single pixels, and sharpness, match Pillow exactly. Those that move
+pixels round to the nearest level, where Pillow rounds down, and fade into the fill colour over one pixel, where Pillow
+cuts.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-FILL = (124, 116, 104)  # ImageNet's mean colour: what geometric operations show outside the picture
+FILL = (124, 116, 104)  # ImageNet's mean colour: what geometric operations show outside the image
 
 _FULL_MAGNITUDE = 10
 _LEVELS = np.arange(256)
@@ -85,24 +85,24 @@ def solarize_add(pixels: np.ndarray, amount: int) -> np.ndarray:
 
 
 def color(pixels: np.ndarray, factor: float) -> np.ndarray:
-  """Moves colours away from grey: 0 is grey, 1 the picture itself."""
+  """Moves colours away from grey: 0 is grey, 1 the image itself."""
   grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
   return _blend(grey, pixels, factor)
 
 
 def contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
-  """Moves values away from the mean grey: 0 is that grey, 1 the picture itself."""
+  """Moves values away from the mean grey: 0 is that grey, 1 the image itself."""
   mean = int(cv2.mean(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY))[0] + 0.5)
   return _look_up(pixels, _blend_levels(mean, factor))
 
 
 def brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
-  """Moves values away from black: 0 is black, 1 the picture itself."""
+  """Moves values away from black: 0 is black, 1 the image itself."""
   return _look_up(pixels, _blend_levels(0, factor))
 
 
 def sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
-  """Moves values away from their neighbours' mean: 0 is smooth, 1 the picture; its border stays."""
+  """Moves values away from their neighbours' mean: 0 is smooth, 1 the image; its border stays."""
   smooth = cv2.filter2D(pixels, -1, _SMOOTH)
   sharp = _blend(smooth, pixels, factor)
   sharp[[0, -1]], sharp[:, [0, -1]] = pixels[[0, -1]], pixels[:, [0, -1]]
@@ -120,17 +120,17 @@ def shear_y(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def translate_x(pixels: np.ndarray, share: float) -> np.ndarray:
-  """Moves the picture by a share of its width, to the left."""
+  """Moves the image by a share of its width, to the left."""
   return _warp(pixels, [[1, 0, share * pixels.shape[1]], [0, 1, 0]])
 
 
 def translate_y(pixels: np.ndarray, share: float) -> np.ndarray:
-  """Moves the picture by a share of its height, up."""
+  """Moves the image by a share of its height, up."""
   return _warp(pixels, [[1, 0, 0], [0, 1, share * pixels.shape[0]]])
 
 
 def rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
-  """Turns the picture around its middle, counter-clockwise."""
+  """Turns the image around its middle, counter-clockwise."""
   height, width = pixels.shape[:2]
   cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
   x, y = width / 2, height / 2

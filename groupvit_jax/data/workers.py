@@ -1,4 +1,4 @@
-"""Worker processes that end with the run: they leave signals to their parent, and do not outlive it."""
+"""Worker processes of the data pipeline: signals go to their parent, and they end with it."""
 
 from collections.abc import Iterator
 import gc
@@ -41,9 +41,8 @@ def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterat
     resource_tracker.ensure_running()  # when it starts later it unblocks what is blocked below
   iterator = iter(dataset)
   try:
-    # A signal that is blocked here is blocked in the processes that the first element starts, from
-    # their first instruction on. Ctrl-C and a scheduler's SIGTERM go to all processes at once, and
-    # it is for the parent to decide when the work ends.
+    # A signal that is blocked here is blocked in the processes that the first element starts, from their first
+    # instruction on. Ctrl-C and a scheduler's SIGTERM go to all processes at once; the parent decides when to end.
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS if num_workers else ())
     try:
       first = next(iterator, None)

@@ -1,1 +1,1 @@
-"""Data sets in their official layouts, made into ArrayRecord files that any host can read, local or in a bucket."""
+"""Conversion of data sets in official layouts to ArrayRecord files."""

@@ -1,6 +1,7 @@
 """The order of a run: which record where, whatever the hosts, the workers and the restarts."""
 
 from collections import Counter
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -10,7 +11,7 @@ from groupvit_jax.data import augment as image_ops
 from groupvit_jax.data import mixture, pipeline
 from groupvit_jax.data.mixture import DataSet, Mixture, Order
 from groupvit_jax.data.sources import build_source
-from tests.tars import data_config, set_config, Words, write_set
+from tests.tars import data_config, samples, set_config, Words, write_set, write_tar
 
 AUGMENT = image_ops.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
 
@@ -71,6 +72,32 @@ def test_by_size_every_epoch_is_a_permutation_of_everything():
   assert len(set(map(tuple, epochs))) == 3
   assert [Order([7, 4], None, seed=2)[i] for i in range(11)] != epochs[0]
   assert [order[i] for i in (20, 3, 30)] == [epochs[1][9], epochs[0][3], epochs[2][8]]
+
+
+def test_the_order_of_a_seed_stays():
+  """A run that is resumed by another version sees the same records."""
+  by_size, by_weight = Order([70, 30], None, seed=5), Order([70, 30], [1, 3], seed=5)
+  assert [by_size[p] for p in (0, 1, 2, 99, 100, 12345)] == [80, 73, 32, 44, 72, 73]
+  assert [by_weight[p] for p in (0, 1, 2, 99, 100, 12345, 10**6)] == [75, 85, 8, 89, 76, 8, 92]
+
+
+def test_the_examples_of_a_seed_stay(tmp_path, monkeypatch):
+  """Records, their replacements, prompts, crops and the fingerprint; 4 and 5 cannot be used."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  write_tar(Path('set/a.tar'), samples(range(12)) | {'00004.txt': b'', '00005.jpg': b'x'})
+  write_tar(Path('set/b.tar'), samples(range(20, 28)))
+  source = build_source(data_config(a=set_config('set/a.tar'), b=set_config('set/b.tar')), (16, 16))
+  made = examples(source, AUGMENT, num_prompts=2)
+  seen = [made.preview(i) for i in range(6)]
+  numbers = ['a.tar/00006', 'a.tar/00007', 'a.tar/00011', 'a.tar/00008', 'b.tar/00025', 'a.tar/00006']
+  assert [example.key.removeprefix('set/') for example in seen] == numbers
+  assert [tuple(example.bad_records.nonzero()[0]) for example in seen] == [(1, 5), (), (), (), (), (1,)]
+  assert seen[0].texts == ['a dog number 6', 'graffiti of the dog.', 'a black and white photo of the number.']
+  assert seen[5].texts == ['a dog number 6', 'a bad photo of the dog.', 'a rendering of the number.']
+  box = image_ops.random_box(300, 400, (0.08, 1.0), (3 / 4, 4 / 3), made._rng(1, pipeline._AUGMENT))
+  assert box == (30, 131, 151, 198)
+  assert source.metadata()['fingerprint'] == '29014335373fc8bd'
 
 
 def test_permutations_are_grains():

@@ -1,0 +1,1 @@
+"""Embedded scenes: synthetic images with captions and label maps."""

@@ -1,11 +1,11 @@
-"""Captions of composed scenes: which things, on what."""
+"""Captions of composed scenes: which things, on what background."""
 
 from collections.abc import Sequence
 
 from groupvit_jax.errors import UserError
 
-# {things} is 'a dog and a banana', {place} is 'on the grass' or nothing. No verb agrees with the
-# things, so every template but one fits one thing and several.
+# {things} is 'a dog and a banana', {place} is 'on the grass' or nothing. No verb agrees with the things, so every
+# template but one fits one thing and several.
 TEMPLATES = (
   'a photo of {things} {place}',
   'a picture of {things} {place}',
@@ -37,18 +37,15 @@ def name_thing(name: str) -> str:
 
 
 def write_caption(things: Sequence[str], place: str | None, template: float) -> str:
-  """Says what is where.
+  """A caption in lower case without a full stop.
 
   Args:
-    things: names of the things; a repeated name is said once.
-    place: where they are, as in 'on the grass'; None to keep quiet about it.
+    things: names of the things; a repeated name occurs once.
+    place: where they are, as in 'on the grass'; None to omit it.
     template: number in [0, 1) that picks the sentence.
 
-  Returns:
-    A caption in lower case without a full stop.
-
   Raises:
-    ValueError: there is nothing to name.
+    UserError: there is nothing to name.
   """
   phrases = [name_thing(name) for name in dict.fromkeys(things)]
   if not phrases and place is None:

@@ -1,52 +1,33 @@
-"""Composition of a scene: where things find room, how the light falls, what covers what."""
+"""Composition of a scene: positions and occlusion of things, light, painting."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-_OVERHANG = 0.25  # share of a thing's box that may lie outside the picture
+_OVERHANG = 0.25  # share of a thing's box that may lie outside the image
 
 
 class Placed(NamedTuple):
-  """A thing in a scene: the window of its sprite that is in the picture, and where it goes.
+  """A thing in a scene: the window of its sprite that is in the image, and where it lies."""
 
-  Attributes:
-    name: index of the thing's class.
-    rgb: uint8 [3, h, w], colours multiplied by alpha.
-    clear: float32 [h, w], 1 - alpha.
-    rows: rows of the picture it covers.
-    columns: columns.
-    gain: float32 [3, 1, 1], its colour jitter.
-  """
-
-  name: int
-  rgb: np.ndarray
-  clear: np.ndarray
-  rows: slice
+  name: int  # index of the thing's class
+  rgb: np.ndarray  # uint8 [3, h, w], colours multiplied by alpha
+  clear: np.ndarray  # float32 [h, w], 1 - alpha
+  rows: slice  # of the image
   columns: slice
-  gain: np.ndarray
+  gain: np.ndarray  # float32 [3, 1, 1], its colour jitter
 
 
 class Layout(NamedTuple):
-  """All that chance decides about a scene.
+  """Everything random about a scene."""
 
-  Attributes:
-    stuff: index of the background's class.
-    texture: uint8 [3, H, W], its colours.
-    light: float32 [3, H, W], multiplies the texture.
-    noise: float32 [H, W], added to the scene.
-    placed: the things, from back to front.
-    owner: uint8 [H, W], 0 for the stuff, k for the k-th thing placed.
-    caption: what the scene shows.
-  """
-
-  stuff: int
-  texture: np.ndarray
-  light: np.ndarray
-  noise: np.ndarray
-  placed: list[Placed]
-  owner: np.ndarray
+  stuff: int  # index of the background's class
+  texture: np.ndarray  # uint8 [3, H, W], its colours
+  light: np.ndarray  # float32 [3, H, W], multiplies the texture
+  noise: np.ndarray  # float32 [H, W], added to the scene
+  placed: list[Placed]  # from back to front
+  owner: np.ndarray  # uint8 [H, W], 0 for the stuff, k for the k-th thing placed
   caption: str
 
 
@@ -58,21 +39,21 @@ def find_room(
   spare: list[float],
   min_visible: float,
 ) -> tuple[slice, slice, tuple[slice, slice]] | None:
-  """First spot where the thing, and all below it, stay visible enough.
+  """First position where the thing, and all below it, stay visible enough.
 
   Args:
-    owner: uint8 [H, W], who holds each pixel.
+    owner: uint8 [H, W], 0 for the stuff, k for the k-th thing placed.
     mask: bool [h, w], the thing's pixels.
     area: their number.
-    spots: places to try, pairs of numbers in [0, 1).
-    spare: pixels that each owner can lose; taken from, and extended, where a spot is found.
-    min_visible: share of the thing's pixels that must be in the picture.
+    spots: positions to try, pairs of numbers in [0, 1).
+    spare: pixels that each owner can lose; updated, and extended, where a position is found.
+    min_visible: share of the thing's pixels that must be in the image.
 
   Returns:
-    Rows and columns of the picture and the window of the sprite, or None.
+    Rows and columns of the image and the window of the sprite, or None.
   """
   for attempt, (u, v) in enumerate(spots):
-    # Each try hangs out less than the one before; the last lies inside the picture.
+    # Each try hangs out less than the one before; the last lies inside the image.
     overhang = _OVERHANG * (1 - attempt / (len(spots) - 1))
     rows, window_rows = _span(u, mask.shape[0], owner.shape[0], overhang)
     columns, window_columns = _span(v, mask.shape[1], owner.shape[1], overhang)
@@ -115,10 +96,10 @@ def pick(draws: Iterator[float], choices: int) -> int:
   return int(next(draws) * choices)
 
 
-def cut_window(draws: Iterator[float], picture: np.ndarray, size: int) -> np.ndarray:
-  """A random [..., size, size] window of a picture whose last two axes are larger."""
-  row, column = (pick(draws, picture.shape[-1] - size + 1) for _ in range(2))
-  return picture[..., row : row + size, column : column + size]
+def cut_window(draws: Iterator[float], plane: np.ndarray, size: int) -> np.ndarray:
+  """A random [..., size, size] window of an array whose last two axes are larger."""
+  row, column = (pick(draws, plane.shape[-1] - size + 1) for _ in range(2))
+  return plane[..., row : row + size, column : column + size]
 
 
 def turn_texture(draws: Iterator[float], texture: np.ndarray, turns: bool) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""OpenMoji glyphs: the things of the embedded scenes, drawn, turned and told apart."""
+"""OpenMoji glyphs, the things of the embedded scenes: drawing, turning and comparison."""
 
 import functools
 import json
@@ -21,19 +21,12 @@ _LEAST_INK = 0.125  # share of the square: thinner shapes vanish at a patch of 8
 
 
 class Sprite(NamedTuple):
-  """One glyph in one pose, cut to its visible box.
+  """One glyph in one pose, cut to its visible box."""
 
-  Attributes:
-    rgb: uint8 [3, h, w], colours multiplied by alpha.
-    clear: float32 [h, w], 1 - alpha: how much of what lies behind remains.
-    mask: bool [h, w], alpha above one half: the pixels that carry the label.
-    area: number of pixels in the mask.
-  """
-
-  rgb: np.ndarray
-  clear: np.ndarray
-  mask: np.ndarray
-  area: int
+  rgb: np.ndarray  # uint8 [3, h, w], colours multiplied by alpha
+  clear: np.ndarray  # float32 [h, w], 1 - alpha: how much of what lies behind remains
+  mask: np.ndarray  # bool [h, w], alpha above one half: the pixels that carry the label
+  area: int  # pixels in the mask
 
 
 @functools.cache
@@ -44,18 +37,17 @@ def glyph_names() -> dict[str, tuple[str, ...]]:
 
 
 def distinct_glyphs() -> dict[str, tuple[str, ...]]:
-  """Applies the rule that decides what is offered; a test holds `offered_glyphs` to its answer.
+  """The things that the rule of distinctness leaves; a test holds `offered_glyphs` to it.
 
-  In the order of the list, a glyph is kept when its shape fills at least `_LEAST_INK` of its square
-  and its distance (`compare_glyphs`) to every kept glyph of another name is at least
-  `_LEAST_DISTANCE`. A thing with no glyph left is not offered.
+  In the order of the list, a glyph is kept when its shape fills at least `_LEAST_INK` of its square and its distance
+  (`compare_glyphs`) to every kept glyph of another name is at least `_LEAST_DISTANCE`.
   """
   glyphs = [(name, character) for name, group in glyph_names().items() for character in group]
-  pictures, distances = compare_glyphs(tuple(character for _, character in glyphs))
+  drawn, distances = compare_glyphs(tuple(character for _, character in glyphs))
   kept: list[int] = []
   for i, (name, _) in enumerate(glyphs):
     alike = [j for j in kept if glyphs[j][0] != name and distances[i, j] < _LEAST_DISTANCE]
-    if not alike and (pictures[i, 3] > 0.5).mean() >= _LEAST_INK:
+    if not alike and (drawn[i, 3] > 0.5).mean() >= _LEAST_INK:
       kept.append(i)
   offered: dict[str, tuple[str, ...]] = {}
   for name, character in (glyphs[i] for i in kept):
@@ -93,14 +85,9 @@ def _load_font(pixels: int) -> ImageFont.FreeTypeFont:
 
 
 def draw_glyph(character: str, long_side: int) -> Image.Image:
-  """Draws one glyph, cut to its ink.
+  """Draws one character, cut to its ink: RGBA, its longer side `long_side` pixels.
 
-  Args:
-    character: what to draw, one character of the font.
-    long_side: the longer side of the result, in pixels.
-
-  Returns:
-    An RGBA picture; 1 x 1 and transparent where the font draws nothing.
+  Where the font draws nothing, the result is 1 x 1 and transparent.
   """
   # A glyph's ink fills between half and all of the em square, so twice the em has room to spare.
   font = _load_font(2 * long_side)
@@ -113,22 +100,19 @@ def draw_glyph(character: str, long_side: int) -> Image.Image:
   return _fit(canvas.crop(box), long_side)
 
 
-def _fit(picture: Image.Image, long_side: int) -> Image.Image:
-  scale = long_side / max(picture.size)
-  size = tuple(max(1, round(side * scale)) for side in picture.size)
-  return picture.resize(size, Image.Resampling.BOX)
+def _fit(glyph: Image.Image, long_side: int) -> Image.Image:
+  scale = long_side / max(glyph.size)
+  size = tuple(max(1, round(side * scale)) for side in glyph.size)
+  return glyph.resize(size, Image.Resampling.BOX)
 
 
 def make_sprite(glyph: Image.Image, long_side: int, degrees: float) -> Sprite:
-  """Scales and turns a drawn glyph.
+  """Scales and turns a drawn glyph: a sprite, cut to the box of its mask and faint edge.
 
   Args:
-    glyph: RGBA picture from `draw_glyph`, larger than the sprite wanted.
+    glyph: from `draw_glyph`, larger than the sprite wanted.
     long_side: the longer side of the glyph before turning, in pixels.
     degrees: counter-clockwise turn.
-
-  Returns:
-    The sprite, cut to the box of its mask and faint edge.
   """
   turned = glyph.rotate(degrees, Image.Resampling.BILINEAR, expand=True)
   scale = long_side / max(glyph.size)
@@ -143,30 +127,23 @@ def make_sprite(glyph: Image.Image, long_side: int, degrees: float) -> Sprite:
 
 
 def compare_glyphs(characters: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-  """How different glyphs look where scenes show them, each 32 pixels long.
+  """C glyphs as scenes show them, float32 [C, 4, 32, 32], and their distances, float32 [C, C].
 
-  The distance of two glyphs is the absolute difference of their alpha-weighted colours and alphas
-  (the largest of the four channels), summed over the pixels and divided by the area of the union of
-  their shapes, for the mirror image that matches better: 0 for the same picture, 1 for black on
-  nothing.
-
-  Args:
-    characters: C glyphs.
-
-  Returns:
-    The glyphs as compared, float32 [C, 4, 32, 32], and their distances, float32 [C, C].
+  The distance of two glyphs is the absolute difference of their alpha-weighted colours and alphas (the largest of the
+  four channels), summed over the pixels and divided by the area of the union of their shapes, for the mirror image that
+  matches better: 0 for the same image, 1 for black on nothing.
   """
-  pictures = np.stack([_centre(draw_glyph(c, _COMPARED_SIZE)) for c in characters])
+  drawn = np.stack([_centre(draw_glyph(c, _COMPARED_SIZE)) for c in characters])
   distances = np.zeros((len(characters),) * 2, np.float32)
-  for i, picture in enumerate(pictures):
-    others = pictures[:i]
-    union = np.maximum(picture[3], others[:, 3]).sum((1, 2))
-    gaps = [np.abs(p - others).max(1).sum((1, 2)) for p in (picture, picture[:, :, ::-1])]
+  for i, glyph in enumerate(drawn):
+    others = drawn[:i]
+    union = np.maximum(glyph[3], others[:, 3]).sum((1, 2))
+    gaps = [np.abs(p - others).max(1).sum((1, 2)) for p in (glyph, glyph[:, :, ::-1])]
     distances[i, :i] = np.minimum(*gaps) / np.maximum(union, 1)
-  return pictures, distances + distances.T
+  return drawn, distances + distances.T
 
 
-def _centre(picture: Image.Image) -> np.ndarray:
+def _centre(glyph: Image.Image) -> np.ndarray:
   square = Image.new('RGBA', (_COMPARED_SIZE,) * 2)
-  square.paste(picture, [(_COMPARED_SIZE - side) // 2 for side in picture.size])
+  square.paste(glyph, [(_COMPARED_SIZE - side) // 2 for side in glyph.size])
   return np.asarray(square.convert('RGBa'), np.float32).transpose(2, 0, 1) / 255

@@ -1,4 +1,4 @@
-"""Embedded scenes: nameable things on nameable stuff, with captions that say so."""
+"""Embedded scenes: a random-access source of captioned images of things on backgrounds, with label maps."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses
@@ -22,7 +22,7 @@ SPLITS = ('train', 'validation', 'test')
 _COMPOSITION, _POSE, _TEXTURE, _NOISE = range(4)
 _TEXTURE_SIDE = 1.5  # in scene sides: room to cut a different window for every scene
 _NOISE_LEVELS = 4.0  # standard deviation of the pixel noise, of 255
-_TRIES = 10  # places tried for a thing before it is left out
+_TRIES = 10  # positions tried for a thing before it is left out
 _SCENE_DRAWS, _THING_DRAWS = 22, 8  # random numbers used, besides two for each try
 _BANK_LOCK = threading.Lock()  # fonts are not safe to share between reader threads
 
@@ -35,7 +35,7 @@ def _generator(scenes: 'Scenes', domain: int, index: int) -> np.random.Generator
 
 
 class _Bank:
-  """Sprites and textures of one source, made when first needed and kept for the process."""
+  """Sprites and textures of one source, drawn when first needed and kept for the process."""
 
   def __init__(self, scenes: 'Scenes'):
     self._scenes = scenes
@@ -75,10 +75,9 @@ class _Bank:
 class Scenes:
   """Random-access source of composed scenes, each pure in (seed, split, index).
 
-  The randomness is Philox, a block cipher of a counter under a key. The key is (seed, split); the
-  scene's index is one word of the counter and the position among its draws another, so no two
-  scenes of any splits and seeds encrypt the same counter under the same key. Textures and poses are
-  drawn per split too: held-out scenes show backgrounds and poses that training never saw.
+  The randomness is Philox, a block cipher of a counter under a key. The key is (seed, split); the scene's index is one
+  word of the counter and the position among its draws another, so no two scenes of any splits and seeds share random
+  numbers. Textures and poses are drawn per split too: held-out scenes show backgrounds and poses unseen in training.
 
   Attributes:
     size: side of the square scenes in pixels.
@@ -92,10 +91,10 @@ class Scenes:
       with many large things a scene may have fewer than `min_things`, never none.
     min_scale: shortest long side of a thing, in scene sides.
     max_scale: longest.
-    partial_captions: share of captions that name one thing, or the things, or the stuff alone. People leave
-      things out too; and without such captions a name alone is nothing the text tower ever read.
+    partial_captions: share of captions that name one thing, or the things, or the stuff alone. Without them the text
+      tower never reads a name alone.
     max_degrees: largest turn of a thing either way.
-    min_visible: share of each thing's pixels that must be inside the picture and not covered.
+    min_visible: share of each thing's pixels that must be inside the image and not covered.
     poses: number of (size, turn) pairs kept per glyph; mirroring doubles them.
     textures: number of textures kept per stuff; windows, turns and light vary them.
   """
@@ -241,11 +240,7 @@ class LabelledScenes:
 
 
 def _check_names(what: str, names: Sequence[str], offered: Sequence[str]) -> tuple[str, ...]:
-  """Names as a tuple.
-
-  Raises:
-    ValueError: none, one twice, or one that is not offered.
-  """
+  """Names as a tuple. Raises UserError for none, one twice, or one that is not offered."""
   names = tuple(names)
   if not names:
     raise UserError(f'no {what}; name at least one of {", ".join(offered)}')

@@ -1,4 +1,4 @@
-"""Procedural stuff: the nameable backgrounds of the embedded scenes."""
+"""Procedural textures: the nameable backgrounds of the embedded scenes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,36 +6,21 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+# (generator, n, unit) to colours in 0..1, float32 [n, n, 3]; `unit` is the side of a scene in pixels, so that the
+# pattern looks the same at every scene size.
 _Painter = Callable[[np.random.Generator, int, float], np.ndarray]
 
 
 class Stuff(NamedTuple):
-  """A background that captions can name.
+  """A background that captions can name."""
 
-  Attributes:
-    places: what a caption says of the things on it; each names the class.
-    paint: (generator, n, unit) to colours in 0..1, float32 [n, n, 3]; `unit` is the side of a
-      scene in pixels, so that the pattern looks the same at every scene size.
-    turns: whether it looks natural turned by a quarter or upside down.
-  """
-
-  places: tuple[str, ...]
+  places: tuple[str, ...]  # phrases of a caption for the things on it; each names the class
   paint: _Painter
-  turns: bool
+  turns: bool  # whether it looks natural turned by a quarter or upside down
 
 
 def paint_texture(stuff: Stuff, rng: np.random.Generator, n: int, unit: float) -> np.ndarray:
-  """Paints one texture.
-
-  Args:
-    stuff: what to paint.
-    rng: the only source of its variation.
-    n: side of the texture in pixels.
-    unit: side of the scenes it is cut from, in pixels.
-
-  Returns:
-    uint8 [3, n, n].
-  """
+  """Paints one texture, uint8 [3, n, n], for scenes of `unit` pixels a side."""
   colours = stuff.paint(rng, n, float(unit)) * 255
   return np.ascontiguousarray(np.clip(colours, 0, 255).astype(np.uint8).transpose(2, 0, 1))
 
@@ -58,7 +43,7 @@ def _colour(rng: np.random.Generator, low: tuple[float, ...], high: tuple[float,
 
 
 def _mix(low: np.ndarray, high: np.ndarray, share: np.ndarray) -> np.ndarray:
-  """Blends two colours (or pictures) by share [n, n] in 0..1, giving [n, n, 3]."""
+  """Blends two colours (or textures) by share [n, n] in 0..1, giving [n, n, 3]."""
   share = np.clip(share, 0, 1)[..., None]
   return low * (1 - share) + high * share
 
