@@ -207,7 +207,7 @@ FAULTS = [
     'voc2012',
     f'{V12}/JPEGImages/{layouts.KEYS[2]}.jpg',
     lambda p: p.write_bytes(p.read_bytes()[:150]),
-    rf'picture .*{layouts.KEYS[2]}.jpg. is (damaged|not a picture)',
+    rf'image .*{layouts.KEYS[2]}.jpg. (is damaged|has no format that can be read)',
   ),
   (
     'pascal_context',
