@@ -222,7 +222,7 @@ def test_two_processes_evaluate_as_one(scenario, tmp_path):
   # A picture that one of them cannot use ends both.
   (tmp_path / 'mine/images/b.jpg').write_bytes(b'no picture')
   for code, text in finish(start_two(*flags[:3], *flags[5:], program='eval.py')):
-    assert code == cli.EXIT_USAGE and "picture 'b' is" in text, text
+    assert code == cli.EXIT_USAGE and "image 'b' has no format" in text, text
 
 
 @pytest.mark.parametrize(
