@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 # On CPUs a step's temporaries are GiBs that XLA maps and frees each time: in huge pages it is a tenth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-oracles test-long lint docs docs-check clean
+.PHONY: quickstart test test-new test-oracles test-long lint docs docs-check clean
 
 quickstart: $(VENV)/run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -18,6 +18,9 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-rest
 
 test: $(VENV)/test lint  # all tests with Python 3.11, elsewhere all but the oracles
 	$(PYTEST)
+
+test-new: $(VENV)/test  # a fast part, for another Python and newer libraries
+	$(PYTEST) tests/model tests/aot tests/eval
 
 test-oracles: $(VENV)/test  # those that need torch and transformers, which requirements-test.txt has for Python 3.11
 	$(PYTEST) -m 'oracle and not long and not gpu'

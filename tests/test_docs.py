@@ -1,5 +1,6 @@
 """The commands of the documentation; `make docs-check` runs the others."""
 
+import ast
 import dataclasses
 import importlib.util
 import itertools
@@ -181,3 +182,21 @@ def test_the_map_of_the_code_shows_every_room_and_module():
   assert picture.count('<circle') == sum(map(len, rooms.imports().values())) > 30
   page = rooms.page((ROOT / 'docs' / 'design.md').read_text())
   assert table in page and rooms.page(page) == page
+
+
+def defined_names(path: pathlib.Path) -> set[str]:
+  """Functions and classes of a module, methods as Class.method."""
+  found = set()
+  for node in ast.parse(path.read_text()).body:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+      found.add(node.name)
+      found |= {f'{node.name}.{each.name}' for each in ast.iter_child_nodes(node) if isinstance(each, ast.FunctionDef)}
+  return found
+
+
+def test_every_hop_of_the_walks_exists():
+  hops = re.findall(r'`([\w/]+\.py):([\w.]+)`', (ROOT / 'docs' / 'design.md').read_text())
+  for file, name in hops:
+    paths = [path for path in (ROOT / file, ROOT / 'groupvit_jax' / file) if path.exists()]
+    assert paths and name in defined_names(paths[0]), (file, name)
+  assert len(hops) > 30
