@@ -19,7 +19,7 @@ from tests.test_rooms import FLOORS, imported_rooms, PACKAGE, room_of  # noqa: E
 
 PAGE, PICTURE = ROOT / 'docs' / 'design.md', ROOT / 'docs' / 'rooms.svg'
 MARKS = '<!-- modules: docs/rooms.py -->', '<!-- end of modules -->'
-LABELS, CELL = 720, 27  # of the picture, px: the width of names and descriptions, a cell of the matrix
+LABELS, CELL = 700, 27  # of the picture, px: the width of names and descriptions, a cell of the matrix
 
 
 def first_line(path: pathlib.Path) -> str:

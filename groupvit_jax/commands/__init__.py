@@ -1,0 +1,1 @@
+"""Commands: scoring and segmentation for eval.py, import, and export with its model card."""

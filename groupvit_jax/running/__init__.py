@@ -1,0 +1,1 @@
+"""Devices and processes: meshes and shardings, jax.distributed, signals, profiles, choice of attention."""
