@@ -1,6 +1,6 @@
-"""Which implementation of attention the image tower's blocks use: the one that is fastest on this hardware.
+"""The fastest implementation of attention for the image tower's blocks on this hardware.
 
-Masked rows of text always take XLA's, and so does cross-attention.
+Masked attention (text) and cross-attention always use XLA's.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.vision import VisionTower
 from groupvit_jax.running import sharding
 
-# cuDNN must save so much of the time: two starts of a run should not differ for a difference that is noise.
-_WORTH = 0.95
+# cuDNN is chosen below this share of XLA's time, so that noise does not make two starts of a run differ.
+_MAX_SHARE = 0.95
 _ROUNDS = 10
-_SAMPLES = 16  # of a device, that the forward pass is timed on
+_SAMPLES = 16  # per device, for timing the forward pass
 
 Measure = Callable[[Implementation], float]
 
@@ -37,16 +37,13 @@ class AttentionChoice(NamedTuple):
 
 
 def choose_attention(tower: VisionTower, samples: int, mesh: Mesh, *, train: bool) -> AttentionChoice:
-  """Measures what this hardware offers; all processes of a run take part, and come to one choice.
+  """Returns the implementation that is fastest here, the same in all processes, which must all call it.
 
   Args:
-    tower: the blocks of all its stages are measured.
-    samples: of all devices, at a time; divisible over them.
+    tower: the blocks of all its stages are timed.
+    samples: global batch size, divisible over the devices.
     mesh: over which samples and heads are divided.
-    train: whether gradients count as well.
-
-  Returns:
-    The choice; 'xla' where there is none. On a CPU it is known: nothing is measured.
+    train: whether the backward pass counts as well.
   """
   platform = mesh.devices.flat[0].platform
   if platform == 'cpu' and mesh.size == 1 and not train:
@@ -57,21 +54,21 @@ def choose_attention(tower: VisionTower, samples: int, mesh: Mesh, *, train: boo
     return AttentionChoice('xla', 'cuDNN does not take float32')
   heads = 'model' if tower.num_heads % mesh.shape['model'] == 0 else None
   spread = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, heads))
-  of_stages = stage_shapes(tower, samples)
+  stages = stage_shapes(tower, samples)
   measure = lambda implementation: sum(
-    depth * time_attention(implementation, shape, tower.dtype, spread, train) for depth, shape in of_stages
+    depth * time_attention(implementation, shape, tower.dtype, spread, train) for depth, shape in stages
   )
   return choose_fastest(measure, 'forward and backward' if train else 'forward')
 
 
 def with_fastest_attention(model: ImageTextModel, mesh: Mesh) -> ImageTextModel:
-  """The model with what `choose_attention` finds for the forward pass."""
+  """Returns the model with the implementation whose forward pass is fastest."""
   choice = choose_attention(model.vision, _SAMPLES * sharding.data_parallel_size(mesh), mesh, train=False)
   return model.clone(vision=model.vision.clone(attention=choice.implementation))
 
 
 def stage_shapes(tower: VisionTower, samples: int) -> list[tuple[int, tuple[int, int, int, int]]]:
-  """Of each stage the number of its blocks, and [B, N, h, k] of what they attend to."""
+  """Returns for each stage the number of its blocks and the shape [B, N, h, k] of their queries."""
   tokens, found = math.prod(side // tower.patch_size for side in tower.image_size), []
   for stage in tower.stages:
     shape = samples, tokens + stage.num_group_tokens, tower.num_heads, tower.width // tower.num_heads
@@ -83,7 +80,7 @@ def stage_shapes(tower: VisionTower, samples: int) -> list[tuple[int, tuple[int,
 def choose_fastest(measure: Measure, work: str) -> AttentionChoice:
   """Chooses by a function that returns seconds, or raises where an implementation does not run.
 
-  What does not run in one process is used by none; the slowest process counts.
+  The slowest process counts. An implementation must run in all of them.
   """
   times, errors = zip(*(_time_or_error(measure, implementation) for implementation in ('xla', 'cudnn')))
   if jax.process_count() > 1:
@@ -94,35 +91,35 @@ def choose_fastest(measure: Measure, work: str) -> AttentionChoice:
     return AttentionChoice('xla', f'cuDNN does not run: {why(errors[1])}', measured=True)
   if math.isinf(xla):
     return AttentionChoice('cudnn', f"XLA's does not run: {why(errors[0])}", measured=True)
-  figures = f'{work} take {1e3 * cudnn:.2f} ms with cuDNN, {1e3 * xla:.2f} ms with XLA'
-  return AttentionChoice('cudnn' if cudnn < _WORTH * xla else 'xla', figures, measured=True)
+  reason = f'{work} take {1e3 * cudnn:.2f} ms with cuDNN, {1e3 * xla:.2f} ms with XLA'
+  return AttentionChoice('cudnn' if cudnn < _MAX_SHARE * xla else 'xla', reason, measured=True)
 
 
 def _time_or_error(measure: Measure, implementation: Implementation) -> tuple[float, str]:
-  """Seconds, infinite with an error."""
+  """Returns seconds and no error, or infinity and the error."""
   try:
     return measure(implementation), ''
-  except Exception as error:  # whatever a driver or a library says of itself
+  except Exception as error:  # of a driver or a library
     return math.inf, ' '.join(str(error).split())[:200]
 
 
 def time_attention(
   implementation: Implementation, shape: tuple[int, int, int, int], dtype: jnp.dtype, spread: NamedSharding, train: bool
 ) -> float:
-  """Median time of attention, with its gradients in training, among arrays [B, N, h, k] spread over devices."""
+  """Returns the median seconds of attention among arrays [B, N, h, k]; `train` adds its gradients."""
   draw = lambda key: tuple(jax.random.normal(key, (3, *shape), dtype))
   arrays = jax.jit(draw, out_shardings=spread)(jax.random.key(0))
   forward = lambda *args: attend(*args, implementation=implementation)
 
-  def both(*args):
+  def forward_and_backward(*args):
     out, pull = jax.vjp(forward, *args)
     return out, pull(out)
 
-  run = jax.jit(both if train else forward)
+  run = jax.jit(forward_and_backward if train else forward)
   jax.block_until_ready(run(*arrays))
-  found = []
+  seconds = []
   for _ in range(_ROUNDS):
     started = time.perf_counter()
     jax.block_until_ready(run(*arrays))
-    found.append(time.perf_counter() - started)
-  return statistics.median(found)
+    seconds.append(time.perf_counter() - started)
+  return statistics.median(seconds)

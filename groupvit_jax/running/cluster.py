@@ -1,4 +1,4 @@
-"""Which processes make a run together, as people and launchers say it. Nothing here loads JAX."""
+"""The processes of a run, from flags and the variables of launchers. Does not import JAX."""
 
 from collections.abc import Callable, Mapping
 import re
@@ -8,20 +8,20 @@ from absl import flags
 
 from groupvit_jax.errors import UserError
 
-_TOLD = 'give all of --coordinator, --num_processes and --process_id'
-# Variables of launchers that start several processes, and what to do where JAX does not know how these meet.
+_GIVE_ALL = 'give all of --coordinator, --num_processes and --process_id'
+# Variables of launchers that start several processes, and the cure where JAX finds no coordinator.
 _COUNTS = ('SLURM_NTASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE')
 _LAUNCHERS = {
   'SLURM_NTASKS': 'start them with srun',
-  'OMPI_COMM_WORLD_SIZE': f'Open MPI before version 5 says where they meet; with this one {_TOLD}',
-  'PMI_SIZE': _TOLD,
+  'OMPI_COMM_WORLD_SIZE': f'Open MPI before version 5 says where they meet; with this one {_GIVE_ALL}',
+  'PMI_SIZE': _GIVE_ALL,
   'JOB_COMPLETION_INDEX': "pip install 'jax[k8s]' in the image",
   'JAX_COORDINATOR_ADDRESS': 'give --num_processes and --process_id',
 }
 
 
 class Cluster(NamedTuple):
-  """What was said about the processes of a run; what is None, JAX finds out from the launcher."""
+  """The processes of a run; JAX asks the launcher for what is None."""
 
   coordinator: str | None  # HOST:PORT, of process 0
   num_processes: int | None
@@ -31,11 +31,11 @@ class Cluster(NamedTuple):
 
   @property
   def alone(self) -> bool:
-    """Whether this process was told that there are no others."""
+    """Whether the flags say that there is one process."""
     return self.num_processes == 1
 
   def check(self) -> None:
-    """Raises ValueError when the parts do not fit together."""
+    """Raises UserError when the parts do not fit together."""
     host, _, port = (self.coordinator or '').rpartition(':')
     if self.coordinator is not None and not (host and port.isdigit()):
       raise UserError(f'--coordinator={self.coordinator} is not HOST:PORT, as in --coordinator=10.0.0.1:8476')
@@ -50,25 +50,22 @@ class Cluster(NamedTuple):
 
 
 def define_flags() -> Callable[[], Cluster]:
-  """Defines the flags that describe a cluster; what is returned reads them once they are parsed."""
+  """Defines the flags of a cluster and returns a function that reads them once they are parsed."""
   holders = (
     flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; launchers that JAX knows need none.'),
     flags.DEFINE_integer('num_processes', None, 'How many processes run this command; 1 looks for no others.'),
     flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.'),
-    flags.DEFINE_integer('startup_timeout', 300, 'Seconds until all processes must have met and agreed.'),
+    flags.DEFINE_integer('startup_timeout', 300, 'Seconds within which all processes must have joined.'),
     flags.DEFINE_integer('peer_timeout', 100, 'Seconds of silence after which a process counts as gone.'),
   )
   return lambda: Cluster(*(holder.value for holder in holders))
 
 
 def sees_its_own_gpus(environment: Mapping[str, str]) -> bool:
-  """Whether all GPUs that a process sees are its own: it is alone on its node, or was given just one.
+  """Whether all GPUs that a process sees are its own: it is alone on its node, or is bound to one GPU.
 
-  JAX takes the GPU with the process's number on its node, for it expects a process per GPU of which each sees all. With
-  a process per node that leaves GPUs idle; where the launcher has bound each process to its GPU, no such number exists.
-
-  Args:
-    environment: the variables of the process.
+  By default JAX takes the GPU with the process's number on its node: it expects a process per GPU, each of which sees
+  all. A process per node would leave GPUs idle, and a process bound to its GPU has no GPU of that number.
   """
   visible = environment.get('CUDA_VISIBLE_DEVICES', environment.get('ROCR_VISIBLE_DEVICES', ''))
   if visible and ',' not in visible:
@@ -80,12 +77,9 @@ def sees_its_own_gpus(environment: Mapping[str, str]) -> bool:
 
 
 def check_nobody_else(environment: Mapping[str, str]) -> None:
-  """Raises ValueError when a launcher started several processes and JAX does not know how they find each other.
+  """Raises UserError when a launcher started several processes and JAX found no coordinator.
 
   Each would train the whole run, in the same workdir.
-
-  Args:
-    environment: the variables of a process that was told of no others.
   """
   for name, remedy in _LAUNCHERS.items():
     value = environment.get(name, '')

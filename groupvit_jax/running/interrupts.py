@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C: finish what must be finished, save, and say that the run can go on."""
+"""Handling of SIGTERM and Ctrl-C.
+
+A run stops after the same step in all processes, or at once where nothing is unsaved.
+"""
 
 from collections.abc import Iterator
 import contextlib
@@ -13,19 +16,18 @@ from jax.experimental import multihost_utils
 class Preempted(BaseException):
   """The process was asked to stop.
 
-  No Exception: it comes up wherever the signal finds the main thread, and code there that handles "whatever a library
-  raises" must not take it for that.
+  Not an Exception: it is raised wherever the main thread is, and must not be caught there by `except Exception`.
   """
 
 
 class Interrupts:
   """Turns signals into a flag, or, inside `immediately()`, into `Preempted`.
 
-  Between two steps the loop looks at the flag. Phases that hold nothing unsaved (set-up, evaluation) run inside
-  `immediately()`, so that they do not keep the machine waiting.
+  The loop reads the flag between two steps. Phases without unsaved results (set-up, evaluation) run inside
+  `immediately()`.
 
-  Several processes must stop after the same step. There JAX receives SIGTERM and lets all of them know, and phases are
-  not left early, because others would wait in them.
+  Several processes must stop after the same step. There JAX receives SIGTERM and notifies all of them, and
+  `immediately()` ends no phase early, because the others would wait in it.
   """
 
   def __init__(self):
@@ -49,10 +51,10 @@ class Interrupts:
         signal.signal(number, handler)
 
   def stop_after_step(self) -> bool:
-    """Whether the run stops here; the same in all processes, each of which asks after every step that it takes.
+    """Whether the run stops here: the same in all processes, each of which must ask after every step.
 
-    A signal stops them at one more than the largest number that one of them has asked with, or at 1 when none has asked
-    yet. So the numbers are those of the questions: a run that goes on after step 500 would ask with 501 and never stop.
+    JAX stops them at one more than the largest number that one of them has asked with, or at 1 when none has asked. So
+    the numbers count questions: a run resumed at step 500 would ask with 501 and never stop.
     """
     if self._several:
       self._asked += 1
@@ -61,7 +63,7 @@ class Interrupts:
 
   @contextlib.contextmanager
   def immediately(self) -> Iterator[None]:
-    """A phase that a signal ends at once, by `Preempted`."""
+    """A phase that a signal ends at once, with `Preempted`."""
     if self.requested:
       raise Preempted
     self._raise = True

@@ -1,4 +1,8 @@
-"""Several processes become one run: they meet, agree on what they run, and end together."""
+"""Multi-process start-up and shutdown.
+
+Initialises jax.distributed, checks that all processes run the same code and configuration, and ends a process whose
+peers are gone.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -27,34 +31,32 @@ from groupvit_jax import cli
 from groupvit_jax.errors import UserError
 from groupvit_jax.running.cluster import check_nobody_else, Cluster, sees_its_own_gpus
 
-# What a collective or a barrier says when one of its processes is gone.
+# What a collective or a barrier reports when one of its processes is gone.
 _PEER_LOST = re.compile('gloo|nccl|connection|socket|unavailable|deadline|heartbeat|coordination|barrier', re.I)
-_GOES_ON = 'start all processes again with the same command: it goes on from the last checkpoint'
-_DAY_MS = 24 * 60 * 60 * 1000  # a process that is gone ends a meeting long before
+_RESUME = 'start all processes again with the same command: it goes on from the last checkpoint'
+_DAY_MS = 24 * 60 * 60 * 1000  # a lost process ends a barrier long before
 
 _barrier_ids = itertools.count()
 
 
 def run(cluster: Cluster, metadata: Mapping[str, str], main: Callable[[], int], *, saves: bool) -> int:
-  """Joins the run's other processes, if there are any, and calls `main`.
+  """Joins the run's other processes, if there are any, and returns the exit code of `main`.
+
+  With several processes an error ends this one at once, because an orderly exit would wait for the others.
 
   Args:
-    cluster: what was said about them.
-    metadata: what must be the same in all, by name; of JSON the entries that differ are named.
+    cluster: the processes of the run.
+    metadata: what must be equal in all processes, by name. Of a JSON object the error names the entries that differ.
     main: the command.
-    saves: whether `main` saves at SIGTERM, for which it must ask after every step, as `Interrupts` does: then JAX takes
-      the signal. Otherwise it ends the process.
-
-  Returns:
-    The exit code. With several processes an error does not come back: the process ends, because at an orderly exit it
-    would wait for the others.
+    saves: whether `main` saves at SIGTERM and asks `Interrupts` after every step. Then JAX handles the signal;
+      otherwise SIGTERM ends the process.
 
   Raises:
-    ValueError: `cluster` has a mistake, or this process alone met one.
+    UserError: `cluster` has a mistake, or there is but this process and `main` raises it.
   """
   cluster.check()
   jax.config.update('jax_enable_preemption_service', saves)
-  with _deadline(cluster):
+  with _startup_deadline(cluster):
     _initialize_distributed(cluster)
     if jax.distributed.is_initialized():
       _exit_on_error(lambda: _check_same_run(metadata))
@@ -63,7 +65,7 @@ def run(cluster: Cluster, metadata: Mapping[str, str], main: Callable[[], int], 
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-  """What is inside happens in process 0, and after it in the others: they find what it has written."""
+  """Runs its body in process 0 and then in the others, which find what it has written."""
   if jax.process_index() > 0:
     barrier('first process')
   yield
@@ -71,23 +73,14 @@ def first_process_first() -> Iterator[None]:
     barrier('first process')
 
 
-def barrier(where: str) -> None:
-  """Waits until all processes have come, however long it takes; a collective gives up, on CPUs after 30 s."""
+def barrier(name: str) -> None:
+  """Waits for all processes, for as long as they need; a collective gives up, on CPUs after 30 s."""
   if jax.process_count() > 1:
-    ocp.multihost.get_barrier_sync_fn()(key=f'{where}-{next(_barrier_ids)}', timeout_ms=_DAY_MS)
-
-
-def true_in_all_processes(value: bool) -> bool:
-  """Whether `value` is true in every process; all of them must ask."""
-  return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+    ocp.multihost.get_barrier_sync_fn()(key=f'{name}-{next(_barrier_ids)}', timeout_ms=_DAY_MS)
 
 
 def all_gather_objects(value: object) -> list:
-  """Every process's value, in the order of the processes; all of them must ask, and all get the same.
-
-  Args:
-    value: what JSON can hold, nan included.
-  """
+  """Returns the values (JSON and nan) of all processes, in their order; every process must call it."""
   if jax.process_count() == 1:
     return [value]
   data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -99,44 +92,43 @@ def all_gather_objects(value: object) -> list:
 
 
 def describe_single_process() -> str:
-  """The table of a process that is alone; several print theirs when they meet."""
+  """Returns the table of a process that is alone; several print theirs at start-up."""
   return _table([_describe_process({})])
 
 
 def enable_compilation_cache(folder: epath.PathLike) -> None:
-  """Keeps programs that take a second to compile in a folder, so that a restart need not compile them again.
+  """Keeps programs that take a second to compile in a folder, for restarts.
 
-  JAX finds a program by what it computes, the versions of JAX and its compiler, and the kind and number of devices. The
-  first program creates the folder. JAX_COMPILATION_CACHE_DIR takes precedence.
+  The first program creates the folder. JAX_COMPILATION_CACHE_DIR takes precedence.
   """
   if os.environ.get('JAX_COMPILATION_CACHE_DIR'):
     return
   jax.config.update('jax_compilation_cache_dir', str(epath.Path(folder)))
-  compilation_cache.reset_cache()  # JAX asks once, and may have done so before
+  compilation_cache.reset_cache()  # JAX reads the folder once, and may have done so before
 
 
 def _initialize_distributed(cluster: Cluster) -> None:
   """Starts `jax.distributed`, unless this process is alone."""
   if cluster.alone:
     return
-  told = (cluster.coordinator, cluster.num_processes, cluster.process_id)
+  given = (cluster.coordinator, cluster.num_processes, cluster.process_id)
   print_aborting_stack_only()
   try:
     jax.distributed.initialize(
-      *told,
-      # JAX itself ends in an abort. It comes second.
+      *given,
+      # At its own deadline JAX aborts. Ours comes first and explains.
       initialization_timeout=cluster.startup_timeout + 60,
       heartbeat_timeout_seconds=cluster.peer_timeout,
       shutdown_timeout_seconds=cluster.peer_timeout,
-      cluster_detection_method='deactivate' if None not in told else None,
+      cluster_detection_method='deactivate' if None not in given else None,
     )
   except ValueError as error:
-    if told != (None, None, None):
+    if given != (None, None, None):
       raise UserError(
         'no launcher says the rest (SLURM, Open MPI, Kubernetes and TPU pods would), so give all of --coordinator, '
         '--num_processes and --process_id'
       ) from error
-    check_nobody_else(os.environ)  # neither told nor found: a laptop
+    check_nobody_else(os.environ)  # neither flags nor a launcher: one machine
     return
   except RuntimeError as error:
     raise UserError(f'several processes cannot start: {error}; for one alone use --num_processes=1') from error
@@ -146,17 +138,17 @@ def _initialize_distributed(cluster: Cluster) -> None:
 
 
 def print_aborting_stack_only() -> None:
-  """Lets a process that is aborted print the Python stack of the thread that aborts, and of no other.
+  """Lets an aborted process print the Python stack of the aborting thread only.
 
-  The runtime aborts a process whose peer is gone, from a thread of its own. absl's handler prints every thread's stack
-  then, while they change: it may fault, and SIGSEGV is not what a launcher takes for a lost process.
+  The runtime aborts a process whose peer is gone, from a thread of its own. absl's handler would print the stacks of
+  all threads while they change. That may fault, and launchers do not take SIGSEGV for a lost process.
   """
   faulthandler.enable(all_threads=False)
 
 
 @contextlib.contextmanager
-def _deadline(cluster: Cluster) -> Iterator[None]:
-  """Ends the process with one line when what is inside takes longer than the start-up may."""
+def _startup_deadline(cluster: Cluster) -> Iterator[None]:
+  """Ends the process with one line when its body takes longer than the start-up timeout."""
 
   def end():
     cli.fail(f'{_explain_timeout(cluster)} (--startup_timeout={cluster.startup_timeout})')
@@ -172,7 +164,6 @@ def _deadline(cluster: Cluster) -> Iterator[None]:
 
 
 def _explain_timeout(cluster: Cluster) -> str:
-  """What can be found out about a start-up that did not end."""
   count, address = cluster.num_processes or 'the', cluster.coordinator
   missing = f'not all of {count} processes came; look for the one that is missing, or ended: its output says why'
   if address is None or cluster.process_id == 0:
@@ -191,19 +182,17 @@ def _explain_timeout(cluster: Cluster) -> str:
 
 
 def _check_same_run(metadata: Mapping[str, str]) -> None:
-  """Compares what the processes are about to run, and prints the table of them."""
+  """Raises UserError where processes differ; process 0 prints the table of all."""
   counts = [sum(device.process_index == i for device in jax.devices()) for i in range(jax.process_count())]
   if len(set(counts)) > 1:
     raise UserError(f'processes have different numbers of devices: {counts}; give each the same')
   barrier('devices')
   everyone = all_gather_objects(_describe_process(metadata))
   for i, other in enumerate(everyone):
-    differences = _differences(everyone[0]['metadata'], other['metadata'])
-    if differences:
+    if differences := _differences(everyone[0]['metadata'], other['metadata']):
       raise UserError(
         f'process 0 ({everyone[0]["host"]}) and process {i} ({other["host"]}) would not run the same: '
-        + '; '.join(differences)
-        + '; start all with the same code and flags'
+        f'{"; ".join(differences)}; start all with the same code and flags'
       )
   if jax.process_index() == 0:
     print(_table(everyone), file=sys.stderr, flush=True)
@@ -221,7 +210,7 @@ def _describe_process(metadata: Mapping[str, str]) -> dict[str, object]:
 
 
 def _code_digest() -> str:
-  """A name for the contents of this package's source files."""
+  """Returns a hash of this package's source files."""
   digest, root = hashlib.sha256(), pathlib.Path(__file__).parents[1]
   for path in sorted(root.rglob('*.py')):
     digest.update(f'{path.relative_to(root)}\n'.encode() + path.read_bytes())
@@ -229,7 +218,7 @@ def _code_digest() -> str:
 
 
 def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
-  """What differs between two processes' metadata, each in a few words."""
+  """Returns a phrase for each entry in which two processes' metadata differ."""
   found = []
   for name in first | other:
     here, there = (_flatten(name, metadata.get(name)) for metadata in (first, other))
@@ -242,8 +231,8 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str
 
 
 def _flatten(name: str, value: object) -> dict[str, object]:
-  """A fact, or each entry of one that is a JSON object."""
-  if value is None:  # the process has no such fact
+  """Returns the leaves of a JSON object by dotted path; {name: value} for other values, {} for None."""
+  if value is None:
     return {}
   if isinstance(value, str) and value.startswith('{'):
     value = json.loads(value)
@@ -261,12 +250,12 @@ def _table(everyone: list[dict[str, object]]) -> str:
 
 
 def _exit_on_error(main: Callable[[], object]) -> object:
-  """Calls `main`; whatever it raises ends this process, and does not wait for others that wait for it."""
+  """Returns the result of `main`; an error ends this process without waiting for the others."""
   try:
     return main()
   except BaseException as error:
     if lost := _lost_peer(error):
-      cli.fail(f'another process of the run is gone ({lost[:200]}); {_GOES_ON}')
+      cli.fail(f'another process of the run is gone ({lost[:200]}); {_RESUME}')
       _exit_now(cli.EXIT_PEER_LOST)
     if cli.is_mistake(error):
       _exit_now(cli.fail(error))
@@ -275,7 +264,7 @@ def _exit_on_error(main: Callable[[], object]) -> object:
 
 
 def _lost_peer(error: BaseException | None) -> str | None:
-  """What a collective or a barrier said that misses a process, when that is why `error` was raised."""
+  """Returns the message of the collective or barrier that missed a process, where that led to `error`."""
   while error is not None:
     if isinstance(error, RuntimeError) and _PEER_LOST.search(str(error)):
       return str(error).splitlines()[0]
@@ -285,7 +274,7 @@ def _lost_peer(error: BaseException | None) -> str | None:
 
 def _exit_now(code: int) -> None:
   """Ends the process without the orderly exit."""
-  time.sleep(1)  # the coordinator goes last, so that the others can say their line
+  time.sleep(1)  # the coordinator ends last, so that the others can print their line
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)

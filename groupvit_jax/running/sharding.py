@@ -1,4 +1,4 @@
-"""The device mesh, and where every array of the training state lives on it."""
+"""The device mesh, and the sharding of batches and of the training state."""
 
 from collections.abc import Sequence
 import re
@@ -34,13 +34,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, model: int = 1, devices: Sequence[j
     data: size of the data axis; -1 takes what the others leave.
     fsdp: over how many devices parameters are sharded; the batch is sharded over them as well.
     model: over how many devices heads and hidden units are split.
-    devices: defaults to all of them.
-
-  Returns:
-    The mesh.
-
-  Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    devices: defaults to all of them; the sizes must multiply to their number.
   """
   devices = jax.devices() if devices is None else list(devices)
   if data == -1 and fsdp > 0 and model > 0 and len(devices) % (fsdp * model) == 0:
@@ -65,32 +59,32 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def synchronize(tree: object, mesh: Mesh) -> None:
-  """Waits for the results of a program where the next one must not overlap with it; elsewhere returns at once.
+  """Waits for a program's results on several CPU devices; elsewhere returns at once.
 
-  CPU devices share a pool of threads, and in a collective a thread waits. Two programs that overlap can take the whole
-  pool, each waiting for a device of its own that the other keeps from running.
+  CPU devices share a pool of threads, and a collective blocks one thread per device. Two programs that overlap can
+  exhaust the pool and deadlock.
   """
   if mesh.size > 1 and mesh.devices.flat[0].platform == 'cpu':
     jax.block_until_ready(tree)
 
 
 def data_parallel_size(mesh: Mesh) -> int:
-  """Over how many devices a batch is divided."""
+  """Returns over how many devices a batch is divided."""
   return mesh.shape['data'] * mesh.shape['fsdp']
 
 
 def process_local_rows(batch_size: int, mesh: Mesh) -> tuple[int, ...]:
-  """The rows of a global batch that this process's devices hold, in ascending order.
+  """Returns the rows of a global batch that this process's devices hold, ascending.
 
-  They need not lie together, because a mesh may take devices in another order than processes; and where heads and
-  hidden units are split over processes, several of them hold the same rows.
+  They need not be contiguous, because a mesh may order devices differently from processes. Processes among which heads
+  and hidden units are split hold the same rows.
   """
   parts = _local_parts(batch_size, mesh)
   return tuple(row for start in sorted(parts) for row in range(start, parts[start]))
 
 
 def make_global_array(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-  """A global array [B, ...] of which every process has the rows [b, ...] that `process_local_rows` names."""
+  """Returns a global array [B, ...] made of each process's rows [b, ...], those of `process_local_rows`."""
   size = len(rows) // len(_local_parts(data_parallel_size(mesh), mesh))  # of a device
   parts = _local_parts(size * data_parallel_size(mesh), mesh)
   offsets = {start: size * i for i, start in enumerate(sorted(parts))}
@@ -99,18 +93,18 @@ def make_global_array(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
 
 def _local_parts(batch_size: int, mesh: Mesh) -> dict[int, int]:
-  """Where the parts of a batch start and end that lie on this process's devices."""
+  """Returns start and end of the parts of a batch on this process's devices."""
   indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
   return {index.start or 0: batch_size if index.stop is None else index.stop for (index,) in indices}
 
 
 def evaluation_mesh(mesh: Mesh) -> Mesh:
-  """The same devices, each with rows of its own, for work in which no parameter is split."""
+  """Returns a mesh of the same devices on which parameters are replicated and each device has its own rows."""
   return Mesh(mesh.devices.reshape(-1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
-  """Raises ValueError when the devices do not divide a batch."""
+  """Raises UserError when the devices do not divide a batch."""
   ways = data_parallel_size(mesh)
   if batch_size < 1 or batch_size % ways:
     raise UserError(
@@ -120,7 +114,7 @@ def check_batch_size(name: str, batch_size: int, mesh: Mesh) -> None:
 
 
 def check_micro_batches(batch_size: int, num_steps: int, mesh: Mesh) -> None:
-  """Raises ValueError when a batch that the devices divide has not so many micro-batches that they divide as well."""
+  """Raises UserError when the micro-batches do not divide a device's samples."""
   rows = batch_size // data_parallel_size(mesh)
   if num_steps < 1 or rows % num_steps:
     fitting = [steps for steps in range(1, rows + 1) if rows % steps == 0]
@@ -132,16 +126,7 @@ def check_micro_batches(batch_size: int, num_steps: int, mesh: Mesh) -> None:
 
 
 def state_shardings(abstract_state: object, mesh: Mesh, rules: Rules = DEFAULT_RULES) -> object:
-  """Shardings for a tree of shapes, by the first rule that its path matches.
-
-  Args:
-    abstract_state: a tree of things with `.shape`, such as `jax.eval_shape` returns.
-    mesh: the mesh.
-    rules: (regex, PartitionSpec) pairs.
-
-  Returns:
-    A tree of NamedSharding.
-  """
+  """Returns a NamedSharding for each leaf of a tree of shapes, by the first rule that its path matches."""
 
   def sharding_of(path, leaf):
     spec = next(spec for pattern, spec in rules if re.search(pattern, path_name(path)))

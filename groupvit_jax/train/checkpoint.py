@@ -152,7 +152,7 @@ class Checkpoints:
     for step in reversed(self.steps()):
       for _ in range(_ATTEMPTS):
         state, error = self._read(step, restore_args)
-        if processes.true_in_all_processes(error is None):  # each process reads its own shards
+        if all(processes.all_gather_objects(error is None)):  # each process reads its own shards
           self._quarantine(failures)
           return Restored(state, step, tuple(failures))
       failures[step] = error or OSError('another process cannot read it')

@@ -456,7 +456,7 @@ def test_what_means_that_a_process_is_gone():
 ABORTED = """
 import ctypes, sys
 from absl import app
-from groupvit_jax import distributed
+from groupvit_jax.running import processes as distributed
 
 def main(_):
   distributed.print_aborting_stack_only()
