@@ -22,7 +22,7 @@ from groupvit_jax.eval.labeller import Labeller
 from groupvit_jax.eval.protocols import find_protocol, NATIVE, Protocol
 from groupvit_jax.eval.window_encoder import EncodedWindows, group_maps, WindowEncoder
 from groupvit_jax.eval.windows import cut_image, CutImage
-from groupvit_jax.interop import bundle, read
+from groupvit_jax.interop import read, stablehlo
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.prediction import Prediction
 from groupvit_jax.running import sharding
@@ -125,7 +125,7 @@ class Predictor:
     if weights != 'best' or checkpoint != open_run.NEWEST:
       raise UserError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
     if is_bundle:
-      model, variables, tokenizer = bundle.read_bundle(path)
+      model, variables, tokenizer = stablehlo.read_bundle(path)
       return cls(model, variables, tokenizer, sharding.make_mesh(devices=jax.devices()[:1]), protocol=protocol)
     found, mesh, tokenizer = read.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
     read.check_tokenizer(

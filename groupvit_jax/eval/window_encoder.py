@@ -22,7 +22,6 @@ from groupvit_jax.eval.windows import CutImage
 from groupvit_jax.model import segmentation
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.metrics import GroupingHealth
-from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding
 
 Size = tuple[int, int]
@@ -43,7 +42,7 @@ def encode_windows(
   variables: dict, windows: jax.Array, mask: jax.Array, *, model: ImageTextModel, mesh: Mesh
 ) -> WindowBatch:
   """Encodes windows uint8 [B, H, W, 3], of which the int32 mask [B] marks padding with 0; sharded like the batch."""
-  out = model.apply(variables, normalize_images(windows), method='encode_segments')
+  out = model.apply(variables, windows, method='encode_pixels')
   size, patch = windows.shape[1:3], model.vision.patch_size
   affinity = segmentation.token_affinity(out.assignments)
   segments = segmentation.segment_map(affinity, (size[0] // patch, size[1] // patch), size)
@@ -192,7 +191,7 @@ def _local_rows(array: jax.Array) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=('model', 'mesh'))
 def encode_groups(variables: dict, images: jax.Array, *, model: ImageTextModel, mesh: Mesh) -> tuple[jax.Array, ...]:
   """Per grouping stage the affinity of tokens to groups [B, N, S], of images uint8 [B, H, W, 3]."""
-  out = model.apply(variables, normalize_images(images), method='encode_segments')
+  out = model.apply(variables, images, method='encode_pixels')
   stages = range(1, len(out.assignments) + 1)
   affinities = tuple(segmentation.token_affinity(out.assignments[:i]) for i in stages)
   return jax.lax.with_sharding_constraint(affinities, sharding.replicated(mesh))

@@ -1,1 +1,1 @@
-"""Weights in and out: Hugging Face, the authors' checkpoints, StableHLO, safetensors."""
+"""Weights in other formats: Hugging Face, the authors' checkpoints, StableHLO, safetensors."""

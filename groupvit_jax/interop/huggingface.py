@@ -1,4 +1,4 @@
-"""GroupViT as `transformers` stores it: names of the weights and of the config."""
+"""Hugging Face format: names of weights and config entries in `transformers`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,7 +25,7 @@ def _block(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 
 def grouping(ours: str, theirs: str, attention_out: str) -> tuple[Rule, ...]:
-  """A grouping block, whose names the authors' checkpoints share but for that of the attention's last projection."""
+  """Rules of a grouping block; the authors' checkpoints name only the attention's output projection differently."""
   cross, attn = f'{ours}/cross_attn', f'{theirs}.pre_assign_attn'
   return (
     *norm(f'{ours}/norm_groups', f'{theirs}.norm_tokens'),
@@ -81,7 +81,7 @@ RULES = (
 _IGNORE = r'.*\.num_batches_tracked|text_model\.embeddings\.position_ids'
 _COUNTERS = ('visual_projection.1.num_batches_tracked', 'text_projection.1.num_batches_tracked')
 
-# What a config.json means when it leaves a key out.
+# Values of keys that a config.json leaves out.
 _DEFAULTS = dict(projection_dim=256, projection_intermediate_dim=4096)
 _VISION_DEFAULTS = dict(
   hidden_size=384,
@@ -122,7 +122,7 @@ def from_huggingface(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict
     {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
 
   Raises:
-    ValueError: lists every missing, unexpected, misshapen or non-floating name.
+    UserError: lists every missing, unexpected, misshapen or non-floating name.
   """
   return state_dicts.from_state_dict(state, abstract, RULES, _IGNORE)
 
@@ -130,10 +130,10 @@ def from_huggingface(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict
 def to_huggingface(variables: Mapping) -> state_dicts.StateDict:
   """The state dict that `transformers.GroupViTModel` loads strictly.
 
-  The prompts' temperature has no counterpart there: take `multi_label_logit_scale` out of the params first.
+  Remove `multi_label_logit_scale` from the params first: `transformers` has no such parameter.
 
   Raises:
-    ValueError: a parameter has no counterpart.
+    UserError: a parameter has no counterpart.
   """
   return state_dicts.to_state_dict(variables, RULES) | {name: np.zeros((), np.int64) for name in _COUNTERS}
 
@@ -142,7 +142,7 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
   """Our model config from a parsed `config.json`.
 
   Raises:
-    ValueError: it describes something this model does not do.
+    UserError: the model does not support what it describes.
   """
   top = _DEFAULTS | {key: config[key] for key in _DEFAULTS if key in config}
   vision, text = _part(config, 'vision_config', _VISION_DEFAULTS), _part(config, 'text_config', _TEXT_DEFAULTS)
@@ -160,7 +160,7 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
         num_heads=vision['num_attention_heads'],
         depths=tuple(vision['depths']),
         num_group_tokens=tuple(vision['num_group_tokens']),
-        # The last stage has an entry there too, which nothing reads.
+        # The last stage has an entry, too, which nothing reads.
         num_segments=(*vision['num_output_groups'][:-1], 0),
         mlp_ratio=ratio(vision['hidden_size'], vision['intermediate_size']),
         **state_dicts.TRAINING_CONFIG,
@@ -174,7 +174,7 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
       ),
     )
   )
-  # Old configs say 2 by mistake; `transformers` then takes the largest id, which ends a text in CLIP's vocabulary.
+  # Old configs have 2 by mistake; `transformers` then takes the largest id, the EOS of CLIP's vocabulary.
   eos_id = text['vocab_size'] - 1 if text['eos_token_id'] == 2 else text['eos_token_id']
   return state_dicts.ModelSpec(model, text['vocab_size'], eos_id, multi_label=False)
 
@@ -191,7 +191,7 @@ def to_huggingface_config(
     dtype: of the weights.
 
   Raises:
-    ValueError: `transformers` cannot represent the model.
+    UserError: `transformers` cannot represent the model.
   """
   config, vision, text = spec.config, spec.config.vision, spec.config.text
   stages = [StageSpec(*spec) for spec in zip(vision.depths, vision.num_group_tokens, vision.num_segments, strict=True)]
@@ -244,7 +244,7 @@ def to_huggingface_config(
 
 
 def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-  """One tower's part of a config; of old ones `transformers` takes the part named `..._dict`, where it is not null."""
+  """One tower's part of a config; in old ones the part named `..._dict` takes precedence unless it is null."""
   old = config.get(f'{name}_dict')
   return {**defaults, **((config.get(name) or {}) if old is None else old)}
 

@@ -1,4 +1,4 @@
-"""The licence of weights: read from where they come from, kept beside what is made of them, written into exports."""
+"""Licences of weights: read from model cards, kept in workdirs, written into exports."""
 
 import json
 import re
@@ -11,24 +11,24 @@ from groupvit_jax.errors import UserError
 
 _FILE = 'licence.json'  # in a workdir whose weights come from elsewhere
 _CARD = 'README.md'  # in every other folder of weights, with a header as the Hugging Face Hub knows it
-_UNKNOWN = 'unknown'  # the Hub's words for one that nobody named, and for one that has no identifier there
+_UNKNOWN = 'unknown'  # the Hub's identifiers for a missing licence, and for one without an identifier
 _OTHER = 'other'
 
 
 class Licence(NamedTuple):
-  """What a source says of its licence; '' where it says nothing."""
+  """A licence as a model card names it; '' where it has no such entry."""
 
-  identifier: str = ''  # as the Hub has them: 'mit', 'cc-by-nc-4.0', 'other'
+  identifier: str = ''  # the Hub's: 'mit', 'cc-by-nc-4.0', 'other'
   name: str = ''  # of an 'other' one
   link: str = ''  # to its text
 
   def __str__(self) -> str:
-    """In words, for people."""
-    words = [word for word in (self.name or self.identifier, self.link) if word]
-    return ', '.join(words) or 'the source names none; see the page that the weights come from'
+    """One line for people."""
+    known = [entry for entry in (self.name or self.identifier, self.link) if entry]
+    return ', '.join(known) or 'the source names none; see the page that the weights come from'
 
   def header(self) -> str:
-    """The lines of a model card's header, in words that the Hub accepts."""
+    """The lines of a model card's header, as the Hub accepts them."""
     identifier, name = self.identifier or _UNKNOWN, self.name
     if not re.fullmatch(r'[a-z0-9][a-z0-9.\-]*', identifier):
       identifier, name = _OTHER, name or identifier
@@ -41,7 +41,7 @@ class Licence(NamedTuple):
 
 
 def read_card(folder: epath.Path) -> Licence:
-  """The licence in the header of a folder's model card; an empty one where there is no such card or header."""
+  """The licence in the header of a folder's model card; an empty one where there is no card or header."""
   card = folder / _CARD
   found = re.match(r'---\s*\n(.*?)^---\s*$', card.read_text(), re.DOTALL | re.MULTILINE) if card.is_file() else None
   try:
@@ -53,16 +53,16 @@ def read_card(folder: epath.Path) -> Licence:
 
 
 def keep(workdir: epath.PathLike, licence: Licence) -> None:
-  """Notes in a workdir the licence of the weights that its run starts from, if one is known."""
+  """Writes into a workdir the licence of the weights that its run starts from, if one is known."""
   if any(licence):
     (epath.Path(workdir) / _FILE).write_text(json.dumps(licence._asdict(), indent=2, ensure_ascii=False) + '\n')
 
 
 def read_kept(workdir: epath.PathLike) -> Licence:
-  """What `keep` noted in a workdir; an empty one of a run that started at random.
+  """The licence that `keep` wrote into a workdir; an empty one of a run with random initial weights.
 
   Raises:
-    ValueError: the note is damaged.
+    UserError: the file is damaged.
   """
   path = epath.Path(workdir) / _FILE
   if not path.exists():

@@ -1,4 +1,4 @@
-"""Our own exchange form: the model's paths as flat names, and a JSON that says how to build the model."""
+"""Our own format: arrays by their paths in the model, and a JSON description of the model."""
 
 from collections.abc import Mapping
 import json
@@ -32,7 +32,7 @@ def from_flat(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
     {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
 
   Raises:
-    ValueError: lists every missing, unexpected, misshapen or non-floating name.
+    UserError: lists every missing, unexpected, misshapen or non-floating name.
   """
   return state_dicts.from_state_dict(state, abstract, _rules(abstract))
 
@@ -45,7 +45,7 @@ def spec_to_json(spec: state_dicts.ModelSpec) -> dict[str, Any]:
 
 
 def spec_from_json(values: Mapping[str, Any]) -> state_dicts.ModelSpec:
-  """The spec in what `spec_to_json` made. Raises ValueError when keys are missing."""
+  """The inverse of `spec_to_json`. Raises UserError when keys are missing."""
   if missing := [key for key in _KEYS if key not in values]:
     raise UserError(f'the description of the model lacks {", ".join(missing)}')
   return state_dicts.ModelSpec(ml_collections.ConfigDict(values['model']), *(values[key] for key in _KEYS[1:]))

@@ -1,4 +1,4 @@
-"""Names and sizes in the authors' checkpoints (`.pth`)."""
+"""Names and shapes in the authors' checkpoints (`.pth`)."""
 
 from collections.abc import Iterable, Mapping
 import math
@@ -11,7 +11,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.interop import huggingface, state_dicts
 from groupvit_jax.interop.state_dicts import array, batch_norm, dense, KERNEL_OUT, mlp, norm, Rule
 
-# Of the released models. Shapes do not tell the number of heads.
+# Of the released models. The number of heads does not follow from shapes.
 HEAD_WIDTH = 64
 
 _LAYER = 'img_encoder.layers.{i}'
@@ -57,8 +57,8 @@ RULES = (
 
 _IGNORE = r'.*\.num_batches_tracked'
 
-# Arrays that tell sizes, with their number of axes, whatever the number of stages and blocks.
-_TELLING = {
+# Arrays whose shapes give the model's sizes, with their number of axes; present whatever the number of stages.
+_SIZE_ARRAYS = {
   'img_encoder.pos_embed': 3,
   'img_encoder.patch_embed.proj.weight': 4,
   'img_encoder.layers.0.blocks.0.mlp.fc1.weight': 2,
@@ -68,8 +68,8 @@ _TELLING = {
   'text_encoder.positional_embedding': 2,
   'text_encoder.transformer.resblocks.0.mlp.c_fc.weight': 2,
 }
-_TELLING_OF_A_STAGE = {'group_token': 3, 'downsample.mlp_inter.fc2.weight': 2}
-# What stands in for a size that nothing tells: a square, and a multiple of a head's width.
+_SIZE_ARRAYS_OF_A_STAGE = {'group_token': 3, 'downsample.mlp_inter.fc2.weight': 2}
+# Placeholders for an unknown size: squares, and multiples of a head's width.
 _STAND_INS = (64, 256)
 
 
@@ -84,7 +84,7 @@ def from_nvlabs(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
     {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
 
   Raises:
-    ValueError: lists every missing, unexpected, misshapen or non-floating name.
+    UserError: lists every missing, unexpected, misshapen or non-floating name.
   """
   return state_dicts.from_state_dict(_without_kernel_axes(state), abstract, RULES, _IGNORE)
 
@@ -93,28 +93,28 @@ def spec_from_shapes(state: Mapping[str, np.ndarray]) -> state_dicts.ModelSpec:
   """The model that a state dict belongs to, by the shapes of its arrays.
 
   Raises:
-    ValueError: arrays that tell a size are missing or have other axes (then all that does not fit is listed), or the
-      sizes are not those of a square image and heads of 64.
+    UserError: arrays that sizes follow from are missing or have another number of axes (then all misfits are listed),
+      or the sizes are not those of a square image and heads of 64.
   """
   state = _without_kernel_axes(state)
   shapes = {name: x.shape for name, x in state.items()}
-  if not _TELLING.keys() & shapes.keys():
-    raise UserError(f"these are no weights of the authors' GroupViT: they lack {', '.join(_TELLING)}")
-  unknown = {name: axes for name, axes in _telling(shapes).items() if len(shapes.get(name, ())) != axes}
+  if not _SIZE_ARRAYS.keys() & shapes.keys():
+    raise UserError(f"these are no weights of the authors' GroupViT: they lack {', '.join(_SIZE_ARRAYS)}")
+  unknown = {name: axes for name, axes in _size_arrays(shapes).items() if len(shapes.get(name, ())) != axes}
   if unknown:
     specs = [_spec(shapes | {name: (size,) * axes for name, axes in unknown.items()}) for size in _STAND_INS]
     one, other = (state_dicts.expected_shapes(state_dicts.abstract_variables(spec.build()), RULES) for spec in specs)
-    # A size that depends on the stand-in is not known.
+    # A size that differs between the placeholders is unknown.
     expected = {name: tuple(a if a == b else None for a, b in zip(one[name], other[name])) for name in one}
     state_dicts.check_names({name: x for name, x in state.items() if not re.fullmatch(_IGNORE, name)}, expected)
   return _spec(shapes)
 
 
-def _telling(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-  """The arrays that must be there for all sizes to be known, with their number of axes."""
+def _size_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+  """The arrays that all sizes follow from, with their number of axes."""
   grouping = r'(img_encoder\.layers\.\d+)\.(?:group_token|downsample\.)'
   stages = sorted({match[1] for name in shapes if (match := re.match(grouping, name))})
-  return _TELLING | {f'{stage}.{name}': axes for stage in stages for name, axes in _TELLING_OF_A_STAGE.items()}
+  return _SIZE_ARRAYS | {f'{stage}.{name}': axes for stage in stages for name, axes in _SIZE_ARRAYS_OF_A_STAGE.items()}
 
 
 def _spec(shapes: Mapping[str, tuple[int, ...]]) -> state_dicts.ModelSpec:
@@ -128,7 +128,7 @@ def _spec(shapes: Mapping[str, tuple[int, ...]]) -> state_dicts.ModelSpec:
     )
   )
   vocab_size = shapes['text_encoder.token_embedding.weight'][0]
-  # CLIP's vocabulary ends with the token that ends a text.
+  # EOS is the last token of CLIP's vocabulary.
   return state_dicts.ModelSpec(config, vocab_size, vocab_size - 1, 'multi_label_logit_scale' in shapes)
 
 
@@ -167,7 +167,7 @@ def _text_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, object]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-  """How many different numbers names have at the pattern's group."""
+  """Number of distinct numbers that names have at the pattern's group."""
   return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
@@ -178,6 +178,6 @@ def _heads(width: int) -> int:
 
 
 def _without_kernel_axes(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Projectors are 1 x 1 convolutions there, [out, in, 1]."""
+  """Removes the last axis of projectors, which are 1 x 1 convolutions [out, in, 1] there."""
   is_conv = lambda name, x: '_projector.linear_' in name and x.ndim == 3 and x.shape[2] == 1
   return {name: x[:, :, 0] if is_conv(name, x) else x for name, x in state.items()}

@@ -1,4 +1,4 @@
-"""Reads weights in the forms they come in: Hugging Face folders, authors' checkpoints, our own exports."""
+"""Reads weights in any known format: Hugging Face folders, authors' checkpoints, our own exports."""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -16,7 +16,7 @@ from groupvit_jax.interop import licence as licence_lib
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.storage import check_local
 
-# Beside an exported model's config.json: what `transformers` has no place for.
+# Beside an exported model's config.json: entries that `transformers` does not have.
 SIDE_FILE = 'groupvit_jax.json'
 
 
@@ -25,21 +25,18 @@ class Weights(NamedTuple):
 
   spec: state_dicts.ModelSpec
   variables: dict[str, Any]  # {'params': ..., 'batch_stats': ...}, float32
-  form: str  # what was found, in words
-  licence: Licence  # what the source says of it
+  form: str  # the format, for people
+  licence: Licence
 
 
 def read_weights(path: epath.PathLike) -> Weights:
-  """Reads weights of any known form.
+  """Reads weights of any known format.
 
   Args:
     path: a Hugging Face folder, a folder that `export --format=safetensors` wrote, or an authors' `.pth` file.
 
-  Returns:
-    The weights.
-
   Raises:
-    ValueError: there is nothing there, it is damaged, or it is not GroupViT's.
+    UserError: nothing is there, it is damaged, or it is not GroupViT's.
   """
   check_local(path)
   path = epath.Path(path)
@@ -47,12 +44,12 @@ def read_weights(path: epath.PathLike) -> Weights:
     raise UserError(f'there is no file or folder {path}')
   if not path.is_dir():
     state = torch_file.read_state_dict(path)
-    with _naming(path):
+    with _prefix_errors(path):
       return _from_authors(state)
   config = _read_json(path / 'config.json')
   state = _read_state_dict(path)
   licence = licence_lib.read_card(path)
-  with _naming(path):
+  with _prefix_errors(path):
     if config.get('model_type') == native.MODEL_TYPE:
       return _from_flat(state, config, licence)
     side = _read_json(path / SIDE_FILE) if (path / SIDE_FILE).exists() else None
@@ -60,14 +57,7 @@ def read_weights(path: epath.PathLike) -> Weights:
 
 
 def check_tokenizer(tokenizer: Tokenizer, *, vocab_size: int, eos_id: int, remedy: str) -> None:
-  """Raises ValueError when a tokenizer is not the one that weights were trained with.
-
-  Args:
-    tokenizer: that was found.
-    vocab_size: of the weights.
-    eos_id: of the weights.
-    remedy: what to do about it.
-  """
+  """Raises UserError with the remedy when a tokenizer has not the `vocab_size` and `eos_id` of the weights."""
   for name, value in (('vocab_size', vocab_size), ('eos_id', eos_id)):
     if getattr(tokenizer, name) != value:
       raise UserError(f'the tokenizer has {name}={getattr(tokenizer, name)} and the weights have {value}; {remedy}')
@@ -143,8 +133,8 @@ def _read_state_dict(folder: epath.Path) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _naming(path: epath.Path) -> Iterator[None]:
-  """Puts the path before what does not fit."""
+def _prefix_errors(path: epath.Path) -> Iterator[None]:
+  """Prefixes the message of an error with the path."""
   try:
     yield
   except ValueError as error:

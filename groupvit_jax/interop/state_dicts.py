@@ -1,7 +1,7 @@
-"""Between a flat torch-style state dict (name -> numpy array) and the model's variables, by a table of names.
+"""Conversion between state dicts (name -> numpy array) of torch and the model's variables, by tables of names.
 
-A table is a sequence of `Rule`s, each pairing a path of ours with a name of theirs. Placeholders ({i} stage, {j}
-block) are filled from the model's own paths, so that a table serves any number of stages, depths and widths.
+A table is a sequence of `Rule`s, each pairing a path of ours with names of theirs. Placeholders ({i} stage, {j} block)
+are filled from the model's own paths, so that a table serves any number of stages, depths and widths.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ Array = np.ndarray | jax.Array
 StateDict = dict[str, np.ndarray]
 
 
-# Of the model's config, what trains it and is in no weights file: the paper's values.
+# Entries of the model's config that matter in training alone and are in no weights file: the paper's values.
 TRAINING_CONFIG = dict(
   drop_path=0.1,
   assignment='gumbel',
@@ -33,7 +33,7 @@ TRAINING_CONFIG = dict(
 
 
 class ModelSpec(NamedTuple):
-  """What `build_model` needs to rebuild a model found elsewhere."""
+  """Arguments of `build_model` for a model that was read from elsewhere."""
 
   config: ml_collections.ConfigDict  # the `model` part of a config
   vocab_size: int
@@ -41,19 +41,19 @@ class ModelSpec(NamedTuple):
   multi_label: bool
 
   def build(self) -> ImageTextModel:
-    """The model. Raises ValueError where its sizes do not fit together."""
+    """The model. Raises UserError where its sizes do not fit together."""
     return build_model(self.config, vocab_size=self.vocab_size, eos_id=self.eos_id, multi_label=self.multi_label)
 
 
 class Layout(NamedTuple):
-  """How an array of ours is stored by torch, as one array or several."""
+  """How torch stores an array of ours: as one array or several."""
 
   load: Callable[[Sequence[np.ndarray], tuple[int, ...]], np.ndarray]  # theirs, our shape -> ours
   save: Callable[[Array], Sequence[Array]]  # ours -> theirs
 
 
 class Rule(NamedTuple):
-  """One array of ours and where it is found."""
+  """One array of ours and the names that hold it."""
 
   ours: str  # path below the variables, as in 'params/vision/stage{i}_group_tokens'
   theirs: tuple[str, ...]  # names of the arrays it is made of
@@ -112,7 +112,7 @@ def batch_norm(ours: str, theirs: str) -> tuple[Rule, ...]:
 
 
 def abstract_variables(model: ImageTextModel) -> dict:
-  """Shapes and dtypes of a model's variables, {'params': ..., 'batch_stats': ...}; computes nothing."""
+  """Shapes and dtypes of a model's variables, {'params': ..., 'batch_stats': ...}, without computing them."""
   images = jax.ShapeDtypeStruct((1, *model.vision.image_size, 3), jnp.float32)
   tokens = jax.ShapeDtypeStruct((1, 1, model.text.context_length), jnp.int32)
   return jax.eval_shape(model.init, jax.random.key(0), images, tokens)
@@ -128,7 +128,7 @@ def name_map(variables: Mapping, rules: Sequence[Rule]) -> dict[str, Entry]:
   """For each path of `variables` (arrays or their shapes) the names that hold it.
 
   Raises:
-    ValueError: the table has no rule for a path.
+    UserError: the table has no rule for a path.
   """
   patterns = [(re.compile(re.sub(r'\\{(\w)\\}', r'(?P<\1>\\d+)', re.escape(rule.ours))), rule) for rule in rules]
   result = {}
@@ -150,13 +150,13 @@ def from_state_dict(
     state: name -> array, of any floating dtype.
     abstract: our variables' shapes, from `abstract_variables`.
     rules: the table of names.
-    ignore: regular expression of names that hold nothing we need.
+    ignore: regular expression of names to ignore.
 
   Returns:
     Nested {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
 
   Raises:
-    ValueError: names are missing, unexpected, misshapen or not floating point; all are listed.
+    UserError: names are missing, unexpected, misshapen or not floating point; all are listed.
   """
   check_names(
     {name: x for name, x in state.items() if not re.fullmatch(ignore, name)}, expected_shapes(abstract, rules)
@@ -169,7 +169,7 @@ def from_state_dict(
 
 
 def expected_shapes(abstract: Mapping, rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
-  """The names, with their shapes, of the state dict of our variables, of which only the shapes are looked at."""
+  """Name -> shape of the state dict that holds our variables, given by their shapes."""
   leaves, expected = traverse_util.flatten_dict(abstract, sep='/'), {}
   for path, entry in name_map(abstract, rules).items():
     saved = jax.eval_shape(entry.layout.save, jax.ShapeDtypeStruct(leaves[path].shape, jnp.float32))
@@ -181,7 +181,7 @@ def to_state_dict(variables: Mapping, rules: Sequence[Rule]) -> StateDict:
   """The state dict of our variables; the inverse of `from_state_dict`.
 
   Raises:
-    ValueError: a parameter has no counterpart in the format.
+    UserError: a parameter has no counterpart in the format.
   """
   flat = traverse_util.flatten_dict(variables, sep='/')
   state = {}
@@ -192,16 +192,16 @@ def to_state_dict(variables: Mapping, rules: Sequence[Rule]) -> StateDict:
 
 
 def cast(state: Mapping[str, np.ndarray], dtype: np.dtype) -> StateDict:
-  """Floating arrays in another dtype; counters stay what they are."""
+  """Floating-point arrays in another dtype; counters keep theirs."""
   return {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in state.items()}
 
 
 def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int | None, ...]]) -> None:
-  """Raises one ValueError for all that does not fit.
+  """Raises one UserError that lists all misfits.
 
   Args:
     state: name -> array.
-    expected: name -> shape; None for a size that is not known.
+    expected: name -> shape; None for an unknown size.
   """
   common = [name for name in expected if name in state]
   problems = {

@@ -1,8 +1,8 @@
-"""Reads the weights in a torch checkpoint without torch, and without running anything the file asks for.
+"""Reads the weights of a torch checkpoint without torch, and without running what the file asks for.
 
-A checkpoint is a pickle, and a pickle is a program: it names functions and has them called. Here every name is looked
-up in a table of our own, whose entries only note down what a tensor is made of; any other name ends the reading. (No
-library that does this is both well kept and free of torch; `torch.load(weights_only=True)` works the same way.)
+A checkpoint is a pickle, and a pickle is a program: it names functions and calls them. The reader looks up every name
+in a table of its own, whose entries only record how a tensor is stored; any other name is refused. (No maintained
+library does this without torch; `torch.load(weights_only=True)` works the same way.)
 """
 
 from collections.abc import Callable, Collection
@@ -34,7 +34,7 @@ _DTYPES = {
   'BoolStorage': np.dtype('?'),
 }
 
-# Settings and metrics that trainings put beside the weights. They are skipped: nothing of these modules is called.
+# Modules of settings and metrics that are saved beside weights. They are skipped: nothing of them is called.
 _SKIPPED_MODULES = ('_codecs', 'argparse', 'collections', 'numpy', 'omegaconf', 'pathlib', 'typing', 'yacs')
 _SKIPPED_BUILTINS = ('bool', 'bytes', 'dict', 'float', 'int', 'list', 'long', 'set', 'str', 'tuple', 'unicode')
 
@@ -46,7 +46,7 @@ class _StorageType(NamedTuple):
 
 
 class _Storage(NamedTuple):
-  """A run of numbers in the file."""
+  """A contiguous array of numbers in the file."""
 
   key: str
   dtype: np.dtype
@@ -62,7 +62,7 @@ class _Tensor(NamedTuple):
   stride: tuple[int, ...]
 
 
-# Reads the numbers of some storages, by their keys.
+# Reads the numbers of some storages: key -> array.
 _Reader = Callable[[Collection[_Storage]], dict[str, np.ndarray]]
 
 
@@ -76,7 +76,7 @@ class _Dict(dict):
 
 
 class _Skipped(dict):
-  """Stands for an object of `_SKIPPED_MODULES`; swallows all a pickle does to it."""
+  """Stands for an object of `_SKIPPED_MODULES`; ignores all that a pickle does to it."""
 
   __slots__ = ()
 
@@ -91,7 +91,7 @@ class _Skipped(dict):
 
 
 class _Name:
-  """What a pickle gets for a name in the table: can be called, cannot be changed."""
+  """A function of the table that a pickle can call and cannot change."""
 
   __slots__ = ('_call',)
 
@@ -117,7 +117,7 @@ def _rebuild_tensor(storage: object, offset: object, size: object, stride: objec
     and numbers(stride)
     and len(size) == len(stride)
   ):
-    raise pickle.UnpicklingError('it describes a tensor that cannot be')
+    raise pickle.UnpicklingError('it describes an impossible tensor')
   return _Tensor(storage, offset, size, stride)
 
 
@@ -134,9 +134,9 @@ _TABLE = (
 )
 
 
-# The one in Python: the one in C makes room for every entry of the memo below the number that a pickle names.
+# The one in Python: the one in C allocates a memo as long as the largest index that a pickle names.
 class _Unpickler(pickle._Unpickler):
-  """An unpickler that knows the names of the table alone."""
+  """An unpickler that resolves only the names of the table."""
 
   def find_class(self, module: str, name: str) -> object:
     if (module, name) in _TABLE:
@@ -147,7 +147,7 @@ class _Unpickler(pickle._Unpickler):
 
   def persistent_load(self, pid: object) -> _Storage:
     match pid:
-      # Legacy files end with the view that a storage is of another, which only ancient ones have.
+      # Legacy files end with a view onto another storage, which only ancient ones use.
       case ('storage', _StorageType(dtype), str(key), _, int(numel), *view) if numel >= 0 and view in ([], [None]):
         return _Storage(key, dtype, numel)
     raise pickle.UnpicklingError('it refers to something that is not a storage of numbers')
@@ -163,7 +163,7 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
     Name -> array.
 
   Raises:
-    ValueError: the file is missing, cut short, not torch's, holds no state dict, or asks for more than tensors.
+    UserError: the file is missing, truncated, not torch's, holds no state dict, or asks for more than tensors.
   """
   path = epath.Path(path)
   if not path.is_file():
@@ -180,18 +180,18 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
 
 
 def _state_dict(payload: object) -> dict[str, _Tensor]:
-  """The tensors by name in what was pickled."""
+  """The tensors of the pickled object, by name."""
   payload = payload.get('model', payload) if isinstance(payload, dict) else payload
   if not isinstance(payload, dict) or not payload:
     raise UserError('it holds no state dict')
   wrong = [str(name) for name, value in payload.items() if not (isinstance(value, _Tensor) and isinstance(name, str))]
   if wrong:
-    raise UserError(f'of what it holds this is no tensor: {", ".join(wrong[:10])}')
+    raise UserError(f'these entries are no tensors: {", ".join(wrong[:10])}')
   return payload
 
 
 def _read(file: BinaryIO) -> tuple[Any, _Reader]:
-  """Returns the pickled object, its tensors still descriptions, and what reads the numbers of some storages."""
+  """Returns the pickled object with descriptions of its tensors, and a reader of the numbers of storages."""
   start = file.read(len(_LFS_POINTER))
   file.seek(0)
   if start == _LFS_POINTER:
@@ -224,7 +224,7 @@ def _read_zip(file: BinaryIO) -> tuple[Any, _Reader]:
 
 
 def _read_legacy(file: BinaryIO) -> tuple[Any, _Reader]:
-  """Of torch before 1.6: three pickles of preamble, the object, the order of storages, then their numbers."""
+  """The format before torch 1.6: three pickles of preamble, the object, the order of storages, then their numbers."""
   described: dict[str, _Storage] = {}
   try:
     if _Unpickler(file).load() != _LEGACY_MAGIC:
@@ -240,17 +240,17 @@ def _read_legacy(file: BinaryIO) -> tuple[Any, _Reader]:
   def read(wanted: Collection[_Storage]) -> dict[str, np.ndarray]:
     start = file.tell()
     end = file.seek(0, os.SEEK_END)
-    storages, place = {}, start
+    storages, position = {}, start
     for key in keys:
-      file.seek(place)
+      file.seek(position)
       header = file.read(8)
       if key not in described or len(header) < 8 or struct.unpack('<q', header)[0] != described[key].numel:
         raise UserError('it is cut short or damaged; download it again')
       size = described[key].numel * described[key].dtype.itemsize
       if described[key] in wanted:
         storages[key] = _numbers(file.read(size), described[key])
-      place += 8 + size
-    if place > end:
+      position += 8 + size
+    if position > end:
       raise UserError('it is cut short; download it again')
     return storages
 
@@ -258,7 +258,7 @@ def _read_legacy(file: BinaryIO) -> tuple[Any, _Reader]:
 
 
 class _RecordingUnpickler(_Unpickler):
-  """Notes down the storages that a pickle describes."""
+  """Records the storages that a pickle describes."""
 
   def __init__(self, file: BinaryIO, described: dict[str, _Storage]):
     super().__init__(file)
@@ -283,7 +283,7 @@ def _view(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
   last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride, strict=True))
   count = int(np.prod(tensor.size, dtype=object))
   if numbers is None or count and (last >= numbers.size or count > numbers.size):
-    raise UserError('a tensor reaches beyond the numbers that are there')
+    raise UserError('a tensor reaches beyond its storage')
   if not count:
     return np.zeros(tensor.size, tensor.storage.dtype)
   strides = [step * numbers.itemsize for step in tensor.stride]

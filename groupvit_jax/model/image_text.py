@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from groupvit_jax.errors import UserError
 from groupvit_jax.model.layers import project, sample_keys
+from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.model.text import TextTower
 from groupvit_jax.model.text_packing import one_a_row, TextRows
 from groupvit_jax.model.vision import VisionOutput, VisionTower
@@ -142,6 +143,10 @@ class ImageTextModel(nn.Module):
     """Embeds images [B, H, W, 3] and each of their final segments, for segmentation."""
     out = self.vision(images)
     return SegmentOutput(self.image_projector(out.pooled), self.image_projector(out.segments), out.assignments)
+
+  def encode_pixels(self, images: jax.Array) -> SegmentOutput:
+    """`encode_segments` of uint8 images [B, H, W, 3]."""
+    return self.encode_segments(normalize_images(images))
 
   def encode_text(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
     """Embeds texts [..., L], -> [..., E]."""
