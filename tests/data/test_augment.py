@@ -152,11 +152,10 @@ def test_a_pure_function_that_survives_pickling():
     (encode(PICTURE)[:-500], 'image_truncated'),
     (encode(PICTURE, 'PNG')[:-500], 'image_truncated'),
     (encode(PICTURE, 'WEBP')[:-500], 'image_corrupt'),
-    (b'', 'image_corrupt'),
     (b'<html>404</html>', 'image_corrupt'),
   ],
 )
-def test_faults_name_cause_and_key(data, cause):
+def test_bad_records_name_cause_and_key(data, cause):
   with pytest.raises(BadRecord) as caught:
     PLAIN(data, np.random.default_rng(0), 'set/0001/key')
   assert (caught.value.cause, caught.value.key) == (cause, 'set/0001/key')

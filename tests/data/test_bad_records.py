@@ -63,10 +63,6 @@ def epoch(source) -> dict[str, pipeline.Example]:
   return {f'{order[i]:05}': made.preview(i) for i in range(len(source))}
 
 
-def test_there_is_a_case_for_every_cause():
-  assert tuple(DAMAGED) == bad_records.CAUSES
-
-
 @pytest.mark.parametrize('cause', bad_records.CAUSES)
 def test_every_cause_is_found_replaced_counted_and_logged(tmp_path, cause, caplog):
   drawn = epoch(write_damaged(tmp_path / 'set' / 'a.tar', cause))
@@ -84,18 +80,16 @@ def test_every_cause_is_found_replaced_counted_and_logged(tmp_path, cause, caplo
     (png_header(60_000, 60_000), 'image_huge'),  # Pillow itself refuses it
     (png_header(12_000, 12_000), 'image_huge'),  # Pillow warns of it
     (png_header(50, 50), 'image_truncated'),
-    (encode(1, (50, 50), 'PNG')[:60], 'image_truncated'),
-    (encode(1, (50, 50), 'WEBP')[:-20], 'image_corrupt'),
   ],
-  ids=['refused', 'warned', 'header', 'cut PNG', 'cut WebP'],
+  ids=['refused', 'warned', 'header'],
 )
-def test_pictures_that_are_none(data, cause):
+def test_images_that_are_none(data, cause):
   with pytest.raises(BadRecord, match=cause):
     AUGMENT(data, np.random.default_rng(0), 'key')
 
 
 @pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP'])
-def test_damage_anywhere_is_a_fault_or_a_picture(kind):
+def test_damage_anywhere_is_a_bad_record_or_an_image(kind):
   """Whatever Pillow raises on bytes that were flipped, cut or shifted."""
   whole, rng = np.frombuffer(encode(7, (60, 50), kind), np.uint8), np.random.default_rng(0)
   seen = set()
@@ -106,17 +100,17 @@ def test_damage_anywhere_is_a_fault_or_a_picture(kind):
     try:
       assert AUGMENT(data[:cut].tobytes(), rng, 'key').shape == (16, 16, 3)
       seen.add('')
-    except BadRecord as fault:
-      seen.add(fault.cause)
+    except BadRecord as error:
+      seen.add(error.cause)
   assert len(seen) > 1
 
 
-def test_neighbours_leave_a_damaged_region_in_a_few_steps():
+def test_replacements_leave_a_damaged_region_in_a_few_steps():
   distances = [n - 7 for n in bad_records.replacement_order(7, 0, 10**9)]
   assert distances[:18] == [*range(16), 16, 32] and distances[-1] == 2**19 and len(distances) == 32
 
 
-def test_neighbours_stay_in_their_set_and_reach_all_of_a_small_one():
+def test_replacements_stay_in_their_set_and_reach_all_of_a_small_one():
   assert list(bad_records.replacement_order(102, 100, 4)) == [102, 103, 100, 101]
   for size in range(1, 17):
     assert sorted(bad_records.replacement_order(100 + size // 2, 100, size)) == list(range(100, 100 + size))
@@ -159,7 +153,7 @@ def test_log_is_cut_off_and_says_so(caplog):
   assert all(record.levelno == logging.WARNING for record in caplog.records)
 
 
-def test_captions_are_sampled_evenly_and_without_the_faulty(tmp_path):
+def test_captions_are_sampled_evenly_and_without_the_bad(tmp_path):
   source = write_damaged(
     tmp_path / 'a.tar', *(['caption_unreadable', 'image_corrupt', 'caption_missing'] + ['caption_empty']), count=40
   )

@@ -118,6 +118,7 @@ def test_arrays_images_and_paths(tmp_path):
     (encoded(RGB)[:70], "image 'a' is damaged"),
     (encoded(RGB.repeat(9, axis=0), 'JPEG')[:-200], "image 'a' is damaged"),
     ('/nowhere/a.png', 'there is no image /nowhere/a.png'),
+    ('/', "image 'a' cannot be read: Is a directory"),
     (np.zeros((4, 4, 3)), 'is float64; make it uint8'),
     (np.zeros((4, 4, 2), np.uint8), r'has the shape \(4, 4, 2\)'),
     (np.zeros((0, 4, 3), np.uint8), r'has the shape \(0, 4, 3\)'),
@@ -137,11 +138,6 @@ def test_bombs_are_refused_before_they_go_off(side, recwarn):
   with pytest.raises(ValueError, match="'a' has more than 100 million pixels; make it smaller"):
     read(bomb + struct.pack('>I', zlib.crc32(b'IDAT')))
   assert not recwarn
-
-
-def test_a_folder_is_no_picture(tmp_path):
-  with pytest.raises(ValueError, match="image 'a' cannot be read: Is a directory"):
-    images.read_image(tmp_path, 'a')
 
 
 PIXELS = photo(83, 70)
