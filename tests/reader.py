@@ -1,15 +1,15 @@
 """Reads batches with two workers, as a run does: python -m tests.reader PATTERN NUMBER (for test_workers)."""
 
+import dataclasses
 import logging
 import os
 import signal
 import sys
 import time
 
-from groupvit_jax.data import augment as image_ops
 from groupvit_jax.data import pipeline
 from groupvit_jax.data.sources import build_source
-from tests.tars import data_config, set_config, Words
+from tests.tars import AUGMENT, data_config, make_examples, set_config
 
 resize = os.ftruncate
 
@@ -29,19 +29,7 @@ def main(pattern: str, num_batches: int) -> None:
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))
   source = build_source(data_config(a=set_config(pattern)), (64, 64))
-  augment = image_ops.Augment((64, 64), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
-  examples = pipeline.Examples(
-    source,
-    augment,
-    Words(),
-    seed=0,
-    batch_size=8,
-    num_prompts=1,
-    text_length=4,
-    first_batch=0,
-    num_batches=num_batches,
-    rows=range(8),
-  )
+  examples = make_examples(source, dataclasses.replace(AUGMENT, size=(64, 64)), batch_size=8, num_batches=num_batches)
   left = 3
   for batch in pipeline.iterate(examples, num_threads=2, num_workers=2, prefetch_batches=4):
     del batch

@@ -9,8 +9,11 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from groupvit_jax.data import bad_records
+from groupvit_jax.data import augment, bad_records, pipeline
+from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.tokenizer import Tokenizer
+
+AUGMENT = augment.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
 
 
 def encode(number: int, size: tuple[int, int] = (40, 32), kind: str = 'JPEG') -> bytes:
@@ -89,6 +92,13 @@ class Words(Tokenizer):
     return [2 + int(word) for word in text.split() if word.isdigit()]
 
 
+def make_examples(source: Mixture, augment: augment.Augment | None = AUGMENT, **changes: object) -> pipeline.Examples:
+  """The examples of a run of four batches of 16."""
+  fields = dict(seed=0, batch_size=16, num_prompts=1, text_length=4, first_batch=0, num_batches=4)
+  fields |= changes
+  return pipeline.Examples(source, augment, Words(), **({'rows': range(fields['batch_size'])} | fields))
+
+
 def bad_record_counts(rows: np.ndarray) -> dict[str, int]:
-  """Faults of a batch [b, causes] by name, without zeros."""
+  """Bad records of a batch [b, causes] by cause, without zeros."""
   return {cause: int(n) for cause, n in zip(bad_records.CAUSES, rows.sum(0), strict=True) if n}

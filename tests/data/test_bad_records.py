@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 
 from configs import quickstart
-from groupvit_jax.data import augment, bad_records, pipeline
+from groupvit_jax.data import bad_records, pipeline
 from groupvit_jax.data.bad_records import BadRecord, TooManyBadRecords
 from groupvit_jax.data.sources import build_source, sample_captions
 from groupvit_jax.running import sharding
 from groupvit_jax.train import workdir
 from groupvit_jax.train.bad_record_tally import FaultTally
-from tests.tars import bad_record_counts, data_config, encode, samples, set_config, Words, write_tar
-
-AUGMENT = augment.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
+from tests.tars import AUGMENT, bad_record_counts, data_config, encode, make_examples, samples, set_config, write_tar
 
 
 @pytest.fixture(autouse=True)
@@ -51,14 +49,9 @@ def write_damaged(path, *damages: str, count: int = 16):
   return build_source(data_config(a=set_config(write_tar(path, members))), (16, 16))
 
 
-def examples(source, **changes) -> pipeline.Examples:
-  fields = dict(seed=0, batch_size=16, num_prompts=1, text_length=4, first_batch=0, num_batches=4, rows=range(16))
-  return pipeline.Examples(source, AUGMENT, Words(), **(fields | changes))
-
-
 def epoch(source) -> dict[str, pipeline.Example]:
   """The first epoch's examples by the key of the record that was drawn."""
-  made = examples(source)
+  made = make_examples(source)
   order = source.order(0)
   return {f'{order[i]:05}': made.preview(i) for i in range(len(source))}
 
@@ -118,9 +111,9 @@ def test_replacements_stay_in_their_set_and_reach_all_of_a_small_one():
 
 def test_replacement_is_the_same_in_threads_on_hosts_and_after_a_restart(tmp_path):
   source = write_damaged(tmp_path / 'a.tar', *bad_records.CAUSES)
-  alone = list(map(pipeline.Batches(examples(source), 0).__getitem__, range(4)))
-  threaded = list(pipeline.iterate(examples(source), num_threads=4, num_workers=0, prefetch_batches=2))
-  halves = [pipeline.Batches(examples(source, rows=range(8 * h, 8 * h + 8), first_batch=2), 0) for h in range(2)]
+  alone = list(map(pipeline.Batches(make_examples(source), 0).__getitem__, range(4)))
+  threaded = list(pipeline.iterate(make_examples(source), num_threads=4, num_workers=0, prefetch_batches=2))
+  halves = [pipeline.Batches(make_examples(source, rows=range(8 * h, 8 * h + 8), first_batch=2), 0) for h in range(2)]
   for batch, other in zip(alone, threaded, strict=True):
     np.testing.assert_array_equal(batch['image'], other['image'])
     np.testing.assert_array_equal(batch['bad_records'], other['bad_records'])
@@ -133,14 +126,14 @@ def test_replacement_is_the_same_in_threads_on_hosts_and_after_a_restart(tmp_pat
 def test_a_set_without_usable_records_ends_the_run(tmp_path):
   source = write_damaged(tmp_path / 'a.tar', *(8 * ['image_missing', 'caption_empty']))
   with pytest.raises(TooManyBadRecords, match=r'data.sets.a: 16 neighbours cannot be used, .*data.audit'):
-    examples(source)[0]
+    make_examples(source)[0]
 
 
 def test_a_replacement_comes_from_the_same_set(tmp_path):
   bad = write_tar(tmp_path / 'bad.tar', samples(range(4)) | {'00003.txt': b''})
   good = write_tar(tmp_path / 'good.tar', samples(range(100, 120)))
   source = build_source(data_config(bad=set_config(bad), good=set_config(good)), (16, 16))
-  made = examples(source)
+  made = make_examples(source)
   keys = [made.preview(i).key for i in range(24) if source.order(0)[i] == 3]
   assert keys == [f'{tmp_path.name}/bad.tar/00000']
 

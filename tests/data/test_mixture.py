@@ -11,9 +11,7 @@ from groupvit_jax.data import augment as image_ops
 from groupvit_jax.data import mixture, pipeline
 from groupvit_jax.data.mixture import DataSet, Mixture, Order
 from groupvit_jax.data.sources import build_source
-from tests.tars import data_config, samples, set_config, Words, write_set, write_tar
-
-AUGMENT = image_ops.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
+from tests.tars import AUGMENT, data_config, make_examples, samples, set_config, write_set, write_tar
 
 
 class Numbers:
@@ -41,8 +39,7 @@ def numbers(*sizes: int, weights: tuple[float, ...] | None = None) -> Mixture:
 
 
 def examples(source: Mixture, augment=None, **changes) -> pipeline.Examples:
-  fields = dict(seed=3, batch_size=8, num_prompts=1, text_length=4, first_batch=0, num_batches=10, rows=range(8))
-  return pipeline.Examples(source, augment, Words(), **(fields | changes))
+  return make_examples(source, augment, **(dict(seed=3, batch_size=8, num_batches=10) | changes))
 
 
 def iterate(*args, num_threads=0, num_workers=0, **kwargs) -> list[dict[str, np.ndarray]]:

@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 
 from groupvit_jax import storage
-from groupvit_jax.data import augment, pipeline, tars
+from groupvit_jax.data import pipeline, tars
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.eval import labelled
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.prepare import __main__ as build
 from tests import official_layouts as layouts
-from tests.tars import data_config, encode, set_config, Words, write_set
+from tests.tars import data_config, encode, make_examples, set_config, write_set
 
 pytest.importorskip('aiohttp')
 from benchmarks.range_server import RangeServer  # noqa: E402
-
-AUGMENT = augment.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
 
 
 @pytest.fixture(autouse=True)
@@ -39,18 +37,7 @@ def open_set(*patterns: str, index_dir: str = '') -> tars.WebDataset:
 
 
 def batches(source, num_threads: int) -> list[dict[str, np.ndarray]]:
-  examples = pipeline.Examples(
-    source,
-    AUGMENT,
-    Words(),
-    seed=0,
-    batch_size=16,
-    num_prompts=1,
-    text_length=4,
-    first_batch=0,
-    num_batches=3,
-    rows=range(16),
-  )
+  examples = make_examples(source, num_batches=3)
   return list(pipeline.iterate(examples, num_threads=num_threads, num_workers=0, prefetch_batches=2))
 
 

@@ -1,10 +1,7 @@
 """The embedded scenes: pure in (seed, split, index), named as they look, told apart."""
 
-import dataclasses
-import importlib.util
 import multiprocessing
 import operator
-from pathlib import Path
 import pickle
 import sys
 
@@ -314,21 +311,3 @@ def test_textures_vary_within_a_background():
     first, second = (textures.paint_texture(stuff, rng, 48, 32) for _ in range(2))
     assert first.shape == (3, 48, 48) and first.dtype == np.uint8
     assert np.abs(first.astype(int) - second).mean() > 3, name
-
-
-def test_benchmark_reports_every_figure(monkeypatch):
-  path = Path(__file__).parents[2] / 'benchmarks' / 'scenes.py'
-  spec = importlib.util.spec_from_file_location('scenes_benchmark', path)
-  benchmark = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(benchmark)
-  monkeypatch.setattr(benchmark, 'COUNT', 2)
-  figures = benchmark.time_scenes(32)
-  assert 0 < figures['slowest_per_s'] <= figures['median_per_s'] <= figures['fastest_per_s']
-
-
-def test_fields_are_frozen_and_replaceable():
-  source = make_scenes()
-  with pytest.raises(dataclasses.FrozenInstanceError):
-    source.seed = 4
-  held_out = dataclasses.replace(source, split='test', length=5)
-  assert len(held_out) == 5 and held_out.things == source.things
