@@ -1,11 +1,14 @@
 """Memory of the losses by batch size, in blocks and as one matrix of logits.
 
 Compiles loss and gradients of captions and three prompts an image for 8 devices and asks the compiler; runs nothing.
+'one matrix' is the same loss as one matrix of logits, whose division is left to the compiler. Of the loss of the best
+segment an image has 8 segments.
 """
 
 from collections.abc import Callable
 import functools
 import os
+from typing import NamedTuple
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_NUM_CPU_DEVICES'] = '8'
@@ -15,34 +18,64 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from benchmarks import plain_losses
+from groupvit_jax.aot.flops import matmul_flops
 from groupvit_jax.model import losses
 from groupvit_jax.running import sharding
 
 BATCH_SIZES = (4096, 8192, 16384, 32768, 65536)
-PROMPTS, WIDTH = 3, 256  # M, E
+PROMPTS = 3  # M
+SEGMENTS = 8  # S
+WIDTH = 256  # E
 
 
-def temporaries_mb(loss: Callable, batch: int, rows: NamedSharding) -> float:
-  """MiB a device needs for the losses of a global batch and their gradients, beside inputs and results."""
+class Cost(NamedTuple):
+  """What loss and gradients need, beside inputs and results."""
 
-  def total(images, texts, scales):
-    return loss(images, texts[:, :1], scales[0]).loss + loss(images, texts[:, 1:], scales[1]).loss
+  mib: float  # of a device
+  tflop: float  # of all devices, matmuls alone
 
-  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-  args = (
-    shape((batch, WIDTH), sharding=rows),
-    shape((batch, 1 + PROMPTS, WIDTH), sharding=rows),
-    shape((2,), sharding=NamedSharding(rows.mesh, PartitionSpec())),
+
+def pooled(loss: Callable) -> Callable:
+  """Captions and prompts with the pooled feature, by one loss."""
+  return lambda images, segments, in_use, texts, words, scales: (
+    loss(images, texts[:, :1], scales[0]).loss + loss(images, texts[:, 1:], scales[1]).loss
   )
-  step = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)), out_shardings=(None, (rows, rows, None)))
-  return step.lower(*args).compile().memory_analysis().temp_size_in_bytes / 2**20
+
+
+def best_segment(caption_loss: Callable, prompt_loss: Callable) -> Callable:
+  """Captions with the pooled feature, prompts with the best segment."""
+  return lambda images, segments, in_use, texts, words, scales: (
+    caption_loss(images, texts[:, :1], scales[0]).loss
+    + prompt_loss(segments, in_use, texts[:, 1:], words, scales[1]).loss
+  )
+
+
+def measure(loss: Callable, batch: int, rows: NamedSharding) -> Cost:
+  """Compiles the losses of a global batch and their gradients."""
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
+  args = (
+    shape((batch, WIDTH), jnp.float32),
+    shape((batch, SEGMENTS, WIDTH), jnp.float32),
+    shape((batch, SEGMENTS), jnp.bool),
+    shape((batch, 1 + PROMPTS, WIDTH), jnp.float32),
+    shape((batch, PROMPTS, 2), jnp.int32),
+    jax.ShapeDtypeStruct((2,), jnp.float32, sharding=NamedSharding(rows.mesh, PartitionSpec())),
+  )
+  gradients = rows, rows, rows, None
+  step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 3, 5)), out_shardings=(None, gradients))
+  temporaries = step.lower(*args).compile().memory_analysis().temp_size_in_bytes
+  return Cost(temporaries / 2**20, matmul_flops(jax.make_jaxpr(step)(*args).jaxpr) / 1e12)
 
 
 def main() -> None:
   """Prints a row of a table per batch size."""
   rows = sharding.batch_sharding(sharding.make_mesh())
-  blocked = functools.partial(losses.multi_label_loss, sharding=rows)
-  print('| batch | of a device | in blocks, MiB a device | one matrix, MiB a device |\n|--:|--:|--:|--:|')
+  blocked = [functools.partial(loss, sharding=rows) for loss in (losses.multi_label_loss, losses.best_segment_loss)]
+  plain = plain_losses.multi_label_loss, plain_losses.best_segment_loss
+  variants = [pooled(blocked[0]), pooled(plain[0]), best_segment(*blocked), best_segment(*plain)]
+  print('| batch | of a device | pooled: TFLOP | MiB | one matrix, MiB | best segment: TFLOP | MiB | one matrix, MiB |')
+  print('|--:|--:|--:|--:|--:|--:|--:|--:|')
   for batch in BATCH_SIZES:
-    ours, plain = (temporaries_mb(loss, batch, rows) for loss in (blocked, plain_losses.multi_label_loss))
-    print(f'| {batch:,} | {batch // rows.mesh.size:,} | {ours:,.0f} | {plain:,.0f} |', flush=True)
+    costs = [measure(loss, batch, rows) for loss in variants]
+    cells = [f'{cost.tflop:,.2f} | {cost.mib:,.0f} | {whole.mib:,.0f}' for cost, whole in zip(costs[::2], costs[1::2])]
+    print(f'| {batch:,} | {batch // rows.mesh.size:,} | {" | ".join(cells)} |', flush=True)

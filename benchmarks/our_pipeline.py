@@ -88,7 +88,7 @@ def _stages(
   captions = [record['text'] for record in records]
   parts = [FULL.read_crop(record['image'], rng, '') for record in records]
   crops = [image_ops.resize_box(*part, FULL.size) for part in parts]
-  texts = [[one, *prompts.noun_prompts(one, PROMPTS, rng)] for one in captions]
+  texts = [[one, *prompts.noun_prompts(one, PROMPTS, rng).texts] for one in captions]
   rows = [{'image': crop, 'tokens': tokenizer.encode(text, LENGTH)} for crop, text in zip(crops, texts)]
   stack = lambda rows: {name: np.stack([row[name] for row in rows]) for name in rows[0]}
   mesh, batch = sharding.make_mesh(data=1, fsdp=1, model=1), stack(rows[:BATCH])

@@ -64,7 +64,8 @@ def main() -> None:
   )
 
   def tokens(caption: str) -> torch.Tensor:
-    return torch.from_numpy(tokenizer.encode([caption, *text_ops.noun_prompts(caption, PROMPTS, rng)], LENGTH))
+    prompts = text_ops.noun_prompts(caption, PROMPTS, rng).texts
+    return torch.from_numpy(tokenizer.encode([caption, *prompts], LENGTH))
 
   def samples() -> Iterator[dict[str, bytes]]:
     shards = list(braceexpand.braceexpand(args.shards))

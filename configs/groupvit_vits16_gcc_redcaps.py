@@ -15,7 +15,7 @@ from configs import groupvit_vits16_gcc_yfcc as base
 
 def get_config(machine: str = '') -> ml_collections.ConfigDict:
   """The experiment; see the base for `machine`."""
-  config = base.get_config(machine)
+  config = base.build(machine)
   config.data.num_prompts = 0  # captions of RedCaps hold few nouns
   config.text_budget = 32
   with config.unlocked():

@@ -7,6 +7,12 @@
 All three train on the same batches of 4096 and compute the same gradients up to rounding; the first is for 16 devices
 or more, on any number of hosts. Before a run: `--config.dry_run=True`, and the audit of docs/data.md.
 
+With the multi-label loss of the best segment (groupvit_jax/model/losses.py) instead of the paper's:
+
+  python train.py --config=configs/groupvit_vits16_gcc_yfcc.py:named --workdir=runs/gcc_yfcc_named
+
+and `.py:8gpu_named`, `.py:1gpu_named`. No run of it at this scale has been made.
+
 Point `data.sets.*.path` at your copies: `--config.data.sets.cc3m.path='gs://bucket/cc3m/{00000..00331}.tar'`.
 
 Hardware and time: the authors trained for two days on 16 V100.
@@ -29,15 +35,25 @@ MACHINES = {
 }
 
 
-def get_config(machine: str = '') -> ml_collections.ConfigDict:
+def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """The experiment.
 
   Args:
-    machine: '', '8gpu' or '1gpu'; written after the file's name and a colon.
+    variant: '', '8gpu', '1gpu', 'named', '8gpu_named' or '1gpu_named'; written after the file's name and a colon.
 
   Raises:
-    ValueError: there is no such machine.
+    ValueError: there is no such variant.
   """
+  machine = variant.removesuffix('named').removesuffix('_')
+  config = build(machine)
+  if variant != machine:
+    config.multi_label_loss = 'best_segment'
+    config.data.skipped_words = ('image', 'images', 'photo', 'photos', 'picture', 'pictures')
+  return config
+
+
+def build(machine: str) -> ml_collections.ConfigDict:
+  """The paper's experiment for a machine of `MACHINES`."""
   if machine not in MACHINES:
     raise ValueError(f"no variant {machine!r}; end the config's path in '.py', '.py:8gpu' or '.py:1gpu'")
   config = ml_collections.ConfigDict(
@@ -51,6 +67,7 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
       scan_layers=False,  # True: blocks of one shape become a loop and compile once: docs/pods.md
       text_budget=64,  # tokens per image in packed rows; CC12M's captions and prompts take 57: docs/performance.md
       multi_label_weight=1.0,
+      multi_label_loss='pooled',  # the paper's
       init_from='',
       ema_decay=0.0,
     )
@@ -80,6 +97,8 @@ def get_config(machine: str = '') -> ml_collections.ConfigDict:
       index_dir='',
       num_prompts=3,
       noun_phrases=False,  # prompts are nouns and verbs, as in the paper; True: whole noun phrases
+      prompt_templates='full',  # the 80 that a prompt's is drawn from, as in the paper
+      skipped_words=(),  # words that no prompt is made of
       # The paper's: RandAugment m9 mstd0.5 inc1 after crop and flip, random erasing in the step.
       augment=dict(
         name='rand_augment',

@@ -38,6 +38,7 @@ def tiny_config() -> ml_collections.ConfigDict:
   config.total_steps, config.batch_size, config.log_every = 6, 8, 1
   config.checkpoint.every_steps, config.eval.every_steps = 2, 3
   config.data.num_prompts = 1
+  config.multi_label_loss, config.data.prompt_templates, config.data.skipped_words = 'pooled', 'full', ()
   config.text_budget = 20
   config.data.scenes.num_heldout = 8
   config.tokenizer.num_captions = 300

@@ -121,7 +121,10 @@ def _size(state: train_state.TrainState) -> State:
 def _abstract_batch(run: loop.Run) -> dict[str, jax.ShapeDtypeStruct]:
   place, size = sharding.batch_sharding(run.mesh), run.config.batch_size
   image_shape = (size, *run.config.model.vision.image_size, 3)
-  return {
+  prompts, words = run.config.data.num_prompts, {}
+  if prompts and run.config.multi_label_loss != 'pooled':
+    words = {'words': jax.ShapeDtypeStruct((size, prompts, 2), jnp.int32, sharding=place)}
+  return words | {
     'image': jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
     'tokens': jax.ShapeDtypeStruct((size, *run.text_shape), jnp.int32, sharding=place),
   }

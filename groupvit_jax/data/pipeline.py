@@ -74,6 +74,9 @@ class Examples:
   num_batches: int  # where the run ends
   rows: Sequence[int]  # of a global batch that are made here
   noun_phrases: bool = False  # prompts hold phrases instead of words
+  prompt_templates: str = 'full'  # name of a template set
+  skipped_words: Sequence[str] = ()  # that no prompt is made of
+  word_ids: bool = False  # whether examples hold ids of the prompts' words
 
   def __post_init__(self):
     check_batch_size(self.source, self.batch_size)
@@ -86,7 +89,8 @@ class Examples:
     """Makes an example.
 
     Returns:
-      'image' uint8 [H, W, 3], 'tokens' int32 [T, L], 'bad_records' int32 [causes].
+      'image' uint8 [H, W, 3], 'tokens' int32 [T, L], 'bad_records' int32 [causes]; 'words' int32 [M, 2]
+      if `word_ids`.
 
     Raises:
       TooManyBadRecords: neither the record nor any neighbour can be used.
@@ -101,8 +105,10 @@ class Examples:
     """
     rows = []
     for loaded in [self._load(index) for index in indices]:
-      tokens = self.tokenizer.encode(self._texts(loaded.caption, loaded.position), self.text_length)
-      rows.append({'image': loaded.image, 'tokens': tokens, 'bad_records': loaded.bad_records})
+      prompts = self._prompts(loaded.caption, loaded.position)
+      tokens = self.tokenizer.encode([loaded.caption, *prompts.texts], self.text_length)
+      words = {'words': text_ops.word_ids(prompts.words)} if self.word_ids else {}
+      rows.append({'image': loaded.image, 'tokens': tokens, 'bad_records': loaded.bad_records} | words)
     return rows
 
   def preview(self, index: int) -> Example:
@@ -142,8 +148,17 @@ class Examples:
     return self.augment(record['image'], self._rng(position, _AUGMENT), record['key'])
 
   def _texts(self, caption: str, position: int) -> list[str]:
-    prompts = text_ops.noun_prompts(caption, self.num_prompts, self._rng(position, _WORDS), phrases=self.noun_phrases)
-    return [caption, *prompts]
+    return [caption, *self._prompts(caption, position).texts]
+
+  def _prompts(self, caption: str, position: int) -> text_ops.Prompts:
+    return text_ops.noun_prompts(
+      caption,
+      self.num_prompts,
+      self._rng(position, _WORDS),
+      phrases=self.noun_phrases,
+      templates=self.prompt_templates,
+      skipped_words=self.skipped_words,
+    )
 
   def _rng(self, position: int, stream: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=(self.seed, position), counter=(0, 0, 0, stream)))
@@ -227,6 +242,9 @@ def build_examples(
     num_batches=config.total_steps,
     rows=range(config.batch_size) if rows is None else rows,
     noun_phrases=config.data.noun_phrases,
+    prompt_templates=config.data.prompt_templates,
+    skipped_words=tuple(config.data.skipped_words),
+    word_ids=config.data.num_prompts > 0 and config.multi_label_loss != 'pooled',
   )
 
 
@@ -244,7 +262,8 @@ def iterate(
     prefetch_batches: how many batches are kept ready, in all processes together.
 
   Yields:
-    {'image': uint8 [b, H, W, 3], 'tokens': int32 [b, T, L], 'bad_records': int32 [b, causes]} with b the host's rows.
+    {'image': uint8 [b, H, W, 3], 'tokens': int32 [b, T, L], 'bad_records': int32 [b, causes]} with b the host's rows,
+    and 'words' int32 [b, M, 2] where examples hold them.
 
   Raises:
     TooManyBadRecords, OSError: see `Examples`; or a worker died.

@@ -5,11 +5,13 @@ one self-contained module is loaded by file: `import textblob` would pull in nlt
 scikit-learn, about a second and 150 MB in every worker process.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 import functools
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -65,11 +67,26 @@ def noun_phrases(caption: str) -> list[str]:
   return phrases
 
 
-def noun_prompts(caption: str, count: int, rng: np.random.Generator, *, phrases: bool = False) -> list[str]:
+class Prompts(NamedTuple):
+  """The M prompts of a caption, and what each was made of: a word, or the caption itself."""
+
+  texts: list[str]
+  words: list[str]
+
+
+def noun_prompts(
+  caption: str,
+  count: int,
+  rng: np.random.Generator,
+  *,
+  phrases: bool = False,
+  templates: str = 'full',
+  skipped_words: Collection[str] = (),
+) -> Prompts:
   """Returns a caption's prompts for the multi-label loss (paper section 3.3).
 
-  Up to `count` words are picked without replacement, each in a template drawn from the 80 of
-  ImageNet; the caption fills the rest. Words are picked by occurrence: one that the caption
+  Up to `count` words are picked without replacement, each in a template drawn from a set (in the
+  paper the 80 of ImageNet); the caption fills the rest. Words are picked by occurrence: one that the caption
   holds twice is twice as likely and may be picked twice, in two templates.
 
   Args:
@@ -77,18 +94,27 @@ def noun_prompts(caption: str, count: int, rng: np.random.Generator, *, phrases:
     count: M, the number of prompts; 0 for none.
     rng: decides the words and the templates; equal states give equal prompts.
     phrases: picks from `noun_phrases` instead of `nouns`.
+    templates: name of a template set, see `template_set`.
+    skipped_words: never picked, whatever their case, such as 'photo'.
 
   Returns:
-    `count` texts.
+    `count` texts and words.
   """
   if count == 0:
-    return []
-  words = noun_phrases(caption) if phrases else nouns(caption)
-  templates = template_set('full')
+    return Prompts([], [])
+  words = [w for w in (noun_phrases if phrases else nouns)(caption) if w.lower() not in skipped_words]
+  formats = template_set(templates)
   picked = rng.permutation(len(words))[:count]
-  drawn = rng.integers(len(templates), size=len(picked))
-  prompts = [templates[t].format(words[w]) for w, t in zip(picked, drawn, strict=True)]
-  return prompts + [caption] * (count - len(prompts))
+  drawn = rng.integers(len(formats), size=len(picked))
+  prompts = [formats[t].format(words[w]) for w, t in zip(picked, drawn, strict=True)]
+  rest = [caption] * (count - len(prompts))
+  return Prompts(prompts + rest, [words[w] for w in picked] + rest)
+
+
+def word_ids(words: Sequence[str]) -> np.ndarray:
+  """Ids of words, int32 [M, 2]: 64 bits of a digest, equal for equal words whatever their case."""
+  digests = (hashlib.blake2b(word.lower().encode('utf-8', 'replace'), digest_size=8).digest() for word in words)
+  return np.frombuffer(b''.join(digests), '<i4').reshape(-1, 2).astype(np.int32)
 
 
 def class_prompts(names: Sequence[str], templates: str) -> list[list[str]]:

@@ -120,7 +120,7 @@ class ImageTextModel(nn.Module):
     """Projects the towers' features of a whole batch.
 
     Args:
-      image_features: [B, D].
+      image_features: [B, D], or [B, 1 + S, D] with segments: BatchNorm sees all of them alike.
       text_features: [B, T, D].
       train: whether BatchNorm uses (and updates) the batch's statistics.
 

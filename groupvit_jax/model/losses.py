@@ -1,4 +1,4 @@
-"""The two losses of GroupViT: caption contrast and multi-label contrast (paper section 3.3).
+"""Caption contrast and multi-label contrast (paper section 3.3), and multi-label contrast with the best segment.
 
 Embeddings come in as the projectors leave them; everything is float32 and over the global batch. The logits of a batch
 are never held: blocks of them are computed, reduced along both axes, and computed again in the backward pass.
@@ -6,7 +6,7 @@ are never held: blocks of them are computed, reduced along both axes, and comput
 
 from collections.abc import Callable
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -15,6 +15,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 # Temperatures below 1/100 make training unstable (CLIP, section 2.5).
 MAX_SCALE = 100.0
+
+# Of the soft maximum over segments: 0 would be the maximum, a large one the mean.
+SEGMENT_TEMPERATURE = 0.1
+
+# How prompts are contrasted with images: `multi_label_loss` and `best_segment_loss` say what differs.
+MultiLabel = Literal['pooled', 'pooled_distinct', 'best_segment']
+
+# Stands for a logit that does not count: finite, so that differences of two are no nan.
+_NEVER = -1e30
 
 # Columns whose logits with its own rows a device computes at a time.
 BLOCK = 256
@@ -104,6 +113,75 @@ def multi_label_loss(
     jnp.mean(per_image.best // prompts == labels),
     jnp.mean(per_prompt.best.reshape(batch, prompts) == labels[:, None]),
   )
+
+
+def best_segment_loss(
+  segment_embeds: jax.Array,
+  in_use: jax.Array,
+  prompt_embeds: jax.Array,
+  words: jax.Array,
+  log_scale: jax.Array,
+  *,
+  temperature: float = SEGMENT_TEMPERATURE,
+  sharding: NamedSharding | None = None,
+  block: int = BLOCK,
+) -> ContrastiveLoss:
+  """Contrast of prompts with the segment of each image that fits them best; not in the paper.
+
+  The paper's losses see the mean of all segments, so nothing asks that one segment carries a word. Two things differ:
+
+  1. The similarity of image i and prompt t is a soft maximum over the image's segments that own a patch:
+     s(i, t) = temperature * logsumexp_k(cos(segment_ik, prompt_t) / temperature).
+  2. Prompts of one word are never each other's negatives, and positives do not compete with each other. With N the
+     pairs (i, t) in which the word of t is none of the words of image i, and (i, p) an image and a prompt of its own,
+     the loss is the mean of softplus(logsumexp_{t: (i, t) in N} scale * s(i, t) - scale * s(i, p)) over all (i, p), and
+     of the same with the negatives {j: (j, p) in N} of the prompt.
+
+  With the pooled feature as the only segment it is the second difference alone.
+
+  Args:
+    segment_embeds: [B, S, E].
+    in_use: bool [B, S], which segments own a patch; at least one per image.
+    prompt_embeds: [B, M, E].
+    words: ids of the prompts' words [B, M, K], integers; two words are equal when all K are.
+    log_scale: log temperature [] of the contrast.
+    temperature: of the soft maximum.
+    sharding: of B over devices; None for one device.
+    block: prompts whose logits a device computes at a time.
+
+  Returns:
+    Loss (mean of the two directions) and accuracies: how often a positive scores above all of its negatives.
+
+  Raises:
+    ValueError: M is 0.
+  """
+  batch, prompts, width = _check_prompts(prompt_embeds)
+  scale = clamped_scale(log_scale)
+  segments, texts = l2_normalize(segment_embeds), l2_normalize(prompt_embeds)
+
+  def logits(rows, columns):
+    segments, in_use, own_words, scale = rows
+    texts, words = columns
+    cosines = jnp.einsum('bse,te->bst', segments, texts, precision='highest')
+    positive = (own_words[:, :, None] == words[None, None]).all(axis=-1).any(axis=1)
+    return jnp.where(positive, _NEVER, scale[:, None] * _soft_maximum(cosines, in_use, temperature))
+
+  cosines = jnp.einsum('bse,bme->bsm', segments, texts, precision='highest')
+  own = scale * _soft_maximum(cosines, in_use, temperature)
+  rows = segments, in_use, words, jnp.broadcast_to(scale, batch)
+  columns = texts.reshape(-1, width), words.reshape(batch * prompts, -1)
+  per_image, per_prompt = _reduce_logits(logits, rows, columns, sharding, block)
+  of_prompts = jax.tree.map(lambda x: x.reshape(batch, prompts), per_prompt)
+  image_to_text = jax.nn.softplus(per_image.logsumexp[:, None] - own).mean()
+  text_to_image = jax.nn.softplus(of_prompts.logsumexp - own).mean()
+  return ContrastiveLoss(
+    (image_to_text + text_to_image) / 2, jnp.mean(own > per_image.peak[:, None]), jnp.mean(own > of_prompts.peak)
+  )
+
+
+def _soft_maximum(cosines: jax.Array, in_use: jax.Array, temperature: float) -> jax.Array:
+  """Soft maximum [B, T] of cosines [B, S, T] over the segments in use [B, S]."""
+  return temperature * jax.nn.logsumexp(jnp.where(in_use[:, :, None], cosines / temperature, _NEVER), axis=1)
 
 
 def _check_prompts(prompt_embeds: jax.Array) -> tuple[int, int, int]:

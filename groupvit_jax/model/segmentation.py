@@ -41,6 +41,16 @@ def token_affinity(assignments: Sequence[jax.Array]) -> jax.Array:
   return affinity
 
 
+def segments_in_use(assignments: Sequence[jax.Array]) -> jax.Array:
+  """Which final segments own a patch, bool [B, S]: a patch belongs to the one with the highest affinity.
+
+  Args:
+    assignments: as for `token_affinity`.
+  """
+  affinity = token_affinity(assignments)
+  return jax.nn.one_hot(jnp.argmax(affinity, axis=-1), affinity.shape[-1], dtype=bool).any(axis=1)
+
+
 def interpolation_taps(
   index: jax.Array, size_in: int | jax.Array, size_out: int | jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import functools
 import time
-from typing import NamedTuple
+from typing import get_args, NamedTuple
 
 from clu import parameter_overview
 from etils import epath
@@ -25,6 +25,7 @@ from groupvit_jax.interop.licence import Licence
 from groupvit_jax.model import text_packing
 from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.image_text import ImageTextModel
+from groupvit_jax.model.losses import MultiLabel
 from groupvit_jax.running import processes, sharding
 from groupvit_jax.running.attention_choice import AttentionChoice, choose_attention
 from groupvit_jax.running.interrupts import Interrupts, Preempted
@@ -100,6 +101,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   text_packing.check_budget(config.text_budget)
   if not 0 <= config.ema_decay < 1:
     raise UserError(f'ema_decay={config.ema_decay}: use 0 for no average, or a number below 1, as in 0.9998')
+  if config.multi_label_loss not in get_args(MultiLabel):
+    raise UserError(f'multi_label_loss={config.multi_label_loss!r}: use {", ".join(map(repr, get_args(MultiLabel)))}')
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   source = build_source(config.data, tuple(config.model.vision.image_size))
   pipeline.check_batch_size(source, config.batch_size)
@@ -178,6 +181,7 @@ def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, tra
     random_erasing=build_random_erasing(run.config.data.augment),
     batch_sharding=sharding.batch_sharding(run.mesh),
     ema_decay=run.config.ema_decay,
+    multi_label_loss=run.config.multi_label_loss,
   )
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 

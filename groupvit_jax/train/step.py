@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 import optax
 
-from groupvit_jax.model import losses
+from groupvit_jax.model import losses, segmentation
 from groupvit_jax.model.image_text import ImageTextModel, Projected
 from groupvit_jax.model.layers import sample_keys
+from groupvit_jax.model.losses import ContrastiveLoss, MultiLabel
 from groupvit_jax.model.metrics import GroupingHealth
 from groupvit_jax.model.pixels import normalize_images, RandomErasing
 from groupvit_jax.model.text_packing import Encoders, text_features, text_load, TextLoad
@@ -20,7 +21,8 @@ from groupvit_jax.running import sharding
 from groupvit_jax.train import optim
 from groupvit_jax.train.state import TrainState
 
-Batch = dict[str, jax.Array]  # 'image': uint8 [B, H, W, 3], 'tokens': int32 [B, T, L]
+# 'image': uint8 [B, H, W, 3], 'tokens': int32 [B, T, L], and 'words': int32 [B, M, 2] where the loss asks for them
+Batch = dict[str, jax.Array]
 
 
 class StepMetrics(NamedTuple):
@@ -37,8 +39,31 @@ class LossOutput(NamedTuple):
   metrics: StepMetrics
 
 
+class Segments(NamedTuple):
+  """What the loss of the best segment sees beside the pooled feature."""
+
+  embeds: jax.Array  # [B, S, E]
+  in_use: jax.Array  # bool [B, S]
+
+
+def prompt_loss(
+  out: Projected, segments: Segments | None, words: jax.Array | None, batch_sharding: NamedSharding | None
+) -> ContrastiveLoss:
+  """The multi-label loss: with segments that of the best one; without words [B, M, 2] the paper's."""
+  prompts, scale = out.text_embeds[:, 1:], out.multi_label_logit_scale
+  if words is None:
+    return losses.multi_label_loss(out.image_embeds, prompts, scale, sharding=batch_sharding)
+  if segments is None:
+    segments = Segments(out.image_embeds[:, None], jnp.ones((len(prompts), 1), bool))
+  return losses.best_segment_loss(*segments, prompts, words, scale, sharding=batch_sharding)
+
+
 def total_loss(
-  out: Projected, multi_label_weight: float, batch_sharding: NamedSharding | None
+  out: Projected,
+  multi_label_weight: float,
+  batch_sharding: NamedSharding | None,
+  segments: Segments | None = None,
+  words: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Caption loss plus weighted multi-label loss (paper section 3.3), and metrics of both."""
   with jax.named_scope('caption_loss'):
@@ -52,9 +77,7 @@ def total_loss(
   }
   if out.multi_label_logit_scale is not None:
     with jax.named_scope('multi_label_loss'):
-      prompts = losses.multi_label_loss(
-        out.image_embeds, out.text_embeds[:, 1:], out.multi_label_logit_scale, sharding=batch_sharding
-      )
+      prompts = prompt_loss(out, segments, words, batch_sharding)
     loss = loss + multi_label_weight * prompts.loss
     logged |= {
       'multi_label_loss': prompts.loss,
@@ -102,6 +125,7 @@ def loss_and_grads(
   text_budget: int,
   random_erasing: RandomErasing | None,
   batch_sharding: NamedSharding | None,
+  multi_label_loss: MultiLabel = 'pooled',
 ) -> tuple[LossOutput, object]:
   """Loss, metrics and updated BatchNorm statistics of a batch, and the gradient of the loss.
 
@@ -115,23 +139,35 @@ def loss_and_grads(
 
   packed = dict(eos_id=model.text.eos_id, budget=text_budget, groups=groups)
 
-  def encode(params, rows: Batch) -> tuple[tuple[jax.Array, jax.Array], tuple[GroupingHealth, TextLoad]]:
+  best_segment = multi_label_loss == 'best_segment' and model.multi_label
+
+  def encode(params, rows: Batch) -> tuple[tuple[jax.Array, ...], tuple[GroupingHealth, TextLoad]]:
     images = normalize_images(rows['image'])
     if random_erasing is not None:
       images = random_erasing(images, rows['keys'])
     vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
     text = text_features(readers, params, rows['tokens'], **packed)
     health = GroupingHealth.from_assignments(vision.assignments)
-    return (vision.pooled, text), (health, text_load(rows['tokens'], **packed))
+    image, in_use = vision.pooled, ()
+    if best_segment:
+      image = jnp.concatenate([image[:, None], vision.segments], axis=1)
+      in_use = segmentation.segments_in_use(vision.assignments)
+    return (image, text, in_use), (health, text_load(rows['tokens'], **packed))
+
+  words = batch['words'] if multi_label_loss != 'pooled' and model.multi_label else None
 
   def loss_fn(params):
-    features, (health, load) = map_micro_batches(
+    (*features, in_use), (health, load) = map_micro_batches(
       functools.partial(encode, params), batch | {'keys': keys}, grad_accum_steps
     )
     out, updated = model.apply(
       state.variables | {'params': params}, *features, train=True, method='project', mutable=['batch_stats']
     )
-    loss, logged = total_loss(out, multi_label_weight, batch_sharding)
+    segments = None
+    if best_segment:
+      segments = Segments(out.image_embeds[:, 1:], in_use)
+      out = out._replace(image_embeds=out.image_embeds[:, 0])
+    loss, logged = total_loss(out, multi_label_weight, batch_sharding, segments, words)
     logged |= {'text_tokens': load.tokens / len(batch['image']), 'text_turns': load.turns}
     return loss, LossOutput(updated['batch_stats'], StepMetrics(logged, health))
 
@@ -167,6 +203,7 @@ def train_step(
   random_erasing: RandomErasing | None,
   batch_sharding: NamedSharding | None,
   ema_decay: float = 0.0,
+  multi_label_loss: MultiLabel = 'pooled',
 ) -> tuple[TrainState, StepMetrics]:
   """Applies one update.
 
@@ -184,6 +221,7 @@ def train_step(
     random_erasing: what some images lose (static); None when no image loses anything.
     batch_sharding: how B is divided over devices (static); None when there is but one.
     ema_decay: of the moving average, in a state that has one (static).
+    multi_label_loss: how prompts are contrasted with images (static); all but 'pooled' need the batch's words.
 
   Returns:
     The next state and the step's metrics.
@@ -197,6 +235,7 @@ def train_step(
     text_budget=text_budget,
     random_erasing=random_erasing,
     batch_sharding=batch_sharding,
+    multi_label_loss=multi_label_loss,
   )
   with jax.named_scope('optimizer'):
     grad_norm = optax.tree.norm(grads)

@@ -73,7 +73,7 @@ def test_prompts_hold_distinct_words_in_the_80_templates():
   made = {template.format(word): word for template in text_ops.template_set('full') for word in text_ops.nouns(CAPTION)}
   picked = Counter()
   for seed in range(200):
-    prompts = text_ops.noun_prompts(CAPTION, 3, np.random.default_rng(seed))
+    prompts = text_ops.noun_prompts(CAPTION, 3, np.random.default_rng(seed)).texts
     words = [made[prompt] for prompt in prompts]
     assert len(set(words)) == 3
     picked.update(words)
@@ -83,33 +83,55 @@ def test_prompts_hold_distinct_words_in_the_80_templates():
 
 
 def test_every_template_is_drawn():
-  drawn = {text_ops.noun_prompts('dog', 1, np.random.default_rng(s))[0] for s in range(1500)}
+  drawn = {text_ops.noun_prompts('dog', 1, np.random.default_rng(s)).texts[0] for s in range(1500)}
   assert drawn == {t.format('dog') for t in text_ops.template_set('full')}
 
 
 def test_the_caption_fills_the_rest():
-  dog, *rest = text_ops.noun_prompts('the dog', 3, np.random.default_rng(0))
+  dog, *rest = text_ops.noun_prompts('the dog', 3, np.random.default_rng(0)).texts
   assert dog != 'the dog' and 'dog' in dog
   assert rest == ['the dog', 'the dog']
-  assert text_ops.noun_prompts('', 2, np.random.default_rng(0)) == ['', '']
-  assert text_ops.noun_prompts(CAPTION, 0, np.random.default_rng(0)) == []
+  assert text_ops.noun_prompts('', 2, np.random.default_rng(0)).texts == ['', '']
+  assert text_ops.noun_prompts(CAPTION, 0, np.random.default_rng(0)) == ([], [])
 
 
 def test_a_repeated_word_is_picked_once_per_occurrence():
-  prompts = text_ops.noun_prompts('a dog and a dog', 3, np.random.default_rng(0))
+  prompts = text_ops.noun_prompts('a dog and a dog', 3, np.random.default_rng(0)).texts
   assert prompts[2] == 'a dog and a dog'
   assert all(p in {t.format('dog') for t in text_ops.template_set('full')} for p in prompts[:2])
 
 
+def test_skipped_words_are_never_picked():
+  made = text_ops.noun_prompts('a Photo of a dog', 2, np.random.default_rng(0), skipped_words=('photo',))
+  assert made.words == ['dog', 'a Photo of a dog']
+
+
+def test_equal_words_have_equal_ids_in_any_template():
+  first, second = (
+    text_ops.noun_prompts(caption, 2, np.random.default_rng(seed))
+    for seed, caption in enumerate(('a dog with a Banana', 'the banana of a dog'))
+  )
+  assert set(first.texts).isdisjoint(second.texts) and first.words != second.words
+  one, other = (text_ops.word_ids(sorted(made.words, key=str.lower)) for made in (first, second))
+  assert one.dtype == np.int32 and one.shape == (2, 2)
+  np.testing.assert_array_equal(one, other)
+  assert (one[0] != one[1]).any()
+
+
+def test_one_template():
+  made = text_ops.noun_prompts('a dog', 1, np.random.default_rng(0), templates='simple')
+  assert made.texts == [text_ops.template_set('simple')[0].format('dog')]
+
+
 def test_prompts_of_phrases_hold_phrases():
-  prompts = text_ops.noun_prompts('a wet dog ran', 2, np.random.default_rng(0), phrases=True)
+  prompts = text_ops.noun_prompts('a wet dog ran', 2, np.random.default_rng(0), phrases=True).texts
   assert 'wet dog' in prompts[0]
   assert prompts[1] == 'a wet dog ran'
 
 
 def test_prompts_are_a_function_of_the_rngs_state():
   def draw(seed):
-    return text_ops.noun_prompts(CAPTION, 3, np.random.default_rng([seed, 7]))
+    return text_ops.noun_prompts(CAPTION, 3, np.random.default_rng([seed, 7])).texts
 
   assert draw(1) == draw(1)
   assert draw(1) == ['a photo of a large grass.', 'a origami dog.', 'a photo of a nice banana.']

@@ -12,6 +12,7 @@ from benchmarks import plain_losses
 from groupvit_jax.model import losses, text_packing
 from groupvit_jax.model.image_text import ImageTextModel, Projected
 from groupvit_jax.model.layers import Remat
+from groupvit_jax.model.losses import MultiLabel
 from groupvit_jax.model.pixels import RandomErasing
 from groupvit_jax.model.text_packing import one_a_row
 from groupvit_jax.model.vision import StageSpec
@@ -38,7 +39,9 @@ def small_model(remat: Remat = 'none') -> ImageTextModel:
 
 
 @functools.cache
-def compiled_step(devices: int, steps: int, remat: Remat = 'none', text_budget: int = BUDGET) -> jax.stages.Compiled:
+def compiled_step(
+  devices: int, steps: int, remat: Remat = 'none', text_budget: int = BUDGET, loss: MultiLabel = 'pooled'
+) -> jax.stages.Compiled:
   """loss_and_grads of (variables, root key, batch)."""
   place = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:devices]))
 
@@ -53,6 +56,7 @@ def compiled_step(devices: int, steps: int, remat: Remat = 'none', text_budget: 
       text_budget=text_budget,
       random_erasing=RandomErasing(0.5),
       batch_sharding=place,
+      multi_label_loss=loss,
     )
 
   whole = sharding.replicated(place.mesh)
@@ -62,7 +66,8 @@ def compiled_step(devices: int, steps: int, remat: Remat = 'none', text_budget: 
 
 def arguments(seed: int = 0) -> tuple[dict, jax.Array, dict[str, np.ndarray]]:
   """Variables, root key and batch."""
-  return random_variables(small_model()), jax.random.key(seed), random_batch(BATCH)
+  words = np.random.default_rng(seed).integers(9, size=(BATCH, TEXT_SHAPE[0] - 1, 2), dtype=np.int32)
+  return random_variables(small_model()), jax.random.key(seed), random_batch(BATCH) | {'words': words}
 
 
 def outcome(*variant, seed: int = 0):
@@ -96,6 +101,13 @@ def assert_same(one, other) -> None:
 def test_micro_batches_change_nothing(one_shot, devices, steps):
   """Losses, accuracies, health, BatchNorm statistics and gradients of 2 x 32 and 8 x 8 are those of 1 x 64."""
   assert_same(one_shot, outcome(devices, steps))
+
+
+def test_micro_batches_and_devices_change_nothing_for_the_best_segment(one_shot):
+  whole, split = outcome(1, 1, 'none', 0, 'best_segment'), outcome(8, 8, 'none', BUDGET, 'best_segment')
+  assert_same(whole, split)
+  pooled, best = (found[0].metrics.scalars['multi_label_loss'] for found in (one_shot, whole))
+  assert abs(pooled - best) > 1e-3
 
 
 def test_no_sample_moves_between_devices():
@@ -154,19 +166,29 @@ def test_total_loss_with_any_number_of_prompts(prompts):
   assert ('multi_label_loss' in logged) == (prompts > 0)
 
 
-def test_memory_of_the_losses_is_linear_in_the_batch():
+def pooled_loss(segments, in_use, prompts, words, **options):
+  return losses.multi_label_loss(segments[:, 0], prompts, jnp.float32(1.0), **options).loss
+
+
+def best_segment_loss(*args, **options):
+  return losses.best_segment_loss(*args, jnp.float32(1.0), **options).loss
+
+
+@pytest.mark.parametrize('loss, logits', [(pooled_loss, 1), (best_segment_loss, 8)])
+def test_memory_of_the_losses_is_linear_in_the_batch(loss, logits):
   """The compiler's own figures; the matrix of logits would grow sixteenfold, and is never there."""
   place = sharding.batch_sharding(sharding.make_mesh())
 
   def temporaries(batch: int) -> int:
-    loss = lambda *args: losses.multi_label_loss(*args, jnp.float32(1.0), sharding=place, block=128).loss
-    args = [jax.ShapeDtypeStruct((batch, *shape), jnp.float32, sharding=place) for shape in ((8,), (3, 8))]
-    step = jax.jit(jax.grad(loss, argnums=(0, 1)), out_shardings=place)
+    of_loss = functools.partial(loss, sharding=place, block=128)
+    shapes = {(8, 8): jnp.float32, (8,): jnp.bool, (3, 8): jnp.float32, (3, 2): jnp.int32}
+    args = [jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place) for shape, dtype in shapes.items()]
+    step = jax.jit(jax.grad(of_loss, argnums=(0, 2)), out_shardings=place)
     return step.lower(*args).compile().memory_analysis().temp_size_in_bytes
 
   small, large = temporaries(1024), temporaries(4096)
   assert large < 4.4 * small
-  assert large < 512 * 4096 * 3 * 4 / 4  # of a device's logits
+  assert large < logits * 512 * 4096 * 3 * 4 / 4  # of a device's logits
 
 
 @pytest.mark.parametrize(
@@ -174,6 +196,7 @@ def test_memory_of_the_losses_is_linear_in_the_batch():
   [
     ('grad_accum_steps', 2, 'grad_accum_steps=2 does not divide the 1 samples'),
     ('remat', 'all', "remat='all': use 'none', 'dots' or 'blocks'"),
+    ('multi_label_loss', 'best', "multi_label_loss='best': use 'pooled', 'pooled_distinct', 'best_segment'"),
   ],
 )
 def test_mistakes_in_the_config(key, value, message, tmp_path):

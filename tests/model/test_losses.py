@@ -128,6 +128,74 @@ def test_blocked_losses_are_the_plain_ones(mesh, batch, prompts, block):
     assert (ours[1][2] == 0) == (log_scale == 5.0)
 
 
+def segments_and_prompts(batch: int, prompts: int, segments: int = 4) -> tuple[np.ndarray, ...]:
+  """Segments [B, S, E], of which some own no patch, prompts [B, M, E] and their words, of which many are alike."""
+  rng = np.random.default_rng(0)
+  embeds = rng.standard_normal((batch, segments, 6)).astype(np.float32)
+  texts = rng.standard_normal((batch, prompts, 6)).astype(np.float32)
+  in_use = rng.random((batch, segments)) < 0.6
+  in_use[:, 1] = True
+  words = rng.integers(5, size=(batch, prompts, 2)).astype(np.int32)
+  return embeds, in_use, texts, words
+
+
+def test_best_segment_loss_by_hand():
+  """Of image 0 the second segment fits its prompt, the third one better, but it owns no patch."""
+  segments = jnp.array([[[5.0, 12.0], [4.0, 3.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]])
+  in_use = jnp.array([[True, True, False], [True, True, True]])
+  prompts = jnp.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+  loss = functools.partial(losses.best_segment_loss, segments, in_use, prompts, log_scale=LOG2, temperature=1e-3)
+  # Similarities by the best segment in use: [[0.8, 12 / 13], [0, 1]], scale 2.
+  out = loss(jnp.array([[[1, 1]], [[1, 2]]]))
+  rows, columns = np.log1p(np.exp([24 / 13 - 1.6, -2.0])), np.log1p(np.exp([-1.6, 24 / 13 - 2]))
+  np.testing.assert_allclose(out.loss, (rows.mean() + columns.mean()) / 2, rtol=5e-3)
+  assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (0.5, 1)
+  # Of one word, the prompts are no negatives, and without negatives there is nothing to learn.
+  same = jax.value_and_grad(lambda x: losses.best_segment_loss(x, in_use, prompts, jnp.ones((2, 1, 2)), LOG2).loss)
+  value, gradient = same(segments)
+  assert value == 0 and (gradient == 0).all()
+
+
+def test_a_soft_maximum_lies_between_maximum_and_mean():
+  cosines, in_use = jnp.array([[[0.9], [0.1], [-0.4]]]), jnp.array([[True, True, False]])
+  best, soft, mean = (losses._soft_maximum(cosines, in_use, t)[0, 0] for t in (1e-3, 0.1, 1e3))
+  np.testing.assert_allclose(best, 0.9, rtol=1e-5)
+  np.testing.assert_allclose(soft, 0.1 * np.log(np.exp(9) + np.exp(1)), rtol=1e-5)
+  np.testing.assert_allclose(mean - 1e3 * np.log(2), 0.5, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+  'mesh, batch, prompts, block',
+  [
+    (None, 6, 3, 4),
+    (None, 5, 1, 1024),
+    ({'data': 8}, 16, 1, 2),
+    ({'data': 2, 'fsdp': 4}, 16, 3, 7),
+    ({'data': 2, 'fsdp': 2, 'model': 2}, 12, 2, 1024),
+  ],
+)
+@pytest.mark.parametrize('segments', [1, 4])
+def test_blocked_best_segment_loss_is_the_plain_one(mesh, batch, prompts, block, segments):
+  """Values, accuracies and every gradient; one segment is the loss of the pooled feature."""
+  place = mesh and sharding.batch_sharding(sharding.make_mesh(**mesh))
+  blocked = functools.partial(losses.best_segment_loss, sharding=place, block=block)
+
+  @jax.jit
+  def both(*args):
+    with_aux = lambda loss: lambda *args: (loss(*args).loss, loss(*args))
+    return tuple(
+      jax.value_and_grad(with_aux(loss), argnums=(0, 2, 4), has_aux=True)(*args)
+      for loss in (blocked, plain_losses.best_segment_loss)
+    )
+
+  arrays = segments_and_prompts(batch, prompts)
+  arrays = (arrays[0][:, 1 : 1 + segments], arrays[1][:, 1 : 1 + segments], *arrays[2:])
+  for log_scale in (0.0, 3.0):
+    ours, plain = both(*jax.device_put(arrays, place), jnp.float32(log_scale))
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain)):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
 def test_equals_count_for_the_first_on_any_number_of_devices():
   """As argmax does: a batch of equal pairs has one hit, not all or none."""
   ones = jnp.ones((16, 4))

@@ -77,6 +77,13 @@ def test_machines_change_memory_and_workers_alone(recipe):
     assert changed and changed <= {'grad_accum_steps', 'remat', 'data.num_workers', 'data.num_threads'}
 
 
+@pytest.mark.parametrize('machine', MACHINES)
+def test_named_variant_changes_the_multi_label_loss_alone(machine):
+  paper, named = (flat(groupvit_vits16_gcc_yfcc.get_config(f'{machine}{end}'.strip('_'))) for end in ('', '_named'))
+  assert {key for key, value in named.items() if value != paper[key]} == {'multi_label_loss', 'data.skipped_words'}
+  assert (paper['multi_label_loss'], named['multi_label_loss']) == ('pooled', 'best_segment')
+
+
 def test_recipes_are_the_papers():
   yfcc, redcaps = (recipe.get_config() for recipe in RECIPES)
   assert yfcc.total_steps == 30 * ((2_891_445 + 11_156_203 + 14_615_499) // 4096) == 209_910
@@ -154,7 +161,7 @@ def test_the_whole_recipe_trains(tmp_path, monkeypatch):
   erasing = RandomErasing.__call__
   erased = []
   monkeypatch.setattr(RandomErasing, '__call__', lambda *args: erased.append(args[1].shape) or erasing(*args))
-  config, run = shrink(groupvit_vits16_gcc_yfcc.get_config('8gpu'), tmp_path), tmp_path / 'run'
+  config, run = shrink(groupvit_vits16_gcc_yfcc.get_config('8gpu_named'), tmp_path), tmp_path / 'run'
   config.checkpoint.every_steps, config.eval.every_steps = 1, 2
   assert loop.train(config, run) == 0
   assert set(erased) == {(16, 32, 32, 3)}
