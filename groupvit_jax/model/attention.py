@@ -1,7 +1,7 @@
-"""Multi-head attention, divided by the sums of its weights after the values are added up rather than before.
+"""Multi-head attention, softmax(query key^T) value.
 
-The same function as softmax(query key^T) value. But what is as large as the weights is passed over less often, and of
-it only the weights themselves wait for the backward pass.
+It is normalised after the values are summed, and only the weights are kept for the backward pass. So fewer passes run
+over arrays of the size of the weights.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 Implementation = Literal['xla', 'xla_in_parts', 'cudnn']
 
-# More cost compilation, and no more than so many cores can be busy with them.
+# More parts take longer to compile; this many keep as many cores busy.
 _MOST_PARTS = 8
 
 
@@ -29,16 +29,15 @@ def attend(
     key: [B, M, h, k].
     value: [B, M, h, k].
     mask: booleans that broadcast to [B, h, N, M]; False hides a key from a query.
-    implementation: 'cudnn' for the fused one of NVIDIA's GPUs, which takes half precision alone; 'xla_in_parts' for
-      CPUs, where XLA works through the products of a batch one after the other and in memory, but runs parts of a
-      batch side by side and in caches. That needs B on one device, and no mask: with one it is 'xla'.
+    implementation: 'cudnn' is fused, for NVIDIA's GPUs in half precision; 'xla_in_parts' splits the batch so that XLA
+      runs its matmuls on several CPU cores and in caches. It needs B on one device; with a mask it is 'xla'.
 
   Returns:
     Attended values [B, N, h, k].
   """
   if implementation == 'cudnn':
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation='cudnn')
-  # Heads before tokens: compilers for CPUs take twice as long over products of arrays that have tokens first.
+  # Heads before tokens: on CPUs matmuls of arrays with tokens first take twice as long.
   query, key, value = map(_swap, (query, key, value))
   if implementation == 'xla_in_parts' and mask is None:
     return _swap(_attend_in_parts(query, key, value))
@@ -46,7 +45,7 @@ def attend(
 
 
 def _attend_in_parts(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-  """`_attend` without a mask, for [B, h, N, k], as several products that do not depend on each other."""
+  """`_attend` without a mask, for [B, h, N, k], as several independent matmuls."""
   batch, heads = query.shape[:2]
   if jax.export.is_symbolic_dim(batch):  # of an exported program
     return _attend(query, key, value, None)
@@ -77,7 +76,7 @@ def _forward(query, key, value, mask):
 def _backward(saved, grad):
   query, key, value, weights, norm, out = saved
   grad = grad * norm
-  # What the softmax takes away: the same for all keys of a query, and smaller to add up here than among them.
+  # The softmax's correction, equal for all keys of a query: a sum over k is smaller than one over M.
   shared = (grad * out).sum(axis=-1, keepdims=True)
   grad = grad.astype(value.dtype)
   grad_logits = jnp.einsum('...nk,...mk->...nm', grad, value, preferred_element_type=jnp.float32) - shared

@@ -30,14 +30,11 @@ def build_model(
     vocab_size: of the tokenizer.
     eos_id: the tokenizer's end-of-text id.
     multi_label: whether prompts are trained beside captions.
-    remat: what blocks keep of their activations for the backward pass; matters in training alone.
-    scan_layers: whether blocks of one shape are a loop, of which the compiler sees one turn.
-
-  Returns:
-    An unbound module.
+    remat: activations that blocks keep for the backward pass.
+    scan_layers: whether blocks of one shape run in a `lax.scan`.
 
   Raises:
-    ValueError: sizes that do not fit together, an unknown dtype, assignment mode or remat.
+    UserError: sizes that do not fit together, an unknown dtype, assignment mode or remat.
   """
   vision, text, dtype = config.vision, config.text, _dtype(config.dtype)
   stages = _stages(vision)
@@ -84,11 +81,7 @@ def build_model(
 
 
 def build_random_erasing(config: ml_collections.ConfigDict) -> RandomErasing | None:
-  """Builds what a config's `data.augment` asks for: None for augmentation 'none', or `erase` 0.
-
-  Raises:
-    ValueError: `erase` is no probability.
-  """
+  """Builds random erasing from a config's `data.augment`; None for augmentation 'none' or `erase` 0."""
   if config.name == 'none' or config.erase == 0:
     return None
   if not 0 < config.erase <= 1:

@@ -17,7 +17,7 @@ from groupvit_jax.model.vision import VisionOutput, VisionTower
 
 
 class ImageOutput(NamedTuple):
-  """What `encode_image` returns; embeddings are not normalised."""
+  """Output of `encode_image`; embeddings are not normalised."""
 
   embeds: jax.Array  # [B, E]
   segments: jax.Array  # [B, S, D], not projected
@@ -25,7 +25,7 @@ class ImageOutput(NamedTuple):
 
 
 class SegmentOutput(NamedTuple):
-  """What `encode_segments` returns; embeddings are not normalised."""
+  """Output of `encode_segments`; embeddings are not normalised."""
 
   image_embeds: jax.Array  # [B, E]
   segment_embeds: jax.Array  # [B, S, E]
@@ -33,7 +33,7 @@ class SegmentOutput(NamedTuple):
 
 
 class Projected(NamedTuple):
-  """What the losses need of a batch; embeddings are not normalised."""
+  """Input of the losses; embeddings are not normalised."""
 
   image_embeds: jax.Array  # [B, E]
   text_embeds: jax.Array  # [B, T, E], captions first, then prompts
@@ -42,7 +42,7 @@ class Projected(NamedTuple):
 
 
 class ImageTextOutput(NamedTuple):
-  """What the whole model returns: the fields of `Projected`, and how the images were grouped."""
+  """Output of the whole model: the fields of `Projected`, and the assignments."""
 
   image_embeds: jax.Array
   text_embeds: jax.Array
@@ -100,23 +100,21 @@ class ImageTextModel(nn.Module):
       tokens: ids [B, T, L]: a caption and T - 1 prompts per image.
       train: whether BatchNorm uses (and updates) the batch's statistics.
       key: source of stochastic depth and Gumbel noise; None for neither.
-
-    Returns:
-      Embeddings, log temperatures and assignments.
     """
     keys = None if key is None else sample_keys(key, len(images))
     vision = self.vision(images, keys=keys)
     return ImageTextOutput(*self.project(vision.pooled, self._text_features(tokens), train=train), vision.assignments)
 
   def vision_features(self, images: jax.Array, *, keys: jax.Array | None = None) -> VisionOutput:
-    """What the image tower makes of images [B, H, W, 3]; `keys` [B] as `sample_keys` makes them, None for no noise."""
+    """Output of the image tower for images [B, H, W, 3]; `keys` [B] from `sample_keys`, None for no noise."""
     return self.vision(images, keys=keys)
 
   def text_features(self, rows: TextRows) -> jax.Array:
-    """What the text tower makes of P groups of n texts, [P * n, D], not projected."""
+    """Features [P * n, D] of P groups of n texts, not projected."""
     return self.text(rows)
 
   def project(self, image_features: jax.Array, text_features: jax.Array, *, train: bool = False) -> Projected:
+<<<<<<< HEAD
     """Projects the towers' features of a whole batch.
 
     Args:
@@ -127,6 +125,9 @@ class ImageTextModel(nn.Module):
     Returns:
       Embeddings and log temperatures.
     """
+=======
+    """Projects image features [B, D] and text features [B, T, D] of a whole batch; `train` as in `__call__`."""
+>>>>>>> 70c3a83 (Resize positions with jax.image and shorten the model's docstrings)
     return Projected(
       self.image_projector(image_features, train=train),
       self.text_projector(text_features, train=train),

@@ -16,8 +16,8 @@ from groupvit_jax.model.attention import attend, Implementation
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
 
-# What a block keeps of its activations for the backward pass: all, the results of matrix products with weights, or
-# none. The rest is computed again.
+# Activations that a block keeps for the backward pass: all, the results of matmuls with weights, or none. The rest is
+# recomputed.
 Remat = Literal['none', 'dots', 'blocks']
 
 # torch's epsilon; Flax's default is 1e-6.
@@ -25,12 +25,12 @@ LAYER_NORM_EPS = 1e-5
 
 
 def _from_its_input(function: Activation, slope: Activation) -> Activation:
-  """The function, of whose arrays x alone waits for the backward pass.
+  """The function, with x as the only residual of its backward pass.
 
   Args:
     function: of x.
-    slope: its derivative at x, which shares no dear operation with it: compilers would compute that once, in the
-      forward pass, and keep what it gives as well as x.
+    slope: its derivative at x. It must share no expensive operation with `function`, because compilers would compute
+      that once, in the forward pass, and keep its result beside x.
   """
   activation = jax.custom_vjp(function)
   activation.defvjp(lambda x: (function(x), x), lambda x, grad: (grad * slope(x),))
@@ -112,18 +112,9 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 def project(
   x: jax.Array, kernel: jax.Array, dimension_numbers: lax.DotDimensionNumbers, precision: lax.PrecisionLike = None
 ) -> jax.Array:
-  """A `dot_general` for Flax's dense layers: the last axes of x with the first ones of the kernel.
+  """A `dot_general` for Flax's dense layers: x [..., *K] and kernel [*K, *F] -> [..., *F].
 
-  All axes of x that stay are one while it multiplies.
-
-  Args:
-    x: [..., *K].
-    kernel: [*K, *F].
-    dimension_numbers: as `lax.dot_general` takes them; without batch axes.
-    precision: of the products.
-
-  Returns:
-    [..., *F].
+  Its gradients are matmuls of two-dimensional arrays, in layouts that suit CPUs.
   """
   return _project(x, kernel, len(dimension_numbers[0][0]), precision)
 
@@ -149,10 +140,10 @@ def _project_forward(x, kernel, axes, precision):
 
 def _project_backward(axes, precision, saved, grad):
   x, kernel = saved
-  # Two products read the gradient. On CPUs each would compute again, with strides, what leads to it.
+  # Two matmuls read the gradient. On CPUs each would recompute, with strides, what produces it.
   grad = lax.platform_dependent(grad, cpu=lax.optimization_barrier, default=lambda grad: grad)
   grad = _rows(grad, kernel.ndim - axes)
-  # With all that x and the kernel share in one axis both are read as they lie; else they would be turned around first.
+  # With the axes that x and the kernel share flattened to one, neither is transposed first.
   flat = kernel.reshape(-1, *kernel.shape[axes:])
   features = tuple(range(1, grad.ndim))
   grad_x = lax.dot_general(grad, flat, ((features, features), ((), ())), precision)
@@ -164,10 +155,10 @@ _project.defvjp(_project_forward, _project_backward)
 
 
 def sample_keys(key: jax.Array, batch: int) -> jax.Array:
-  """A key [B] for each sample of a global batch.
+  """Keys [B], one for each sample of a global batch.
 
-  All noise is drawn from these, a sample at a time. So a sample's noise depends on its row in the global batch, not on
-  which other rows are computed with it.
+  All noise is drawn per sample from these, so it depends on the row in the global batch and not on the rows computed
+  with it.
   """
   return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
 
@@ -180,13 +171,7 @@ def fold_keys(keys: jax.Array | None, data: int) -> jax.Array | None:
 def drop_path(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> jax.Array:
   """Stochastic depth: zeroes whole samples of a residual branch [B, ...] and rescales the others.
 
-  Args:
-    x: the branch's output.
-    rate: probability of dropping a sample.
-    keys: [B], source of each sample's choice; without them nothing is dropped.
-
-  Returns:
-    An array like `x`, with the same expectation.
+  `rate` is the probability of dropping a sample; without keys [B] nothing is dropped.
   """
   if keys is None or (isinstance(rate, float) and rate == 0):
     return x
@@ -210,7 +195,7 @@ class BlockInit:
 
 
 def rematerialized(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
-  """A module class whose instances keep no more activations than `remat` says; parameters are the same."""
+  """The module class with activations recomputed as `remat` says; parameters are the same."""
   if remat == 'none':
     return module
   dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -352,7 +337,7 @@ def scan_blocks(
   keys: jax.Array | None = None,
   drop_rates: Sequence[float] | None = None,
 ) -> jax.Array:
-  """Applies blocks of one shape one after the other, as a loop: the compiler sees one of them.
+  """Applies blocks of one shape in a `lax.scan`, so that the compiler sees one of them.
 
   Args:
     block: a `Block` that has no parent.

@@ -1,6 +1,6 @@
-"""Sums that merge across steps, devices and hosts, and what they come to.
+"""Metrics of segmentation and grouping, as sums that merge across steps, devices and hosts.
 
-Shape letters: B images, N tokens, S segments, C classes. Everything but `compute` runs inside jit.
+B images, N tokens, S segments, C classes. Everything but `compute` runs inside jit.
 """
 
 from collections.abc import Sequence
@@ -17,40 +17,11 @@ IGNORE_LABEL = 255
 _LIMB_BITS = 30  # of the lower half of a count
 
 
-@flax.struct.dataclass
-class Mean(metrics.Metric):
-  """Weighted mean of values."""
-
-  total: jax.Array  # []
-  weight: jax.Array  # []
-
-  @classmethod
-  def empty(cls) -> 'Mean':
-    """The mean of nothing."""
-    return cls(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
-
-  @classmethod
-  def from_values(cls, values: jax.Array, weights: jax.Array | None = None) -> 'Mean':
-    """Mean of an array of any shape; weights of its shape, None for ones."""
-    values = jnp.asarray(values, jnp.float32)
-    weights = jnp.ones_like(values) if weights is None else jnp.asarray(weights, jnp.float32)
-    # A masked value may be anything, nan included.
-    return cls(jnp.where(weights == 0, 0, values * weights).sum(), weights.sum())
-
-  def merge(self, other: 'Mean') -> 'Mean':
-    """The mean of both."""
-    return Mean(self.total + other.total, self.weight + other.weight)
-
-  def compute(self) -> float:
-    """The mean; nan without values."""
-    return float(np.divide(self.total, self.weight)) if float(self.weight) else float('nan')
-
-
 class SegmentationScores(NamedTuple):
-  """What a confusion matrix comes to; nan marks a class that has no say (`compute` says when)."""
+  """Scores of a confusion matrix; nan marks a class that means leave out."""
 
   iou: np.ndarray  # [C]
-  accuracy: np.ndarray  # [C], share of the class's pixels that are labelled so (recall)
+  accuracy: np.ndarray  # [C], recall
   miou: float
   mean_accuracy: float
   pixel_accuracy: float
@@ -58,10 +29,7 @@ class SegmentationScores(NamedTuple):
 
 @flax.struct.dataclass
 class ConfusionMatrix(metrics.Metric):
-  """Exact counts of (true, predicted) classes, up to 2**61.
-
-  In two int32 halves: devices have no int64, and a long evaluation has more pixels than int32.
-  """
+  """Exact counts of (true, predicted) classes, up to 2**61, in two int32 halves because devices have no int64."""
 
   low: jax.Array  # [C, C], below 2**30
   high: jax.Array  # [C, C], in units of 2**30
@@ -77,8 +45,7 @@ class ConfusionMatrix(metrics.Metric):
     """Counts pixels.
 
     Args:
-      truth: labels of any shape with fewer than 2**30 elements, integers; 255, and whatever else is
-        no class, is not counted.
+      truth: integer labels of any shape with fewer than 2**30 elements; 255 and other non-classes are not counted.
       predicted: labels of the same shape, integers below `num_classes`.
       num_classes: C.
     """
@@ -89,16 +56,9 @@ class ConfusionMatrix(metrics.Metric):
 
   @classmethod
   def oracle(cls, truth: jax.Array, segments: jax.Array, *, num_segments: int, num_classes: int) -> 'ConfusionMatrix':
-    """Counts what perfect naming would give: each segment is called by its majority label.
+    """Counts of perfect naming: each segment [B, H, W] takes the majority label of its pixels in `truth` [B, H, W].
 
-    The distance to the score of the predictions is what naming loses; the distance to 1 is what
-    grouping loses.
-
-    Args:
-      truth: labels [B, H, W]; 255 is ignored.
-      segments: segment indices [B, H, W].
-      num_segments: S.
-      num_classes: C.
+    The distance to the score of the predictions is the loss by naming; the distance to 1 is the loss by grouping.
     """
 
     def best_names(truth: jax.Array, segments: jax.Array) -> jax.Array:
@@ -120,9 +80,8 @@ class ConfusionMatrix(metrics.Metric):
   def compute(self) -> SegmentationScores:
     """Scores, with mmsegmentation's conventions.
 
-    A class that is neither true nor predicted anywhere has no IoU (nan), one that is never true has
-    no accuracy; means leave them out. A class that is predicted but never true has IoU 0, and
-    counts.
+    A class that is neither true nor predicted has no IoU (nan), one that is never true has no accuracy; means leave
+    them out. A class that is predicted but never true has IoU 0, and counts.
     """
     return scores_from_counts(self.counts())
 
@@ -136,13 +95,10 @@ def scores_from_counts(counts: np.ndarray) -> SegmentationScores:
 
 
 def best_constant_scores(counts: np.ndarray) -> tuple[int, SegmentationScores]:
-  """The baseline that calls every pixel the same class, whichever gives the best mIoU.
+  """The class that gives the best mIoU when every pixel is labelled so, and its scores.
 
   Args:
-    counts: confusion matrix [C, C], rows true; only the true classes matter.
-
-  Returns:
-    That class and its scores.
+    counts: confusion matrix [C, C], rows true.
   """
   true = counts.sum(axis=1)
   scores = [scores_from_counts(np.where(np.arange(len(true)) == c, true[:, None], 0)) for c in range(len(true))]
@@ -166,10 +122,9 @@ def _nan_mean(values: np.ndarray) -> float:
 
 @flax.struct.dataclass
 class GroupingHealth(metrics.Metric):
-  """Whether a grouping stage groups: sums over images of three figures per stage.
+  """Whether grouping stages group: sums over images of three metrics per stage.
 
-  A collapsed stage uses few segments, or one takes almost every token, while the loss may still
-  fall.
+  In a collapsed stage few segments are used, or one takes almost every token. The loss may still fall.
   """
 
   entropy: jax.Array  # [stages]
@@ -192,8 +147,8 @@ class GroupingHealth(metrics.Metric):
       mask: [B], 1 for an image that counts, 0 for padding; None counts all.
     """
     mask = jnp.ones(assignments[0].shape[0]) if mask is None else mask.astype(jnp.float32)
-    figures = [_stage_health(soft.astype(jnp.float32)) for soft in assignments]
-    entropy, used, largest = ((jnp.stack(f) * mask[None]).sum(axis=1) for f in zip(*figures))
+    per_stage = [_stage_health(soft.astype(jnp.float32)) for soft in assignments]
+    entropy, used, largest = ((jnp.stack(f) * mask[None]).sum(axis=1) for f in zip(*per_stage))
     return cls(entropy, used, largest, mask.sum())
 
   def merge(self, other: 'GroupingHealth') -> 'GroupingHealth':

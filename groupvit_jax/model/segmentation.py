@@ -1,8 +1,7 @@
 """From soft assignments to label maps: pure functions of arrays (paper section 4.3).
 
-Shape letters: B windows, H W pixels, N tokens, S segments, C classes, E joint embedding; here also
-P pixels of a picture and K windows of a picture. Every product runs at the highest matmul
-precision: the results decide argmaxes.
+B windows, H W pixels, N tokens, S segments, C classes, E joint embedding; P pixels and K windows of an image. Every
+matmul runs at the highest precision, because the results decide argmaxes.
 """
 
 from collections.abc import Sequence
@@ -16,14 +15,14 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 
 
 class Placement(NamedTuple):
-  """Where the windows of one picture lie; integers, so one compilation serves every picture."""
+  """Positions of the windows of one image; integers, so that one compilation serves all images."""
 
-  tops: jax.Array  # [K], first row of each window in the resized picture
+  tops: jax.Array  # [K], first row of each window in the resized image
   lefts: jax.Array  # [K]
   num_windows: jax.Array  # [], at most K: those that exist
   window: jax.Array  # [2], rows and columns of a window
-  resized: jax.Array  # [2], rows and columns of the picture the windows were cut from
-  original: jax.Array  # [2], rows and columns of the picture as it came
+  resized: jax.Array  # [2], rows and columns of the image the windows were cut from
+  original: jax.Array  # [2], rows and columns of the original image
 
 
 def token_affinity(assignments: Sequence[jax.Array]) -> jax.Array:
@@ -56,8 +55,7 @@ def interpolation_taps(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The two samples that bilinear interpolation (half-pixel centres) mixes at each output position.
 
-  Integer arithmetic keeps the weights right to the last bit, also in pictures of many thousand
-  pixels.
+  Integer arithmetic keeps the weights exact in images of many thousand pixels.
 
   Args:
     index: output positions, int32.
@@ -116,8 +114,8 @@ def class_scores(
 ) -> jax.Array:
   """Probabilities of the classes for each segment of each window.
 
-  With a filter of n classes and double softmax: `softmax(filtered logits) * softmax(logits)`, where
-  all but the min(n, C) classes that fit the pooled feature best are filtered out.
+  With a class filter and double softmax: `softmax(filtered logits) * softmax(logits)`. The filter keeps the classes
+  that fit the pooled feature best.
 
   Args:
     image_embeds: pooled feature [B, E].
@@ -152,9 +150,8 @@ def class_scores(
 def background_scores(scores: jax.Array, thresholds: jax.Array, *, per_window: bool) -> jax.Array:
   """The background's score for each segment, one column per threshold.
 
-  Per window (the paper's way) it is 1 where the segment's best score is below min(threshold, best
-  score of all of the window's segments) and else 0. Otherwise it is the threshold itself,
-  everywhere: background wins where the best class stays below it.
+  Per window (as in the paper) it is 1 where the segment's best score is below min(threshold, best score in the window)
+  and else 0. Otherwise it is the threshold: background wins where the best class stays below it.
 
   Args:
     scores: [B, S, C].
@@ -173,22 +170,19 @@ def background_scores(scores: jax.Array, thresholds: jax.Array, *, per_window: b
 
 
 def pixel_shares(segments: jax.Array, num_segments: int, placement: Placement, pixels: jax.Array) -> jax.Array:
-  """How much of each pixel of a picture is in each segment of each window.
+  """Share of each (window, segment) pair in each pixel of an image.
 
-  Summing windows, dividing by their number and bilinear resizing to the original size are linear in
-  the windows' scores. So a pixel is a weighting of (window, segment) pairs, and no map of the size
-  of picture x classes need exist. Loops of unknown length serve any number of windows.
+  Summing windows, dividing by their number and bilinear resizing are linear in the windows' scores. So a pixel is a
+  weighting of (window, segment) pairs, and no map of image x classes exists.
 
   Args:
-    segments: segment of each pixel of each window [K, H, W], integers; a smaller window fills the
-      upper left.
+    segments: segment of each pixel of each window [K, H, W]; a smaller window fills the upper left.
     num_segments: S.
-    placement: where the windows lie.
-    pixels: row-major positions [P] in the original picture; those beyond its end repeat others.
+    placement: of the windows.
+    pixels: row-major positions [P] in the original image; those beyond its end repeat others.
 
   Returns:
-    Weights [K, S, P], float32, that sum to one for each pixel; of windows that do not exist anything, for they are not
-    touched, which is most of the memory.
+    Weights [K, S, P], float32, that sum to one for each pixel; uninitialised for windows that do not exist.
   """
   neighbours = _neighbours(placement, pixels)
 
@@ -226,10 +220,10 @@ def stitch(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -> jax.
 
 
 def best_classes(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The argmax and the maximum over classes of `stitch`.
+  """Argmax and maximum over classes of `stitch`, computed a few classes at a time.
 
-  Only classes that score somewhere in the picture are looked at, a few at a time: the class filter
-  leaves 5 per window, and pixels x classes is what labelling costs.
+  Classes that score nowhere in the image are skipped: the class filter leaves 5 per window, and the cost is
+  pixels x classes.
 
   Args:
     shares: [K, S, P].
@@ -258,7 +252,7 @@ def best_classes(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -
 
 
 def segment_overlap(shares: jax.Array, truth: jax.Array, num_windows: jax.Array, num_classes: int) -> jax.Array:
-  """How many pixels of each label are in each segment.
+  """Number of pixels of each label in each segment.
 
   Args:
     shares: [K, S, P].

@@ -28,7 +28,7 @@ class TextTower(nn.Module):
   eos_id: int
   mlp_ratio: float = 4.0
   remat: Remat = 'none'
-  scan_layers: bool = False  # loop over the blocks: the compiler sees one turn; the same parameters
+  scan_layers: bool = False  # loop over the blocks: the compiler sees one; the same parameters
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 
 from groupvit_jax.errors import UserError
 
-# A multiple of what matrix units and vector registers take at once. Longer rows hold more texts with less waste and
-# cost attention; 128 tokens of width 256 spend 8 % of their arithmetic on it.
+# A multiple of the tiles of matrix units and vector registers. Longer rows waste less and cost more attention; with 128
+# tokens of width 256 it is 8 % of the arithmetic.
 ROW_LENGTH = 128
 
-# Rows of the rest are computed so many at a time: an eighth of the others.
+# The loop computes an eighth as many rows at a time as the budget pays for.
 _REST_SHARE = 8
 
 
 class TextRows(NamedTuple):
-  """What the text tower reads: rows of tokens, and where in a group of R rows each of its n texts ends."""
+  """Input of the text tower: rows of tokens, and where each of a group's n texts ends in its R rows."""
 
   tokens: jax.Array  # [P, R, W], ids
   positions: jax.Array  # [P, R, W], within a token's own text
@@ -32,7 +32,7 @@ class TextRows(NamedTuple):
 
 
 class Packing(flax.struct.PyTreeNode):
-  """Where each text of P groups of n goes, in the order in which they come."""
+  """Positions of the texts of P groups of n in rows, in their order."""
 
   tokens: jax.Array  # [P, n, L], as they came
   lengths: jax.Array  # [P, n], end included
@@ -65,7 +65,7 @@ def one_a_row(tokens: jax.Array, eos_id: int) -> TextRows:
 
 
 def pack(tokens: jax.Array, eos_id: int, row_length: int) -> Packing:
-  """Places texts one after another; one that would cross the end of a row starts the next.
+  """Packs texts one after another; one that would cross the end of a row starts the next.
 
   Args:
     tokens: ids [P, n, L]; groups are packed apart from each other.
@@ -73,10 +73,10 @@ def pack(tokens: jax.Array, eos_id: int, row_length: int) -> Packing:
     row_length: W, at least L.
 
   Returns:
-    Where each text goes.
+    The position of each text.
 
   Raises:
-    ValueError: W is less than L.
+    UserError: W is less than L.
   """
   if row_length < tokens.shape[-1]:
     raise UserError(f'rows of {row_length} tokens do not hold texts of up to {tokens.shape[-1]}; use longer ones')
@@ -88,8 +88,8 @@ def pack(tokens: jax.Array, eos_id: int, row_length: int) -> Packing:
 def _next_fit(lengths: jax.Array, row_length: int) -> jax.Array:
   """Starts [n] of texts of these lengths.
 
-  Text i, if it starts a row, is followed by a row that starts at text `after[i]`. What the first text leads to is found
-  in log2(n) steps, each of which doubles how far it looks.
+  If text i starts a row, text `after[i]` starts the next. Pointer doubling follows this chain from the first text in
+  log2(n) steps.
   """
   count = len(lengths)
   before = jnp.cumsum(lengths) - lengths  # tokens of the texts before each
@@ -106,7 +106,7 @@ def _next_fit(lengths: jax.Array, row_length: int) -> jax.Array:
 
 
 def take_rows(packing: Packing, first_row: jax.Array | int, num_rows: int) -> tuple[TextRows, jax.Array]:
-  """Some rows of each group, and which texts [P, n] are in them; the others' ends are somewhere in these rows."""
+  """Some rows of each group, and which texts [P, n] are in them; the ends of the others are arbitrary."""
   width = packing.row_length
   first = first_row * width
   slots = first + jnp.arange(num_rows * width)
@@ -139,7 +139,7 @@ class Encoders(NamedTuple):
 
 
 def check_budget(budget: int) -> None:
-  """Raises ValueError for a number of tokens that is none."""
+  """Raises UserError for a negative number of tokens."""
   if budget < 0:
     raise UserError(
       f'text_budget={budget} is negative; use 0 to pad texts, or about a fifth more than the tokens an image has'
@@ -147,24 +147,24 @@ def check_budget(budget: int) -> None:
 
 
 class TextLoad(flax.struct.PyTreeNode):
-  """What a batch's texts cost; adds up over micro-batches."""
+  """The cost of a batch's texts; adds up over micro-batches."""
 
   tokens: jax.Array  # [], that texts have
-  turns: jax.Array  # [], of the loop that computes what the budget has no rows for
+  turns: jax.Array  # [], iterations of the loop over rows beyond the budget
 
 
 def text_load(tokens: jax.Array, *, eos_id: int, budget: int, groups: int) -> TextLoad:
-  """The load of `text_features`, of which the arguments are."""
+  """The load of `text_features` with the same arguments."""
   lengths = eos_positions(tokens, eos_id) + 1
   turns = jnp.zeros((), jnp.int32)
   if budget:
     packing = _pack(tokens, eos_id, groups)
-    turns = _num_turns(_rows_of(budget * len(tokens) // groups, packing), packing)
+    turns = _num_iterations(_rows_of(budget * len(tokens) // groups, packing), packing)
   return TextLoad(lengths.sum(), turns)
 
 
 def needed_budget(tokens: jax.Array, *, eos_id: int, groups: int) -> int:
-  """The least budget with which no group of these texts, as for `text_features`, needs a turn of the loop."""
+  """The least budget of `text_features` with which no group of these texts needs the loop."""
   packing = _pack(tokens, eos_id, groups)
   return -(-int(packing.num_rows.max()) * packing.row_length * groups // len(tokens))
 
@@ -174,9 +174,9 @@ def text_features(
 ) -> jax.Array:
   """Features of the texts of each image.
 
-  Texts are packed into rows in which none sees another. Each group of images (those of one device) has the rows that
-  `budget` pays for; where a group's texts need more, further rows are computed by a loop that otherwise runs not at
-  all, and the backward pass computes them again.
+  Texts are packed into rows in which none attends to another. Each group of images (those of one device) computes the
+  rows that `budget` pays for. A loop computes what a group needs beyond that; its activations are recomputed in the
+  backward pass.
 
   Args:
     encoders: the text tower.
@@ -228,28 +228,28 @@ def _add_rest(encode: Encode, num_rows: int, params: object, packing: Packing, f
   count, first_row = _rest(num_rows)
 
   def body(i, features):
-    here = _only_here(params, i)
+    here = _tie_to_iteration(params, i)
     return features + _encode_some(encode, here, packing, first_row(i), count)
 
-  return lax.fori_loop(0, _num_turns(num_rows, packing), body, features)
+  return lax.fori_loop(0, _num_iterations(num_rows, packing), body, features)
 
 
-def _only_here(params: object, turn: jax.Array) -> object:
-  """The same, in a loop: what is computed of parameters alone, as stacking those of all blocks, stays in its turns.
+def _tie_to_iteration(params: object, iteration: jax.Array) -> object:
+  """The parameters, tied to an iteration: work on them alone, such as stacking all blocks, stays in the loop.
 
-  Compilers move it out of the loop, where it is computed also when there is no turn.
+  Compilers would move it out, where it is computed even if the loop does not run.
   """
-  return lax.optimization_barrier((params, turn))[0]
+  return lax.optimization_barrier((params, iteration))[0]
 
 
 def _rest(num_rows: int) -> tuple[int, Callable[[jax.Array], jax.Array]]:
-  """How many rows the loop computes at a time, and the first of its i-th turn."""
+  """How many rows the loop computes at a time, and the first row of iteration i."""
   count = max(1, num_rows // _REST_SHARE)
   return count, lambda i: num_rows + i * count
 
 
-def _num_turns(num_rows: int, packing: Packing) -> jax.Array:
-  """Turns of the loop: the same on all devices."""
+def _num_iterations(num_rows: int, packing: Packing) -> jax.Array:
+  """Iterations of the loop, the same on all devices."""
   count, _ = _rest(num_rows)
   return jnp.maximum(0, -(-(packing.num_rows.max() - num_rows) // count))
 
@@ -265,10 +265,10 @@ def _backward(encoders: Encoders, num_rows: int, saved: tuple, grad: jax.Array) 
 
   def body(i, grads):
     encode = lambda params: _encode_some(encoders.rest, params, packing, first_row(i), count)
-    _, pull = jax.vjp(encode, _only_here(params, i))
+    _, pull = jax.vjp(encode, _tie_to_iteration(params, i))
     return jax.tree.map(jnp.add, grads, *pull(grad))
 
-  return lax.fori_loop(0, _num_turns(num_rows, packing), body, *pull(grad)), None
+  return lax.fori_loop(0, _num_iterations(num_rows, packing), body, *pull(grad)), None
 
 
 _encode_packed.defvjp(_forward, _backward)

@@ -29,7 +29,7 @@ from groupvit_jax.model.layers import (
 
 
 class VisionOutput(NamedTuple):
-  """What the image tower returns."""
+  """Output of the image tower."""
 
   pooled: jax.Array  # [B, D], mean over the final segments
   segments: jax.Array  # [B, S, D], after the final norm
@@ -60,35 +60,12 @@ class StageSpec:
   num_segments: int
 
 
-def bicubic_matrix(size_in: int, size_out: int) -> jax.Array:
-  """Weights [size_out, size_in] of torch's bicubic resize along one axis.
-
-  Half-pixel centres, Keys' kernel with a = -0.75, no antialiasing, edge samples repeated. `jax.image.resize` differs
-  in all but the first.
-
-  Args:
-    size_in: samples there are.
-    size_out: samples to make; in an exported program perhaps not known before it runs.
-  """
-  a = -0.75
-  # Centres are (i + 0.5) * size_in / size_out - 0.5: their whole part, and exactly what is left.
-  doubled = (2 * jnp.arange(size_out) + 1) * size_in - size_out
-  base, rest = doubled // (2 * size_out), doubled % (2 * size_out)
-  offsets = jnp.arange(-1, 3)[None]
-  x = jnp.abs((rest / (2 * size_out))[:, None] - offsets)  # [size_out, 4], distances of the samples around
-  near = (a + 2) * x**3 - (a + 3) * x**2 + 1
-  far = a * (x - 1) * (x - 2) ** 2
-  columns = jnp.clip(base[:, None] + offsets, 0, size_in - 1)
-  return (jnp.where(x <= 1, near, far)[..., None] * jax.nn.one_hot(columns, size_in)).sum(axis=1)
-
-
 def resize_positions(positions: jax.Array, height: int, width: int) -> jax.Array:
   """Resizes position embeddings [h, w, D] to [height, width, D] as torch's bicubic interpolation does."""
   if positions.shape[:2] == (height, width):
     return positions
-  rows = bicubic_matrix(positions.shape[0], height)
-  columns = bicubic_matrix(positions.shape[1], width)
-  return jnp.einsum('ih,jw,hwd->ijd', rows, columns, positions, precision='highest')
+  shape = height, width, positions.shape[2]
+  return jax.image.resize(positions, shape, 'cubic-pytorch', antialias=False, precision='highest')
 
 
 class PatchEmbed(nn.Module):
@@ -141,7 +118,7 @@ class VisionTower(nn.Module):
   mlp_ratio: float = 4.0
   drop_path: float = 0.1  # of the last block; rises linearly from 0 at the first
   remat: Remat = 'none'
-  scan_layers: bool = False  # loop over the blocks of a stage: the compiler sees one turn; the same parameters
+  scan_layers: bool = False  # loop over the blocks of a stage: the compiler sees one; the same parameters
   assignment: AssignmentMode = 'gumbel'  # in training; evaluation pools with the hard assignment unless 'soft'
   dtype: jnp.dtype = jnp.float32
   attention: Implementation = 'xla'  # of the blocks
@@ -151,15 +128,11 @@ class VisionTower(nn.Module):
     """Encodes images.
 
     Args:
-      images: [B, H, W, 3], normalised. H and W need not be those of training; pixels beyond the last whole patch are
-        not seen.
+      images: [B, H, W, 3], normalised, of any size; pixels beyond the last whole patch are ignored.
       keys: [B], source of stochastic depth and Gumbel noise; None (evaluation) for neither.
 
-    Returns:
-      Pooled feature, segments and soft assignments.
-
     Raises:
-      ValueError: an image is smaller than a patch.
+      UserError: an image is smaller than a patch.
     """
     x = self._embed(images)
     rates = iter(np.linspace(0, self.drop_path, sum(stage.depth for stage in self.stages)))

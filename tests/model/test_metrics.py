@@ -20,14 +20,6 @@ def random_labels(rng, shape=(3, 20, 30), num_classes=6):
   return truth, predicted
 
 
-def test_mean_merges_and_masks():
-  first = metrics.Mean.from_values(jnp.array([1.0, 2.0, jnp.nan]), jnp.array([1.0, 1.0, 0.0]))
-  both = first.merge(metrics.Mean.from_values(jnp.array(9.0)))
-  assert both.compute() == 4.0
-  assert metrics.Mean.empty().merge(first).compute() == 1.5
-  assert np.isnan(metrics.Mean.empty().compute())
-
-
 def test_confusion_matrix_is_that_of_scikit_learn(rng):
   truth, predicted = random_labels(rng)
   state = metrics.ConfusionMatrix.empty(6)
