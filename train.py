@@ -28,11 +28,12 @@ def start() -> int:
 
   workdir.check_place(WORKDIR.value)
   with workdir.complete_config('the config', 'give it one; configs/quickstart.py shows what every config has'):
-    if CONFIG.value.dry_run:
-      return dry_run.check(CONFIG.value, WORKDIR.value)
+    config = workdir.upgrade_config(CONFIG.value)
+    if config.dry_run:
+      return dry_run.check(config, WORKDIR.value)
     if PROGRAMS.value:
       processes.enable_compilation_cache(PROGRAMS.value.replace('WORKDIR', WORKDIR.value))
-    return loop.train(CONFIG.value, WORKDIR.value)
+    return loop.train(config, WORKDIR.value)
 
 
 if __name__ == '__main__':

@@ -75,7 +75,6 @@ def make_step(config: ml_collections.ConfigDict, model: ImageTextModel, mesh: ja
     train_step.train_step,
     model=model,
     tx=tx,
-    multi_label_weight=config.multi_label_weight,
     grad_accum_steps=config.grad_accum_steps,
     text_budget=config.text_budget,
     random_erasing=build_random_erasing(config.data.augment),

@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from benchmarks import our_side, processes
 from groupvit_jax.data import pipeline
-from groupvit_jax.train import loop
+from groupvit_jax.train import run as run_lib
 from groupvit_jax.train import state as train_state
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment.')
@@ -28,14 +28,14 @@ def main() -> None:
 def _measure(_) -> None:
   config = CONFIG.value
   with tempfile.TemporaryDirectory() as workdir:
-    run = loop.set_up(config, workdir)
+    run = run_lib.set_up(config, workdir)
   state = train_state.init_state(run.model, run.tx, config.seed, run.text_shape, run.mesh)
   batches = (
     pipeline.to_devices({name: rows for name, rows in batch.items() if name != 'bad_records'}, run.mesh)
-    for batch in loop.read_batches(run, 0)
+    for batch in run_lib.read_batches(run, 0)
   )
   batch = next(batches)
-  step, compile_s = our_side.compile_timed(loop.jit_step(run, state), state, batch)
+  step, compile_s = our_side.compile_timed(run_lib.jit_step(run, state), state, batch)
 
   def timed(next_batch) -> float:
     nonlocal state

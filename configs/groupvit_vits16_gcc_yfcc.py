@@ -66,7 +66,6 @@ def build(machine: str) -> ml_collections.ConfigDict:
       remat='dots',
       scan_layers=False,  # True: blocks of one shape become a loop and compile once: docs/pods.md
       text_budget=64,  # tokens per image in packed rows; CC12M's captions and prompts take 57: docs/performance.md
-      multi_label_weight=1.0,
       multi_label_loss='pooled',  # the paper's
       init_from='',
       ema_decay=0.0,
@@ -74,7 +73,6 @@ def build(machine: str) -> ml_collections.ConfigDict:
   )
 
   config.log_every = 50
-  config.max_skipped_in_a_row = 10
   config.eval = ml_collections.ConfigDict(dict(every_steps=5000))
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=1000, keep=3, best=''))  # or best='eval/voc21/miou'
   config.benchmarks = ml_collections.ConfigDict(

@@ -66,12 +66,10 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.remat = 'none'  # 'dots' or 'blocks' keep fewer activations and recompute them: docs/train.md
   config.scan_layers = False  # True: blocks of one shape become a loop and compile once: docs/pods.md
   config.text_budget = 0  # tokens per image in packed rows; 0 pads: docs/performance.md
-  config.multi_label_weight = 1.0
   config.multi_label_loss = 'best_segment'  # the paper's is 'pooled': groupvit_jax/model/losses.py
   config.ema_decay = 0.0  # above 0: keeps a moving average of the weights, which evaluation and export use
 
   config.log_every = 50
-  config.max_skipped_in_a_row = 10
   config.eval = ml_collections.ConfigDict(dict(every_steps=500))
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=500, keep=2, best=''))
   # checkpoint.best='eval/validation/miou' also keeps the checkpoint with the highest value of that metric.

@@ -1,4 +1,4 @@
-"""TensorBoard files: figures, texts and pictures by step."""
+"""TensorBoard files: scalars, texts and images by step."""
 
 from collections.abc import Iterator, Mapping
 import contextlib
@@ -49,17 +49,17 @@ class Board:
       start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
       self._events.write_event(event_pb2.Event(wall_time=time.time(), step=purge_step, session_log=start))
 
-  def figure(self, step: int, name: str, value: float) -> None:
-    """Adds a figure."""
+  def scalar(self, step: int, name: str, value: float) -> None:
+    """Adds a scalar."""
     self._add(step, summary.scalar(name, value))
 
   def text(self, step: int, name: str, text: str) -> None:
     """Adds a text, to be shown as it is."""
     self._add(step, summary.text(name, f'<pre>{html.escape(text)}</pre>'))
 
-  def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-    """Adds a picture, uint8 [H, W, 3]."""
-    self._add(step, summary.image(name, picture, dataformats='HWC'))
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Adds an image, uint8 [H, W, 3]."""
+    self._add(step, summary.image(name, image, dataformats='HWC'))
 
   def flush(self) -> None:
     """Writes what has been added, so that neither a kill nor an error loses it."""
@@ -76,13 +76,13 @@ class Board:
 def write_board(
   folder: epath.PathLike,
   step: int,
-  figures: Mapping[str, float],
+  metrics: Mapping[str, float],
   texts: Mapping[str, str],
-  pictures: Mapping[str, np.ndarray],
+  images: Mapping[str, np.ndarray],
 ) -> None:
-  """Writes a TensorBoard file at once: figures, texts and pictures by name; see `Board`."""
+  """Writes a TensorBoard file at once: scalars, texts and images by name; see `Board`."""
   board = Board(folder)
-  for add, values in ((board.figure, figures), (board.text, texts), (board.picture, pictures)):
+  for add, values in ((board.scalar, metrics), (board.text, texts), (board.image, images)):
     for name, value in values.items():
       add(step, name, value)
   board.close()

@@ -17,7 +17,7 @@ from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 from tests import folder_bucket
 
 PHASES = {
-  'warm-up': ('groupvit_jax.train.loop', 'jit_step'),
+  'warm-up': ('groupvit_jax.train.run', 'jit_step'),
   'evaluation': ('groupvit_jax.eval.evaluator', 'Evaluator.evaluate'),
   'save': ('groupvit_jax.train.checkpoint', 'Checkpoints.save'),
 }

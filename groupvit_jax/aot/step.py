@@ -15,8 +15,9 @@ from groupvit_jax.aot.program import read_traffic, Traffic
 from groupvit_jax.data.tokenizer import build_tokenizer
 from groupvit_jax.model.build import build_model
 from groupvit_jax.running import sharding
-from groupvit_jax.train import loop, optim
+from groupvit_jax.train import optim
 from groupvit_jax.train import state as train_state
+from groupvit_jax.train.run import jit_step, Run
 
 
 class Memory(NamedTuple):
@@ -81,9 +82,9 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
     scan_layers=config.scan_layers,
   )
   tx = optim.build_optimizer(config.optim, schedule)
-  run = loop.Run(config, mesh, None, None, model, tx, schedule, changed=[], benchmarks=(), attention=None)
+  run = Run(config, mesh, model, tx, schedule)
   state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)
-  step = loop.jit_step(run, state)
+  step = jit_step(run, state)
   batch = _abstract_batch(run)
   flops = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
   rows = config.batch_size // sharding.data_parallel_size(mesh)
@@ -118,7 +119,7 @@ def _size(state: train_state.TrainState) -> State:
   return State(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), sum(of_a_device))
 
 
-def _abstract_batch(run: loop.Run) -> dict[str, jax.ShapeDtypeStruct]:
+def _abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
   place, size = sharding.batch_sharding(run.mesh), run.config.batch_size
   image_shape = (size, *run.config.model.vision.image_size, 3)
   prompts, words = run.config.data.num_prompts, {}

@@ -1,4 +1,4 @@
-"""Counts the records a run had to replace, over all hosts and restarts, and ends it when they are too many."""
+"""Counts bad records over all processes and restarts, and ends a run that has too many."""
 
 import json
 from typing import NamedTuple
@@ -14,31 +14,31 @@ from groupvit_jax.data.pipeline import to_devices
 from groupvit_jax.errors import UserError
 from groupvit_jax.running import sharding
 
-_FEWEST = 1000  # examples a share is taken of: one fault in a small batch is no sign of anything
+_FEWEST = 1000  # examples a share is taken of: a single bad record in a small batch means nothing
 _KEPT = 20  # checkpoints whose counts are kept
 
 
 class _Checked(NamedTuple):
-  """Where the share was looked at last."""
+  """When the share was checked last."""
 
   step: int
   count: int
 
 
-class FaultTally:
-  """Faults by cause since step 0.
+class BadRecordTally:
+  """Bad records by cause since step 0, over all processes and restarts.
 
-  The count is a function of the batches consumed: it is saved with each checkpoint, and goes on from there.
+  The counts are saved with each checkpoint, so they are a function of the batches consumed.
   """
 
   def __init__(self, workdir: epath.PathLike, step: int, *, batch_size: int, max_share: float, mesh: Mesh):
-    """Starts counting, or goes on.
+    """Restores the counts of a step.
 
     Args:
       workdir: of the run.
       step: batches consumed before.
       batch_size: global.
-      max_share: of the examples; more faults than this end the run.
+      max_share: of the examples; more bad records than this end the run.
       mesh: of the run.
 
     Raises:
@@ -57,17 +57,17 @@ class FaultTally:
     self._sum = jax.jit(lambda rows: rows.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def add(self, rows: np.ndarray) -> None:
-    """Counts this host's part of a batch's 'bad_records', int32 [b, causes]."""
+    """Counts this process's part of a batch's 'bad_records', int32 [b, causes]."""
     self._rows = self._rows + rows
 
   def total(self) -> jax.Array:
-    """Faults by cause since this process started, over all hosts, int32 [causes]: a promise, nothing waits for it."""
+    """Bad records by cause since this process started, over all processes, int32 [causes]; does not wait."""
     total = self._sum(to_devices({'bad_records': self._rows}, self._mesh)['bad_records'])
     sharding.synchronize(total, self._mesh)
     return total
 
   def counts(self, total: jax.Array) -> dict[str, int]:
-    """Fetches a total: faults since step 0 by cause, without zeros."""
+    """Fetches a total: bad records since step 0 by cause, without zeros."""
     values = (self._before + np.asarray(total)).tolist()
     return {cause: n for cause, n in zip(bad_records.CAUSES, values, strict=True) if n}
 
@@ -92,7 +92,7 @@ class FaultTally:
       )
 
   def save(self, step: int) -> None:
-    """Keeps the counts of a step that a checkpoint is saved at; all hosts take part, the first one writes."""
+    """Saves the counts at the step of a checkpoint; all processes must call, process 0 writes."""
     counts = self.counts(self.total())
     if jax.process_index():
       return

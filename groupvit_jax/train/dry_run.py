@@ -1,4 +1,4 @@
-"""All that a run needs, before its first step: data, tokenizer, shapes and memory. Nothing is trained or kept.
+"""The dry run: checks data, tokenizer, shapes and memory of a run, trains nothing and keeps nothing.
 
 python train.py --config=configs/EXPERIMENT.py --workdir=runs/EXPERIMENT --config.dry_run=True
 """
@@ -20,13 +20,12 @@ from groupvit_jax.data import bad_records, pipeline
 from groupvit_jax.errors import UserError
 from groupvit_jax.model import text_packing
 from groupvit_jax.running import processes, sharding
-from groupvit_jax.train import loop
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
-from groupvit_jax.train.loop import Run
+from groupvit_jax.train.run import jit_step, read_batches, Run, set_up, with_vocabulary
 
-_CAPTIONS = 2000  # that a tokenizer is tried on
+_CAPTIONS = 2000  # to train a tokenizer on
 _GIB = 2**30
 
 
@@ -45,9 +44,9 @@ class Memory(NamedTuple):
 
 
 def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
-  """Goes through everything that precedes training, prints what was found, and leaves the workdir as it is.
+  """Runs everything that precedes training, prints a report, and leaves the workdir as it is.
 
-  Indices of shards are kept where the run will look for them.
+  Indices of shards are kept for the run.
 
   Args:
     config: the experiment.
@@ -57,27 +56,27 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
     The exit code, 0.
 
   Raises:
-    ValueError, OSError: what the run would have ended with.
+    ValueError, OSError: the error that the run would have ended with.
   """
   config = config.copy_and_resolve_references()
   config.dry_run = False
-  say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
-  changed = workdir_lib.compare(workdir, config)
+  report = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
+  changed = workdir_lib.check_config(workdir, config)
   run = _set_up(config, workdir)
   workdir_lib.check_data(workdir, run.source.metadata())
   for line in _data_lines(run):
-    say(line)
-  batch = _first_batch(run, say)
-  say(_text_line(run, batch['tokens']))
-  say('compiling the step')
+    report(line)
+  batch = _first_batch(run, report)
+  report(_text_line(run, batch['tokens']))
+  report('compiling the step')
   memory = measure_memory(run, batch)
   for line in _model_lines(run, batch, memory):
-    say(line)
+    report(line)
   check_memory(memory)
   for line in changed:
-    say(f'workdir    changed since the first start: {line}')
-  say(f'workdir    {workdir} {"holds a run to go on with" if _goes_on(workdir) else "would be new"}')
-  say('all is well; nothing was trained, nothing written but indices of shards')
+    report(f'workdir    changed since the first start: {line}')
+  report(f'workdir    {workdir} {"holds a run to go on with" if _holds_run(workdir) else "would be new"}')
+  report('all is well; nothing was trained, nothing written but indices of shards')
   return 0
 
 
@@ -98,7 +97,7 @@ def measure_memory(run: Run, batch: dict[str, np.ndarray]) -> Memory:
     for name, value in batch.items()
   }
   try:
-    step = loop.jit_step(run, state).lower(state, rows).compile()
+    step = jit_step(run, state).lower(state, rows).compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
@@ -120,23 +119,23 @@ _ADVICE = "set remat='dots' or 'blocks', raise grad_accum_steps, or use more dev
 
 def _set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   """The run as it would be, but for a tokenizer that is trained on fewer captions."""
-  tried = config.copy_and_resolve_references()
+  probe = config.copy_and_resolve_references()
   kept = epath.Path(workdir) / 'tokenizer'
   if kept.exists():
-    tried.tokenizer.path = str(kept)
-  if _goes_on(workdir):
+    probe.tokenizer.path = str(kept)
+  if _holds_run(workdir):
     with contextlib.closing(Checkpoints(workdir, keep=1, read_only=True)) as checkpoints:
       if checkpoints.steps():
-        tried.init_from = ''  # what the run began with is not needed any more, and may be gone
-  tried.tokenizer.num_captions = min(_CAPTIONS, config.tokenizer.num_captions)
+        probe.init_from = ''  # what the run began with is not needed any more, and may be gone
+  probe.tokenizer.num_captions = min(_CAPTIONS, config.tokenizer.num_captions)
   with _scratch(workdir) as scratch:
-    run = loop.set_up(tried, scratch)
-  if not tried.tokenizer.path and not tried.init_from:  # the run's own may find more pieces
-    run = run._replace(model=run.model.clone(text=run.model.text.clone(vocab_size=config.tokenizer.vocab_size)))
+    run = set_up(probe, scratch)
+  if not probe.tokenizer.path and not probe.init_from:  # the run's own may find more pieces
+    run = run._replace(model=with_vocabulary(run.model, config.tokenizer.vocab_size, run.tokenizer.eos_id))
   return run._replace(config=config)
 
 
-def _goes_on(workdir: epath.PathLike) -> bool:
+def _holds_run(workdir: epath.PathLike) -> bool:
   """Whether a run is there, and not just a folder."""
   return (epath.Path(workdir) / 'config.json').exists()
 
@@ -154,18 +153,18 @@ def _scratch(workdir: epath.PathLike) -> Iterator[epath.Path]:
       folder.rmtree()
 
 
-def _first_batch(run: Run, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+def _first_batch(run: Run, report: Callable[[str], None]) -> dict[str, np.ndarray]:
   """Reads one batch in the way of the run, and two of its examples in a way to look at."""
   started = time.perf_counter()
-  with contextlib.closing(loop.read_batches(run, 0)) as batches:
+  with contextlib.closing(read_batches(run, 0)) as batches:
     batch = {name: np.array(value) for name, value in next(batches).items()}
   found = batch.pop('bad_records').sum(0)
   replaced = ', '.join(f'{cause} {n}' for cause, n in zip(bad_records.CAUSES, found) if n) or 'none'
   shapes = ', '.join(f'{name} {value.dtype} {list(value.shape)}' for name, value in batch.items())
-  say(f'batch      {shapes} of this host after {time.perf_counter() - started:.1f} s; records replaced: {replaced}')
+  report(f'batch      {shapes} of this host after {time.perf_counter() - started:.1f} s; records replaced: {replaced}')
   examples = pipeline.build_examples(run.config, run.source, run.tokenizer, first_batch=0)
   for number in range(2):
-    say(f'example    {examples.preview(number).texts}')
+    report(f'example    {examples.preview(number).texts}')
   return batch
 
 

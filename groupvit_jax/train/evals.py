@@ -80,7 +80,7 @@ class OpenedBenchmark:
     return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, decode_threads())
 
 
-def schedule(
+def schedule_evaluations(
   config: ml_collections.ConfigDict,
   source: Mixture,
   opened: Sequence[OpenedBenchmark],
@@ -127,7 +127,7 @@ class RunEvals:
     """Keeps its arguments.
 
     Args:
-      scheduled: see `schedule`.
+      scheduled: see `schedule_evaluations`.
       config: of the run.
       log: where metrics and panels go.
       best: is offered every metric.
@@ -143,7 +143,7 @@ class RunEvals:
 
   def missing(self, step: int) -> list[Scheduled]:
     """Evaluations due after the step that a run resumes from, and absent from its log."""
-    logged = processes.all_gather_objects(sorted(self._log.first_figures))[0]
+    logged = processes.all_gather_objects(sorted(self._log.resumed_metrics))[0]
     done = lambda name: any(figure.startswith(prefix(name)) for figure in logged)
     return [each for each in self.due(step) if each.evaluate is not None and not done(each.name)]
 
@@ -164,12 +164,12 @@ class RunEvals:
           if each.draw is not None:
             panel = each.draw(state.best_variables)
       except Preempted:
-        self._log.say(f'{each.name} after step {step} left for a signal')
+        self._log.message(f'{each.name} after step {step} left for a signal')
         return not any(other.evaluate for other in due[place:])
       except BadImage as error:
-        self._log.say(f'{each.name} after step {step} left out: {error}')
+        self._log.message(f'{each.name} after step {step} left out: {error}')
       if panel is not None:
-        self._log.picture(step, each.name if result is None else f'eval/{each.name}', panel)
+        self._log.image(step, each.name if result is None else f'eval/{each.name}', panel)
       if result is not None:
         self._record(each.name, result, state)
     return True
@@ -182,11 +182,11 @@ class RunEvals:
     step, scalars = int(state.step), result.scalars()
     metrics = add_prefix(name, scalars)
     if self._best.offer(metrics, state, self._config, result.settings()):
-      self._log.say(f'step {step}  {self._config.checkpoint.best} {self._best.value:.3f} is the best so far; kept')
-    self._log.figures(step, metrics, {f'eval/{name}/settings': result.settings()})
+      self._log.message(f'step {step}  {self._config.checkpoint.best} {self._best.value:.3f} is the best so far; kept')
+    self._log.metrics(step, metrics, {f'eval/{name}/settings': result.settings()})
     self._log.text(step, f'eval/{name}/settings', json.dumps(result.to_json(), indent=2))
     shown = [key for key in ('miou', 'oracle_miou', 'top1') if key in scalars]
-    self._log.say(f'step {step}  {name}  ' + '  '.join(f'{key} {scalars[key]:.3f}' for key in shown))
+    self._log.message(f'step {step}  {name}  ' + '  '.join(f'{key} {scalars[key]:.3f}' for key in shown))
 
 
 def open_benchmarks(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> tuple[OpenedBenchmark, ...]:

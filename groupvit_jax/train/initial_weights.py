@@ -1,6 +1,6 @@
-"""Where the weights of a run start: at random, or at weights from elsewhere (`config.init_from`)."""
+"""Initial weights of a run: random, or read from elsewhere (`config.init_from`)."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -40,7 +40,7 @@ def initial_state(
   text_shape: tuple[int, int],
   mesh: jax.sharding.Mesh,
   *,
-  init_from: str,
+  weights: Source | None = None,
   average: bool = False,
 ) -> TrainState:
   """The state at step 0.
@@ -51,16 +51,16 @@ def initial_state(
     seed: of the run, and of the parameters unless they come from elsewhere.
     text_shape: (T, L) of the tokens.
     mesh: where the state lives.
-    init_from: a workdir, or what `import_weights` takes; '' for random parameters.
+    weights: from elsewhere; None for random parameters.
     average: whether to keep a moving average.
 
   Raises:
     ValueError: there are no such weights, or they do not fit the model.
   """
   state = train_state.init_state(model, tx, seed, text_shape, mesh)
-  if init_from:
-    found = fit_variables(read_source(init_from).variables, state.variables)
-    state = state.replace(**jax.tree.map(_place, found, state.variables))
+  if weights is not None:
+    variables = fit_variables(weights.variables, state.variables)
+    state = state.replace(**jax.tree.map(_shard, variables, state.variables))
   return state.start_average() if average else state
 
 
@@ -85,11 +85,11 @@ def read_source(path: epath.PathLike) -> Source:
 def fit_variables(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
   """Weights from elsewhere in the shapes of a model.
 
-  Position embeddings are resized to the model's pictures. A temperature of the prompts that the source lacks starts
-  anew; one that the model lacks is left out.
+  Position embeddings are resized to the model's images. A temperature of the prompts that the source lacks is
+  initialised; one that the model lacks is left out.
 
   Args:
-    found: what was read.
+    found: as read.
     like: the model's variables, or their shapes.
 
   Returns:
@@ -124,15 +124,12 @@ def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   return tokenizer
 
 
-def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel]) -> Licence:
-  """Reads the weights that a config names, so that what does not fit shows before anything is written.
+def read_checked(config: ml_collections.ConfigDict, model: ImageTextModel) -> Source:
+  """Reads the weights that a config names, and checks that they and the tokenizer fit the model.
 
   Args:
     config: of the run.
-    build: makes the model, given vocab_size and eos_id.
-
-  Returns:
-    The licence of the weights.
+    model: of the run, for any vocabulary.
 
   Raises:
     ValueError: they cannot be read, they or the tokenizer do not fit, or the tokenizer cannot be read.
@@ -141,7 +138,7 @@ def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel
   if not epath.Path(config.init_from).exists():
     raise UserError(f'{name}: there is no such file or folder')
   tokenizer, source = build_tokenizer(with_tokenizer(config).path), read_source(config.init_from)
-  model = build(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id)
+  model = model.clone(text=model.text.clone(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id))
   try:
     fit_variables(source.variables, state_dicts.abstract_variables(model))
     read.check_tokenizer(
@@ -152,14 +149,14 @@ def check(config: ml_collections.ConfigDict, build: Callable[..., ImageTextModel
     )
   except ValueError as error:
     raise UserError(f'{name}: {error}') from error
-  return source.licence
+  return source
 
 
 def _is_workdir(path: epath.Path) -> bool:
   return (path / 'checkpoints').is_dir()
 
 
-def _place(value: Any, like: jax.Array) -> jax.Array:
-  """A copy of the value where `like` lies, on however many hosts."""
+def _shard(value: Any, like: jax.Array) -> jax.Array:
+  """A copy of the value with the sharding of `like`, over any number of processes."""
   value = np.asarray(value, like.dtype)
   return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])

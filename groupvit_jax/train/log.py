@@ -1,4 +1,4 @@
-"""What a run tells people: metrics.jsonl, TensorBoard files, and a progress bar or plain lines."""
+"""Logs training metrics to metrics.jsonl, TensorBoard and the terminal."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
@@ -17,13 +17,12 @@ import tqdm
 from groupvit_jax import storage
 from groupvit_jax.tensorboard import Board
 
-# How much of a log a run that is killed may lose in a bucket; its checkpoint is older.
 _SECONDS_BETWEEN_UPLOADS = 60
 _SECONDS_BETWEEN_FLUSHES = 10  # of TensorBoard's file
 
 
 class _AppendedFolder:
-  """A folder whose files grow. A bucket's cannot: theirs grow on a local disk, and are written whole now and then."""
+  """A folder whose files grow. A bucket's cannot: theirs grow on a local disk and are uploaded whole."""
 
   def __init__(self, folder: epath.Path, growing: Sequence[str]):
     """Opens a folder; `growing` are the files in it that go on from what they hold."""
@@ -37,7 +36,7 @@ class _AppendedFolder:
         (self.local / name).write_bytes((folder / name).read_bytes())
 
   def upload(self, seconds: float = 0) -> None:
-    """Writes to the bucket what has grown, unless that was done less than some seconds ago."""
+    """Uploads the files that have grown, unless the last upload was less than so many seconds ago."""
     if self._remote is None or time.monotonic() - self._uploaded < seconds:
       return
     self._uploaded = time.monotonic()
@@ -49,26 +48,26 @@ class _AppendedFolder:
 
 
 class RunLog:
-  """Writes a run's figures and pictures; silent on all hosts but the first.
+  """Logs of a run, written by process 0 alone.
 
   Attributes:
-    first_figures: names of the figures that an earlier start logged of the step that the run goes on from.
+    resumed_metrics: names of the metrics that an earlier start logged at the step that the run resumes from.
   """
 
   def __init__(self, workdir: epath.PathLike, *, first_step: int, total_steps: int, batch_size: int):
-    """Opens the logs of a run that starts, or goes on, after `first_step`.
+    """Opens the logs of a run that starts or resumes after `first_step`.
 
-    What an interrupted run logged beyond that step is dropped: it will be logged again.
+    Lines of later steps are dropped: those steps will be logged again.
 
     Raises:
       OSError: nothing can be written there (so do all other methods).
     """
-    self._silent, self.first_figures = jax.process_index() != 0, frozenset()
+    self._silent, self.resumed_metrics = jax.process_index() != 0, frozenset()
     if self._silent:
       return
     self._folder = _AppendedFolder(epath.Path(workdir), ('metrics.jsonl',))
     self._path = self._folder.local / 'metrics.jsonl'
-    self.first_figures = _drop_after(self._path, first_step)
+    self.resumed_metrics = _drop_after(self._path, first_step)
     with storage.writing(self._path.parent):
       self._board = Board(self._folder.local / 'tensorboard', purge_step=first_step + 1)
     self._flushed = time.monotonic()
@@ -76,8 +75,8 @@ class RunLog:
     self._last = (first_step, time.perf_counter())
     self._bar = tqdm.tqdm(total=total_steps, initial=first_step, unit='step', disable=not sys.stderr.isatty())
 
-  def say(self, line: str) -> None:
-    """Prints a line, above the bar where there is one."""
+  def message(self, line: str) -> None:
+    """Prints a line, above the progress bar if there is one."""
     if not self._silent:
       tqdm.tqdm.write(line, file=sys.stderr)
 
@@ -86,37 +85,37 @@ class RunLog:
     if not self._silent:
       self._last = (step, time.perf_counter())
 
-  def train(self, step: int, figures: Mapping[str, float]) -> None:
-    """Logs a training step's figures, adds images/s, and moves the bar."""
+  def train(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Logs a training step's metrics and images/s, and moves the bar."""
     if self._silent:
       return
     now = time.perf_counter()
     rate = (step - self._last[0]) * self._batch_size / (now - self._last[1])
     self._last = (step, now)
-    self.figures(step, {f'train/{name}': value for name, value in figures.items()} | {'train/images_per_s': rate})
-    shown = {'loss': f'{figures["loss"]:.4f}', 'img/s': f'{rate:.0f}'}
+    self.metrics(step, {f'train/{name}': value for name, value in metrics.items()} | {'train/images_per_s': rate})
+    shown = {'loss': f'{metrics["loss"]:.4f}', 'img/s': f'{rate:.0f}'}
     self._bar.update(step - self._bar.n)
     self._bar.set_postfix(shown)
     if self._bar.disable:
       left = (self._total - step) * self._batch_size / rate
-      self.say(f'step {step}/{self._total}  loss {shown["loss"]}  {shown["img/s"]} images/s  {_clock(left)} left')
+      self.message(f'step {step}/{self._total}  loss {shown["loss"]}  {shown["img/s"]} images/s  {_clock(left)} left')
 
-  def figures(self, step: int, figures: Mapping[str, float], settings: Mapping[str, object] | None = None) -> None:
-    """Appends figures to metrics.jsonl and TensorBoard; what is not finite is written as null.
+  def metrics(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, object] | None = None) -> None:
+    """Appends metrics to metrics.jsonl and TensorBoard; what is not finite is written as null.
 
     Args:
       step: that they were measured after.
-      figures: by name.
+      metrics: by name.
       settings: what they depend on, by name: JSON, for metrics.jsonl alone.
     """
     if self._silent:
       return
-    values = {name: float(value) if math.isfinite(value) else None for name, value in figures.items()}
+    values = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
     with storage.writing(self._path.parent):
       with self._path.open('a') as file:
         file.write(json.dumps({'step': step, **values, **(settings or {})}) + '\n')
-      for name, value in figures.items():
-        self._board.figure(step, name, value)
+      for name, value in metrics.items():
+        self._board.scalar(step, name, value)
       if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_FLUSHES:
         self._board.flush()
         self._flushed = time.monotonic()
@@ -134,11 +133,11 @@ class RunLog:
       self._last = (self._last[0], self._last[1] + time.perf_counter() - start)
       self._folder.upload()  # before what is being saved counts
 
-  def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-    """Adds a picture, uint8 [H, W, 3], to TensorBoard."""
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """Adds an image, uint8 [H, W, 3], to TensorBoard."""
     if not self._silent:
       with storage.writing(self._path.parent):
-        self._board.picture(step, name, picture)
+        self._board.image(step, name, image)
 
   def text(self, step: int, name: str, text: str) -> None:
     """Adds a text, as it is, to TensorBoard."""
@@ -156,19 +155,19 @@ class RunLog:
 
 
 def _drop_after(path: epath.Path, step: int) -> frozenset[str]:
-  """Drops the lines of steps after `step`, and a last line cut short by a kill; names the figures of `step`."""
+  """Drops lines after `step`, and a last one cut short by a kill; returns the names of the metrics of `step`."""
   if not path.exists():
     return frozenset()
   before, kept, names = path.read_text(), [], set()
   for line in before.splitlines():
     try:
-      figures = json.loads(line)
-      if figures['step'] > step:
+      values = json.loads(line)
+      if values['step'] > step:
         continue
     except (json.JSONDecodeError, KeyError):
       continue
     kept.append(line + '\n')
-    names.update(figures if figures['step'] == step else ())
+    names.update(values if values['step'] == step else ())
   if ''.join(kept) != before:
     storage.write_atomic(str(path), ''.join(kept).encode())
   return frozenset(names)

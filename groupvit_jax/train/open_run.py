@@ -1,4 +1,4 @@
-"""A run that has been trained: its model and newest checkpoint, for reading only."""
+"""Opens a trained run for reading: its config, tokenizer, model and variables."""
 
 from collections.abc import Mapping
 import contextlib
@@ -36,7 +36,7 @@ class TrainedRun(NamedTuple):
   tokenizer: Tokenizer
   model: ImageTextModel
   mesh: jax.sharding.Mesh
-  variables: dict[str, object]  # {'params': ..., 'batch_stats': ...}, whole on each device
+  variables: dict[str, object]  # {'params': ..., 'batch_stats': ...}, replicated
   weights: Weights  # which of them: 'ema' or 'trained'
   step: int
   skipped: tuple[int, ...]  # newer checkpoints, which are damaged
@@ -50,14 +50,14 @@ class TrainedRun(NamedTuple):
 def provenance(
   workdir: epath.PathLike, step: int, weights: Weights, model: ImageTextModel, mesh: jax.sharding.Mesh
 ) -> dict[str, str]:
-  """What figures of a checkpoint depend on besides their protocol, the same in training and after it."""
-  products = jax.config.jax_default_matmul_precision or 'default'
+  """What metrics of a checkpoint depend on besides their protocol."""
+  matmuls = jax.config.jax_default_matmul_precision or 'default'
   return {
     'workdir': str(workdir),
     'step': str(step),
     'weights': weights,
     'code': code_version(),
-    'precision': f'{jnp.dtype(model.dtype).name}, matrix products {products} on {mesh.devices.flat[0].device_kind}',
+    'precision': f'{jnp.dtype(model.dtype).name}, matrix products {matmuls} on {mesh.devices.flat[0].device_kind}',
   }
 
 
@@ -66,9 +66,9 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
 
   Args:
     workdir: of the run.
-    checkpoint: 'newest' for the newest whole one, 'best' for the one that scored best in training.
-    weights: 'ema' for the moving average, 'trained' for what training itself works on, 'best' for the average of a
-      run that keeps one and what was trained of another.
+    checkpoint: 'newest' for the newest readable one, 'best' for the one that scored best in training.
+    weights: 'ema' for the moving average, 'trained' for the trained weights, 'best' for the average if the run keeps
+      one.
 
   Raises:
     ValueError: there is no such workdir, no run in it, no checkpoint yet, none that can be read, or no average.
@@ -113,7 +113,7 @@ def _choose_weights(workdir: epath.PathLike, config: ml_collections.ConfigDict, 
 
 
 def complete_config(workdir: epath.PathLike) -> contextlib.AbstractContextManager[None]:
-  """Raises ValueError, with its name, for an entry that is asked for and that a run's config lacks."""
+  """Raises UserError, with its name, for an entry that is read and that a run's config lacks."""
   return workdir_lib.complete_config(
     str(epath.Path(workdir) / 'config.json'),
     'the run was made by another version of this code; use that one, or train again',
@@ -128,9 +128,10 @@ def untrained_variables(run: TrainedRun) -> dict[str, object]:
   """
   from groupvit_jax.train import initial_weights
 
-  init_from = run.config.init_from if 'init_from' in run.config else ''
+  init_from = run.config.get('init_from', '')
+  weights = initial_weights.read_source(init_from) if init_from else None
   return initial_weights.initial_state(
-    run.model, optax.identity(), run.config.seed, _text_shape(run.model), run.mesh, init_from=init_from
+    run.model, optax.identity(), run.config.seed, _text_shape(run.model), run.mesh, weights=weights
   ).variables
 
 
@@ -149,5 +150,5 @@ def code_version() -> str:
 
 
 def _text_shape(model: ImageTextModel) -> tuple[int, int]:
-  """Any (T, L) will do: no parameter's shape depends on T."""
+  """A (T, L) to initialise with: no parameter's shape depends on T."""
   return 1, model.text.context_length

@@ -1,4 +1,4 @@
-"""Everything that training changes, in one tree."""
+"""The training state: parameters, statistics, optimiser, random key, counters and moving average."""
 
 import flax.struct
 import jax
@@ -28,7 +28,7 @@ class TrainState(flax.struct.PyTreeNode):
 
   @property
   def best_variables(self) -> dict[str, object]:
-    """What a run is judged by: the moving average where it keeps one."""
+    """What evaluation uses: the moving average of a run that keeps one."""
     return self.variables if self.ema is None else self.ema
 
   def start_average(self) -> 'TrainState':
@@ -44,7 +44,7 @@ def init_state(
   mesh: jax.sharding.Mesh,
   average: bool = False,
 ) -> TrainState:
-  """Initialises a state whose arrays are born in their places.
+  """Initialises a state; its arrays are created with their shardings.
 
   Args:
     model: the model.
@@ -72,7 +72,7 @@ def abstract_state(
   """Shapes, dtypes and shardings of the state, without computing it; what a checkpoint is restored onto."""
   shapes = jax.eval_shape(lambda: _init(model, tx, 0, text_shape, average))
   return jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    lambda leaf, leaf_sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf_sharding),
     shapes,
     sharding.state_shardings(shapes, mesh),
   )

@@ -1,4 +1,4 @@
-"""One step of training: a pure function of state and batch."""
+"""The training step, a pure function of state and batch: loss, micro-batches, update and moving average."""
 
 from collections.abc import Callable
 import functools
@@ -120,7 +120,7 @@ def loss_and_grads(
   batch: Batch,
   *,
   model: ImageTextModel,
-  multi_label_weight: float,
+  multi_label_weight: float = 1.0,
   grad_accum_steps: int,
   text_budget: int,
   random_erasing: RandomErasing | None,
@@ -197,7 +197,7 @@ def train_step(
   *,
   model: ImageTextModel,
   tx: optax.GradientTransformationExtraArgs,
-  multi_label_weight: float,
+  multi_label_weight: float = 1.0,
   grad_accum_steps: int,
   text_budget: int,
   random_erasing: RandomErasing | None,

@@ -1,4 +1,4 @@
-"""The folder of a run: its config, tokenizer and checkpoints, written once and read by every command."""
+"""The folder of a run: its config, data, tokenizer and choice of attention, and whether a command fits them."""
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
@@ -17,12 +17,17 @@ from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tok
 from groupvit_jax.errors import UserError
 from groupvit_jax.running.attention_choice import AttentionChoice
 
-# Where a run can be kept besides disks, and what reads and writes there.
+# Buckets that can hold a run, and the package that reads and writes there.
 _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
+
+# Entries of earlier configs, and the value that replaced them.
+_BUILT_IN = {'multi_label_weight': 1.0, 'max_skipped_in_a_row': 10}
+# Entries of `data` that earlier configs lack, and what they did.
+_ADDED_DATA = {'prompt_templates': 'full', 'skipped_words': ()}
 
 _DATA_FILE = 'data.json'  # which records the run was started on
 
-# What decides whether a checkpoint fits: everything else may change from one start to the next.
+# Parts of the config that decide whether a checkpoint fits; others may change from one start to the next.
 _FITTING = ('model', 'tokenizer')
 
 
@@ -53,15 +58,37 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     raise UserError(f'{path} is not a config: {error}') from error
   if 'model_type' in config:  # as in config.json of Hugging Face folders, and of ours in that manner
     raise UserError(f'{workdir} holds weights and no run; {importing}')
-  return ml_collections.ConfigDict(config)
+  return upgrade_config(ml_collections.ConfigDict(config))
+
+
+def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A config of an earlier version in today's form; configs of today come back as they are.
+
+  Raises:
+    ValueError: an entry that there is no more holds another value than the one that is built in.
+  """
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    if 'evals' in config:
+      config.benchmarks = config.evals
+      del config.evals
+    for key, value in _BUILT_IN.items():
+      if key in config:
+        if config[key] != value:
+          raise UserError(f'{key}={config[key]}: there is no such entry any more; {value} is built in')
+        del config[key]
+    config.multi_label_loss = config.get('multi_label_loss', 'pooled')
+    for key, value in _ADDED_DATA.items() if 'data' in config else ():
+      config.data[key] = config.data.get(key, value)
+  return config
 
 
 @contextlib.contextmanager
 def complete_config(source: str, remedy: str) -> Iterator[None]:
-  """Raises ValueError for an entry that is asked for and that a config lacks, with its name.
+  """Raises UserError, with its name, for an entry that is read and that a config lacks.
 
   Args:
-    source: what to call the config.
+    source: name of the config in the message.
     remedy: what to do about it.
   """
   try:
@@ -73,21 +100,21 @@ def complete_config(source: str, remedy: str) -> Iterator[None]:
     raise UserError(f'{source} has no entry {key}: {remedy}') from error
 
 
-def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
-  """Makes a workdir this run's: writes its config, or checks that it fits the one already there.
+def open_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
+  """Writes a run's config into a workdir, or checks that it fits the one already there.
 
   Args:
-    workdir: made if it is not there.
-    config: of the run that starts or goes on.
+    workdir: created if it is not there.
+    config: of the run that starts or resumes.
 
   Returns:
-    See `compare`.
+    See `check_config`.
 
   Raises:
-    ValueError: see `compare`; nothing was changed.
+    ValueError: see `check_config`; nothing was changed.
   """
   workdir = epath.Path(workdir)
-  changed = compare(workdir, config)
+  changed = check_config(workdir, config)
   if not (workdir / 'config.json').exists():
     if jax.process_index():
       raise UserError(
@@ -99,7 +126,7 @@ def claim(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[st
 
 
 def check_place(workdir: epath.PathLike) -> None:
-  """Raises ValueError for a place where a run cannot be kept."""
+  """Raises UserError for a location where a run cannot be kept."""
   scheme, bucket, _ = str(workdir).partition('://')
   if not bucket:
     return
@@ -113,7 +140,7 @@ def check_place(workdir: epath.PathLike) -> None:
     fsspec.config.conf.setdefault('gcs', {})['use_listings_cache'] = False
 
 
-def compare(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
+def check_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
   """Checks that a config fits the run in a workdir, if there is one.
 
   Returns:
@@ -215,13 +242,13 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
 
 
 def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], AttentionChoice]) -> AttentionChoice:
-  """How the run's attention is computed in some place: as when it first trained there, so that a run that goes on does
+  """How the run's attention is computed on some hardware: as when it first trained there, so that a resumed run does
   not change its arithmetic.
 
   Args:
     workdir: of the run.
     place: hardware and what else decides which is fastest.
-    choose: measures; by all processes together where it measures at all, so none writes before all have read.
+    choose: measures, by all processes together, so none writes before all have read.
   """
   path = epath.Path(workdir) / 'attention.json'
   kept = json.loads(path.read_text()) if path.exists() else {}

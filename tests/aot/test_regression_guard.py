@@ -80,9 +80,9 @@ def watched(tmp_path_factory):
     found['events'].append('send')
     return to_devices(batch, mesh)
 
-  def counted_log(log, tally, rates, most, step, *rest):
+  def counted_log(log, tally, rates, step, *rest):
     found['events'].append(f'wait for {step}')
-    return log_step(log, tally, rates, most, step, *rest)
+    return log_step(log, tally, rates, step, *rest)
 
   compiler = logging.getLogger('jax._src.interpreters.pxla')
   count = lambda record: found['compilations'].append(record.getMessage().split(' with ')[0]) or True

@@ -13,7 +13,7 @@ from groupvit_jax.data.bad_records import BadRecord, TooManyBadRecords
 from groupvit_jax.data.sources import build_source, sample_captions
 from groupvit_jax.running import sharding
 from groupvit_jax.train import workdir
-from groupvit_jax.train.bad_record_tally import FaultTally
+from groupvit_jax.train.bad_record_tally import BadRecordTally
 from tests.tars import AUGMENT, bad_record_counts, data_config, encode, make_examples, samples, set_config, write_tar
 
 
@@ -165,7 +165,7 @@ class TestTally:
 
   def tally(self, folder, step=0, **changes):
     fields = dict(batch_size=16, max_share=0.1, mesh=sharding.make_mesh())
-    return FaultTally(folder, step, **(fields | changes))
+    return BadRecordTally(folder, step, **(fields | changes))
 
   def rows(self, **found):
     rows = np.zeros((16, len(bad_records.CAUSES)), np.int32)

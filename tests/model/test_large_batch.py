@@ -17,7 +17,7 @@ from groupvit_jax.model.pixels import RandomErasing
 from groupvit_jax.model.text_packing import one_a_row
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
-from groupvit_jax.train import loop
+from groupvit_jax.train import run as run_lib
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from groupvit_jax.train.step import map_micro_batches
@@ -203,5 +203,5 @@ def test_mistakes_in_the_config(key, value, message, tmp_path):
   config = tiny_config()
   config[key] = value
   with pytest.raises(ValueError, match=message):
-    loop.set_up(config, tmp_path / 'run')
+    run_lib.set_up(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

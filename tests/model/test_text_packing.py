@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import caption_lengths
 from groupvit_jax.model import text_packing
-from groupvit_jax.train import loop as train_loop
+from groupvit_jax.train import run as run_lib
 from tests.tiny import tiny_config, tiny_model
 from tests.weights import random_variables
 
@@ -116,4 +116,4 @@ def test_mistakes(tmp_path):
   config = tiny_config()
   config.text_budget = -1
   with pytest.raises(ValueError, match='text_budget=-1 is negative; use 0'):
-    train_loop.set_up(config, tmp_path / 'run')
+    run_lib.set_up(config, tmp_path / 'run')

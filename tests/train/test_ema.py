@@ -13,6 +13,7 @@ import safetensors.numpy
 from groupvit_jax.commands.export import export
 from groupvit_jax.interop.native import to_flat
 from groupvit_jax.train import loop, open_run
+from groupvit_jax.train import run as run_lib
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from groupvit_jax.train import workdir as workdir_lib
@@ -65,16 +66,16 @@ def test_values():
 
 def test_a_run_averages_what_it_trains(run):
   """The last two checkpoints hold the recursion's two ends; between them lie two steps of training."""
-  set_up = loop.set_up(config(), run)
+  set_up = run_lib.set_up(config(), run)
   abstract = train_state.abstract_state(set_up.model, set_up.tx, set_up.text_shape, set_up.mesh, average=True)
   state = Checkpoints(run, keep=2, read_only=True).restore(abstract).state
   kernels = lambda tree: tree['params']['vision']['stage0_block0']['attn']['qkv']['kernel']
   assert kernels(state.ema).sharding == kernels(state.variables).sharding
   assert 'fsdp' in kernels(state.ema).sharding.spec
-  step_fn, batches = loop.jit_step(set_up, state), list(loop.read_batches(set_up, 4))
+  step_fn, batches = run_lib.jit_step(set_up, state), list(run_lib.read_batches(set_up, 4))
   before = jax.tree.map(np.asarray, state.ema)
   state, _ = step_fn(
-    state, loop.pipeline.to_devices({k: v for k, v in batches[0].items() if k != 'bad_records'}, set_up.mesh)
+    state, run_lib.pipeline.to_devices({k: v for k, v in batches[0].items() if k != 'bad_records'}, set_up.mesh)
   )
   want = jax.tree.map(lambda old, new: 8 / 17 * old + 9 / 17 * np.asarray(new), before, state.variables)  # n = 7
   for found, expected in zip(jax.tree.leaves(state.ema), jax.tree.leaves(want), strict=True):
@@ -110,14 +111,14 @@ def test_mistakes(run, tmp_path):
   without = config()
   without.ema_decay = 0.0
   with pytest.raises(ValueError, match='ema_decay is 0.0 here and 0.6 there'):
-    workdir_lib.claim(run, without)
+    workdir_lib.open_workdir(run, without)
   other = config()
   other.ema_decay = 0.7
-  assert workdir_lib.claim(run, other) == ['ema_decay is 0.7 here and 0.6 there']
+  assert workdir_lib.open_workdir(run, other) == ['ema_decay is 0.7 here and 0.6 there']
   other.ema_decay = 1.0
   with pytest.raises(ValueError, match='ema_decay=1.0: use 0 for no average'):
-    loop.set_up(other, tmp_path / 'new')
-  workdir_lib.claim(tmp_path / 'old', without)
+    run_lib.set_up(other, tmp_path / 'new')
+  workdir_lib.open_workdir(tmp_path / 'old', without)
   shutil.copytree(run / 'tokenizer', tmp_path / 'old' / 'tokenizer')
   with pytest.raises(ValueError, match='keeps no moving average'):
     open_run.open_run(tmp_path / 'old', weights='ema')

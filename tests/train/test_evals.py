@@ -51,7 +51,7 @@ def run(tmp_path_factory):
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(evaluator.Evaluator, 'evaluate', count)
-    patch.setattr(RunLog, 'say', lambda self, line: said.append(line))
+    patch.setattr(RunLog, 'message', lambda self, line: said.append(line))
     assert loop.train(config, workdir) == 0
   return workdir, folder, compiled, said
 

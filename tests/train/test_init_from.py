@@ -14,6 +14,7 @@ from groupvit_jax.interop import licence, read
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.interop.native import to_flat
 from groupvit_jax.train import loop, open_run
+from groupvit_jax.train import run as run_lib
 from groupvit_jax.train.checkpoint import Checkpoints
 from tests.huggingface_models import authors_config, authors_state, random_model, small_config, write_clip_folder
 from tests.tiny import tiny_config
@@ -30,10 +31,10 @@ def config(**changes):
 
 def start(config, workdir):
   """The state that a run starts from, and the run."""
-  run = loop.set_up(config, workdir)
+  run = run_lib.set_up(config, workdir)
   checkpoints = Checkpoints(workdir, keep=1)
   try:
-    return loop.restore_or_init(run, checkpoints), run
+    return run_lib.restore_or_init(run, checkpoints), run
   finally:
     checkpoints.close()
 
@@ -131,7 +132,7 @@ def test_a_tokenizer_that_ends_texts_otherwise_is_refused(tmp_path):
   (folder / 'config.json').write_text(json.dumps(described))
   model = read.read_weights(folder).spec.config
   with pytest.raises(ValueError, match='init_from=.* has eos_id=513 and the weights have 5; name .* tokenizer.path'):
-    loop.set_up(config(init_from=str(folder), model=model), tmp_path / 'run')
+    run_lib.set_up(config(init_from=str(folder), model=model), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 
@@ -139,17 +140,17 @@ def test_all_that_does_not_fit_is_listed_and_nothing_is_written(tmp_path):
   deeper = config()
   deeper.model.text.depth, deeper.model.projector_dim = 2, 24
   with pytest.raises(ValueError) as error:
-    loop.set_up(deeper, tmp_path / 'run')
+    run_lib.set_up(deeper, tmp_path / 'run')
   text = str(error.value)
   assert 'missing: params/text/block1/' in text and 'misshapen: ' in text and deeper.init_from in text
   assert text.count('projector/fc1/kernel (16, 16) instead of (16, 24)') == 2
   shallow = config()
   shallow.model.vision.depths = (0, 1)
   with pytest.raises(ValueError, match='unexpected: params/vision/stage0_block0/'):
-    loop.set_up(shallow, tmp_path / 'run')
+    run_lib.set_up(shallow, tmp_path / 'run')
   with pytest.raises(ValueError, match="init_from='/nowhere': there is no such file or folder"):
-    loop.set_up(config(init_from='/nowhere'), tmp_path / 'run')
+    run_lib.set_up(config(init_from='/nowhere'), tmp_path / 'run')
   (tmp_path / 'x.pth').write_bytes(b'weights')
   with pytest.raises(ValueError, match="x.pth' comes without a tokenizer; name it in tokenizer.path"):
-    loop.set_up(config(init_from=str(tmp_path / 'x.pth')), tmp_path / 'run')
+    run_lib.set_up(config(init_from=str(tmp_path / 'x.pth')), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

@@ -25,7 +25,7 @@ def told_through(monkeypatch, read_end: int, write_end: int, workdir) -> str:
     for step in (5, 6):
       time.sleep(0.15)  # longer than a bar waits before it draws itself again
       log.train(step, {'loss': 2.5 - step / 10})
-    log.say('a line in between')
+    log.message('a line in between')
     log.close()
     stderr.flush()
     os.set_blocking(read_end, False)
@@ -69,8 +69,8 @@ def test_a_run_that_goes_on_drops_what_it_will_log_again(tmp_path):
   lines = [json.dumps(dict(step=step, **{'eval/a/x': 0.5})) for step in (1, 2, 3)]
   (tmp_path / 'metrics.jsonl').write_text('\n'.join([*lines, '{"step": 3, "ev']))
   log = RunLog(tmp_path, first_step=2, total_steps=9, batch_size=8)
-  assert log.first_figures == {'step', 'eval/a/x'}
-  log.figures(3, {'x': float('nan')})
+  assert log.resumed_metrics == {'step', 'eval/a/x'}
+  log.metrics(3, {'x': float('nan')})
   log.close()
   found = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
   assert [line['step'] for line in found] == [1, 2, 3] and found[-1] == {'step': 3, 'x': None}
@@ -86,8 +86,8 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_loses_nothing(tmp_path)
   log = RunLog(tmp_path, first_step=2, total_steps=9, batch_size=8)
   with no_room_for(50), pytest.raises(OSError, match=f'cannot write {tmp_path}: File too large; make room'):
     for step in range(3, 50):  # tensorboardX's own writer would wait for ever at the thirteenth
-      log.figures(step, {'x': 0.5})
+      log.metrics(step, {'x': 0.5})
   log.close()
   with no_room_for(10), pytest.raises(OSError, match='cannot write .*config.json: File too large; make room'):
-    workdir_lib.claim(tmp_path / 'run', tiny_config())
+    workdir_lib.open_workdir(tmp_path / 'run', tiny_config())
   assert not any((tmp_path / 'run').iterdir())

@@ -26,6 +26,7 @@ from groupvit_jax.data.sources import build_source
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.running import sharding
 from groupvit_jax.train import loop, optim
+from groupvit_jax.train import run as run_lib
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
 from tests.board import read_board
@@ -182,7 +183,7 @@ def test_killed_at_any_moment_goes_on_exactly(uninterrupted, tmp_path):
 
 def final_state(workdir: pathlib.Path) -> list[np.ndarray]:
   """All numbers of the newest checkpoint."""
-  state = loop.restore_or_init(loop.set_up(tiny_config(), workdir), Checkpoints(workdir, keep=3))
+  state = run_lib.restore_or_init(run_lib.set_up(tiny_config(), workdir), Checkpoints(workdir, keep=3))
   return raw(state)
 
 
@@ -244,10 +245,11 @@ def test_a_folder_that_may_not_be_written_ends_the_run_before_its_first_step(tmp
   assert not (tmp_path / 'metrics.jsonl').exists()
 
 
-def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path):
+def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, 'MAX_SKIPPED_IN_A_ROW', 3)
   config = tiny_config()
   config.optim.peak_lr = 1e38
-  config.total_steps, config.max_skipped_in_a_row, config.log_every, config.eval.every_steps = 40, 3, 30, 0
+  config.total_steps, config.log_every, config.eval.every_steps = 40, 30, 0
   with pytest.raises(ValueError, match='not finite in 3 steps in a row .* lower optim.peak_lr'):
     loop.train(config, tmp_path)
   last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -274,20 +276,13 @@ def test_a_config_that_does_not_fit_the_run(change, message, uninterrupted):
 
 
 @pytest.mark.parametrize(
-  'key, value',
-  [
-    ('log_every', 0),
-    ('checkpoint.every_steps', 0),
-    ('checkpoint.keep', 0),
-    ('max_skipped_in_a_row', 0),
-    ('eval.every_steps', -1),
-  ],
+  'key, value', [('log_every', 0), ('checkpoint.every_steps', 0), ('checkpoint.keep', 0), ('eval.every_steps', -1)]
 )
 def test_numbers_of_steps_that_nothing_can_happen_after(key, value, tmp_path):
   config = tiny_config()
   config.update_from_flattened_dict({key: value})
   with pytest.raises(ValueError, match=f'{key}={value}: use'):
-    loop.set_up(config, tmp_path / 'run')
+    run_lib.set_up(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
 

@@ -66,7 +66,7 @@ def complete(run: str) -> list[int]:
 def log_steps(*steps: int) -> None:
   log = RunLog(RUN, first_step=steps[0] - 1, total_steps=9, batch_size=8)
   for step in steps:
-    log.figures(step, {'x': step})
+    log.metrics(step, {'x': step})
   log.close()
 
 
@@ -88,15 +88,15 @@ def test_a_failed_upload_of_the_log_ends_a_run_only_before_a_checkpoint(bucket, 
 
   monkeypatch.setattr(run_log, '_SECONDS_BETWEEN_UPLOADS', 0)
   log, pipe = RunLog(RUN, first_step=0, total_steps=9, batch_size=8), FolderBucket.pipe_file
-  log.figures(1, {'x': 1})
+  log.metrics(1, {'x': 1})
   monkeypatch.setattr(FolderBucket, 'pipe_file', fail)
-  log.figures(2, {'x': 2})
+  log.metrics(2, {'x': 2})
   with pytest.raises(Unavailable, match=f'cannot write {RUN}/.* after 3 attempts: the store is down'):
     with log.paused():
       pass
   assert [line['x'] for line in logged(RUN)] == [1]
   monkeypatch.setattr(FolderBucket, 'pipe_file', pipe)
-  log.figures(3, {'x': 3})
+  log.metrics(3, {'x': 3})
   assert [line['x'] for line in logged(RUN)] == [1, 2, 3]
   log.close()
 
@@ -222,8 +222,8 @@ def test_no_such_place_is_one_line_for_every_command(monkeypatch):
 
 def test_where_a_run_cannot_be_kept(monkeypatch):
   with pytest.raises(ValueError, match='--workdir=az://bucket/run: a run is kept on a disk, or in a bucket, gs://'):
-    workdir_lib.claim('az://bucket/run', tiny_config())
+    workdir_lib.open_workdir('az://bucket/run', tiny_config())
   monkeypatch.setattr(workdir_lib.importlib.util, 'find_spec', lambda name: None)
   for path, package in (('gs://bucket/run', 'gcsfs'), ('s3://bucket/run', 's3fs')):
     with pytest.raises(ValueError, match=f'--workdir={path} needs {package}: pip install {package}'):
-      workdir_lib.claim(path, tiny_config())
+      workdir_lib.open_workdir(path, tiny_config())

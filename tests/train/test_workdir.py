@@ -1,0 +1,34 @@
+"""Configs of earlier versions, and workdirs that hold them."""
+
+import pathlib
+import shutil
+
+import ml_collections
+import pytest
+
+from groupvit_jax.train import workdir as workdir_lib
+from tests.tiny import tiny_config
+from tests.train.test_configs import flat
+
+EARLIER = pathlib.Path(__file__).with_name('earlier_config.json')  # as a run of an earlier version wrote it
+
+
+def test_a_workdir_of_an_earlier_version_opens_and_resumes(tmp_path):
+  shutil.copy(EARLIER, tmp_path / 'config.json')
+  config = workdir_lib.read_config(tmp_path)
+  assert flat(config).keys() == flat(tiny_config()).keys() and config.benchmarks == ml_collections.ConfigDict()
+  assert not [change for change in workdir_lib.check_config(tmp_path, tiny_config()) if 'absent' in change]
+
+
+def test_a_config_of_an_earlier_version_keeps_its_benchmarks():
+  config = tiny_config()
+  with config.unlocked():
+    del config.benchmarks
+    config.evals, config.multi_label_weight = {'mine': {'every_steps': 5}}, 1.0
+  upgraded = workdir_lib.upgrade_config(config)
+  assert upgraded.benchmarks.mine.every_steps == 5 and not {'evals', 'multi_label_weight'} & set(upgraded)
+  assert workdir_lib.upgrade_config(upgraded) == upgraded
+  with config.unlocked():
+    config.multi_label_weight = 0.5
+  with pytest.raises(ValueError, match='multi_label_weight=0.5: there is no such entry any more; 1.0 is built in'):
+    workdir_lib.upgrade_config(config)
