@@ -114,7 +114,6 @@ class ImageTextModel(nn.Module):
     return self.text(rows)
 
   def project(self, image_features: jax.Array, text_features: jax.Array, *, train: bool = False) -> Projected:
-<<<<<<< HEAD
     """Projects the towers' features of a whole batch.
 
     Args:
@@ -125,9 +124,6 @@ class ImageTextModel(nn.Module):
     Returns:
       Embeddings and log temperatures.
     """
-=======
-    """Projects image features [B, D] and text features [B, T, D] of a whole batch; `train` as in `__call__`."""
->>>>>>> 70c3a83 (Resize positions with jax.image and shorten the model's docstrings)
     return Projected(
       self.image_projector(image_features, train=train),
       self.text_projector(text_features, train=train),
