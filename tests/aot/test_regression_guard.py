@@ -28,8 +28,8 @@ from tests.tiny import tiny_config
 
 # Of one device's program: floating-point operations, bytes read and written, bytes of temporaries, arrays copied.
 RECORDED = {'flops': 16.76e6, 'bytes accessed': 12.01e6, 'temporaries': 722_928, 'copies': 313}
-# Before the compiler, the body of the loop for texts that do not fit counted once.
-RECORDED_OF_THE_PAPER = {'flops': 225.0e9, 'bytes accessed': 42.01e9}
+# Before the compiler, the body of the loop for texts that do not fit counted once, shardings of results as a copy.
+RECORDED_OF_THE_PAPER = {'flops': 225.0e9, 'bytes accessed': 43.35e9}
 TOLERANCE = 0.15  # versions of the compiler differ by less
 
 
