@@ -22,7 +22,7 @@ _LARGEST_TILE = 384  # and at most so long
 OPACITY = 0.55  # of classes over the image
 GROUP_OPACITY = 0.35  # of groups, whose borders say more than their colours
 _TEXT_SHARE = 26  # letters are this fraction of an image's short side high
-_SMALLEST_TEXT, _PANEL_TEXT = 12, 15  # pixels
+_SMALLEST_TEXT, _PANEL_TEXT, _LEGEND_LINE = 12, 15, 23  # pixels
 _SMALLEST_AREA = 0.004  # of the image: a smaller class is not named on it
 _GAP = 6  # pixels between the tiles of a panel
 _WHITE, _INK = (255, 255, 255), (24, 24, 24)
@@ -165,17 +165,15 @@ def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Seq
     uint8 [H', W', 3], with titles above and the colours' names below.
   """
   rows = [shrink(row, _LARGEST_TILE) for row in rows]
-  labelled, named = (any(getattr(row, kind) is not None for row in rows) for kind in ('truth', 'prediction'))
-  several = len(rows[0].groups) > 1
-  titles = ['input', *['truth'] * labelled, *['prediction'] * named, 'final groups' if several else 'groups']
-  titles += ['first groups'] * several
-  tiles = [_tiles(row, palette, names, labelled, named) for row in rows]
+  shown = [kind for kind in ('truth', 'prediction') if any(getattr(row, kind) is not None for row in rows)]
+  named = [draw_tiles(row, palette, names, shown, long_side=_TILE) for row in rows]
+  titles, tiles = list(named[0]), [list(row.values()) for row in named]
   width = max(row[0].shape[1] for row in tiles)
   font = _font(_PANEL_TEXT)
   head = _PANEL_TEXT + 2 * _GAP
   used = _used_labels(rows)
-  columns, line = _legend_layout(names, used, len(titles) * (width + _GAP) - _GAP, font)
-  legend = line * -(-len(used) // columns) + _GAP
+  columns = _legend_columns(names, used, len(titles) * (width + _GAP) - _GAP, font)
+  legend = _LEGEND_LINE * -(-len(used) // columns) + _GAP
   tops = np.cumsum([head, *(row[0].shape[0] + _GAP for row in tiles)]).tolist()
   size = (_GAP + len(titles) * (width + _GAP), tops[-1] + legend)
   canvas = Image.new('RGB', size, _WHITE)
@@ -185,22 +183,30 @@ def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Seq
     draw.text((left + width / 2, head / 2), title, _INK, font, anchor='mm')
     for top, row in zip(tops, tiles):
       canvas.paste(Image.fromarray(row[column]), (left, top))
-  _draw_legend(draw, size[1] - legend, palette, names, used, columns, line, size[0], font)
+  for index, label in enumerate(used):  # a swatch and a name for each class that occurs
+    left = _GAP + index % columns * (size[0] - _GAP) / columns
+    middle, half = size[1] - legend + (index // columns + 0.5) * _LEGEND_LINE, _PANEL_TEXT / 2
+    draw.rectangle((left, middle - half, left + 2 * half, middle + half), tuple(palette[label]))
+    draw.text((left + 1.5 * _PANEL_TEXT, middle), names[label], _INK, font, anchor='lm')
   return np.asarray(canvas)
 
 
-def _tiles(
-  row: Row, palette: Sequence[Sequence[int]], names: Sequence[str], labelled: bool, named: bool
-) -> list[np.ndarray]:
-  """The tiles of one line of a panel, all of one size."""
-  grouped = lambda groups: draw_groups(row.image, groups, long_side=_TILE)
-  tiles = [enlarge(row.image, enlargement(row.image.shape[:2], _TILE))]
-  for shown, labels in ((labelled, row.truth), (named, row.prediction)):
-    if shown:
-      labels = np.full(row.image.shape[:2], IGNORE_LABEL, np.uint8) if labels is None else labels
-      tiles.append(draw_overlay(row.image, labels, palette, names, long_side=_TILE))
-  tiles.append(grouped(row.groups[-1]))
-  return tiles + [grouped(row.groups[0])] * (len(row.groups) > 1)
+def draw_tiles(
+  row: Row,
+  palette: Sequence[Sequence[int]],
+  names: Sequence[str],
+  shown: Sequence[str] = ('truth', 'prediction'),
+  *,
+  long_side: int = LONG_SIDE,
+) -> dict[str, np.ndarray]:
+  """The tiles of a row by title, all of one size; `shown` are those of its label maps that are drawn."""
+  tiles = {'input': enlarge(row.image, enlargement(row.image.shape[:2], long_side))}
+  for kind in shown:
+    labels = getattr(row, kind)
+    labels = np.full(row.image.shape[:2], IGNORE_LABEL, np.uint8) if labels is None else labels
+    tiles[kind] = draw_overlay(row.image, labels, palette, names, long_side=long_side)
+  stages = {'final groups': -1, 'first groups': 0} if len(row.groups) > 1 else {'groups': 0}
+  return tiles | {title: draw_groups(row.image, row.groups[i], long_side=long_side) for title, i in stages.items()}
 
 
 def _used_labels(rows: Sequence[Row]) -> list[int]:
@@ -209,33 +215,10 @@ def _used_labels(rows: Sequence[Row]) -> list[int]:
   return sorted({label for array in maps for label in np.unique(array).tolist()} - {IGNORE_LABEL})
 
 
-def _legend_layout(
-  names: Sequence[str], used: Sequence[int], width: int, font: ImageFont.FreeTypeFont
-) -> tuple[int, int]:
-  """Columns of a legend, and the height of its lines."""
+def _legend_columns(names: Sequence[str], used: Sequence[int], width: int, font: ImageFont.FreeTypeFont) -> int:
+  """Columns of a legend that is so wide."""
   widest = max((font.getlength(names[label]) for label in used), default=0)
-  cell = widest + 3 * _PANEL_TEXT
-  return max(1, int(width // cell)), _PANEL_TEXT + 8
-
-
-def _draw_legend(
-  draw: ImageDraw.ImageDraw,
-  top: int,
-  palette: Sequence[Sequence[int]],
-  names: Sequence[str],
-  used: Sequence[int],
-  columns: int,
-  line: int,
-  width: int,
-  font: ImageFont.FreeTypeFont,
-) -> None:
-  """A swatch and a name for each class that occurs."""
-  cell = (width - _GAP) / columns
-  for index, label in enumerate(used):
-    left, middle = _GAP + index % columns * cell, top + (index // columns + 0.5) * line
-    half = _PANEL_TEXT / 2
-    draw.rectangle((left, middle - half, left + 2 * half, middle + half), tuple(palette[label]))
-    draw.text((left + 1.5 * _PANEL_TEXT, middle), names[label], _INK, font, anchor='lm')
+  return max(1, int(width // (widest + 3 * _PANEL_TEXT)))
 
 
 def _table(palette: Sequence[Sequence[int]]) -> np.ndarray:

@@ -15,7 +15,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw, windows
 from groupvit_jax.eval.benchmarks import Benchmark, IGNORE_LABEL
 from groupvit_jax.eval.class_embeddings import embed_classes
-from groupvit_jax.eval.labelled import LabelledSource, open_scenes, Subset, take, VALIDATION
+from groupvit_jax.eval.labelled import LabelledSource, open_scenes, spread_indices, subset, VALIDATION
 from groupvit_jax.eval.labeller import CountingLabeller, LabelMap
 from groupvit_jax.eval.prefetch import BadImages, prefetch
 from groupvit_jax.eval.protocols import native_protocol, Protocol
@@ -204,7 +204,7 @@ class Evaluator:
     """Input, truth, prediction and groups of some images, to be drawn; the same on every process."""
     labels: dict[str, np.ndarray] = {}
     # Every process labels all of them: it takes each n-th of a source in which each occurs n times.
-    everywhere = Subset(self.source, tuple(np.repeat(indices, jax.process_count()).tolist()))
+    everywhere = subset(self.source, np.repeat(indices, jax.process_count()).tolist())
     keep = lambda encoded, label_map: labels.setdefault(encoded.image.key, label_map.labels)
     self._evaluate(variables, everywhere, oracle=False, on_image=keep)
     records = [self.source[index] for index in indices]
@@ -217,7 +217,7 @@ class Evaluator:
 
   def panel(self, variables: dict, count: int = 4) -> np.ndarray:
     """A drawing of some images, spread evenly, the same at every call: uint8 [H, W, 3], on every process."""
-    rows = self.rows(variables, list(take(range(len(self.source)), min(count, len(self.source)))))
+    rows = self.rows(variables, spread_indices(len(self.source), count))
     return draw.draw_panel(rows, self.benchmark.palette, self.benchmark.classes)
 
   def _evaluate(self, variables: dict, source: LabelledSource, **options: object) -> Result:

@@ -3,7 +3,7 @@
 All are read in any order from any number of threads. Images on disk stay encoded: `prefetch` decodes them on threads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import io
@@ -52,18 +52,24 @@ class LabelledSource(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': uint8 [H, W], 'key': name}."""
+    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': uint8 [H, W] or a class, 'key': name}."""
     ...
 
 
-class ClassifiedSource(Protocol):
-  """Random access to images with a class."""
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A `LabelledSource` that reads its records with a function of their index."""
 
-  def __len__(self) -> int: ...
+  classes: tuple[str, ...]  # C names in label order; none of ImageNet, whose labels are classes
+  length: int
+  read: Callable[[int], dict[str, Any]]
+
+  def __len__(self) -> int:
+    return self.length
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': int, 'key': name}."""
-    ...
+    """Returns the record."""
+    return self.read(index)
 
 
 def decode_label(data: bytes, key: str) -> np.ndarray:
@@ -84,118 +90,17 @@ def decode_label(data: bytes, key: str) -> np.ndarray:
   return labels.astype(np.uint8)
 
 
-@dataclasses.dataclass(frozen=True)
-class PreparedSet:
-  """Images of a prepared TFDS data set, labelled as a benchmark asks."""
-
-  path: str  # folder of the data set's version
-  benchmark: Benchmark
-
-  @property
-  def classes(self) -> tuple[str, ...]:
-    """C names in label order."""
-    return self.benchmark.classes
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'image': bytes, 'label': uint8 [H, W], 'key': name}."""
-    record = self._records[index]
-    key = record['key'].decode()
-    label = decode_label(record['label'], f'the label map of {key!r} in {self.path}')
-    return {'image': record['image'], 'label': self.benchmark.train_labels(label), 'key': key}
-
-  @functools.cached_property
-  def _records(self) -> Sequence[dict[str, bytes]]:
-    return tfds.open_records(self.path, SPLIT, ('image', 'label'))
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledFolder:
-  """Images of a folder, with label maps of the same names."""
-
-  path: str  # folder with `images`, `labels` and the list of classes
-  names: tuple[str, ...]  # of the images, with their suffixes
-  benchmark: Benchmark
-
-  @property
-  def classes(self) -> tuple[str, ...]:
-    """C names in label order."""
-    return self.benchmark.classes
-
-  def __len__(self) -> int:
-    return len(self.names)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'image': bytes, 'label': uint8 [H, W], 'key': name}."""
-    image = epath.Path(self.path) / 'images' / self.names[index]
-    label = epath.Path(self.path) / 'labels' / f'{image.stem}.png'
-    labels = decode_label(label.read_bytes(), str(label))
-    return {'image': image.read_bytes(), 'label': labels, 'key': image.stem}
-
-
-@dataclasses.dataclass(frozen=True)
-class PreparedImagenet:
-  """Images of ImageNet, prepared as a TFDS data set."""
-
-  path: str
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'image': bytes, 'label': int, 'key': name}."""
-    record = self._records[index]
-    return {'image': record['image'], 'label': int(record['label']), 'key': f'{SPLIT}[{index}]'}
-
-  @functools.cached_property
-  def _records(self) -> Sequence[dict[str, object]]:
-    return tfds.open_records(self.path, SPLIT, ('image',))
-
-
-@dataclasses.dataclass(frozen=True)
-class ImagenetTars:
-  """Images of webdataset tars, the class of each in its `.cls` file."""
-
-  tars: WebDataset
-
-  def __len__(self) -> int:
-    return len(self.tars)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'image': bytes, 'label': int, 'key': name}."""
-    try:
-      record = self.tars[index]
-      return {'image': record['image'], 'label': int(record['text']), 'key': record['key']}
-    except BadRecord as bad:
-      raise UserError(f'{bad.key}: {bad.cause}; a benchmark leaves no image out, so fetch it again') from bad
-    except ValueError as error:
-      text = record['text'][:40]
-      raise UserError(f'{record["key"]}.cls holds {text!r}; it must hold the class, 0 to 999') from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Subset:
+def subset(source: LabelledSource, indices: Sequence[int]) -> Source:
   """Some of the images of a source, in the order given."""
-
-  source: Any
-  indices: tuple[int, ...]
-
-  @property
-  def classes(self) -> tuple[str, ...]:
-    """C names in label order."""
-    return self.source.classes
-
-  def __len__(self) -> int:
-    return len(self.indices)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns the record of the source."""
-    return self.source[self.indices[index]]
+  return Source(source.classes, len(indices), lambda index: source[indices[index]])
 
 
-def take(source: Any, num_images: int) -> Any:
+def spread_indices(length: int, count: int) -> list[int]:
+  """So many of the indices below `length`, spread evenly, the same ones every time."""
+  return np.linspace(0, length - 1, min(count, length)).round().astype(int).tolist()
+
+
+def take(source: LabelledSource, num_images: int) -> LabelledSource:
   """So many images of a source, spread evenly, the same ones every time; 0 for all.
 
   Raises:
@@ -203,9 +108,7 @@ def take(source: Any, num_images: int) -> Any:
   """
   if num_images < 0 or not len(source):
     raise UserError(f'of {len(source)} images {num_images} cannot be taken; use 0 for all')
-  if not 0 < num_images < len(source):
-    return source
-  return Subset(source, tuple(np.linspace(0, len(source) - 1, num_images).round().astype(int).tolist()))
+  return subset(source, spread_indices(len(source), num_images)) if 0 < num_images < len(source) else source
 
 
 def open_benchmark(name: str, data_dir: epath.PathLike, num_images: int = 0) -> tuple[Benchmark, LabelledSource]:
@@ -221,8 +124,12 @@ def open_benchmark(name: str, data_dir: epath.PathLike, num_images: int = 0) -> 
   """
   if name != FOLDER and name not in STORED_IN:
     raise UserError(f'there is no benchmark {name!r}; choose one of {", ".join([*STORED_IN, FOLDER])}')
-  source = open_folder(data_dir) if name == FOLDER else open_prepared(find_benchmark(name), data_dir)
-  return source.benchmark, take(source, num_images)
+  if name == FOLDER:
+    benchmark, source = open_folder(data_dir)
+  else:
+    benchmark = find_benchmark(name)
+    source = open_prepared(benchmark, data_dir)
+  return benchmark, take(source, num_images)
 
 
 def default_protocol(benchmark: Benchmark) -> str:
@@ -230,7 +137,7 @@ def default_protocol(benchmark: Benchmark) -> str:
   return benchmark.published[0].protocol if benchmark.published else NATIVE
 
 
-def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> PreparedSet:
+def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> Source:
   """The images of a public benchmark, from the newest version of its data set in `data_dir`.
 
   Raises:
@@ -243,12 +150,18 @@ def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> PreparedSet
       f'--data_dir={data_dir} holds no {name}, which {benchmark.name} needs; make it with '
       f'python -m groupvit_jax.prepare {name} --manual_dir=... --data_dir={data_dir}'
     )
-  source = PreparedSet(str(newest), benchmark)
-  len(source)  # damage shows here, not in a thread
-  return source
+  records = tfds.open_records(str(newest), SPLIT, ('image', 'label'))
+
+  def read(index: int) -> dict[str, Any]:
+    record = records[index]
+    key = record['key'].decode()
+    label = decode_label(record['label'], f'the label map of {key!r} in {newest}')
+    return {'image': record['image'], 'label': benchmark.train_labels(label), 'key': key}
+
+  return Source(benchmark.classes, len(records), read)
 
 
-def open_imagenet(data_dir: str) -> ClassifiedSource:
+def open_imagenet(data_dir: str) -> Source:
   """ImageNet's validation images, with classes numbered in the order of their WordNet ids.
 
   Args:
@@ -258,7 +171,8 @@ def open_imagenet(data_dir: str) -> ClassifiedSource:
     ValueError: there is neither, or it is not whole.
   """
   if data_dir.endswith('.tar'):
-    return ImagenetTars(open_webdataset((data_dir,), 'cls', '', f'--data_dir={data_dir}'))
+    tars = open_webdataset((data_dir,), 'cls', '', f'--data_dir={data_dir}')
+    return Source((), len(tars), functools.partial(_read_classified, tars))
   newest = tfds.newest_version(data_dir, _IMAGENET_STORED_IN)
   if newest is None:
     raise UserError(
@@ -266,9 +180,21 @@ def open_imagenet(data_dir: str) -> ClassifiedSource:
       "with TFDS (file_format='array_record'), or name tars with .cls files: "
       '--data_dir=FOLDER/{000000..000063}.tar'
     )
-  source = PreparedImagenet(str(newest))
-  len(source)  # damage shows here, not in a thread
-  return source
+  records = tfds.open_records(str(newest), SPLIT, ('image',))
+  fields = lambda record, index: {'image': record['image'], 'label': int(record['label']), 'key': f'{SPLIT}[{index}]'}
+  return Source((), len(records), lambda index: fields(records[index], index))
+
+
+def _read_classified(tars: WebDataset, index: int) -> dict[str, Any]:
+  """An image of a tar, with the class in its `.cls` file."""
+  try:
+    record = tars[index]
+    return {'image': record['image'], 'label': int(record['text']), 'key': record['key']}
+  except BadRecord as bad:
+    raise UserError(f'{bad.key}: {bad.cause}; a benchmark leaves no image out, so fetch it again') from bad
+  except ValueError as error:
+    text = record['text'][:40]
+    raise UserError(f'{record["key"]}.cls holds {text!r}; it must hold the class, 0 to 999') from error
 
 
 def open_scenes(config: ml_collections.ConfigDict, split: str) -> tuple[Benchmark, LabelledSource]:
@@ -282,8 +208,8 @@ def open_scenes(config: ml_collections.ConfigDict, split: str) -> tuple[Benchmar
   return dataclasses.replace(benchmark, palette=spread_palette(benchmark.num_classes)), source
 
 
-def open_folder(path: epath.PathLike) -> LabelledFolder:
-  """Anyone's labelled images.
+def open_folder(path: epath.PathLike) -> tuple[Benchmark, Source]:
+  """Anyone's labelled images, as a benchmark.
 
   Args:
     path: folder with `images/NAME.jpg` (or .png and others), `labels/NAME.png` (indices, 255 to ignore) and the
@@ -315,7 +241,13 @@ def open_folder(path: epath.PathLike) -> LabelledFolder:
     other = owners.setdefault(epath.Path(name).stem, name)
     if other != name:
       raise UserError(f'{images} holds {other} and {name}, which share a label map; rename one')
-  return LabelledFolder(str(folder), tuple(names), benchmark)
+
+  def read(index: int) -> dict[str, Any]:
+    image = images / names[index]
+    label = labels / f'{image.stem}.png'
+    return {'image': image.read_bytes(), 'label': decode_label(label.read_bytes(), str(label)), 'key': image.stem}
+
+  return benchmark, Source(benchmark.classes, len(names), read)
 
 
 def _read_classes(folder: epath.Path) -> tuple[str, ...]:

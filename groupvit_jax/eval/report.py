@@ -207,11 +207,7 @@ def _confusions(result: Result) -> str:
 def _strip(name: str, miou: float, row: Row, result: Result) -> str:
   """An image, its truth, prediction and groups side by side."""
   row = draw.shrink(row, _LONG_SIDE)
-  overlay = lambda labels: draw.draw_overlay(row.image, labels, result.benchmark.palette, result.benchmark.classes)
-  tiles = {'input': row.image, 'truth': overlay(row.truth), 'prediction': overlay(row.prediction)}
-  tiles['final groups'] = draw.draw_groups(row.image, row.groups[-1])
-  if len(row.groups) > 1:
-    tiles['first groups'] = draw.draw_groups(row.image, row.groups[0])
+  tiles = draw.draw_tiles(row, result.benchmark.palette, result.benchmark.classes)
   figures = ''.join(
     f'<figure><img alt="{title}" src="{_uri(tile)}"><figcaption>{title}</figcaption></figure>'
     for title, tile in tiles.items()

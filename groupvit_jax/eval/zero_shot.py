@@ -22,7 +22,7 @@ from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.class_embeddings import embed_classes
-from groupvit_jax.eval.labelled import ClassifiedSource, IMAGENET
+from groupvit_jax.eval.labelled import IMAGENET, LabelledSource
 from groupvit_jax.eval.prefetch import BadImages, decode_threads, prefetch
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.pixels import normalize_images
@@ -176,7 +176,7 @@ class ZeroShotEvaluator:
   model: ImageTextModel
   tokenizer: Tokenizer
   mesh: Mesh
-  source: ClassifiedSource
+  source: LabelledSource
   names: Sequence[str]
   templates: str
   batch_size: int
@@ -236,7 +236,7 @@ class ZeroShotEvaluator:
 
 
 def build_evaluator(
-  model: ImageTextModel, tokenizer: Tokenizer, mesh: Mesh, source: ClassifiedSource, templates: str
+  model: ImageTextModel, tokenizer: Tokenizer, mesh: Mesh, source: LabelledSource, templates: str
 ) -> ZeroShotEvaluator:
   """Classifies images into ImageNet's classes. Raises ValueError if there is no such set of templates."""
   batch_size = _IMAGES_PER_DEVICE * sharding.data_parallel_size(mesh)
