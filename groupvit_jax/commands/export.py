@@ -7,7 +7,6 @@ examples/run_exported.py), safetensors (groupvit_jax's own names, and the config
 """
 
 from collections.abc import Sequence
-import json
 import os
 from typing import Any, get_args, Literal
 
@@ -19,7 +18,8 @@ import numpy as np
 import safetensors.numpy
 
 from groupvit_jax import cli
-from groupvit_jax.commands import huggingface_folder, model_card
+from groupvit_jax.commands import model_card
+from groupvit_jax.commands.huggingface_folder import write_folder, write_json
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import native, stablehlo, state_dicts
 from groupvit_jax.model.losses import clamped_scale
@@ -95,7 +95,7 @@ def export(
   with open_run.complete_config(run.workdir), atomic_folder('--output', output) as folder:
     notes = {}
     if form == 'huggingface':
-      huggingface_folder.write_folder(folder, run, spec, number_format, reports)
+      write_folder(folder, run, spec, number_format, reports)
     elif form == 'stablehlo':
       notes = _write_stablehlo(folder, run, spec, number_format)
       model_card.write(folder, run, use=_BUNDLE_USE, tags='', reports=reports)
@@ -129,7 +129,7 @@ def _sizes(folder: epath.Path) -> dict[str, int]:
 def _write_flat(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype) -> None:
   state = state_dicts.cast(native.to_flat(run.variables), dtype)
   safetensors.numpy.save_file(state, str(folder / 'model.safetensors'))
-  _write_json(folder / 'config.json', native.spec_to_json(spec))
+  write_json(folder / 'config.json', native.spec_to_json(spec))
   run.tokenizer.save(folder)
 
 
@@ -151,7 +151,7 @@ def _write_stablehlo(
     name: dict(bytes=size, input=list(inputs[name]), milliseconds=round(1000 * seconds[name], 2))
     for name, size in _sizes(folder).items()
   }
-  _write_json(
+  write_json(
     folder / 'bundle.json',
     dict(
       image_size=list(spec.config.vision.image_size),
@@ -176,10 +176,6 @@ def _write_stablehlo(
 def _describe_machine() -> dict[str, Any]:
   """The hardware and the version of JAX that a latency depends on."""
   return dict(device=jax.devices()[0].device_kind, cores=os.cpu_count(), jax=jax.__version__)
-
-
-def _write_json(path: epath.Path, values: object) -> None:
-  path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + '\n')
 
 
 if __name__ == '__main__':

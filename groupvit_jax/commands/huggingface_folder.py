@@ -73,9 +73,9 @@ def write_folder(
   safetensors.numpy.save_file(
     state_dicts.cast(state, dtype), str(folder / 'model.safetensors'), metadata={'format': 'pt'}
   )
-  _write_json(folder / 'config.json', config)
-  _write_json(folder / SIDE_FILE, side)
-  _write_json(folder / 'preprocessor_config.json', _image_processor(run))
+  write_json(folder / 'config.json', config)
+  write_json(folder / SIDE_FILE, side)
+  write_json(folder / 'preprocessor_config.json', _image_processor(run))
   _write_tokenizer(folder, run)
   height, width = run.model.vision.image_size
   use = _CLIP_NOTE if isinstance(run.tokenizer, ClipTokenizer) else _SENTENCEPIECE_NOTE
@@ -113,10 +113,10 @@ def _write_tokenizer(folder: epath.Path, run: TrainedRun) -> None:
   vocab, merges = clip_bpe.read_bpe({name: path.read_bytes() for name, path in files.items()})
   for path in files.values():
     path.unlink()
-  _write_json(folder / 'vocab.json', vocab)
+  write_json(folder / 'vocab.json', vocab)
   (folder / 'merges.txt').write_text('\n'.join(['#version: 0.2', *map(' '.join, merges)]) + '\n')
   special = dict(bos_token=clip_bpe.BOS, eos_token=clip_bpe.EOS, unk_token=clip_bpe.EOS, pad_token=clip_bpe.EOS)
-  _write_json(
+  write_json(
     folder / 'tokenizer_config.json',
     dict(
       tokenizer_class='CLIPTokenizer',
@@ -126,8 +126,9 @@ def _write_tokenizer(folder: epath.Path, run: TrainedRun) -> None:
       **special,
     ),
   )
-  _write_json(folder / 'special_tokens_map.json', special)
+  write_json(folder / 'special_tokens_map.json', special)
 
 
-def _write_json(path: epath.Path, values: object) -> None:
+def write_json(path: epath.Path, values: object) -> None:
+  """Writes values as indented JSON."""
   path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + '\n')

@@ -1,1 +1,1 @@
-"""Zero-shot evaluation: segmentation, classification and pictures of results."""
+"""Zero-shot evaluation: segmentation, classification and drawings of results."""
