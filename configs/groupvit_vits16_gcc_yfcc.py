@@ -13,6 +13,9 @@ With the multi-label loss of the best segment (groupvit_jax/model/losses.py) ins
 
 and `.py:8gpu_named`, `.py:1gpu_named`. No run of it at this scale has been made.
 
+With CLIP's tokenizer, as the authors: `.py:clip_tokenizer` or `.py:8gpu_clip_tokenizer`, and
+`--config.tokenizer.path=FOLDER`, a folder with `vocab.json` and `merges.txt`, or another form of docs/import_export.md.
+
 Point `data.sets.*.path` at your copies: `--config.data.sets.cc3m.path='gs://bucket/cc3m/{00000..00331}.tar'`.
 
 Hardware and time: the authors trained for two days on 16 V100.
@@ -24,6 +27,8 @@ Variance is large: two runs of one recipe gave 11.6 and 25.8 on COCO with equal 
 
 import ml_collections
 
+CLIP = 'clip_tokenizer'
+CLIP_FOLDER = '/data/clip'  # like those of the sets, to be pointed at your copy
 EPOCHS, WARMUP_EPOCHS = 30, 2
 
 # Memory per pair on an H100, beside parameters: 36 MiB (53 with XLA's attention), with remat='dots' 19 MiB. Workers are
@@ -39,23 +44,25 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   """The experiment.
 
   Args:
-    variant: '', '8gpu', '1gpu', 'named', '8gpu_named' or '1gpu_named'; written after the file's name and a colon.
+    variant: '', '8gpu' or '1gpu', then 'clip_tokenizer', then 'named', joined by '_'; written after the file's name and
+      a colon.
 
   Raises:
     ValueError: there is no such variant.
   """
-  machine = variant.removesuffix('named').removesuffix('_')
-  config = build(machine)
-  if variant != machine:
+  paper = variant.removesuffix('named').removesuffix('_')
+  config = build(paper)
+  if variant != paper:
     config.multi_label_loss = 'best_segment'
     config.data.skipped_words = ('image', 'images', 'photo', 'photos', 'picture', 'pictures')
   return config
 
 
-def build(machine: str) -> ml_collections.ConfigDict:
-  """The paper's experiment for a machine of `MACHINES`."""
+def build(variant: str) -> ml_collections.ConfigDict:
+  """The paper's experiment, for a machine of `MACHINES` and with either tokenizer."""
+  clip, machine = variant.endswith(CLIP), variant.removesuffix(CLIP).removesuffix('_')
   if machine not in MACHINES:
-    raise ValueError(f"no variant {machine!r}; end the config's path in '.py', '.py:8gpu' or '.py:1gpu'")
+    raise ValueError(f"no variant {variant!r}; end the config's path in '.py', '.py:8gpu', '.py:1gpu' or '.py:{CLIP}'")
   config = ml_collections.ConfigDict(
     dict(
       seed=0,
@@ -93,6 +100,7 @@ def build(machine: str) -> ml_collections.ConfigDict:
         yfcc14m=records('/data/tfds/yfcc14m/1.0.0', expected=14_615_499),
       ),
       index_dir='',
+      clean_captions=True,  # mis-decoded characters, HTML entities and white space, as before CLIP's BPE
       num_prompts=3,
       noun_phrases=False,  # prompts are nouns and verbs, as in the paper; True: whole noun phrases
       prompt_templates='full',  # the 80 that a prompt's is drawn from, as in the paper
@@ -119,7 +127,8 @@ def build(machine: str) -> ml_collections.ConfigDict:
   )
   config.tokenizer = ml_collections.ConfigDict(
     dict(
-      path='',  # '' trains a SentencePiece model on the captions; the authors' is CLIP's BPE, of 49,408
+      # '' trains a SentencePiece model on the captions; the authors' is CLIP's BPE, of 49,408, with a token to begin.
+      path=CLIP_FOLDER if clip else '',
       vocab_size=32_000,
       num_captions=300_000,
     )
@@ -156,6 +165,7 @@ def build(machine: str) -> ml_collections.ConfigDict:
       warmup_lr=4e-6,
       peak_lr=1.6e-3,
       end_lr=4e-5,  # at batch 4096: they scale linearly with the batch
+      cosine='run',  # over all steps, the warm-up's included, as in the published runs
       beta1=0.9,
       beta2=0.999,
       eps=1e-8,

@@ -130,6 +130,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       peak_lr=1.2e-3 * 64,
       end_lr=5e-5 * 64,
       warmup_steps=100,
+      cosine='after_warmup',  # 'run' would be at most 1.2 % of the peak lower: the warm-up is short
       beta1=0.9,
       beta2=0.999,
       eps=1e-8,

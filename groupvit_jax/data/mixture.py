@@ -22,6 +22,7 @@ from typing import Protocol
 from grain.experimental import index_shuffle
 import numpy as np
 
+from groupvit_jax.data.prompts import clean_caption
 from groupvit_jax.errors import UserError
 
 BLOCK = 2**14  # positions over which weighted shares are exact
@@ -46,6 +47,19 @@ class DataSet:
   digest: str  # changes when the records do
   num_shards: int  # files; 0 for records made on demand
   weight: float  # its share of the examples relative to the other sets'; 0 for its share of the records
+  clean: bool = False  # whether captions are cleaned: see `prompts.clean_caption`
+
+  def read(self, index: int) -> dict[str, object]:
+    """A record with its caption as it is trained on."""
+    record = self.source[index]
+    return record | {'text': clean_caption(record['text'])} if self.clean else record
+
+  def caption_of(self, index: int) -> str:
+    """A record's caption, without its image where the source allows that."""
+    if not hasattr(self.source, 'caption_of'):
+      return self.read(index)['text']
+    caption = self.source.caption_of(index)
+    return clean_caption(caption) if self.clean else caption
 
 
 class Order:
@@ -107,14 +121,12 @@ class Mixture:
   def __getitem__(self, index: int) -> dict[str, object]:
     """Reads a record; raises what its set raises."""
     part, start = self.set_of(index)
-    return part.source[index - start]
+    return part.read(index - start)
 
   def caption_of(self, index: int) -> str:
     """Reads a caption, without the image where the set can."""
     part, start = self.set_of(index)
-    if hasattr(part.source, 'caption_of'):
-      return part.source.caption_of(index - start)
-    return part.source[index - start]['text']
+    return part.caption_of(index - start)
 
   def set_of(self, index: int) -> tuple[DataSet, int]:
     """The set of a record, and the index of that set's first record."""

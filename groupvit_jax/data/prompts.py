@@ -8,9 +8,11 @@ scikit-learn, about a second and 150 MB in every worker process.
 from collections.abc import Callable, Collection, Sequence
 import functools
 import hashlib
+import html
 import importlib.util
 import json
 from pathlib import Path
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +30,23 @@ LONGEST_CAPTION = 10_000
 # What the tagger leaves of "isn't", "we're", "they'll": it calls some of them nouns.
 _FRAGMENTS = frozenset({'n', 't', 's', 'd', 'm', 'll', 're', 've'})
 
+# Of ASCII what ftfy removes: terminal escapes and control characters, but no white space.
+_CONTROLS = re.compile(r'[\x00-\x08\x0b\x0e-\x1f\x7f]')
+
 _TEMPLATES = Path(__file__).parents[1] / 'eval' / 'imagenet_zero_shot.json'
+
+
+def clean_caption(caption: str) -> str:
+  """The caption as CLIP cleans it before its BPE, but for the case.
+
+  Repairs mis-decoded characters ("doesnâ€™t"), unescapes HTML twice ("&amp;lt;"), and makes each run of white space a
+  space.
+  """
+  if not caption.isascii() or '&' in caption or _CONTROLS.search(caption):
+    import ftfy  # most captions do without
+
+    caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
+  return ' '.join(caption.split())
 
 
 def nouns(caption: str) -> list[str]:

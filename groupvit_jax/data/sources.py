@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 import concurrent.futures
+import dataclasses
 import hashlib
 
 import ml_collections
@@ -25,8 +26,8 @@ def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int])
 
   Args:
     config: `source` is 'scenes', with `scenes` (see `build_scenes`), or 'sets', with `sets`, a dict from name to a
-      set's description, and `index_dir`. Sets are counted in the order of their names. A set has a `format`, a `weight`
-      (see `mixture`), the number of samples `expected` (0 if unknown; for the audit), and
+      set's description, `index_dir` and `clean_captions`. Sets are counted in the order of their names. A set has a
+      `format`, a `weight` (see `mixture`), the number of samples `expected` (0 if unknown; for the audit), and
 
       - 'webdataset': `path`, a pattern of tars or several (see `storage.find_shards`), and `caption`: 'txt', 'cls' or
         'json:FIELD';
@@ -42,7 +43,8 @@ def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int])
   if config.source == 'sets':
     if not config.get('sets'):
       raise UserError("data.sets is empty; name the sets to train on, or use data.source='scenes'")
-    return Mixture(tuple(_open_set(name, config.sets[name], config.index_dir) for name in sorted(config.sets)))
+    sets = (_open_set(name, config.sets[name], config.index_dir) for name in sorted(config.sets))
+    return Mixture(tuple(dataclasses.replace(part, clean=config.clean_captions) for part in sets))
   scenes = build_scenes(config.scenes, image_size, split='train')
   digest = hashlib.sha256(repr(scenes).encode()).hexdigest()[:16]
   return Mixture((DataSet('scenes', scenes, digest, num_shards=0, weight=0.0),))

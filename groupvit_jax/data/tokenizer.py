@@ -135,9 +135,8 @@ class SentencePieceTokenizer(Tokenizer):
 class ClipTokenizer(Tokenizer):
   """CLIP's lower-cased byte-level BPE; its ids and padding are those of `transformers`.
 
-  Neither ftfy nor html.unescape runs first, as in `transformers` and unlike in OpenAI's code:
-  clean mis-decoded characters and entities in the data. A caption that spells out
-  '<|endoftext|>' gets that token.
+  Neither ftfy nor html.unescape runs first, as in `transformers` and unlike in OpenAI's code: data.clean_captions has
+  captions cleaned before. A caption that spells out '<|endoftext|>' gets that token.
   """
 
   def __init__(self, path: os.PathLike | str):

@@ -116,7 +116,7 @@ def class_names() -> tuple[str, ...]:
 
 
 def crop_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """The middle of an image whose short side is resized to 8/7 of the crop's: bicubic, as Pillow does it.
+  """The middle of an image whose short side is resized to 8/7 of the crop's: bilinear, as Pillow does it.
 
   Args:
     image: uint8 [rows, columns, 3].
@@ -127,7 +127,7 @@ def crop_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """
   short = _short_side(size)
   rows, columns = (max(short * length // min(image.shape[:2]), short) for length in image.shape[:2])
-  resized = Image.fromarray(image).resize((columns, rows), Image.Resampling.BICUBIC)
+  resized = Image.fromarray(image).resize((columns, rows), Image.Resampling.BILINEAR)
   top, left = (round((length - side) / 2) for length, side in zip((rows, columns), size))  # as torchvision rounds
   return np.asarray(resized)[top : top + size[0], left : left + size[1]]
 
@@ -213,7 +213,7 @@ class ZeroShotEvaluator:
       name=IMAGENET,
       crop=size,
       short_side=_short_side(size),
-      resize='bicubic',
+      resize='bilinear',
       templates=self.templates,
       class_names='clip',
     )

@@ -58,7 +58,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   Raises:
     ValueError, OSError: the error that the run would have ended with.
   """
-  config = config.copy_and_resolve_references()
+  config = workdir_lib.keep_recipe(workdir, config.copy_and_resolve_references())
   config.dry_run = False
   report = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
   changed = workdir_lib.check_config(workdir, config)

@@ -10,6 +10,7 @@ from groupvit_jax.running.sharding import path_name
 
 # The paper's learning rates belong to this batch size and scale linearly with it.
 REFERENCE_BATCH = 4096
+COSINES = ('run', 'after_warmup')  # over which steps the rate falls
 
 
 def decay_mask(params: object) -> object:
@@ -26,7 +27,9 @@ def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_si
   """Linear warm-up, then cosine, per step; all rates scale with batch_size / 4096.
 
   Args:
-    config: the `optim` part of a config: warmup_lr, peak_lr, end_lr (at batch 4096) and warmup_steps.
+    config: the `optim` part of a config: warmup_lr, peak_lr, end_lr (at batch 4096), warmup_steps and cosine. 'run' is
+      the paper's: one cosine over all steps, which the warm-up replaces at its start. 'after_warmup' starts it at the
+      peak, when the warm-up ends.
     total_steps: where the cosine ends.
     batch_size: the global batch.
 
@@ -34,14 +37,28 @@ def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_si
     step -> learning rate.
 
   Raises:
-    ValueError: the warm-up is as long as the run or longer.
+    ValueError: the warm-up is as long as the run or longer, or there is no such cosine.
   """
   if not 0 <= config.warmup_steps < total_steps:
     raise UserError(f'optim.warmup_steps={config.warmup_steps} must be less than total_steps={total_steps}')
+  if config.cosine not in COSINES:
+    raise UserError(f'optim.cosine={config.cosine!r}: use {" or ".join(map(repr, COSINES))}')
   factor = batch_size / REFERENCE_BATCH
-  return optax.warmup_cosine_decay_schedule(
-    config.warmup_lr * factor, config.peak_lr * factor, config.warmup_steps, total_steps, config.end_lr * factor
+  warmup, peak, end = config.warmup_lr * factor, config.peak_lr * factor, config.end_lr * factor
+  if config.cosine == 'after_warmup':
+    return optax.warmup_cosine_decay_schedule(warmup, peak, config.warmup_steps, total_steps, end)
+  return optax.join_schedules(
+    [
+      optax.linear_schedule(warmup, peak, config.warmup_steps),
+      lambda count: cosine_of_run(count + config.warmup_steps, total_steps, peak, end),
+    ],
+    [config.warmup_steps],
   )
+
+
+def cosine_of_run(step: jax.Array, total_steps: int, peak: float, end: float) -> jax.Array:
+  """The rate of the published runs from the end of the warm-up: of the step before, on a cosine from step 0."""
+  return end + (peak - end) / 2 * (1 + jnp.cos(jnp.pi * jnp.minimum(step - 1, total_steps) / total_steps))
 
 
 def select(chosen: jax.Array, new: object, old: object) -> object:

@@ -61,6 +61,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
 
   All mistakes in the config show before anything is written.
   """
+  config = workdir_lib.keep_recipe(workdir, config)
   _check_numbers(config)
   image_size = tuple(config.model.vision.image_size)
   mesh = sharding.make_mesh(**config.mesh)

@@ -52,10 +52,7 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     )
   if not path.exists():
     raise UserError(f'{workdir} holds no run (it has no config.json); name the folder train.py wrote')
-  try:
-    config = json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path} is not a config: {error}') from error
+  config = _read_json(path)
   if 'model_type' in config:  # as in config.json of Hugging Face folders, and of ours in that manner
     raise UserError(f'{workdir} holds weights and no run; {importing}')
   return upgrade_config(ml_collections.ConfigDict(config))
@@ -80,7 +77,32 @@ def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     config.multi_label_loss = config.get('multi_label_loss', 'pooled')
     for key, value in _ADDED_DATA.items() if 'data' in config else ():
       config.data[key] = config.data.get(key, value)
+    if 'data' in config and config.data.get('source') == 'sets':
+      config.data.clean_captions = config.data.get('clean_captions', False)
+    if 'optim' in config:
+      config.optim.cosine = config.optim.get('cosine', 'after_warmup')
   return config
+
+
+def keep_recipe(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """The config, with the cosine and captions of the run that is resumed, where that is older than their entries."""
+  path = epath.Path(workdir) / 'config.json'
+  if not path.exists():
+    return config
+  recorded = _read_json(path)
+  config = config.copy_and_resolve_references()
+  if 'cosine' not in recorded.get('optim', {}):
+    config.optim.cosine = 'after_warmup'
+  if 'clean_captions' in config.data and 'clean_captions' not in recorded.get('data', {}):
+    config.data.clean_captions = False
+  return config
+
+
+def _read_json(path: epath.Path) -> dict[str, object]:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path} is not a config: {error}') from error
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ def config(tmp_path):
     dict(
       source='sets',
       index_dir='',
+      clean_captions=False,
       augment=AUGMENT,
       sets=dict(
         first=set_config(write_tar(tmp_path / 'a.tar', good), expected=50),

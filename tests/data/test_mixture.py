@@ -228,6 +228,16 @@ def test_prompts_of_words_or_of_phrases():
   assert 'small black dog' in phrases[1] and 'small black dog' not in words[1] and 'dog' in words[1]
 
 
+def test_captions_are_cleaned_where_the_set_asks_for_it():
+  class Messy(Numbers):
+    def __getitem__(self, index):
+      return super().__getitem__(index) | {'text': 'a cat &amp; a  dog'}
+
+  source = Mixture(tuple(DataSet(name, Messy(4), name, 1, 0.0, clean=name == 'clean') for name in ('raw', 'clean')))
+  assert [source[index]['text'] for index in (0, 4)] == ['a cat &amp; a  dog', 'a cat & a dog']
+  assert [source.caption_of(index) for index in (0, 4)] == ['a cat &amp; a  dog', 'a cat & a dog']
+
+
 def test_data_that_no_batch_fits():
   with pytest.raises(ValueError, match='have 7 records, fewer than batch_size=8'):
     examples(numbers(7))

@@ -2,10 +2,13 @@
 
 from collections import Counter
 import concurrent.futures
+import html
 import random
+import re
 import subprocess
 import sys
 
+import ftfy
 import numpy as np
 import pytest
 from textblob.en import lexicon
@@ -14,6 +17,35 @@ from textblob.en.taggers import PatternTagger
 from groupvit_jax.data import prompts as text_ops
 
 CAPTION = 'a photo of a dog and a banana on the grass'
+
+
+@pytest.mark.parametrize(
+  'messy, clean',
+  [
+    ('a dog that doesnâ€™t bark', "a dog that doesn't bark"),
+    ('cafÃ© au lait', 'café au lait'),
+    ('salt &amp; pepper', 'salt & pepper'),
+    ('5 &amp;lt; 6 &amp;gt; 4', '5 < 6 > 4'),
+    ('a&nbsp;b\t c\r\n\n d', 'a b c d'),
+    ('“quoted” and ‘single’', '"quoted" and \'single\''),
+    ('the ﬁrst ﬂight', 'the first flight'),
+    ('\x1b[36;44mblue\x1b[0m text', 'blue text'),
+    ('l&#39;&eacute;t&eacute; Ã\xa0 Paris', "l'été à Paris"),
+    ('ＷＩＤＥ \u2028 line', 'WIDE line'),
+    ('  plain\x0btext  ', 'plaintext'),
+    ('zero\x00 and \x7f', 'zero and'),
+  ],
+)
+def test_captions_are_cleaned_as_before_clips_bpe(messy, clean):
+  assert text_ops.clean_caption(messy) == clean
+  fixed = html.unescape(html.unescape(ftfy.fix_text(messy)))
+  assert clean == re.sub(r'\s+', ' ', fixed.strip()).strip()
+
+
+def test_ascii_that_needs_no_repair_is_what_the_slow_way_leaves():
+  captions = [f'a{chr(code)}b' for code in range(128) if chr(code) != '&']
+  fixed = [' '.join(html.unescape(html.unescape(ftfy.fix_text(caption))).split()) for caption in captions]
+  assert [text_ops.clean_caption(caption) for caption in captions] == fixed
 
 
 @pytest.mark.parametrize(

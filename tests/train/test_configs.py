@@ -19,7 +19,7 @@ from groupvit_jax.data import augment, rand_augment
 from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.pixels import RandomErasing
 from groupvit_jax.running import sharding
-from groupvit_jax.train import loop, optim
+from groupvit_jax.train import loop, optim, workdir
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from tests.board import read_board
@@ -64,7 +64,9 @@ def shrink(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collec
 @pytest.mark.parametrize('machine', MACHINES)
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_every_key_of_the_quickstart_is_there(recipe, machine):
-  other = lambda key: key.startswith(('data.scenes', 'data.sets', 'data.augment', 'data.index_dir', 'benchmarks'))
+  other = lambda key: key.startswith(
+    ('data.scenes', 'data.sets', 'data.augment', 'data.index_dir', 'data.clean_captions', 'benchmarks')
+  )
   keys = {key for key in flat(recipe.get_config(machine)) if not other(key)}
   assert keys == {key for key in flat(quickstart.get_config()) if not other(key)}
 
@@ -84,6 +86,14 @@ def test_named_variant_changes_the_multi_label_loss_alone(machine):
   assert (paper['multi_label_loss'], named['multi_label_loss']) == ('pooled', 'best_segment')
 
 
+@pytest.mark.parametrize('variant, accumulated', [('clip_tokenizer', 1), ('1gpu_clip_tokenizer', 16)])
+def test_the_authors_tokenizer_is_one_word_away(variant, accumulated):
+  config = groupvit_vits16_gcc_redcaps.get_config(variant)
+  assert config.grad_accum_steps == accumulated
+  changed = {key for key, value in flat(config).items() if value != flat(groupvit_vits16_gcc_redcaps.get_config())[key]}
+  assert changed - {'grad_accum_steps', 'data.num_workers'} == {'tokenizer.path'}
+
+
 def test_recipes_are_the_papers():
   yfcc, redcaps = (recipe.get_config() for recipe in RECIPES)
   assert yfcc.total_steps == 30 * ((2_891_445 + 11_156_203 + 14_615_499) // 4096) == 209_910
@@ -93,13 +103,29 @@ def test_recipes_are_the_papers():
     schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
     two_epochs = config.total_steps // 15
     np.testing.assert_allclose(
-      [schedule(0), schedule(two_epochs), schedule(config.total_steps)], [4e-6, 1.6e-3, 4e-5], rtol=1e-4
+      [schedule(0), schedule(two_epochs - 1), schedule(config.total_steps)], [4e-6, 1.6e-3, 4e-5], rtol=1e-4
     )
     assert augment.build_augment(config.data.augment, config.model.vision.image_size) == augment.Augment(
       (224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, rand_augment.RandAugment(2, 0.5, 9.0, 0.5), 16, 10**8
     )
     assert build_random_erasing(config.data.augment) == RandomErasing(0.25)
     assert config.model.dtype == 'bfloat16'
+
+
+def test_a_run_older_than_an_entry_keeps_its_behaviour(tmp_path):
+  """One that has the entry may change it."""
+  config = groupvit_vits16_gcc_yfcc.get_config()
+  behaviour = lambda config: (config.optim.cosine, config.data.clean_captions)
+  assert behaviour(workdir.keep_recipe(tmp_path, config)) == ('run', True)
+  recorded = config.copy_and_resolve_references()
+  recorded.optim.cosine, recorded.data.clean_captions = 'after_warmup', False
+  (tmp_path / 'config.json').write_text(recorded.to_json())
+  assert behaviour(workdir.keep_recipe(tmp_path, config)) == ('run', True)
+  with recorded.unlocked():
+    del recorded.optim.cosine, recorded.data.clean_captions
+  (tmp_path / 'config.json').write_text(recorded.to_json())
+  assert behaviour(workdir.keep_recipe(tmp_path, config)) == ('after_warmup', False)
+  assert behaviour(workdir.read_config(tmp_path)) == ('after_warmup', False)
 
 
 @pytest.mark.parametrize('recipe, prompts', [(RECIPES[0], 3), (RECIPES[1], 0)])

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax.train import optim
 from tests.tiny import tiny_model
 from tests.weights import random_variables
@@ -17,6 +18,7 @@ CONFIG = ml_collections.ConfigDict(
     peak_lr=0.5,
     end_lr=0.2,
     warmup_steps=2,
+    cosine='after_warmup',
     beta1=0.9,
     beta2=0.999,
     eps=1e-8,
@@ -90,6 +92,25 @@ def test_finite_updates_are_those_of_optax_and_others_leave_the_state():
       jax.tree.map(np.testing.assert_array_equal, found, expected)
     states[0] = state
     jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_the_papers_cosine_spans_the_warm_up_too():
+  """The values are those of the published schedule, by epochs."""
+  config = groupvit_vits16_gcc_yfcc.get_config()
+  schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
+  epoch = config.total_steps // 30
+  rates = np.asarray(schedule(np.array([5, 10, 20, 30]) * epoch))
+  np.testing.assert_allclose(rates, [1.4955e-3, 1.2100e-3, 4.3001e-4, 4e-5], rtol=4e-5)
+  last_of_warmup, first_of_cosine = schedule(np.array([2 * epoch - 1, 2 * epoch]))
+  assert last_of_warmup == pytest.approx(1.6e-3, rel=1e-4)
+  assert first_of_cosine == pytest.approx(
+    4e-5 + 7.8e-4 * (1 + np.cos(np.pi * (2 * epoch - 1) / (30 * epoch))), rel=1e-5
+  )
+
+
+def test_there_is_no_other_cosine():
+  with pytest.raises(ValueError, match="optim.cosine='half': use 'run' or 'after_warmup'"):
+    optim.build_schedule(ml_collections.ConfigDict(dict(CONFIG, cosine='half')), total_steps=6, batch_size=4096)
 
 
 def test_rates_scale_with_the_batch_and_can_be_had_all_at_once():
