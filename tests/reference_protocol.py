@@ -111,4 +111,4 @@ def label_picture(image, encode, text, log_temperature, threshold=None, sizes=Si
   assert (count > 0).all()
   scores = bilinear(total / count, *image.shape[:2])
   best = np.sort(scores, axis=-1)
-  return scores.argmax(axis=-1), best[..., -1] - best[..., -2]
+  return softmax(scores.astype(np.float32)).argmax(axis=-1), best[..., -1] - best[..., -2]

@@ -79,9 +79,11 @@ def _score_pixels(
     double_softmax=protocol.double_softmax,
     exists=classes.exists,
   )
-  labels, best = segmentation.best_classes(shares, scores, num_windows)
+  background = bool(classes.thresholds.size)
+  exists = classes.exists if protocol.final_softmax and not background else None
+  labels, best = segmentation.best_classes(shares, scores, num_windows, exists=exists)
   labels, best = labels[None], best[None]
-  if classes.thresholds.size:
+  if background:
     per_window = protocol.threshold_mode == 'window'
     below = segmentation.background_scores(scores, classes.thresholds, per_window=per_window)
     below = segmentation.stitch(shares, below, num_windows)

@@ -27,6 +27,8 @@ class Protocol:
     stride: pixels from one window to the next; the last one is moved back inside.
     class_filter: classes kept per window, those that fit its pooled feature best; None for all.
     double_softmax: whether the filtered softmax is multiplied by the unfiltered one.
+    final_softmax: whether a pixel's class is the argmax of the softmax of its scores, in float32: it makes scores closer
+      than about 1e-7 equal, of which the first class wins. Not where there is a background, which changes no pixel then.
     threshold: score below which a pixel is background; None for the benchmark's own under this
       protocol. Without a background class it has no meaning.
     threshold_mode: 'window' lowers it to the best score of any segment of the window where that is
@@ -44,6 +46,7 @@ class Protocol:
   stride: int
   class_filter: int | None
   double_softmax: bool
+  final_softmax: bool
   threshold: float | None
   threshold_mode: ThresholdMode
   templates: str
@@ -57,7 +60,7 @@ class Protocol:
       _check('class_filter', self.class_filter, 1, None, int)
     if self.threshold is not None:
       _check('threshold', self.threshold, 0, 1, (int, float))
-    for field in ('antialias', 'double_softmax'):
+    for field in ('antialias', 'double_softmax', 'final_softmax'):
       if not isinstance(getattr(self, field), bool):
         raise UserError(f'protocol.{field}={getattr(self, field)!r}: use True or False')
     if self.max_long_side < self.short_side:
@@ -124,6 +127,7 @@ def native_protocol(image_size: tuple[int, int]) -> Protocol:
     short_side=side,
     max_long_side=4 * side,
     antialias=True,
+    final_softmax=False,
     window=side,
     stride=max(side // 2, 1),
     class_names='benchmark',
@@ -181,6 +185,7 @@ GROUPVIT = Protocol(
   stride=224,
   class_filter=5,
   double_softmax=True,
+  final_softmax=True,
   threshold=None,
   threshold_mode='window',
   templates='simple',
@@ -189,5 +194,7 @@ GROUPVIT = Protocol(
 # The unified one of later papers: the same windows, the benchmark's names, one threshold for all.
 TCL = dataclasses.replace(GROUPVIT, name='tcl', threshold=0.5, class_names='benchmark')
 # Without post-processing: softmax over all classes, one threshold.
-PLAIN = dataclasses.replace(TCL, name='plain', class_filter=None, double_softmax=False, threshold_mode='global')
+PLAIN = dataclasses.replace(
+  TCL, name='plain', class_filter=None, double_softmax=False, final_softmax=False, threshold_mode='global'
+)
 PROTOCOLS = {protocol.name: protocol for protocol in (GROUPVIT, TCL, PLAIN)}

@@ -4,7 +4,7 @@ B windows, H W pixels, N tokens, S segments, C classes, E joint embedding; P pix
 matmul runs at the highest precision, because the results decide argmaxes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 MAX_LOGIT_SCALE = 100.0
 _HIGHEST = jax.lax.Precision.HIGHEST
+_SOFTMAX_TIES = 1e-6  # scores further apart stay so in a float32 softmax
 
 
 class Placement(NamedTuple):
@@ -219,7 +220,9 @@ def stitch(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -> jax.
   return jax.lax.fori_loop(0, num_windows, add, total)
 
 
-def best_classes(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -> tuple[jax.Array, jax.Array]:
+def best_classes(
+  shares: jax.Array, scores: jax.Array, num_windows: jax.Array, *, exists: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
   """Argmax and maximum over classes of `stitch`, computed a few classes at a time.
 
   Classes that score nowhere in the image are skipped: the class filter leaves 5 per window, and the cost is
@@ -229,26 +232,56 @@ def best_classes(shares: jax.Array, scores: jax.Array, num_windows: jax.Array) -
     shares: [K, S, P].
     scores: [K, S, C], not negative; zeros for windows that do not exist.
     num_windows: [], those that do.
+    exists: [C], classes that are no padding. If given, the argmax is that of the classes' softmax in float32, as in the
+      published procedure: scores closer than about 1e-7 are equal there.
 
   Returns:
     Labels [P], int32, the first of several best ones, and their scores [P].
   """
-  num_classes, at_once = scores.shape[2], 8
+  at_once = 8
   scored = (scores > 0).any(axis=(0, 1))
-  order = jnp.argsort(~scored, stable=True)
-  order = jnp.concatenate([order, jnp.zeros(-num_classes % at_once, order.dtype)])
-
-  def improve(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    labels, best = found
-    classes = jax.lax.dynamic_slice_in_dim(order, i * at_once, at_once).astype(jnp.int32)
-    for label, score in zip(classes, stitch(shares, scores[:, :, classes], num_windows)):
-      better = score > best
-      labels, best = jnp.where(better, label, labels), jnp.where(better, score, best)
-    return labels, best
-
-  none = jnp.zeros(shares.shape[2])
+  order = jnp.argsort(~scored, stable=True).astype(jnp.int32)
+  order = jnp.concatenate([order, jnp.zeros(-scores.shape[2] % at_once, order.dtype)])
   blocks = (scored.sum() + at_once - 1) // at_once
-  return jax.lax.fori_loop(0, blocks, improve, (none.astype(jnp.int32), none))
+
+  def over_classes(visit: Callable[[tuple, jax.Array, jax.Array], tuple], start: tuple) -> tuple:
+    """Folds `visit` over the classes that score somewhere, and their scores [P]; others score -inf."""
+
+    def block(i: jax.Array, found: tuple) -> tuple:
+      classes = jax.lax.dynamic_slice_in_dim(order, i * at_once, at_once)
+      inside = i * at_once + jnp.arange(at_once) < scored.sum()
+      totals = jnp.where(inside[:, None], stitch(shares, scores[:, :, classes], num_windows), -jnp.inf)
+      for label, total in zip(classes, totals):
+        found = visit(found, label, total)
+      return found
+
+    return jax.lax.fori_loop(0, blocks, block, start)
+
+  zeros = jnp.zeros(shares.shape[2])
+  labels, best, second = over_classes(_improve, (zeros.astype(jnp.int32), zeros, zeros))
+  if exists is None:
+    return labels, best
+  others = exists & ~scored  # these score 0 everywhere
+
+  def softmax_labels() -> jax.Array:
+    rest = others.sum() * jnp.exp(-best)
+    (total,) = over_classes(lambda found, _, score: (found[0] + jnp.exp(score - best),), (rest,))
+    probability = lambda score: jnp.exp(score - best) / total
+    found = over_classes(lambda found, label, score: _improve(found, label, probability(score)), (labels, zeros, zeros))
+    other = jnp.argmax(others)
+    tied = others.any() & (probability(0) == found[1]) & (other < found[0])
+    return jnp.where(tied, other, found[0]).astype(jnp.int32)
+
+  close = (best - second < _SOFTMAX_TIES).any()
+  return jax.lax.cond(close, softmax_labels, lambda: labels), best
+
+
+def _improve(found: tuple[jax.Array, ...], label: jax.Array, score: jax.Array) -> tuple[jax.Array, ...]:
+  """Labels, best and second-best scores, each [P], after another class of a higher label."""
+  labels, best, second = found
+  better = score > best
+  second = jnp.maximum(second, jnp.where(better, best, score))
+  return jnp.where(better, label, labels), jnp.maximum(best, score), second
 
 
 def segment_overlap(shares: jax.Array, truth: jax.Array, num_windows: jax.Array, num_classes: int) -> jax.Array:

@@ -21,6 +21,7 @@ def test_groupvit_is_the_published_procedure():
     'stride': 224,
     'class_filter': 5,
     'double_softmax': True,
+    'final_softmax': True,
     'threshold': None,
     'threshold_mode': 'window',
     'templates': 'simple',
@@ -34,6 +35,7 @@ def test_tcl_and_plain_differ_where_they_should():
   assert (tcl['threshold'], tcl['class_names'], tcl['window']) == (0.5, 'benchmark', 448)
   assert plain['class_filter'] is None and not plain['double_softmax']
   assert plain['threshold_mode'] == 'global'
+  assert tcl['final_softmax'] and not plain['final_softmax']
 
 
 def test_native_fits_the_models_own_pictures():
@@ -62,6 +64,7 @@ def test_every_part_can_be_changed_on_the_command_line():
     stride='112',
     class_filter='none',
     double_softmax='False',
+    final_softmax='false',
     threshold='0.9',
     threshold_mode='global',
     templates='full',
@@ -70,7 +73,7 @@ def test_every_part_can_be_changed_on_the_command_line():
   found = protocols.parse_protocol('groupvit', (32, 32), texts).to_json()
   assert found['changed'] == list(texts) == list(protocols.PARAMETERS)
   assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
-  assert [found[key] for key in texts] == [224, 1024, True, 224, 112, None, False, 0.9, 'global', 'full', 'benchmark']
+  assert [found[key] for key in texts] == [224, 1024, True, 224, 112, None, False, False, 0.9, 'global', 'full', 'benchmark']
   command = [sys.executable, 'eval.py', '--help']
   said = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True).stdout
   assert all(f'--protocol.{key}:' in said for key in texts) and '--protocol:' in said

@@ -206,6 +206,19 @@ def test_best_class_of_equals_is_the_first():
   assert labels.tolist() == [0, 0] and best.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize('scale, exact', [(1.0, True), (3e-8, False)])
+def test_best_classes_of_a_softmax_tie_where_it_does(scale, exact, rng):
+  """As in float32 over all classes at once; the last two are padding. Rounding decides about scores 1e-7 apart."""
+  shares = jax.nn.softmax(jnp.asarray(rng.normal(size=(2, 4, 500))), axis=1) / 2
+  scores = scale * rng.random((2, 4, 22)).astype(np.float32)
+  scores[:, :, rng.random(22) < 0.5] = 0
+  scores[:, :, 20:] = 0
+  labels, _ = segmentation.best_classes(shares, jnp.asarray(scores), jnp.asarray(2), exists=jnp.arange(22) < 20)
+  totals = segmentation.stitch(shares, jnp.asarray(scores[:, :, :20]), jnp.asarray(2))
+  np.testing.assert_array_equal(labels, jax.nn.softmax(totals, axis=0).argmax(axis=0))
+  assert np.array_equal(labels, totals.argmax(axis=0)) == exact
+
+
 def test_segment_overlap_counts_labels(rng):
   segments, _, where = stitching_case(rng)
   truth = rng.integers(0, 5, 23 * 17).astype(np.uint8)
