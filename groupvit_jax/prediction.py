@@ -72,7 +72,7 @@ class Prediction:
     total, covers = np.zeros((2, *image.resized), np.float32)
     for top, left, segments, score in zip(image.tops, image.lefts, self.windows.segments, scores):
       here = np.s_[top : top + segments.shape[0], left : left + segments.shape[1]]
-      total[here] += score[segments]
+      total[here] += score[segments] if segments.ndim == 2 else segments @ score
       covers[here] += 1
     return cv2.resize(total / covers, image.original[::-1], interpolation=cv2.INTER_LINEAR)
 

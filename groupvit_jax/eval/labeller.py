@@ -34,7 +34,7 @@ _MAX_PENDING = 128  # calls in flight, lest a backlog of images fill the memory
 class Windows(NamedTuple):
   """An encoded image in arrays of fixed shape; `placement` says how many of the K windows exist."""
 
-  segments: jax.Array  # [K, H, W], uint8
+  segments: jax.Array  # [K, H, W], uint8; refined [K, H, W, S]
   segment_embeds: jax.Array  # [K, S, E]
   image_embeds: jax.Array  # [K, E]
   placement: segmentation.Placement
@@ -277,7 +277,8 @@ class Labeller:
     image, count = encoded.image, len(encoded.segments)
     slots, side = self._protocol.max_windows, self._protocol.window
     height, width = image.window_size
-    segments = np.zeros((slots, side, side), np.uint8)
+    first = encoded.segments[0]
+    segments = np.zeros((slots, side, side, *first.shape[2:]), first.dtype)
     segments[:count, :height, :width] = encoded.segments
     pad = lambda rows: np.concatenate([rows, np.zeros((slots - count, *rows[0].shape), np.float32)])
     corners = np.zeros((2, slots), np.int32)

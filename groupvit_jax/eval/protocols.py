@@ -8,6 +8,7 @@ from typing import Any, get_args, Literal
 from groupvit_jax.data import prompts
 from groupvit_jax.errors import UserError
 
+Refinement = Literal['pamr']
 ThresholdMode = Literal['window', 'global']
 ClassNames = Literal['groupvit', 'benchmark']
 NATIVE = 'native'  # the protocol that `native_protocol` makes for a model
@@ -27,12 +28,15 @@ class Protocol:
     stride: pixels from one window to the next; the last one is moved back inside.
     class_filter: classes kept per window, those that fit its pooled feature best; None for all.
     double_softmax: whether the filtered softmax is multiplied by the unfiltered one.
-    final_softmax: whether a pixel's class is the argmax of the softmax of its scores, in float32: it makes scores closer
-      than about 1e-7 equal, of which the first class wins. Not where there is a background, which changes no pixel then.
+    final_softmax: whether a pixel's class is the argmax of the softmax of its scores, in float32: scores closer than
+      about 1e-7 become equal, and the first class wins. With a background class it changes nothing and is left out.
     threshold: score below which a pixel is background; None for the benchmark's own under this
       protocol. Without a background class it has no meaning.
     threshold_mode: 'window' lowers it to the best score of any segment of the window where that is
       smaller, so the best segment is never background (paper); 'global' is the same everywhere.
+    refine: 'pamr' moves the segments of each window to the edges of the image, by `pamr.refine`; None leaves them.
+    refine_iterations: how often.
+    refine_dilations: distances of the neighbours that are averaged, in pixels of the window.
     templates: name of the set of sentences that class names are put into.
     class_names: 'groupvit' for the spellings behind the published results, 'benchmark' for its own.
     changed: parameters that are not those of the protocol of this name.
@@ -49,13 +53,21 @@ class Protocol:
   final_softmax: bool
   threshold: float | None
   threshold_mode: ThresholdMode
+  refine: Refinement | None
+  refine_iterations: int
+  refine_dilations: tuple[int, ...]
   templates: str
   class_names: ClassNames
   changed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   def __post_init__(self):
-    for field in ('short_side', 'max_long_side', 'window', 'stride'):
+    for field in ('short_side', 'max_long_side', 'window', 'stride', 'refine_iterations'):
       _check(field, getattr(self, field), 1, None, int)
+    if not isinstance(self.refine_dilations, (list, tuple)) or not self.refine_dilations:
+      raise UserError(f'protocol.refine_dilations={self.refine_dilations!r}: use whole numbers, as in 1,2,4')
+    for dilation in self.refine_dilations:
+      _check('refine_dilations', dilation, 1, None, int)
+    object.__setattr__(self, 'refine_dilations', tuple(self.refine_dilations))
     if self.class_filter is not None:
       _check('class_filter', self.class_filter, 1, None, int)
     if self.threshold is not None:
@@ -76,6 +88,7 @@ class Protocol:
       raise UserError(
         f'protocol.stride={self.stride} leaves gaps between windows of {self.window} px; use {self.window} or less'
       )
+    _check_choice('refine', self.refine, (None, *get_args(Refinement)))
     _check_choice('threshold_mode', self.threshold_mode, get_args(ThresholdMode))
     _check_choice('class_names', self.class_names, get_args(ClassNames))
     prompts.template_set(str(self.templates))  # raises ValueError if there is none
@@ -188,13 +201,17 @@ GROUPVIT = Protocol(
   final_softmax=True,
   threshold=None,
   threshold_mode='window',
+  refine=None,
+  refine_iterations=10,
+  refine_dilations=(1, 2, 4, 8, 12, 24),
   templates='simple',
   class_names='groupvit',
 )
 # The unified one of later papers: the same windows, the benchmark's names, one threshold for all.
 TCL = dataclasses.replace(GROUPVIT, name='tcl', threshold=0.5, class_names='benchmark')
+TCL_PAMR = dataclasses.replace(TCL, name='tcl+pamr', refine='pamr')
 # Without post-processing: softmax over all classes, one threshold.
 PLAIN = dataclasses.replace(
   TCL, name='plain', class_filter=None, double_softmax=False, final_softmax=False, threshold_mode='global'
 )
-PROTOCOLS = {protocol.name: protocol for protocol in (GROUPVIT, TCL, PLAIN)}
+PROTOCOLS = {protocol.name: protocol for protocol in (GROUPVIT, TCL, TCL_PAMR, PLAIN)}

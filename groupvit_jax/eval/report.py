@@ -131,6 +131,8 @@ def _parameters(protocol: Protocol) -> list[str]:
     'averaged where images shrink' if protocol.antialias else 'OpenCV’s bilinear resize',
     f'windows of {protocol.window} px, stride {protocol.stride}',
     f'{kept}, {"double" if protocol.double_softmax else "plain"} softmax',
+    *(['the argmax of a final softmax'] if protocol.final_softmax else []),
+    *([] if protocol.refine is None else [f'{protocol.refine.upper()}, {protocol.refine_iterations} iterations']),
     *([] if protocol.threshold is None else [f'background threshold {protocol.threshold:g} {where}']),
     f'templates “{protocol.templates}”, class names “{protocol.class_names}”',
   ]

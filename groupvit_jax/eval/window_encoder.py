@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from groupvit_jax.eval import pamr
 from groupvit_jax.eval.protocols import Protocol
 from groupvit_jax.eval.windows import CutImage
 from groupvit_jax.model import segmentation
@@ -30,25 +31,43 @@ Size = tuple[int, int]
 class WindowBatch(NamedTuple):
   """What is kept of a batch of windows."""
 
-  segments: jax.Array  # [B, H, W], uint8: segment of each pixel
+  segments: jax.Array  # [B, H, W], uint8: segment of each pixel; refined [B, H, W, S]: share of each segment
   segment_embeds: jax.Array  # [B, S, E], not normalised
   image_embeds: jax.Array  # [B, E], not normalised
   health: GroupingHealth  # over the windows that are no padding
   num_windows: jax.Array  # [], those windows, of all processes
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'mesh'))
+class Pamr(NamedTuple):
+  """Options of `pamr.refine`."""
+
+  iterations: int
+  dilations: tuple[int, ...]
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'mesh', 'refinement'))
 def encode_windows(
-  variables: dict, windows: jax.Array, mask: jax.Array, *, model: ImageTextModel, mesh: Mesh
+  variables: dict,
+  windows: jax.Array,
+  mask: jax.Array,
+  *,
+  model: ImageTextModel,
+  mesh: Mesh,
+  refinement: Pamr | None = None,
 ) -> WindowBatch:
-  """Encodes windows uint8 [B, H, W, 3], of which the int32 mask [B] marks padding with 0; sharded like the batch."""
+  """Encodes windows uint8 [B, H, W, 3], of which the int32 mask [B] marks padding with 0; sharded like the batch.
+
+  What is refined are the segments: a class's mask is a weighting of them, and refinement is linear in masks.
+  """
   out = model.apply(variables, windows, method='encode_pixels')
   size, patch = windows.shape[1:3], model.vision.patch_size
   affinity = segmentation.token_affinity(out.assignments)
-  segments = segmentation.segment_map(affinity, (size[0] // patch, size[1] // patch), size)
+  segments = segmentation.segment_map(affinity, (size[0] // patch, size[1] // patch), size).astype(jnp.uint8)
+  if refinement is not None:
+    segments = pamr.refine(jax.nn.one_hot(segments, affinity.shape[-1]), windows, **refinement._asdict())
   health = GroupingHealth.from_assignments(out.assignments, mask)
   constrain = jax.lax.with_sharding_constraint
-  by_row = (segments.astype(jnp.uint8), out.segment_embeds, out.image_embeds)
+  by_row = (segments, out.segment_embeds, out.image_embeds)
   return WindowBatch(
     *constrain(by_row, sharding.batch_sharding(mesh)), *constrain((health, mask.sum()), sharding.replicated(mesh))
   )
@@ -59,7 +78,7 @@ class EncodedWindows:
   """The encoded windows of an image; it knows no classes yet."""
 
   image: CutImage
-  segments: list[np.ndarray]  # K of [H, W], uint8
+  segments: list[np.ndarray]  # K of [H, W], uint8; refined, K of [H, W, S]
   segment_embeds: list[np.ndarray]  # K of [S, E]
   image_embeds: list[np.ndarray]  # K of [E]
   missing: int  # windows still to come
@@ -112,7 +131,11 @@ class _Batches:
   """Windows that wait for a batch, by size, and batches that wait to be fetched."""
 
   def __init__(self, encoder: WindowEncoder, variables: dict):
-    self._encode = functools.partial(encode_windows, variables, model=encoder.model, mesh=encoder.mesh)
+    protocol = encoder.protocol
+    refinement = Pamr(protocol.refine_iterations, protocol.refine_dilations) if protocol.refine else None
+    self._encode = functools.partial(
+      encode_windows, variables, model=encoder.model, mesh=encoder.mesh, refinement=refinement
+    )
     self._mesh = encoder.mesh
     self._rows = len(sharding.process_local_rows(encoder.batch_size, encoder.mesh))
     self._waiting: dict[Size, list[tuple[EncodedWindows, int]]] = collections.defaultdict(list)

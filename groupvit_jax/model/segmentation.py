@@ -177,7 +177,8 @@ def pixel_shares(segments: jax.Array, num_segments: int, placement: Placement, p
   weighting of (window, segment) pairs, and no map of image x classes exists.
 
   Args:
-    segments: segment of each pixel of each window [K, H, W]; a smaller window fills the upper left.
+    segments: segment of each pixel of each window [K, H, W], integers, or each segment's share in it [K, H, W, S]; a
+      smaller window fills the upper left.
     num_segments: S.
     placement: of the windows.
     pixels: row-major positions [P] in the original image; those beyond its end repeat others.
@@ -199,9 +200,9 @@ def pixel_shares(segments: jax.Array, num_segments: int, placement: Placement, p
     window = jnp.zeros((num_segments, pixels.shape[0]), jnp.float32)
     for (y, x, weight), cover in zip(neighbours, covers):
       inside, row, column = locate(k, y, x)
-      segment = segments.at[k, row, column].get(mode='clip').astype(jnp.int32)
-      share = jnp.where(inside, weight / cover, 0)
-      window += jax.nn.one_hot(segment, num_segments, axis=0) * share[None]
+      segment = segments.at[k, row, column].get(mode='clip')
+      member = jax.nn.one_hot(segment, num_segments, axis=0) if segments.ndim == 3 else segment.T
+      window += member * jnp.where(inside, weight / cover, 0)[None]
     return shares.at[k].set(window)
 
   covers = [jnp.zeros(pixels.shape, jnp.int32)] * len(neighbours)

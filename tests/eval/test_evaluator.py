@@ -20,6 +20,7 @@ from groupvit_jax.model import metrics
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
 from tests import reference_protocol
+from tests.eval.test_pamr import slow_refine
 from tests.tiny import tiny_model
 
 PATCH, WINDOW = 8, 32
@@ -139,6 +140,29 @@ def evaluate(model, variables, text_embeds):
 
 def threshold(value, **changes):
   return protocols.override(PROTOCOL, {'threshold': value} | changes)
+
+
+@pytest.mark.parametrize('background', [True, False])
+def test_refined_label_maps_are_those_of_refined_scores(background, evaluate):
+  """Of one window, whose size the image has: the map of each class, and of the background, is refined slowly."""
+  benchmark, options = (WITH_BACKGROUND if background else WITHOUT), dict(iterations=2, dilations=(1, 3))
+  protocol = threshold(0.1, refine='pamr', refine_iterations=2, refine_dilations=(1, 3))
+  segments, sizes = {}, [(WINDOW, WINDOW)]
+  for each in (threshold(0.1), protocol):
+    keep = lambda encoded, labelled, each=each: segments.update({each.refine: (encoded, labelled)})
+    evaluate(sizes, benchmark, each, on_image=keep)
+  (hard, _), (soft, labelled) = segments[None], segments['pamr']
+  scores = labelled.class_scores[0]
+  if background:
+    best = scores.max(axis=-1)
+    scores = np.concatenate([(best < min(0.1, best.max()))[:, None], scores], axis=-1)
+  masks = scores[hard.segments[0]].astype(np.float64)
+  want = slow_refine(masks, soft.image.windows[0], **options)
+  np.testing.assert_allclose(soft.segments[0] @ scores, want, atol=1e-5)
+  ordered = np.sort(want, axis=-1)
+  clear = ordered[..., -1] - ordered[..., -2] > 1e-4
+  assert clear.mean() > 0.9 and (soft.segments[0].max(axis=-1) < 0.9).any()
+  assert np.array_equal(labelled.labels[clear], want.argmax(axis=-1)[clear])
 
 
 @pytest.mark.parametrize('background', [True, False])

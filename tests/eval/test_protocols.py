@@ -24,6 +24,9 @@ def test_groupvit_is_the_published_procedure():
     'final_softmax': True,
     'threshold': None,
     'threshold_mode': 'window',
+    'refine': None,
+    'refine_iterations': 10,
+    'refine_dilations': (1, 2, 4, 8, 12, 24),
     'templates': 'simple',
     'class_names': 'groupvit',
     'changed': [],
@@ -35,6 +38,7 @@ def test_tcl_and_plain_differ_where_they_should():
   assert (tcl['threshold'], tcl['class_names'], tcl['window']) == (0.5, 'benchmark', 448)
   assert plain['class_filter'] is None and not plain['double_softmax']
   assert plain['threshold_mode'] == 'global'
+  assert protocols.TCL_PAMR.to_json() == tcl | {'name': 'tcl+pamr', 'refine': 'pamr'}
   assert tcl['final_softmax'] and not plain['final_softmax']
 
 
@@ -67,13 +71,17 @@ def test_every_part_can_be_changed_on_the_command_line():
     final_softmax='false',
     threshold='0.9',
     threshold_mode='global',
+    refine='pamr',
+    refine_iterations='3',
+    refine_dilations='1,2',
     templates='full',
     class_names='benchmark',
   )
   found = protocols.parse_protocol('groupvit', (32, 32), texts).to_json()
   assert found['changed'] == list(texts) == list(protocols.PARAMETERS)
   assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
-  assert [found[key] for key in texts] == [224, 1024, True, 224, 112, None, False, False, 0.9, 'global', 'full', 'benchmark']
+  values = [224, 1024, True, 224, 112, None, False, False, 0.9, 'global', 'pamr', 3, (1, 2), 'full', 'benchmark']
+  assert [found[key] for key in texts] == values
   command = [sys.executable, 'eval.py', '--help']
   said = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True).stdout
   assert all(f'--protocol.{key}:' in said for key in texts) and '--protocol:' in said
@@ -92,6 +100,9 @@ def test_every_part_can_be_changed_on_the_command_line():
     ({'threshold': True}, 'threshold=True'),
     ({'threshold_mode': 'both'}, "threshold_mode='both': use 'window' or 'global'"),
     ({'class_names': 'imagenet'}, "class_names='imagenet'"),
+    ({'refine': 'crf'}, "refine='crf': use None or 'pamr'"),
+    ({'refine_dilations': 4}, 'refine_dilations=4: use whole numbers, as in 1,2,4'),
+    ({'refine_dilations': (1, 0)}, 'refine_dilations=0: use a whole number from 1 up'),
     ({'double_softmax': 1}, 'double_softmax=1: use True or False'),
     ({'max_long_side': 400}, 'max_long_side=400 is less than short_side=448'),
     ({'short_side': 224}, 'short_side=224 is less than window=448: every image would be a window of its own size'),
@@ -108,7 +119,7 @@ def test_bad_overrides_are_refused_in_one_line(changes, message):
 def test_unknown_protocol():
   assert protocols.find_protocol('tcl', (64, 64)) is protocols.TCL
   assert protocols.find_protocol('native', (64, 96)) == protocols.native_protocol((64, 96))
-  with pytest.raises(ValueError, match="'voc'; choose one of native, groupvit, tcl, plain"):
+  with pytest.raises(ValueError, match="'voc'; choose one of native, groupvit, tcl, tcl\\+pamr, plain"):
     protocols.find_protocol('voc', (64, 64))
 
 
