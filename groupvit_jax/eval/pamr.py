@@ -55,11 +55,11 @@ def affinities(images: jax.Array, dilations: Sequence[int]) -> jax.Array:
   Returns:
     [N, B, H, W], N = 8 * len(dilations), in the order of `_offsets`.
   """
-  centre, border = images.astype(jnp.float32), max(dilations)
-  padded = jnp.pad(centre, [(0, 0), (border, border), (border, border), (0, 0)], mode='edge')
+  centre, border = jnp.moveaxis(images.astype(jnp.float32), -1, 1), max(dilations)  # [B, 3, H, W]
+  padded = jnp.pad(centre, [(0, 0), (0, 0), (border, border), (border, border)], mode='edge')
   starts = border + jnp.array(_offsets(dilations))
   # Loops over neighbours: written out, they would take compilers for CPUs half a minute.
-  difference = lambda start: jax.lax.dynamic_slice(padded, (0, start[0], start[1], 0), centre.shape) - centre
+  difference = lambda start: jax.lax.dynamic_slice(padded, (0, 0, start[0], start[1]), centre.shape) - centre
 
   def add(sums: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
     there = difference(start)
@@ -70,7 +70,7 @@ def affinities(images: jax.Array, dilations: Sequence[int]) -> jax.Array:
   count = 9 * len(dilations)
   sigma = jnp.sqrt(jnp.maximum(squares - jnp.square(total) / count, 0) / (count - 1))
   scale = 1 / (_EPSILON + _WEIGHT * sigma)
-  return jax.nn.softmax(jax.lax.map(lambda start: -(jnp.abs(difference(start)) * scale).mean(axis=-1), starts), axis=0)
+  return jax.nn.softmax(jax.lax.map(lambda start: -(jnp.abs(difference(start)) * scale).mean(axis=1), starts), axis=0)
 
 
 def _offsets(dilations: Sequence[int]) -> list[tuple[int, int]]:
