@@ -132,7 +132,7 @@ def test_every_result_names_what_it_depends_on(swept):
     'precision': 'float32, matrix products default on cpu',
   }
   for found in (report, json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))):
-    assert found['protocol'] == expected and found['provenance'] == provenance
+    assert found['protocol'] == json.loads(json.dumps(expected)) and found['provenance'] == provenance
     assert found['templates'] == ['a photo of a {}.'] and found['class_names'] == ['dog', 'grass']
     assert found['num_images'] == 3 and found['benchmark'] == data.name
   lines, page = table.splitlines(), (output / 'report.html').read_text()
