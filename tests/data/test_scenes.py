@@ -311,3 +311,14 @@ def test_textures_vary_within_a_background():
     first, second = (textures.paint_texture(stuff, rng, 48, 32) for _ in range(2))
     assert first.shape == (3, 48, 48) and first.dtype == np.uint8
     assert np.abs(first.astype(int) - second).mean() > 3, name
+
+
+def test_another_style_draws_the_same_scenes():
+  options = dict(size=64, things=('dog', 'gift'), stuff=('grass',), seed=0, length=8, split='test')
+  ours, others = (Scenes(**options, style=style).labelled() for style in ('openmoji', 'twemoji'))
+  for mine, other in zip((ours[i] for i in range(8)), (others[i] for i in range(8))):
+    assert mine['text'] == other['text'] and not np.array_equal(mine['image'], other['image'])
+    grass = (mine['label'] == 2) & (other['label'] == 2)
+    assert grass.mean() > 0.2
+    close = np.abs(mine['image'][grass].astype(int) - other['image'][grass]).max(axis=-1) < 8
+    assert close.mean() > 0.8  # but for outlines half covered

