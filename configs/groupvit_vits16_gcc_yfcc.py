@@ -80,7 +80,7 @@ def build(variant: str) -> ml_collections.ConfigDict:
   )
 
   config.log_every = 50
-  config.eval = ml_collections.ConfigDict(dict(every_steps=5000))
+  config.eval = ml_collections.ConfigDict(dict(every_steps=5000, panel_steps=()))
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=1000, keep=3, best=''))  # or best='eval/voc21/miou'
   config.benchmarks = ml_collections.ConfigDict(
     dict(

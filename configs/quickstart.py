@@ -70,7 +70,10 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.ema_decay = 0.0  # above 0: keeps a moving average of the weights, which evaluation and export use
 
   config.log_every = 50
-  config.eval = ml_collections.ConfigDict(dict(every_steps=500))
+  # Panels of scenes are drawn with each evaluation, and after these steps: commands/animate.py makes a film of them.
+  config.eval = ml_collections.ConfigDict(
+    dict(every_steps=500, panel_steps=(0, 25, 50, 75, 100, 150, 200, 250, 300, 400, 600, 700, 800, 900))
+  )
   config.checkpoint = ml_collections.ConfigDict(dict(every_steps=500, keep=2, best=''))
   # checkpoint.best='eval/validation/miou' also keeps the checkpoint with the highest value of that metric.
   config.benchmarks = ml_collections.ConfigDict()  # benchmarks to score along the way: docs/evaluation.md

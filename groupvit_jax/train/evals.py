@@ -40,10 +40,13 @@ class Scheduled(NamedTuple):
   every_steps: int  # 0 for never
   evaluate: Callable[..., Result | zero_shot.Result] | None  # (variables, provenance=...); None for panels alone
   draw: Callable[[dict], np.ndarray] | None  # variables -> panel uint8 [H, W, 3]; None where there is nothing to see
+  panel_steps: tuple[int, ...] = ()  # further steps after which the panel alone is drawn; 0 is before the first one
 
-  def due(self, step: int, total_steps: int) -> bool:
-    """Whether it is due after a step."""
-    return self.every_steps > 0 and step > 0 and (step % self.every_steps == 0 or step == total_steps)
+  def due(self, step: int, total_steps: int) -> 'Scheduled | None':
+    """What of it is due after a step."""
+    if self.every_steps > 0 and step > 0 and (step % self.every_steps == 0 or step == total_steps):
+      return self
+    return self._replace(evaluate=None) if step in self.panel_steps and self.draw is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +101,14 @@ def schedule_evaluations(
     tokenizer: its tokenizer.
     mesh: the devices on which its variables live, each with pictures of its own.
   """
+  panel_steps = tuple(config.eval.panel_steps)
   if config.data.source == 'scenes':
     scenes = build_scene_evaluator(config, model, tokenizer, mesh)
-    scheduled = [Scheduled(SCENES, config.eval.every_steps, scenes.evaluate, scenes.panel)]
+    scheduled = [Scheduled(SCENES, config.eval.every_steps, scenes.evaluate, scenes.panel, panel_steps)]
   else:
     examples = pipeline.build_examples(config, source, tokenizer, first_batch=0)
     drawer = _TrainingPictures(examples, model, mesh)
-    scheduled = [Scheduled(_TRAINING, config.eval.every_steps, None, drawer.draw)]
+    scheduled = [Scheduled(_TRAINING, config.eval.every_steps, None, drawer.draw, panel_steps)]
   for each in opened:
     built = each.build(model, tokenizer, mesh)
     draw = built.panel if isinstance(built, Evaluator) else None
@@ -139,13 +143,13 @@ class RunEvals:
 
   def due(self, step: int) -> list[Scheduled]:
     """What to run after a step."""
-    return [each for each in self._scheduled if each.due(step, self._config.total_steps)]
+    return list(filter(None, (each.due(step, self._config.total_steps) for each in self._scheduled)))
 
   def missing(self, step: int) -> list[Scheduled]:
-    """Evaluations due after the step that a run resumes from, and absent from its log."""
+    """Evaluations due after the step that a run resumes from, and absent from its log; panels before the first step."""
     logged = processes.all_gather_objects(sorted(self._log.resumed_metrics))[0]
     done = lambda name: any(figure.startswith(prefix(name)) for figure in logged)
-    return [each for each in self.due(step) if each.evaluate is not None and not done(each.name)]
+    return [each for each in self.due(step) if step == 0 or each.evaluate is not None and not done(each.name)]
 
   def run(self, due: Sequence[Scheduled], state: TrainState) -> bool:
     """Runs all that is due.
@@ -169,7 +173,7 @@ class RunEvals:
       except BadImage as error:
         self._log.message(f'{each.name} after step {step} left out: {error}')
       if panel is not None:
-        self._log.image(step, each.name if result is None else f'eval/{each.name}', panel)
+        self._log.image(step, each.name if each.name == _TRAINING else f'eval/{each.name}', panel)
       if result is not None:
         self._record(each.name, result, state)
     return True

@@ -1,7 +1,8 @@
-"""Logs training metrics to metrics.jsonl, TensorBoard and the terminal."""
+"""Logs training metrics to metrics.jsonl, TensorBoard and the terminal, and panels as images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import io
 import json
 import math
 import pathlib
@@ -12,6 +13,7 @@ from absl import logging
 from etils import epath
 import jax
 import numpy as np
+from PIL import Image
 import tqdm
 
 from groupvit_jax import storage
@@ -134,10 +136,13 @@ class RunLog:
       self._folder.upload()  # before what is being saved counts
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
-    """Adds an image, uint8 [H, W, 3], to TensorBoard."""
+    """Adds an image, uint8 [H, W, 3], to TensorBoard and to the workdir, as `panel_path` says."""
     if not self._silent:
       with storage.writing(self._path.parent):
         self._board.image(step, name, image)
+      encoded = io.BytesIO()
+      Image.fromarray(image).save(encoded, 'PNG')
+      storage.write_atomic(str(panel_path(self._folder.local, name, step)), encoded.getvalue())
 
   def text(self, step: int, name: str, text: str) -> None:
     """Adds a text, as it is, to TensorBoard."""
@@ -152,6 +157,11 @@ class RunLog:
       with storage.writing(self._path.parent):
         self._board.close()
       self._folder.upload()
+
+
+def panel_path(workdir: epath.PathLike, name: str, step: int) -> epath.Path:
+  """The file of a panel: panels/NAME/STEP.png, in the order of steps when sorted."""
+  return epath.Path(workdir) / 'panels' / name / f'{step:08}.png'
 
 
 def _drop_after(path: epath.Path, step: int) -> frozenset[str]:

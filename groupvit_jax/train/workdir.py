@@ -79,6 +79,8 @@ def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
       config.data[key] = config.data.get(key, value)
     if 'data' in config and config.data.get('source') == 'sets':
       config.data.clean_captions = config.data.get('clean_captions', False)
+    if 'eval' in config:
+      config.eval.panel_steps = config.eval.get('panel_steps', ())
     if 'optim' in config:
       config.optim.cosine = config.optim.get('cosine', 'after_warmup')
   return config

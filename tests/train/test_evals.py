@@ -7,10 +7,13 @@ import shutil
 import jax
 import ml_collections
 import numpy as np
+from PIL import Image
 import pytest
 
 from groupvit_jax.commands import score, segment
+from groupvit_jax.commands.animate import animate
 from groupvit_jax.commands.score import Request
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import evaluator, labeller, window_encoder
 from groupvit_jax.train import evals, loop, open_run
 from groupvit_jax.train.checkpoint import BEST_FOLDER, BestCheckpoint
@@ -38,7 +41,7 @@ def run(tmp_path_factory):
   layouts.folder(folder), layouts.folder(bad)
   layouts.save_indices(bad / 'labels' / 'b.png', np.full(layouts.SIZES[1], 7, np.uint8))
   config = tiny_config()
-  config.eval.every_steps = 100
+  config.eval.every_steps, config.eval.panel_steps = 100, (0, 1)
   config.benchmarks.mine, config.benchmarks.off = entry(folder), entry('/nowhere', every_steps=0)
   config.benchmarks.bad = entry(bad, every_steps=3)
   config.checkpoint.best = 'eval/mine/pixel_accuracy'
@@ -108,6 +111,28 @@ def test_pictures_on_the_board(run):
   assert sizes['mine'][0] > 128 * min(pictures, 4) and sizes['validation'][0] > 4 * 256
   assert sizes['validation'][1] == 6 + 4 * (256 + 6)  # there is one grouping stage
   assert board['eval/mine'][0] == board['eval/validation'][0] == 6
+
+
+def test_panels_stay_in_the_workdir_and_can_be_animated(run, tmp_path):
+  workdir, _, _, _ = run
+  panels = workdir / 'panels' / 'eval'
+  assert {folder.name: sorted(int(path.stem) for path in folder.iterdir()) for folder in panels.iterdir()} == {
+    'validation': [0, 1, 6],
+    'mine': [2, 4, 6],
+  }
+  drawn = read_board(workdir / 'tensorboard')['eval/validation'][1]
+  np.testing.assert_array_equal(np.asarray(Image.open(panels / 'validation' / '00000006.png')), drawn)
+  options = dict(width=200, frame_ms=50)
+  said = animate(workdir, str(tmp_path / 'film.webp'), name='validation', **options)
+  assert '3 panels from step 0 to 6' in said
+  with Image.open(tmp_path / 'film.webp') as film:
+    assert (film.n_frames, film.width) == (3, 200)
+  for name, file, expected in (
+    ('mien', 'film.gif', 'panels of mine, validation'),
+    ('mine', 'film.mp4', '.webp or .gif'),
+  ):
+    with pytest.raises(UserError, match=expected):
+      animate(workdir, str(tmp_path / file), name=name, **options)
 
 
 def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
