@@ -5,6 +5,7 @@ python eval.py --workdir=runs/groupvit --benchmark=voc21 --data_dir=data --outpu
 python eval.py --workdir=runs/quickstart --images='*.png' --classes='dog,banana,grass' --output=out
 """
 
+from collections.abc import Callable
 import json
 
 from absl import flags
@@ -77,7 +78,17 @@ def main() -> int:
       WORKDIR.value, images=IMAGES.value, classes=CLASSES.value or '', **options
     )
   metadata = {'workdir': WORKDIR.value, 'request': json.dumps(options)}
-  return processes.run(CLUSTER(), metadata, evaluate, saves=False)
+  return processes.run(CLUSTER(), metadata, lambda: _hold_output(evaluate), saves=False)
+
+
+def _hold_output(evaluate: Callable[[], int]) -> int:
+  """Runs `evaluate` while no other command writes to --output; returns its exit code."""
+  from groupvit_jax.running import folder_lock
+
+  if OUTPUT.value is None:
+    return evaluate()
+  with folder_lock.hold(OUTPUT.value, '--output'):
+    return evaluate()
 
 
 def _find_mistake() -> str:

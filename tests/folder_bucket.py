@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 import types
 
 import fsspec
@@ -47,9 +48,15 @@ class FolderBucket(LocalFileSystem):
   def pipe_file(self, path, value, mode='overwrite', **kwargs):
     target = pathlib.Path(self._strip_protocol(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f'.{target.name}.{os.getpid()}')
+    partial = target.with_name(f'.{target.name}.{threading.get_native_id()}')
     partial.write_bytes(value)
-    partial.replace(target)
+    if mode != 'create':
+      partial.replace(target)
+      return
+    try:
+      os.link(partial, target)  # fails where there is one
+    finally:
+      partial.unlink()
 
   def put_file(self, lpath, rpath, callback=None, mode='overwrite', **kwargs):
     if pathlib.Path(lpath).is_file():

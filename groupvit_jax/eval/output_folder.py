@@ -14,6 +14,7 @@ from PIL import Image
 
 from groupvit_jax import tensorboard
 from groupvit_jax.errors import ResourceError, UserError
+from groupvit_jax.running import folder_lock
 
 REPORT = 'results.json'
 # What only some evaluations write: it must not stand beside the results of another evaluation.
@@ -38,7 +39,7 @@ class OutputFolder:
     self.path = epath.Path(path)
     if self.path.exists() and not self.path.is_dir():
       raise UserError(f'--output={path} is a file; name a folder')
-    holds_files = self.path.exists() and any(self.path.iterdir())
+    holds_files = self.path.exists() and any(path.name != folder_lock.NAME for path in self.path.iterdir())
     self.replaces = holds_files
     if holds_files and not overwrite and not self._is_ours():
       raise UserError(

@@ -1,5 +1,6 @@
 """The training loop: steps, logs, evaluates and saves until the last step or a signal."""
 
+from collections.abc import Callable
 import contextlib
 import functools
 import time
@@ -14,7 +15,7 @@ import numpy as np
 from groupvit_jax import cli
 from groupvit_jax.data import pipeline
 from groupvit_jax.errors import UserError
-from groupvit_jax.running import processes, sharding
+from groupvit_jax.running import folder_lock, processes, sharding
 from groupvit_jax.running.interrupts import Interrupts, Preempted
 from groupvit_jax.running.profile import StepTrace
 from groupvit_jax.train import open_run
@@ -39,19 +40,26 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
     ValueError: the config has a mistake or does not fit the workdir.
     OSError: a checkpoint could not be saved.
   """
-  with Interrupts().installed() as interrupts:
+  with contextlib.ExitStack() as stack:
+    interrupts = stack.enter_context(Interrupts().installed())
     try:
       with interrupts.immediately():
+        check_lock = stack.enter_context(folder_lock.hold(str(workdir), '--workdir'))
         run = set_up(config, workdir)
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
         state = restore_or_init(run, checkpoints)
-      return _loop(run._replace(weights=None), state, checkpoints, workdir, interrupts)
+      return _loop(run._replace(weights=None), state, checkpoints, workdir, interrupts, check_lock)
     except Preempted:
       return cli.EXIT_PREEMPTED
 
 
 def _loop(
-  run: Run, state: TrainState, checkpoints: Checkpoints, workdir: epath.PathLike, interrupts: Interrupts
+  run: Run,
+  state: TrainState,
+  checkpoints: Checkpoints,
+  workdir: epath.PathLike,
+  interrupts: Interrupts,
+  check_lock: Callable[[], None],
 ) -> int:
   """Runs the evaluations that an earlier start did not finish, then steps until the end or a signal.
 
@@ -87,6 +95,7 @@ def _loop(
         state, metrics = step_fn(state, batch)
       sharding.synchronize(state, run.mesh)
       checkpoints.check()
+      check_lock()
       trace.stop_after(step, metrics)
       if pending is not None:
         log_step(*pending)
