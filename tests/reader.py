@@ -1,4 +1,4 @@
-"""Reads batches with two workers, as a run does: python -m tests.reader PATTERN NUMBER (for test_workers)."""
+"""Reads batches with two workers, as a run does: python -m tests.reader PATTERN (for test_workers)."""
 
 import dataclasses
 import logging
@@ -23,13 +23,13 @@ def resize_slowly(file: int, size: int) -> None:
 os.ftruncate = resize_slowly  # in workers too, which import this module
 
 
-def main(pattern: str, num_batches: int) -> None:
-  """Prints a line per batch, up to a number of them; after SIGTERM or SIGINT it reads a few more and ends."""
+def main(pattern: str) -> None:
+  """Prints a line per batch; after SIGTERM or SIGINT it reads a few more and ends."""
   asked = []
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: asked.append(1))
   source = build_source(data_config(a=set_config(pattern)), (64, 64))
-  examples = make_examples(source, dataclasses.replace(AUGMENT, size=(64, 64)), batch_size=8, num_batches=num_batches)
+  examples = make_examples(source, dataclasses.replace(AUGMENT, size=(64, 64)), batch_size=8, num_batches=10**6)
   left = 3
   for batch in pipeline.iterate(examples, num_threads=2, num_workers=2, prefetch_batches=4):
     del batch
@@ -44,4 +44,4 @@ def main(pattern: str, num_batches: int) -> None:
 
 if __name__ == '__main__':
   logging.basicConfig()
-  main(sys.argv[1], int(sys.argv[2]))
+  main(sys.argv[1])

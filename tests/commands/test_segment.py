@@ -20,7 +20,6 @@ from groupvit_jax.commands.score import Request, SCENES
 from groupvit_jax.eval import labeller, window_encoder
 from groupvit_jax.eval.evaluator import build_scene_evaluator
 from groupvit_jax.train import open_run, state
-from tests.forbidden import run_without
 from tests.tiny import tiny_config
 from tests.trained import trained_workdir
 
@@ -308,24 +307,3 @@ def test_flags_reach_what_they_are_about(flags, message):
     check=False,
   )
   assert done.returncode == cli.EXIT_USAGE and message in done.stderr, done.stderr
-
-
-def test_nothing_imports_tensorflow_or_torch(tmp_path):
-  """Training, evaluating, segmenting and predicting; data sets and workers have such tests of their own."""
-  Image.fromarray(np.zeros((40, 30, 3), np.uint8)).save(tmp_path / 'picture.png')
-  run_without(
-    f"""
-import numpy as np
-import groupvit_jax
-from groupvit_jax.train import loop
-from groupvit_jax.commands import score, segment
-from tests.tiny import tiny_config
-assert loop.train(tiny_config(), '{tmp_path}/run') == 0
-score.evaluate_benchmark('{tmp_path}/run', score.Request('scenes', output='{tmp_path}/eval'))
-assert segment.segment_images('{tmp_path}/run', images='{tmp_path}/picture.png', classes='dog,grass',
-                               output='{tmp_path}/out', overwrite=False, protocol='native', changes={{}}) == 0
-predictor = groupvit_jax.Predictor.from_pretrained('{tmp_path}/run')
-predictor(np.zeros((32, 32, 3), np.uint8), ['dog', 'grass']).overlay()
-""",
-    tmp_path,
-  )

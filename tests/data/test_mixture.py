@@ -116,11 +116,6 @@ def test_by_weights_blocks_hold_exact_shares_and_sets_their_own_epochs(monkeypat
   assert len({tuple(i < 6 for i in block) for block in blocks}) > 6  # shuffled within blocks
 
 
-def test_sets_of_equal_size_are_shuffled_differently():
-  one, other = Order([500, 500], [1, 1], seed=0)._permutations
-  assert [one[i] for i in range(20)] != [other[i] for i in range(20)]
-
-
 def test_shares_are_rounded_to_whole_records():
   assert mixture._whole_shares([1, 1, 1]) == [5462, 5461, 5461]
   assert mixture._whole_shares([0.25, 0.75]) == [4096, 12288]
@@ -128,25 +123,17 @@ def test_shares_are_rounded_to_whole_records():
     mixture._whole_shares([1, 1e-6])
 
 
-@pytest.mark.parametrize('weights', [(1.0, 0.0), (-1.0, 2.0)])
-def test_weights_are_for_all_sets_or_none(weights):
-  with pytest.raises(ValueError, match='positive for all sets, or 0 for all.*set0 has'):
-    numbers(3, 4, weights=weights)
-
-
 def test_a_mixture_reads_the_right_set():
   source = numbers(3, 5, 2)
   assert len(source) == 10
-  assert [source[i]['text'] for i in (0, 2, 3, 7, 8, 9)] == [
-    'dog 0',
-    'dog 2',
-    'dog 1000',
-    'dog 1004',
-    'dog 2000',
-    'dog 2001',
-  ]
+  assert [source[i]['text'][4:] for i in (0, 2, 3, 7, 8, 9)] == ['0', '2', '1000', '1004', '2000', '2001']
   with pytest.raises(ValueError, match='data.sets.set1 has no records'):
     numbers(3, 0)
+  with pytest.raises(ValueError, match='have 7 records, fewer than batch_size=8'):
+    examples(numbers(7))
+  for weights in ((1.0, 0.0), (-1.0, 2.0)):
+    with pytest.raises(ValueError, match='positive for all sets, or 0 for all.*set0 has'):
+      numbers(3, 4, weights=weights)
 
 
 def test_fingerprint_changes_with_records_order_and_weights():
@@ -158,31 +145,16 @@ def test_fingerprint_changes_with_records_order_and_weights():
   assert numbers(3, 5).metadata() == numbers(3, 5).metadata()
 
 
-def share(host: int, hosts: int) -> range:
-  """Rows of a batch of 8."""
-  return range(host * 8 // hosts, (host + 1) * 8 // hosts)
-
-
-@pytest.mark.parametrize('weights', [None, (1.0, 2.0)])
-@pytest.mark.parametrize('hosts', [2, 4])
-def test_hosts_share_the_batch_of_one(weights, hosts):
-  source = numbers(9, 30, weights=weights)
-  one = iterate(source)
-  parts = [iterate(source, rows=share(h, hosts)) for h in range(hosts)]
-  joined = [{name: np.concatenate([part[name] for part in batch]) for name in batch[0]} for batch in zip(*parts)]
-  assert_same(joined, one)
-
-
 def test_a_run_that_changes_hosts_repeats_and_loses_nothing():
   """Three batches on four hosts, three on one, the rest on two."""
-  source = numbers(80)
-  whole = shown(iterate(source))
-  pieces = []
+  source = numbers(20, 60, weights=(1, 3))
+  whole, pieces = iterate(source), []
   for first, last, hosts in ((0, 3, 4), (3, 6, 1), (6, 10, 2)):
-    parts = [iterate(source, rows=share(h, hosts), first_batch=first, num_batches=last) for h in range(hosts)]
-    for batch in zip(*parts):
-      pieces += [n for part in batch for n in shown([part])]
-  assert pieces == whole and sorted(pieces) == list(range(80))
+    rows = [range(h * 8 // hosts, (h + 1) * 8 // hosts) for h in range(hosts)]
+    parts = [iterate(source, rows=own, first_batch=first, num_batches=last) for own in rows]
+    pieces += [{name: np.concatenate([part[name] for part in batch]) for name in batch[0]} for batch in zip(*parts)]
+  assert_same(pieces, whole)
+  assert sorted(shown(iterate(numbers(80)))) == list(range(80))
 
 
 @pytest.fixture(scope='module')
@@ -193,12 +165,8 @@ def photographs(tmp_path_factory) -> Mixture:
   )
 
 
-def test_threads_change_nothing(photographs):
-  assert_same(iterate(photographs, AUGMENT, num_threads=5), iterate(photographs, AUGMENT))
-
-
-@pytest.mark.parametrize('workers, threads', [(2, 0), (8, 2)])
-def test_workers_change_nothing(photographs, workers, threads):
+@pytest.mark.parametrize('workers, threads', [(0, 5), (3, 2)])
+def test_threads_and_workers_change_nothing(photographs, workers, threads):
   assert_same(iterate(photographs, AUGMENT, num_workers=workers, num_threads=threads), iterate(photographs, AUGMENT))
 
 
@@ -217,17 +185,6 @@ def test_crops_and_prompts_are_drawn_apart_and_anew_at_every_position(photograph
   np.testing.assert_array_equal(without_prompts.image, one_epoch[5].image)
 
 
-def test_prompts_of_words_or_of_phrases():
-  class Dogs(Numbers):
-    def __getitem__(self, index):
-      return super().__getitem__(index) | {'text': 'a small black dog'}
-
-  source = Mixture((DataSet('dogs', Dogs(8), 'digest', 1, 0.0),))
-  words, phrases = (examples(source, noun_phrases=which).preview(0).texts for which in (False, True))
-  assert words[0] == phrases[0] == 'a small black dog'
-  assert 'small black dog' in phrases[1] and 'small black dog' not in words[1] and 'dog' in words[1]
-
-
 def test_captions_are_cleaned_where_the_set_asks_for_it():
   class Messy(Numbers):
     def __getitem__(self, index):
@@ -236,11 +193,6 @@ def test_captions_are_cleaned_where_the_set_asks_for_it():
   source = Mixture(tuple(DataSet(name, Messy(4), name, 1, 0.0, clean=name == 'clean') for name in ('raw', 'clean')))
   assert [source[index]['text'] for index in (0, 4)] == ['a cat &amp; a  dog', 'a cat & a dog']
   assert [source.caption_of(index) for index in (0, 4)] == ['a cat &amp; a  dog', 'a cat & a dog']
-
-
-def test_data_that_no_batch_fits():
-  with pytest.raises(ValueError, match='have 7 records, fewer than batch_size=8'):
-    examples(numbers(7))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import concurrent.futures
 import html
 import random
 import re
-import subprocess
 import sys
 
 import ftfy
@@ -66,12 +65,6 @@ def test_nouns_are_the_tagged_words_in_order(caption, words):
   assert text_ops.nouns(caption) == words
 
 
-def test_every_kept_tag_is_kept_and_no_other(monkeypatch):
-  tags = 'NN NNS NNP VB VBD VBG VBN VBP VBZ NNPS JJ RB IN DT CD PRP MD'.split()
-  monkeypatch.setattr(text_ops, '_tag', lambda _: [[(f'word{t}', t) for t in tags]])
-  assert text_ops.nouns('') == [f'word{t}' for t in tags[:9]]
-
-
 def test_tags_are_those_of_textblobs_pattern_tagger():
   tagger = PatternTagger()
   draw = random.Random(0)
@@ -85,22 +78,6 @@ def test_tags_are_those_of_textblobs_pattern_tagger():
     assert ours == theirs
 
 
-@pytest.mark.parametrize(
-  'caption, phrases',
-  [
-    ('a small black dog on wet grass', ['small black dog', 'wet grass']),
-    ('a red, blue car', ['blue car']),
-    ('the sky is blue', ['sky']),
-    ('a dog. Cats', ['dog', 'Cats']),
-    ('the dog blue', ['dog']),
-    ('he is big', []),
-    ('', []),
-  ],
-)
-def test_noun_phrases_are_runs_that_end_in_a_noun(caption, phrases):
-  assert text_ops.noun_phrases(caption) == phrases
-
-
 def test_prompts_hold_distinct_words_in_the_80_templates():
   made = {template.format(word): word for template in text_ops.template_set('full') for word in text_ops.nouns(CAPTION)}
   picked = Counter()
@@ -112,11 +89,6 @@ def test_prompts_hold_distinct_words_in_the_80_templates():
   # 600 picks over four equally likely words: 150 each, standard deviation 6.
   assert set(picked) == set(text_ops.nouns(CAPTION))
   assert all(115 < count < 185 for count in picked.values())
-
-
-def test_every_template_is_drawn():
-  drawn = {text_ops.noun_prompts('dog', 1, np.random.default_rng(s)).texts[0] for s in range(1500)}
-  assert drawn == {t.format('dog') for t in text_ops.template_set('full')}
 
 
 def test_the_caption_fills_the_rest():
@@ -150,17 +122,6 @@ def test_equal_words_have_equal_ids_in_any_template():
   assert (one[0] != one[1]).any()
 
 
-def test_one_template():
-  made = text_ops.noun_prompts('a dog', 1, np.random.default_rng(0), templates='simple')
-  assert made.texts == [text_ops.template_set('simple')[0].format('dog')]
-
-
-def test_prompts_of_phrases_hold_phrases():
-  prompts = text_ops.noun_prompts('a wet dog ran', 2, np.random.default_rng(0), phrases=True).texts
-  assert 'wet dog' in prompts[0]
-  assert prompts[1] == 'a wet dog ran'
-
-
 def test_prompts_are_a_function_of_the_rngs_state():
   def draw(seed):
     return text_ops.noun_prompts(CAPTION, 3, np.random.default_rng([seed, 7])).texts
@@ -182,10 +143,6 @@ def test_template_sets():
 
 def test_class_prompts():
   assert text_ops.class_prompts(['dog', '{cat}'], 'simple') == [['a photo of a dog.'], ['a photo of a {cat}.']]
-  assert [len(row) for row in text_ops.class_prompts(['a', 'b', 'c'], 'subset')] == [7, 7, 7]
-
-
-def test_an_unknown_template_set_names_the_known_ones():
   with pytest.raises(ValueError, match="no template set 'all'.* full, identity, simple, subset$"):
     text_ops.class_prompts(['dog'], 'all')
 
@@ -193,15 +150,6 @@ def test_an_unknown_template_set_names_the_known_ones():
 def test_a_very_long_caption_is_tagged_up_to_a_limit():
   limit = text_ops.LONGEST_CAPTION
   assert text_ops.nouns('!' * (limit - 4) + ' dog cat') == ['dog']
-
-
-def test_tagging_imports_neither_nltk_nor_scipy():
-  code = (
-    'import sys; from groupvit_jax.data import prompts; assert prompts.nouns("a dog") == ["dog"];'
-    'print([m for m in ("nltk", "scipy", "sklearn", "textblob") if m in sys.modules])'
-  )
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
-  assert done.stdout.strip() == '[]'
 
 
 def test_threads_that_tag_first_see_the_whole_lexicon():

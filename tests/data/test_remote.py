@@ -1,7 +1,4 @@
-"""Shards behind a web server and in an S3 bucket, read as local ones are."""
-
-import logging
-import time
+"""Shards behind a web server and in a bucket, read as local ones are."""
 
 import numpy as np
 import pytest
@@ -12,6 +9,7 @@ from groupvit_jax.data.sources import build_source
 from groupvit_jax.eval import labelled
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.prepare import __main__ as build
+from tests import gcs
 from tests import official_layouts as layouts
 from tests.tars import data_config, encode, make_examples, set_config, write_set
 
@@ -101,36 +99,10 @@ def test_what_cannot_be_reached_is_said_at_once(server, tmp_path):
     open_set('http://127.0.0.1:9/a.tar')
 
 
-def test_one_connection_pool_serves_all_threads(monkeypatch):
-  """Threads that meet a protocol for the first time together do not each open their own."""
-  opened = []
-  monkeypatch.setattr(storage, '_systems', {})
-  monkeypatch.setattr(storage.fsspec, 'filesystem', lambda *_, **__: time.sleep(0.05) or opened.append(1))
-  storage.map_threads(storage._system, ['http://host/a.tar'] * 8, 8)
-  assert len(opened) == 1
-
-
 @pytest.fixture(scope='module')
 def bucket():
-  """A bucket of an S3 server on loopback, found through the usual environment variables."""
-  pytest.importorskip('s3fs')
-  server_lib = pytest.importorskip('moto.server')
-  logging.getLogger('werkzeug').setLevel(logging.ERROR)
-  server = server_lib.ThreadedMotoServer(port=0, verbose=False)
-  server.start()
-  with pytest.MonkeyPatch.context() as patch:
-    host, port = server.get_host_and_port()
-    for name, value in (
-      ('AWS_ENDPOINT_URL', f'http://{host}:{port}'),
-      ('AWS_ACCESS_KEY_ID', 'test'),
-      ('AWS_SECRET_ACCESS_KEY', 'test'),
-      ('AWS_DEFAULT_REGION', 'us-east-1'),
-    ):
-      patch.setenv(name, value)
-    storage._system('s3://').mkdir('photographs')
-    yield 's3://photographs'
-  storage._systems.pop('s3')
-  server.stop()
+  gcs.create_bucket('photographs')
+  return 'gs://photographs'
 
 
 def test_a_bucket_holds_shards_and_their_index(bucket, tmp_path, monkeypatch):
@@ -144,7 +116,7 @@ def test_a_bucket_holds_shards_and_their_index(bucket, tmp_path, monkeypatch):
   assert len(system.ls(f'{bucket}/index')) == 3
   monkeypatch.delattr(tars, 'index_tar')  # it must not be built again
   assert len(open_set(f'{bucket}/set/*.tar', index_dir=f'{bucket}/index')) == 20
-  with pytest.raises(ValueError, match='x: 1 of 2 shards are missing, first s3://photographs/set/0007.tar'):
+  with pytest.raises(ValueError, match='x: 1 of 2 shards are missing, first gs://photographs/set/0007.tar'):
     open_set(f'{bucket}/set/{{0000,0007}}.tar')
 
 

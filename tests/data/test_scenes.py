@@ -73,13 +73,6 @@ def test_scene_is_pure_in_its_index_in_any_process_and_order():
       assert (other['text'], other['key']) == (expected[index]['text'], expected[index]['key'])
 
 
-def test_pickle_holds_no_pictures():
-  source = make_scenes()
-  for index in range(20):
-    source[index]
-  assert len(pickle.dumps(source)) < 2000
-
-
 def test_splits_seeds_and_indices_share_nothing():
   sources = [make_scenes(split=split, seed=seed) for split in scenes.SPLITS for seed in (0, 1)]
   records = [source[index] for source in sources for index in range(50)]
@@ -139,10 +132,10 @@ def test_same_class_twice_is_named_once():
   assert max(len(source._lay_out(index).placed) for index in range(30)) == 3
 
 
-@pytest.mark.parametrize('size', [96, 128, 224])
-def test_other_sizes(size):
-  source = make_scenes(size=size, things=quickstart.THINGS['24things'], stuff=scenes.ALL_STUFF).labelled()
-  for index in range(4):
+def test_another_size():
+  size, things = 224, quickstart.THINGS['24things']
+  source = make_scenes(size=size, things=things, stuff=scenes.ALL_STUFF).labelled()
+  for index in range(2):
     record = source[index]
     assert record['image'].shape == (size, size, 3) and record['label'].shape == (size, size)
 
@@ -186,25 +179,6 @@ def test_lists_offered():
   everything = make_scenes(things=scenes.ALL_THINGS, stuff=scenes.ALL_STUFF).labelled()
   assert everything[0]['label'].max() < len(everything.classes) <= 255
   assert not set(scenes.ALL_THINGS) & set(scenes.ALL_STUFF)
-
-
-def test_find_room_counts_what_is_seen():
-  owner = np.zeros((8, 8), np.uint8)
-  owner[:4, :4] = 1
-  mask = np.ones((4, 4), bool)
-  # The first spot would leave 8 of the 16 pixels below; two are the fewest more it can lose.
-  spare = [np.inf, 6.0]
-  spots = [(0.5, 0.25), (0.5, 0.999)]
-  rows, columns, window = composition.find_room(owner, mask, 16, spots, spare, 0.5)
-  assert (rows, columns) == (slice(2, 6), slice(4, 8))
-  assert window == (slice(0, 4), slice(0, 4))
-  assert spare == [np.inf, 6.0, 8.0]
-  assert composition.find_room(owner, mask, 16, [(0.2, 0.2)] * 3, [np.inf, 0.0], 0.5) is None
-  # A thing that hangs out by a quarter of each side shows 9 of its 16 pixels.
-  corner = composition.find_room(np.zeros((8, 8), np.uint8), mask, 16, [(0, 0)] * 2, [np.inf], 0.6)
-  assert corner[0] == slice(0, 4)  # 9 of 16 are too few; the last try lies inside
-  corner = composition.find_room(np.zeros((8, 8), np.uint8), mask, 16, [(0, 0)] * 2, [np.inf], 0.5)
-  assert corner == (slice(0, 3), slice(0, 3), (slice(1, 4), slice(1, 4)))
 
 
 def test_paint_scene_lays_things_over_stuff():
@@ -252,14 +226,6 @@ def test_offered_glyphs_obey_the_rule():
   assert 'tomato' not in offered and len(offered['apple']) == 1
 
 
-def test_glyph_distance():
-  dog, cat, tomato, apple = (glyphs.glyph_names()[n][0] for n in ('dog', 'cat', 'tomato', 'apple'))
-  pictures, distances = glyphs.compare_glyphs((dog, dog, cat, tomato, apple, ' '))
-  assert distances[0, 1] == 0 and distances[3, 4] < 0.36 < distances[0, 2]
-  np.testing.assert_array_equal(distances, distances.T)
-  assert pictures[5].max() == 0  # a blank glyph has no ink
-
-
 def test_sprite_label_is_where_alpha_exceeds_half():
   glyph = glyphs.draw_glyph(glyphs.glyph_names()['banana'][0], 80)
   assert max(glyph.size) == 80
@@ -303,14 +269,6 @@ def test_backgrounds_are_told_apart():
   gaps = np.abs(unseen[:, :, None] - known.mean(1)) / spread
   right = gaps.mean(-1).argmin(-1) == np.arange(len(unseen))[:, None]
   assert right.mean(1).min() >= 0.9, dict(zip(textures.STUFF, right.mean(1)))
-
-
-def test_textures_vary_within_a_background():
-  rng = np.random.default_rng(0)
-  for name, stuff in textures.STUFF.items():
-    first, second = (textures.paint_texture(stuff, rng, 48, 32) for _ in range(2))
-    assert first.shape == (3, 48, 48) and first.dtype == np.uint8
-    assert np.abs(first.astype(int) - second).mean() > 3, name
 
 
 def test_another_style_draws_the_same_scenes():

@@ -138,14 +138,6 @@ def test_a_sample_takes_one_read(tmp_path, reads):
   assert len(reads) == 1 and reads[0][2] < 4096
 
 
-def test_members_far_apart_take_two_small_reads(tmp_path, reads):
-  path = write_tar(tmp_path / 'a.tar', {'0.jpg': encode(0), 'x.bin': bytes(2**20), '0.txt': b'far away'})
-  source = open_set(path)
-  reads.clear()
-  assert source[0]['text'] == 'far away' and source[0]['image'] == encode(0)
-  assert max(size for _, _, size in reads) < 4096
-
-
 @pytest.mark.parametrize('caption, text', [('txt', 'a dog'), ('json:caption', 'Ein Hund'), ('cls', '7')])
 def test_captions_come_from_where_the_config_says(tmp_path, caption, text):
   path = write_tar(
@@ -232,14 +224,6 @@ def test_digest_knows_neither_place_nor_time(tmp_path):
   other = open_set(write_set(tmp_path / 'other', 10), index_dir=str(tmp_path / 'index'))
   assert one.index.digest == other.index.digest
   assert one.index.digest != open_set(write_set(tmp_path / 'one', 11)).index.digest
-
-
-def test_index_lies_beside_the_shards_or_in_the_folder_named(tmp_path):
-  pattern = write_set(tmp_path / 'set', 10)
-  open_set(pattern)
-  assert len(list((tmp_path / 'set' / '.index').iterdir())) == 2
-  open_set(write_set(tmp_path / 'other', 10), index_dir=str(tmp_path / 'index'))
-  assert len(list((tmp_path / 'index').iterdir())) == 2 and not (tmp_path / 'other' / '.index').exists()
 
 
 def test_index_files_that_do_not_fit(tmp_path):

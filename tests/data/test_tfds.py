@@ -10,7 +10,6 @@ import tensorflow_datasets as tfds
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tfds import open_tfds
-from tests.forbidden import run_without
 from tests.tars import data_config, encode, set_config, write_set
 
 
@@ -98,24 +97,3 @@ def test_a_folder_that_is_none_and_a_file_that_is_missing(prepared, tmp_path):
   file.unlink()
   with pytest.raises(ValueError, match=f'1 of 1 files are missing, first {file}; copy them again'):
     open_split(copy)
-
-
-def test_neither_this_process_nor_a_worker_imports_tensorflow_or_torch(prepared, tmp_path):
-  run_without(
-    f"""
-from groupvit_jax.data import augment as image_ops, pipeline
-from groupvit_jax.data.sources import build_source
-from tests.tars import Words, data_config
-
-if __name__ == '__main__':  # workers import this file
-  records = dict(format='tfds', path={str(prepared)!r}, split='train', image='image', caption='caption', weight=1.0,
-                 expected=20)
-  source = build_source(data_config(records=records), (16, 16))
-  augment = image_ops.Augment((16, 16), (0.5, 1.0), (3 / 4, 4 / 3), 0.5, None, min_side=8, max_pixels=10_000)
-  examples = pipeline.Examples(source, augment, Words(), seed=0, batch_size=16, num_prompts=1, text_length=4,
-                               first_batch=0, num_batches=1, rows=range(16))
-  batch, = pipeline.iterate(examples, num_threads=2, num_workers=1, prefetch_batches=2)
-  assert batch['image'].shape == (16, 16, 16, 3)
-""",
-    tmp_path,
-  )

@@ -18,7 +18,6 @@ from groupvit_jax.eval import labelled
 from groupvit_jax.prepare import __main__ as build
 from groupvit_jax.prepare.segmentation_layouts import decode_run_lengths
 from tests import official_layouts as layouts
-from tests.forbidden import run_without
 
 SETS = ('voc2012', 'pascal_context', 'coco_stuff', 'ade20k', 'cityscapes_fine')
 
@@ -311,11 +310,3 @@ def test_run_lengths_are_those_of_cocos_own_tools():
     np.testing.assert_array_equal(decode_run_lengths(coded['counts'], tuple(coded['size'])), mask)
   with pytest.raises(ValueError, match='do not fill a mask'):
     decode_run_lengths(coded['counts'], (3, 3))
-
-
-def test_tensorflow_is_not_needed(raw, tmp_path):
-  run_without(
-    'from groupvit_jax.prepare import __main__ as build\n'
-    f'build.main(["ade20k", "--manual_dir={raw["ade20k"][0]}", "--data_dir={tmp_path}"])\n',
-    tmp_path,
-  )

@@ -6,7 +6,9 @@ import shutil
 import ml_collections
 import pytest
 
+from groupvit_jax.data.sources import build_source
 from groupvit_jax.train import workdir as workdir_lib
+from tests.tars import data_config, samples, set_config, write_tar
 from tests.tiny import tiny_config
 from tests.train.test_configs import flat
 
@@ -32,3 +34,16 @@ def test_a_config_of_an_earlier_version_keeps_its_benchmarks():
     config.multi_label_weight = 0.5
   with pytest.raises(ValueError, match='multi_label_weight=0.5: there is no such entry any more; 1.0 is built in'):
     workdir_lib.upgrade_config(config)
+
+
+def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path, monkeypatch):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+  def metadata(name, numbers):
+    path = write_tar(tmp_path / name / 'a.tar', samples(numbers))
+    return build_source(data_config(a=set_config(path)), (16, 16)).metadata()
+
+  workdir_lib.record_data(tmp_path, metadata('one', range(5)))
+  workdir_lib.record_data(tmp_path, metadata('moved', range(5)))
+  with pytest.raises(ValueError, match=r'the data changed .* started: a \(5 records then, 6 now\).*data.json'):
+    workdir_lib.record_data(tmp_path, metadata('grown', range(6)))
