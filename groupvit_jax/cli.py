@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 import errno
 import os
+import pathlib
 import re
 import sys
 
@@ -57,8 +58,16 @@ def fail(reason: str | Exception) -> int:
 
 
 def _parse_flags(args: Sequence[str]) -> list[str]:
-  """absl's parser, but a mistake (unknown flag, unknown config key, missing config file) takes one line."""
+  """absl's parser, but a mistake (unknown flag, unknown config key, missing config file) takes one line.
+
+  --help prints the command's own flags alone, and a config may be given by its name.
+  """
+  if {'--help', '-h', '-help'} & set(args):
+    print(f'{sys.modules["__main__"].__doc__}\n{flags.FLAGS.main_module_help()}')
+    sys.exit(0)
   try:
+    sys.path.append(str(_configs_folder().parent))  # so that a user's config may import one of ours
+    args = [_name_config(argument) for argument in args]
     rest = flags.FLAGS(args)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
     sys.exit(fail(_unknown_entry(error, args) or str(error)))
@@ -70,6 +79,25 @@ def _parse_flags(args: Sequence[str]) -> list[str]:
   if len(rest) > 1:
     sys.exit(fail(f'unexpected argument {rest[1]!r}; options look like --name=value'))
   return rest
+
+
+def _configs_folder() -> pathlib.Path:
+  """The folder of the configs that come along: in an installed package, or in a checkout."""
+  package = pathlib.Path(__file__).parent
+  installed = package / 'share' / 'configs'
+  return installed if installed.exists() else package.parent / 'configs'
+
+
+def _name_config(argument: str) -> str:
+  """An argument in which the name of a config, --config=quickstart or --config=quickstart:24things, is its path."""
+  found = re.fullmatch(r'--?config=(\w+)(:.*)?', argument)
+  if found is None:
+    return argument
+  path = _configs_folder() / f'{found[1]}.py'
+  if not path.exists():
+    names = sorted(file.stem for file in path.parent.glob('[!_]*.py'))
+    raise UserError(f'{argument}: there is no such config; name the path of one, or {", ".join(names)}')
+  return f'--config={path}{found[2] or ""}'
 
 
 def _unknown_entry(error: Exception, args: Sequence[str]) -> str | None:

@@ -70,7 +70,8 @@ def test_everything_is_found_from_the_start():
 def source_of(command: str) -> str:
   """The code of a command, and of what defines flags for it."""
   if not command.startswith('-m '):
-    return (ROOT / command).read_text() + (ROOT / 'groupvit_jax' / 'running' / 'cluster.py').read_text()
+    package = ROOT / 'groupvit_jax'
+    return (package / 'commands' / command).read_text() + (package / 'running' / 'cluster.py').read_text()
   if command == '-m benchmarks':
     return ''.join(path.read_text() for path in (ROOT / 'benchmarks').glob('*.py'))
   spec = importlib.util.find_spec(command.removeprefix('-m '))

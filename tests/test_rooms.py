@@ -8,6 +8,7 @@ PACKAGE = ROOT / 'groupvit_jax'
 
 # Top floor first. A room imports from the floors below it, and from itself.
 FLOORS = (
+  ('__main__',),
   ('aot', 'commands', 'demo', 'prepare'),
   ('predictor',),
   ('prediction',),

@@ -1,1 +1,1 @@
-"""Commands: scoring and segmentation for eval.py, import, and export with its model card."""
+"""Commands: train, eval, animate, import, and export with its model card."""

@@ -1,0 +1,74 @@
+"""The installed package, outside of the checkout: commands, configs by name, training, evaluation and export."""
+
+import json
+import os
+from pathlib import Path
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from groupvit_jax.__main__ import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+  '--config.total_steps=2',
+  '--config.batch_size=8',
+  '--config.optim.warmup_steps=1',
+  '--config.eval.every_steps=0',
+  '--config.data.scenes.num_heldout=8',
+  '--config.tokenizer.num_captions=500',
+)
+
+
+@pytest.fixture(scope='module')
+def command(tmp_path_factory):
+  """Runs an installed command elsewhere; returns what it printed."""
+  folder, source = (tmp_path_factory.mktemp(name) for name in ('installed', 'source'))
+  for name in ('groupvit_jax', 'configs'):
+    shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
+  for name in ('pyproject.toml', 'requirements.txt', 'README.md', 'LICENSE', 'NOTICE'):
+    shutil.copy(ROOT / name, source)
+  pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check', 'install', '--no-deps']
+  subprocess.run([*pip, f'--target={folder}', str(source)], check=True)
+
+  def run(name, *args, code=0):
+    done = subprocess.run(
+      [sys.executable, str(folder / 'bin' / f'groupvit-{name}'), *args],
+      cwd=folder.parent,
+      env=os.environ | {'PYTHONPATH': str(folder), 'JAX_NUM_CPU_DEVICES': '1'},
+      text=True,
+      capture_output=True,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout + done.stderr
+
+  return run
+
+
+def test_train_evaluate_export(command, tmp_path):
+  command('train', '--config=quickstart', f'--workdir={tmp_path}/run', *TINY)
+  assert 'mIoU' in command('eval', f'--workdir={tmp_path}/run', '--num_pictures=2')
+  command('export', f'--workdir={tmp_path}/run', '--format=safetensors', f'--output={tmp_path}/exported')
+  assert (tmp_path / 'exported' / 'model.safetensors').exists()
+  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+  assert (config['total_steps'], config['data']['source']) == (2, 'scenes')
+  said = command('train', '--config=quickstat', f'--workdir={tmp_path}/other', code=2)
+  assert said.splitlines()[-1].startswith('error: --config=quickstat: there is no such config') and 'quickstart' in said
+
+
+def test_help_shows_the_commands_own_flags_and_an_example():
+  listed = subprocess.run([sys.executable, '-m', 'groupvit_jax'], capture_output=True, text=True, cwd=ROOT)
+  assert listed.returncode == 0 and all(f'  {name} ' in listed.stdout for name in COMMANDS), listed
+  said = subprocess.run([sys.executable, 'train.py', '--help'], capture_output=True, text=True, cwd=ROOT)
+  assert said.returncode == 0 and len(said.stdout.splitlines()) < 60
+  assert '--workdir:' in said.stdout and 'configs/quickstart.py' in said.stdout
+
+
+def test_everything_is_packed():
+  setup = tomllib.loads((ROOT / 'pyproject.toml').read_text())
+  folders = {str(path.parent.relative_to(ROOT)).replace('/', '.') for path in ROOT.glob('groupvit_jax/**/*.py')}
+  assert set(setup['tool']['setuptools']['packages']) == folders | {'groupvit_jax.share.configs'}
+  assert set(setup['project']['scripts']) == {f'groupvit-{name}' for name in COMMANDS}
