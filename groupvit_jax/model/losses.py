@@ -137,7 +137,8 @@ def best_segment_loss(
      the loss is the mean of softplus(logsumexp_{t: (i, t) in N} scale * s(i, t) - scale * s(i, p)) over all (i, p), and
      of the same with the negatives {j: (j, p) in N} of the prompt.
 
-  With the pooled feature as the only segment it is the second difference alone.
+  With the pooled feature as the only segment it is the second difference alone. The step adds up the losses of all
+  grouping stages.
 
   Args:
     segment_embeds: [B, S, E].

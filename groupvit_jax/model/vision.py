@@ -34,6 +34,8 @@ class VisionOutput(NamedTuple):
   pooled: jax.Array  # [B, D], mean over the final segments
   segments: jax.Array  # [B, S, D], after the final norm
   assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft, float32
+  # Per grouping stage but the last [B, S, D]: as they enter the next grouping, after the final norm.
+  earlier_segments: tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +138,8 @@ class VisionTower(nn.Module):
     """
     x = self._embed(images)
     rates = iter(np.linspace(0, self.drop_path, sum(stage.depth for stage in self.stages)))
-    groups, assignments = None, []
+    groups, assignments, earlier_segments = None, [], []
+    norm = LayerNorm(name='norm')
     for i, stage in enumerate(self.stages):
       rate = list(itertools.islice(rates, stage.depth))
       stage_keys = fold_keys(keys, i)
@@ -145,10 +148,12 @@ class VisionTower(nn.Module):
       with jax.named_scope(f'stage{i}'):
         x, groups = self._blocks(i, x, groups if stage.num_group_tokens else None, rate, stage_keys)
         if stage.num_group_tokens:
+          if assignments:
+            earlier_segments.append(norm(x))
           x, soft = self._grouping(i, stage.num_segments)(x, groups, keys=fold_keys(stage_keys, stage.depth))
           assignments.append(soft)
-    segments = LayerNorm(name='norm')(x)
-    return VisionOutput(segments.mean(axis=1), segments, tuple(assignments))
+    segments = norm(x)
+    return VisionOutput(segments.mean(axis=1), segments, tuple(assignments), tuple(earlier_segments))
 
   def _embed(self, images: jax.Array) -> jax.Array:
     """Patch tokens [B, N, D] with positions."""

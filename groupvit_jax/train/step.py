@@ -1,6 +1,6 @@
 """The training step, a pure function of state and batch: loss, micro-batches, update and moving average."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import functools
 from typing import NamedTuple
 
@@ -8,12 +8,13 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+import numpy as np
 import optax
 
 from groupvit_jax.model import losses, segmentation
 from groupvit_jax.model.image_text import ImageTextModel, Projected
 from groupvit_jax.model.layers import sample_keys
-from groupvit_jax.model.losses import ContrastiveLoss, MultiLabel
+from groupvit_jax.model.losses import MultiLabel
 from groupvit_jax.model.metrics import GroupingHealth
 from groupvit_jax.model.pixels import normalize_images, RandomErasing
 from groupvit_jax.model.text_packing import Encoders, text_features, text_load, TextLoad
@@ -40,29 +41,29 @@ class LossOutput(NamedTuple):
 
 
 class Segments(NamedTuple):
-  """What the loss of the best segment sees beside the pooled feature."""
+  """A grouping stage's segments, as the loss of the best segment sees them."""
 
   embeds: jax.Array  # [B, S, E]
   in_use: jax.Array  # bool [B, S]
 
 
 def prompt_loss(
-  out: Projected, segments: Segments | None, words: jax.Array | None, batch_sharding: NamedSharding | None
-) -> ContrastiveLoss:
-  """The multi-label loss: with segments that of the best one; without words [B, M, 2] the paper's."""
+  out: Projected, stages: Sequence[Segments], words: jax.Array | None, batch_sharding: NamedSharding | None
+) -> jax.Array:
+  """The multi-label loss []: the sum of those of each stage's best segment; without words [B, M, 2] the paper's."""
   prompts, scale = out.text_embeds[:, 1:], out.multi_label_logit_scale
   if words is None:
-    return losses.multi_label_loss(out.image_embeds, prompts, scale, sharding=batch_sharding)
-  if segments is None:
-    segments = Segments(out.image_embeds[:, None], jnp.ones((len(prompts), 1), bool))
-  return losses.best_segment_loss(*segments, prompts, words, scale, sharding=batch_sharding)
+    return losses.multi_label_loss(out.image_embeds, prompts, scale, sharding=batch_sharding).loss
+  stages = stages or [Segments(out.image_embeds[:, None], jnp.ones((len(prompts), 1), bool))]
+  best_segment = functools.partial(losses.best_segment_loss, sharding=batch_sharding)
+  return sum(best_segment(*segments, prompts, words, scale).loss for segments in stages)
 
 
 def total_loss(
   out: Projected,
   multi_label_weight: float,
   batch_sharding: NamedSharding | None,
-  segments: Segments | None = None,
+  stages: Sequence[Segments] = (),
   words: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Caption loss plus weighted multi-label loss (paper section 3.3), and metrics of both."""
@@ -77,10 +78,10 @@ def total_loss(
   }
   if out.multi_label_logit_scale is not None:
     with jax.named_scope('multi_label_loss'):
-      prompts = prompt_loss(out, segments, words, batch_sharding)
-    loss = loss + multi_label_weight * prompts.loss
+      prompts = prompt_loss(out, stages, words, batch_sharding)
+    loss = loss + multi_label_weight * prompts
     logged |= {
-      'multi_label_loss': prompts.loss,
+      'multi_label_loss': prompts,
       'multi_label_logit_scale': losses.clamped_scale(out.multi_label_logit_scale),
     }
   return loss, logged | {'loss': loss}
@@ -150,8 +151,10 @@ def loss_and_grads(
     health = GroupingHealth.from_assignments(vision.assignments)
     image, in_use = vision.pooled, ()
     if best_segment:
-      image = jnp.concatenate([image[:, None], vision.segments], axis=1)
-      in_use = segmentation.segments_in_use(vision.assignments)
+      image = jnp.concatenate([image[:, None], *vision.earlier_segments, vision.segments], axis=1)
+      in_use = tuple(
+        segmentation.segments_in_use(vision.assignments[:i]) for i in range(1, len(vision.assignments) + 1)
+      )
     return (image, text, in_use), (health, text_load(rows['tokens'], **packed))
 
   words = batch['words'] if multi_label_loss != 'pooled' and model.multi_label else None
@@ -163,11 +166,12 @@ def loss_and_grads(
     out, updated = model.apply(
       state.variables | {'params': params}, *features, train=True, method='project', mutable=['batch_stats']
     )
-    segments = None
+    stages = ()
     if best_segment:
-      segments = Segments(out.image_embeds[:, 1:], in_use)
+      ends = np.cumsum([1, *(mask.shape[1] for mask in in_use)])
+      stages = [Segments(*pair) for pair in zip(jnp.split(out.image_embeds, ends, axis=1)[1:], in_use)]
       out = out._replace(image_embeds=out.image_embeds[:, 0])
-    loss, logged = total_loss(out, multi_label_weight, batch_sharding, segments, words)
+    loss, logged = total_loss(out, multi_label_weight, batch_sharding, stages, words)
     logged |= {'text_tokens': load.tokens / len(batch['image']), 'text_turns': load.turns}
     return loss, LossOutput(updated['batch_stats'], StepMetrics(logged, health))
 

@@ -166,6 +166,21 @@ def test_total_loss_with_any_number_of_prompts(prompts):
   assert ('multi_label_loss' in logged) == (prompts > 0)
 
 
+def test_prompts_are_contrasted_with_the_segments_of_every_stage():
+  model = tiny_model()
+  tower = lambda variables, images: model.apply(variables, images, method='vision_features')
+  out = jax.eval_shape(tower, random_variables(model), jnp.zeros((5, 16, 16, 3)))
+  assert [each.shape for each in (*out.earlier_segments, out.segments)] == [(5, 4, 8), (5, 2, 8)]
+
+  segments, prompts = jax.random.normal(jax.random.key(0), (2, 5, 6, 4))
+  stages = [(segments[:, :4], jnp.ones((5, 4), bool)), (segments[:, 4:], jnp.array([[True, False]] * 5))]
+  words = jnp.arange(20).reshape(5, 2, 2)
+  projected = Projected(segments[:, 0], prompts[:, :3], jnp.float32(1.0), jnp.float32(2.0))
+  total = train_step.prompt_loss(projected, [train_step.Segments(*stage) for stage in stages], words, None)
+  each = [losses.best_segment_loss(*stage, prompts[:, 1:3], words, jnp.float32(2.0)).loss for stage in stages]
+  np.testing.assert_allclose(total, sum(each), rtol=1e-6)
+
+
 def pooled_loss(segments, in_use, prompts, words, **options):
   return losses.multi_label_loss(segments[:, 0], prompts, jnp.float32(1.0), **options).loss
 
