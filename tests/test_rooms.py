@@ -18,7 +18,7 @@ FLOORS = (
   ('running',),
   ('model',),
   ('storage',),
-  ('cli', 'tensorboard'),
+  ('cli', 'config_entries', 'tensorboard'),
   ('errors',),
 )
 

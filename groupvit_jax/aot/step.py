@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from groupvit_jax import config_entries
 from groupvit_jax.aot.chips import Topology
 from groupvit_jax.aot.flops import matmul_flops
 from groupvit_jax.aot.program import read_traffic, Traffic
@@ -66,6 +67,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   Raises:
     ValueError: the config has a mistake, or does not fit the number of devices.
   """
+  config_entries.check(config)
   mesh = sharding.make_mesh(**config.mesh, devices=topology.devices)
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 import tqdm
 
-from groupvit_jax import cli
+from groupvit_jax import cli, config_entries
 from groupvit_jax.data import bad_records, pipeline, prompts
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source, sample_captions
@@ -66,6 +66,7 @@ def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int)
   Returns:
     The report, as it is written.
   """
+  config_entries.check(config)
   source = build_source(config.data, tuple(config.model.vision.image_size))
   tokenizer = _tokenizer(config.tokenizer, source)
   report = source.metadata()

@@ -38,8 +38,6 @@ def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int])
   Raises:
     UserError: a description has a mistake, a set cannot be read, or scenes cannot have `image_size`.
   """
-  if config.source not in ('scenes', 'sets'):
-    raise UserError(f"data.source={config.source!r}: use 'scenes' or 'sets'")
   if config.source == 'sets':
     if not config.get('sets'):
       raise UserError("data.sets is empty; name the sets to train on, or use data.source='scenes'")

@@ -1,11 +1,10 @@
 """Builds the model and random erasing from a ConfigDict."""
 
-from typing import get_args
-
 from flax import linen as nn
 import jax.numpy as jnp
 import ml_collections
 
+from groupvit_jax import config_entries
 from groupvit_jax.errors import UserError
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.layers import Initializer, Remat
@@ -34,18 +33,15 @@ def build_model(
     scan_layers: whether blocks of one shape run in a `lax.scan`.
 
   Raises:
-    UserError: sizes that do not fit together, an unknown dtype, assignment mode or remat.
+    UserError: sizes that do not fit together, or a value that an entry does not take.
   """
-  vision, text, dtype = config.vision, config.text, _dtype(config.dtype)
+  config_entries.check(config, 'model')
+  vision, text, dtype = config.vision, config.text, jnp.dtype(config.dtype)
   stages = _stages(vision)
-  _check_heads('vision', vision)
-  _check_heads('text', text)
+  _check_widths('vision', vision)
+  _check_widths('text', text)
   if min(vision.image_size) < vision.patch_size:
     raise UserError(f'model.vision.patch_size={vision.patch_size} exceeds image_size={tuple(vision.image_size)}')
-  if vision.assignment not in ('soft', 'hard', 'gumbel'):
-    raise UserError(f"model.vision.assignment={vision.assignment!r}: use 'gumbel', 'hard' or 'soft'")
-  if remat not in get_args(Remat):
-    raise UserError(f"remat={remat!r}: use 'none', 'dots' or 'blocks'")
   return ImageTextModel(
     vision=VisionTower(
       image_size=tuple(vision.image_size),
@@ -84,20 +80,16 @@ def build_random_erasing(config: ml_collections.ConfigDict) -> RandomErasing | N
   """Builds random erasing from a config's `data.augment`; None for augmentation 'none' or `erase` 0."""
   if config.name == 'none' or config.erase == 0:
     return None
-  if not 0 < config.erase <= 1:
-    raise UserError(f'data.augment.erase={config.erase}: use a probability, 0 to 1')
   return RandomErasing(config.erase)
 
 
-def _dtype(name: str) -> jnp.dtype:
-  if name not in ('float32', 'bfloat16'):
-    raise UserError(f"model.dtype={name!r}: use 'float32' or 'bfloat16'")
-  return jnp.dtype(name)
-
-
-def _check_heads(tower: str, config: ml_collections.ConfigDict) -> None:
+def _check_widths(tower: str, config: ml_collections.ConfigDict) -> None:
   if config.width % config.num_heads:
-    raise UserError(f'model.{tower}.width={config.width} is not divisible by num_heads={config.num_heads}')
+    raise UserError(
+      f'model.{tower}.width={config.width} is not divisible by num_heads={config.num_heads}; use a multiple'
+    )
+  if int(config.width * config.mlp_ratio) < 1:
+    raise UserError(f'model.{tower}.mlp_ratio={config.mlp_ratio} leaves no hidden unit of width={config.width}')
 
 
 def _stages(vision: ml_collections.ConfigDict) -> tuple[StageSpec, ...]:
@@ -121,23 +113,17 @@ def _stages(vision: ml_collections.ConfigDict) -> tuple[StageSpec, ...]:
 
 def _vision_init(config: ml_collections.ConfigDict) -> VisionInit:
   return VisionInit(
-    kernel=_kernel_init('kernel', config.kernel),
-    assign_kernel=_kernel_init('assign_kernel', config.assign_kernel),
-    value_kernel=_kernel_init('value_kernel', config.value_kernel),
+    kernel=_kernel_init(config.kernel),
+    assign_kernel=_kernel_init(config.assign_kernel),
+    value_kernel=_kernel_init(config.value_kernel),
     tokens=nn.initializers.normal(config.tokens_std),
     positions=nn.initializers.normal(config.positions_std),
   )
 
 
-def _kernel_init(key: str, spec: str) -> Initializer:
+def _kernel_init(spec: str) -> Initializer:
   """'normal:STD' or 'fan_in:SCALE' (a normal of variance SCALE / fan-in; 1 is LeCun's)."""
   kind, _, value = spec.partition(':')
-  try:
-    number = float(value)
-  except ValueError:
-    number = None
-  if number is None or kind not in ('normal', 'fan_in'):
-    raise UserError(f"model.vision.init.{key}={spec!r}: use 'normal:STD' or 'fan_in:SCALE', as in 'normal:0.02'")
   if kind == 'normal':
-    return nn.initializers.normal(number)
-  return nn.initializers.variance_scaling(number, 'fan_in', 'normal')
+    return nn.initializers.normal(float(value))
+  return nn.initializers.variance_scaling(float(value), 'fan_in', 'normal')

@@ -138,14 +138,6 @@ class Encoders(NamedTuple):
   rest: Encode  # fast to compile: it is seldom run
 
 
-def check_budget(budget: int) -> None:
-  """Raises UserError for a negative number of tokens."""
-  if budget < 0:
-    raise UserError(
-      f'text_budget={budget} is negative; use 0 to pad texts, or about a fifth more than the tokens an image has'
-    )
-
-
 class TextLoad(flax.struct.PyTreeNode):
   """The cost of a batch's texts; adds up over micro-batches."""
 

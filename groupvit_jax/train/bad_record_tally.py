@@ -11,7 +11,6 @@ import numpy as np
 from groupvit_jax import storage
 from groupvit_jax.data import bad_records
 from groupvit_jax.data.pipeline import to_devices
-from groupvit_jax.errors import UserError
 from groupvit_jax.running import sharding
 
 _FEWEST = 1000  # examples a share is taken of: a single bad record in a small batch means nothing
@@ -40,12 +39,7 @@ class BadRecordTally:
       batch_size: global.
       max_share: of the examples; more bad records than this end the run.
       mesh: of the run.
-
-    Raises:
-      ValueError: `max_share` is not a share.
     """
-    if not 0 <= max_share <= 1:
-      raise UserError(f'data.max_fault_share={max_share}: use a share from 0 to 1')
     self._path, self._mesh = epath.Path(workdir) / 'faults.json', mesh
     self._batch_size, self._max_share = batch_size, max_share
     self._saved = json.loads(self._path.read_text()) if self._path.exists() else {}

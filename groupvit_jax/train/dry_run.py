@@ -16,6 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from groupvit_jax import config_entries
 from groupvit_jax.data import bad_records, pipeline
 from groupvit_jax.errors import UserError
 from groupvit_jax.model import text_packing
@@ -58,6 +59,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   Raises:
     ValueError, OSError: the error that the run would have ended with.
   """
+  config_entries.check(config)
   config = workdir_lib.keep_recipe(workdir, config.copy_and_resolve_references())
   config.dry_run = False
   report = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None

@@ -239,8 +239,6 @@ def _check(name: str, entry: Mapping[str, object]) -> bool:
   if odd := sorted(set(_ENTRIES) ^ set(entry)):
     verb = 'is missing' if odd[0] in _ENTRIES else 'is unknown'
     raise UserError(f'benchmarks.{name}.{odd[0]} {verb}; a benchmark has {", ".join(_ENTRIES)}')
-  if entry['every_steps'] < 0:
-    raise UserError(f'benchmarks.{name}.every_steps={entry["every_steps"]}: use 0 for never, or more')
   return entry['every_steps'] > 0
 
 

@@ -128,8 +128,7 @@ def untrained_variables(run: TrainedRun) -> dict[str, object]:
   """
   from groupvit_jax.train import initial_weights
 
-  init_from = run.config.get('init_from', '')
-  weights = initial_weights.read_source(init_from) if init_from else None
+  weights = initial_weights.read_source(run.config.init_from) if run.config.init_from else None
   return initial_weights.initial_state(
     run.model, optax.identity(), run.config.seed, _text_shape(run.model), run.mesh, weights=weights
   ).variables

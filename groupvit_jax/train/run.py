@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 import functools
-from typing import get_args, NamedTuple
+from typing import NamedTuple
 
 from etils import epath
 import jax
@@ -10,16 +10,15 @@ import ml_collections
 import numpy as np
 import optax
 
-from groupvit_jax.data import augment, pipeline
+from groupvit_jax import config_entries
+from groupvit_jax.data import pipeline
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence as licence_lib
-from groupvit_jax.model import text_packing
 from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.image_text import ImageTextModel
-from groupvit_jax.model.losses import MultiLabel
 from groupvit_jax.running import processes, sharding
 from groupvit_jax.running.attention_choice import AttentionChoice, choose_attention
 from groupvit_jax.train import evals, initial_weights, optim
@@ -61,9 +60,11 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
 
   All mistakes in the config show before anything is written.
   """
+  config_entries.check(config)
   config = workdir_lib.keep_recipe(workdir, config)
-  _check_numbers(config)
-  image_size = tuple(config.model.vision.image_size)
+  image_size, patch_size = tuple(config.model.vision.image_size), config.model.vision.patch_size
+  if any(side % patch_size for side in image_size):
+    raise UserError(f'model.vision.patch_size={patch_size} does not divide image_size={image_size}; use a divisor')
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
@@ -71,8 +72,6 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   tx = optim.build_optimizer(config.optim, schedule)
   source = build_source(config.data, image_size)
   pipeline.check_batch_size(source, config.batch_size)
-  augment.build_augment(config.data.augment, image_size)  # reading batches builds it again, after a restart in a worker
-  build_random_erasing(config.data.augment)
   benchmarks = evals.open_benchmarks(config.benchmarks, image_size)
   scenes = config.data.source == 'scenes' and config.eval.every_steps > 0
   evals.check_best(config.checkpoint.best, benchmarks, (evals.SCENES,) if scenes else ())
@@ -153,22 +152,3 @@ def read_batches(run: Run, first_batch: int) -> Iterator[dict[str, np.ndarray]]:
 def with_vocabulary(model: ImageTextModel, vocab_size: int, eos_id: int) -> ImageTextModel:
   """The same model for the pieces of a tokenizer."""
   return model.clone(text=model.text.clone(vocab_size=vocab_size, eos_id=eos_id))
-
-
-def _check_numbers(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for numbers that make no sense by themselves."""
-  counts = {
-    'log_every': config.log_every,
-    'checkpoint.every_steps': config.checkpoint.every_steps,
-    'checkpoint.keep': config.checkpoint.keep,
-  }
-  for key, value in counts.items():
-    if value < 1:
-      raise UserError(f'{key}={value}: use 1 or more')
-  if config.eval.every_steps < 0:
-    raise UserError(f'eval.every_steps={config.eval.every_steps}: use 0 for never, or more')
-  if not 0 <= config.ema_decay < 1:
-    raise UserError(f'ema_decay={config.ema_decay}: use 0 for no average, or a number below 1, as in 0.9998')
-  if config.multi_label_loss not in get_args(MultiLabel):
-    raise UserError(f'multi_label_loss={config.multi_label_loss!r}: use {", ".join(map(repr, get_args(MultiLabel)))}')
-  text_packing.check_budget(config.text_budget)

@@ -22,7 +22,8 @@ _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
 
 # Entries of earlier configs, and the value that replaced them.
 _BUILT_IN = {'multi_label_weight': 1.0, 'max_skipped_in_a_row': 10}
-# Entries of `data` that earlier configs lack, and what they did.
+# Entries that earlier configs and those of imported weights lack, and what they did; and those of `data`.
+_ADDED = {'multi_label_loss': 'pooled', 'init_from': ''}
 _ADDED_DATA = {'prompt_templates': 'full', 'skipped_words': ()}
 
 _DATA_FILE = 'data.json'  # which records the run was started on
@@ -74,16 +75,21 @@ def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
         if config[key] != value:
           raise UserError(f'{key}={config[key]}: there is no such entry any more; {value} is built in')
         del config[key]
-    config.multi_label_loss = config.get('multi_label_loss', 'pooled')
-    for key, value in _ADDED_DATA.items() if 'data' in config else ():
+    for key, value in _ADDED.items():
+      config[key] = config.get(key, value)
+    for key, value in _ADDED_DATA.items() if _has_section(config, 'data') else ():
       config.data[key] = config.data.get(key, value)
-    if 'data' in config and config.data.get('source') == 'sets':
+    if _has_section(config, 'data') and config.data.get('source') == 'sets':
       config.data.clean_captions = config.data.get('clean_captions', False)
-    if 'eval' in config:
+    if _has_section(config, 'eval'):
       config.eval.panel_steps = config.eval.get('panel_steps', ())
-    if 'optim' in config:
+    if _has_section(config, 'optim'):
       config.optim.cosine = config.optim.get('cosine', 'after_warmup')
   return config
+
+
+def _has_section(config: ml_collections.ConfigDict, name: str) -> bool:
+  return isinstance(config.get(name), ml_collections.ConfigDict)
 
 
 def keep_recipe(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -103,7 +109,7 @@ def keep_recipe(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> m
 def _read_json(path: epath.Path) -> dict[str, object]:
   try:
     return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is not a config: {error}') from error
 
 

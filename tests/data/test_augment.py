@@ -163,21 +163,3 @@ def test_a_bomb_is_not_decoded(kind, monkeypatch):
   monkeypatch.setattr(image_ops.images, 'decode_image', None)
   with pytest.raises(BadRecord, match='image_huge'):
     PLAIN(data, np.random.default_rng(0), 'key')
-
-
-@pytest.mark.parametrize(
-  'mistake, message',
-  [
-    (dict(name='timm'), "name='timm': use 'none'"),
-    (dict(area=(0.5, 0.1)), 'area=(0.5, 0.1)'),
-    (dict(area=(0.0, 1.0)), 'area='),
-    (dict(ratio=(2.0, 1.0)), 'ratio='),
-    (dict(flip=50), 'flip=50'),
-    (dict(op_probability=-1.0), 'op_probability=-1.0'),
-    (dict(magnitude=11), 'magnitude=11'),
-  ],
-)
-def test_mistakes_are_named(mistake, message):
-  with pytest.raises(ValueError) as caught:
-    build_augment(config(**mistake), (32, 32))
-  assert message in str(caught.value)

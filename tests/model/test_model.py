@@ -290,17 +290,15 @@ def test_bfloat16_leaves_parameters_norms_and_softmaxes_in_float32():
 @pytest.mark.parametrize(
   'key, value, message',
   [
-    ('dtype', 'float16', "model.dtype='float16': use 'float32' or 'bfloat16'"),
+    ('dtype', 'float16', "config.model.dtype='float16': must be one of 'float32', 'bfloat16'"),
     ('vision.num_heads', 7, 'model.vision.width=384 is not divisible by num_heads=7'),
     ('text.num_heads', 3, 'model.text.width=256 is not divisible by num_heads=3'),
     ('vision.patch_size', 225, r'patch_size=225 exceeds image_size=\(224, 224\)'),
-    ('vision.assignment', 'softmax', "assignment='softmax': use 'gumbel', 'hard' or 'soft'"),
+    ('vision.mlp_ratio', 0.001, 'model.vision.mlp_ratio=0.001 leaves no hidden unit of width=384'),
     ('vision.depths', (6, 3), r'one entry per stage each, got \(6, 3\), \(64, 8, 0\), \(64, 8, 0\)'),
     ('vision.num_group_tokens', (64, 0, 0), r'positive in every stage but the last, where it is 0, got \(64, 0, 0\)'),
     ('vision.num_group_tokens', (64, 8, 8), r'positive in every stage but the last'),
     ('vision.num_segments', (64, 0, 0), r'num_segments must be positive, got \(64, 0, 0\)'),
-    ('vision.init.kernel', 'lecun', "init.kernel='lecun': use 'normal:STD' or 'fan_in:SCALE'"),
-    ('vision.init.assign_kernel', 'uniform:1', "init.assign_kernel='uniform:1'"),
   ],
 )
 def test_a_config_that_makes_no_model_says_why(key, value, message):

@@ -54,8 +54,3 @@ def test_the_share_is_of_a_thousand_examples_and_since_the_last_check(tmp_path):
     ),
   ):
     tally.check(200, {'image_tiny': 160, 'caption_empty': 161})
-
-
-def test_a_share_that_is_none(tmp_path):
-  with pytest.raises(ValueError, match='data.max_fault_share=5: use a share'):
-    make_tally(tmp_path, max_share=5)

@@ -207,7 +207,6 @@ def train_state_of(workdir):
   'changes, message',
   [
     (dict(benchmark='voc'), "benchmarks.mine: there is no benchmark 'voc'"),
-    (dict(every_steps=-1), 'benchmarks.mine.every_steps=-1'),
     (dict(protocol='x'), "benchmarks.mine: there is no protocol 'x'"),
     (dict(benchmark='imagenet', protocol='', changes={}), 'benchmarks.mine: .*holds no .*imagenet2012'),
     (dict(benchmark='imagenet', changes={}), 'benchmarks.mine: imagenet has neither label maps nor windows'),

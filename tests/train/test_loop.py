@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from groupvit_jax import cli
+from groupvit_jax import cli, config_entries
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.running import sharding
@@ -247,6 +247,7 @@ def test_a_folder_that_may_not_be_written_ends_the_run_before_its_first_step(tmp
 
 def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path, monkeypatch):
   monkeypatch.setattr(loop, 'MAX_SKIPPED_IN_A_ROW', 3)
+  monkeypatch.setattr(config_entries, 'check', lambda *_: None)  # it refuses such a rate
   config = tiny_config()
   config.optim.peak_lr = 1e38
   config.total_steps, config.log_every, config.eval.every_steps = 40, 30, 0
@@ -273,17 +274,6 @@ def test_a_config_that_does_not_fit_the_run(change, message, uninterrupted):
   with pytest.raises(ValueError, match=message):
     loop.train(config, uninterrupted)
   assert (uninterrupted / 'config.json').read_text() == before
-
-
-@pytest.mark.parametrize(
-  'key, value', [('log_every', 0), ('checkpoint.every_steps', 0), ('checkpoint.keep', 0), ('eval.every_steps', -1)]
-)
-def test_numbers_of_steps_that_nothing_can_happen_after(key, value, tmp_path):
-  config = tiny_config()
-  config.update_from_flattened_dict({key: value})
-  with pytest.raises(ValueError, match=f'{key}={value}: use'):
-    run_lib.set_up(config, tmp_path / 'run')
-  assert not (tmp_path / 'run').exists()
 
 
 def test_what_a_killed_start_left_is_not_in_the_way(tmp_path):
