@@ -6,6 +6,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from groupvit_jax.config_entries import check_value, ENTRIES, Kind, several, whole
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import state_dicts
 from groupvit_jax.interop.state_dicts import array, batch_norm, dense, KERNEL_OUT, mlp, norm, Rule
@@ -110,6 +111,35 @@ _TEXT_DEFAULTS = dict(
   layer_norm_eps=1e-5,
 )
 
+# What keys take: mostly what our entries of the same meaning do.
+_of = lambda name: ENTRIES[f'model.{name}'].kind
+_SIDE, _TOKEN = _of('vision.patch_size'), whole(0, 10**7)
+_SIDES = several(_SIDE, '', 2, 2)
+_RATIOS = several(_of('vision.mlp_ratio'), 'a list of two numbers above 0 and at most 64', 2, 2)
+_SIZE = Kind(f'{_SIDE.words}, or a list of two', lambda x: _SIDE.accepts(x) or _SIDES.accepts(x))
+_KINDS = {
+  '': dict(projection_dim=_of('embed_dim'), projection_intermediate_dim=_of('projector_dim')),
+  'vision_config': dict(
+    hidden_size=_of('vision.width'),
+    intermediate_size=_of('projector_dim'),
+    depths=_of('vision.depths'),
+    num_group_tokens=_of('vision.num_group_tokens'),
+    num_output_groups=_of('vision.num_segments'),
+    num_attention_heads=_of('vision.num_heads'),
+    image_size=_SIZE,
+    patch_size=_SIZE,
+  ),
+  'text_config': dict(
+    hidden_size=_of('text.width'),
+    intermediate_size=_of('projector_dim'),
+    num_hidden_layers=_of('text.depth'),
+    num_attention_heads=_of('text.num_heads'),
+    max_position_embeddings=_of('text.context_length'),
+    vocab_size=_TOKEN,
+    eos_token_id=_TOKEN,
+  ),
+}
+
 
 def from_huggingface(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
   """Variables from the state dict of `transformers.GroupViTModel`.
@@ -144,9 +174,8 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
   Raises:
     UserError: the model does not support what it describes.
   """
-  top = _DEFAULTS | {key: config[key] for key in _DEFAULTS if key in config}
-  vision, text = _part(config, 'vision_config', _VISION_DEFAULTS), _part(config, 'text_config', _TEXT_DEFAULTS)
-  _check_supported(config, vision, text)
+  top, vision, text = _parts(config).values()
+  _check_supported(vision, text)
   ratio = state_dicts.mlp_ratio
   model = ml_collections.ConfigDict(
     dict(
@@ -243,15 +272,41 @@ def to_huggingface_config(
   )
 
 
-def _part(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-  """One tower's part of a config; in old ones the part named `..._dict` takes precedence unless it is null."""
-  old = config.get(f'{name}_dict')
-  return {**defaults, **((config.get(name) or {}) if old is None else old)}
+def check_agrees(config: Mapping[str, Any], spec: state_dicts.ModelSpec) -> None:
+  """Raises UserError unless a parsed `config.json` describes the model of `spec`, which an export of ours wrote."""
+  read, written = _parts(config), _parts(to_huggingface_config(spec, bos_id=None, pad_id=0, dtype=''))
+  odd = [
+    f'{part}.{key}={read[part][key]} is {written[part][key]} there'.lstrip('.')
+    for part, kinds in _KINDS.items()
+    for key in kinds
+    if _pair(read[part][key]) != _pair(written[part][key])
+  ]
+  if odd:
+    raise UserError(f'config.json and groupvit_jax.json disagree: {"; ".join(odd)}; export the model again')
 
 
-def _check_supported(config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
+def _parts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+  """A config's own keys (under '') and its towers'; in old ones a part named `..._dict` takes precedence, unless null.
+
+  Raises:
+    UserError: it is not GroupViT's, or a value makes no model.
+  """
   if config.get('model_type') != 'groupvit':
     raise UserError(f"config.json has model_type {config.get('model_type')!r}; this reads 'groupvit'")
+  found = {'': _DEFAULTS | {key: config[key] for key in _DEFAULTS if key in config}}
+  for name, defaults in (('vision_config', _VISION_DEFAULTS), ('text_config', _TEXT_DEFAULTS)):
+    old = config.get(f'{name}_dict')
+    part = (config.get(name) or {}) if old is None else old
+    if not isinstance(part, dict):
+      raise UserError(f'config.json has {name}={part!r}; it must be an object; download it again')
+    found[name] = defaults | part
+  for name, kinds in _KINDS.items():
+    for key, kind in kinds.items():
+      check_value(f'config.json has {name}.{key}'.replace(' .', ' '), found[name][key], kind)
+  return found
+
+
+def _check_supported(vision: Mapping[str, Any], text: Mapping[str, Any]) -> None:
   fixed = [('vision_config', vision, key) for key in ('num_channels', 'hidden_act', 'layer_norm_eps', 'assign_eps')]
   fixed += [('text_config', text, key) for key in ('hidden_act', 'layer_norm_eps')]
   for part, values, key in fixed:
@@ -262,8 +317,9 @@ def _check_supported(config: Mapping[str, Any], vision: Mapping[str, Any], text:
     raise UserError(
       f'config.json has vision_config.patch_size={vision["patch_size"]}; only square patches are supported'
     )
-  tokens_ratio, channels_ratio = _pair(vision['assign_mlp_ratio'])
-  width = vision['hidden_size']
+  ratios, width = vision['assign_mlp_ratio'], vision['hidden_size']
+  check_value('config.json has vision_config.assign_mlp_ratio', ratios, _RATIOS)
+  tokens_ratio, channels_ratio = ratios
   if (int(width * tokens_ratio), int(width * channels_ratio)) != (width // 2, vision['intermediate_size']):
     raise UserError(
       f'config.json has vision_config.assign_mlp_ratio={vision["assign_mlp_ratio"]}; only half the width across '

@@ -8,6 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from groupvit_jax import config_entries
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import state_dicts
 
@@ -45,10 +46,17 @@ def spec_to_json(spec: state_dicts.ModelSpec) -> dict[str, Any]:
 
 
 def spec_from_json(values: Mapping[str, Any]) -> state_dicts.ModelSpec:
-  """The inverse of `spec_to_json`. Raises UserError when keys are missing."""
+  """The inverse of `spec_to_json`. Raises UserError for what makes no model."""
   if missing := [key for key in _KEYS if key not in values]:
     raise UserError(f'the description of the model lacks {", ".join(missing)}')
-  return state_dicts.ModelSpec(ml_collections.ConfigDict(values['model']), *(values[key] for key in _KEYS[1:]))
+  if not isinstance(values['model'], dict):
+    raise UserError(f'the description of the model has model={values["model"]!r}; it must be an object')
+  spec = state_dicts.ModelSpec(ml_collections.ConfigDict(values['model']), *(values[key] for key in _KEYS[1:]))
+  config_entries.check(spec.config, 'model', complete=True)
+  for key in ('vocab_size', 'eos_id'):
+    config_entries.check_value(key, values[key], config_entries.whole(0, 10**7))
+  config_entries.check_value('multi_label', values['multi_label'], config_entries.SWITCH)
+  return spec
 
 
 def _rules(variables: Mapping) -> list[state_dicts.Rule]:

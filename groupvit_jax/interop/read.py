@@ -9,6 +9,7 @@ from etils import epath
 import numpy as np
 import safetensors
 
+from groupvit_jax.config_entries import check_value, number
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import huggingface, native, nvlabs, state_dicts, torch_file
@@ -81,10 +82,14 @@ def _from_huggingface(
 ) -> Weights:
   """`side` comes with an export of ours: the rest of the config and the prompts' temperature."""
   spec = huggingface.from_huggingface_config(config) if side is None else native.spec_from_json(side)
+  if side is not None:
+    huggingface.check_agrees(config, spec)
   without_prompts = spec._replace(multi_label=False)
   variables = huggingface.from_huggingface(state, state_dicts.abstract_variables(without_prompts.build()))
   if spec.multi_label:
-    variables['params']['multi_label_logit_scale'] = np.array(side['multi_label_logit_scale'], np.float32)
+    scale = side.get('multi_label_logit_scale')
+    check_value('multi_label_logit_scale', scale, number(-100, 100))
+    variables['params']['multi_label_logit_scale'] = np.array(scale, np.float32)
   return Weights(spec, variables, 'a Hugging Face folder', licence)
 
 
@@ -95,7 +100,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     values = json.loads(path.read_text())
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror or error}') from error
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is not JSON ({error}); download it again') from error
   if not isinstance(values, dict):
     raise UserError(f'{path} is not a JSON object; download it again')
@@ -137,5 +142,5 @@ def _prefix_errors(path: epath.Path) -> Iterator[None]:
   """Prefixes the message of an error with the path."""
   try:
     yield
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path}: {error}') from error

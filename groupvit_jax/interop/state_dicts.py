@@ -156,15 +156,18 @@ def from_state_dict(
     Nested {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
 
   Raises:
-    UserError: names are missing, unexpected, misshapen or not floating point; all are listed.
+    UserError: names are missing, unexpected, misshapen or not floating point, or values not finite; all are listed.
   """
   check_names(
     {name: x for name, x in state.items() if not re.fullmatch(ignore, name)}, expected_shapes(abstract, rules)
   )
-  flat, leaves = {}, traverse_util.flatten_dict(abstract, sep='/')
+  flat, leaves, bad = {}, traverse_util.flatten_dict(abstract, sep='/'), []
   for path, entry in name_map(abstract, rules).items():
     arrays = [np.asarray(state[name], np.float32) for name in entry.names]
+    bad += [name for name, x in zip(entry.names, arrays) if not np.isfinite(x).all()]
     flat[path] = np.asarray(entry.layout.load(arrays, leaves[path].shape), order='C')
+  if bad:
+    raise UserError(f'{len(bad)} arrays hold values that are not finite: {", ".join(bad)}; download the weights again')
   return traverse_util.unflatten_dict(flat, sep='/')
 
 

@@ -173,10 +173,17 @@ def _log_step(
 ) -> None:
   """Waits for a step, and logs its metrics if it is one of those that are logged (then there are `bad_records`).
 
-  Nothing is computed on devices, which run the next step already. Ends the run when updates keep being skipped, or too
-  many records were replaced.
+  Nothing is computed on devices, which run the next step already. Ends the run when a parameter is not finite, updates
+  keep being skipped, or too many records were replaced.
   """
-  in_a_row = int(jax.device_get(metrics.scalars['skipped_in_a_row']))
+  in_a_row, bad_parameters = map(
+    int, jax.device_get((metrics.scalars['skipped_in_a_row'], metrics.scalars['bad_parameters']))
+  )
+  if bad_parameters:
+    raise UserError(
+      f'{bad_parameters:,} parameters are not finite after step {step}; lower optim.peak_lr; '
+      'the last checkpoint is from before'
+    )
   diverged = in_a_row >= MAX_SKIPPED_IN_A_ROW
   if bad_records is not None or diverged:
     metrics = jax.device_get(metrics)

@@ -212,7 +212,7 @@ def train_step(
   """Applies one update.
 
   An update with a non-finite loss or gradient is skipped and counted: parameters, statistics and optimiser stay as
-  they were, the step (and so the position in the data) moves on.
+  they were, the step (and so the position in the data) moves on. Parameters that are not finite are counted, too.
 
   Args:
     state: the state, which may be donated.
@@ -247,6 +247,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
     updated = (optax.apply_updates(state.params, updates), out.batch_stats)
     params, batch_stats = optim.select(finite, updated, (state.params, state.batch_stats))
+    bad_parameters = sum(jnp.sum(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves((params, batch_stats)))
 
   bad = 1 - finite.astype(jnp.int32)
   state = state.replace(
@@ -263,5 +264,6 @@ def train_step(
     'grad_norm': grad_norm,
     'skipped': state.skipped,
     'skipped_in_a_row': state.skipped_in_a_row,
+    'bad_parameters': bad_parameters,
   }
   return state, StepMetrics(scalars, out.metrics.health)

@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.vision import StageSpec
-from groupvit_jax.train import optim
+from groupvit_jax.train import loop, optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from tests.running.test_sharding import EFFORTLESS, random_batch
@@ -20,7 +21,8 @@ GOOD, BAD_LOSS, BAD_GRADIENT = 1.0, float('nan'), 1e37
 
 @pytest.fixture(scope='module')
 def history():
-  """(state, figures) before any step and after a good one, one of each bad kind, and a good one again."""
+  """(state, figures) before any step and after a good one, one of each bad kind, and a good one again; and after one
+  that starts with a parameter that is not finite, the embedding of a token that no text has."""
   model, zero = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))), np.int32(0)
   tx = optim.build_optimizer(tiny_config().optim, optax.constant_schedule(1e-3))
   variables = random_variables(model)
@@ -51,7 +53,10 @@ def history():
   compiled = jax.jit(step).lower(state, batch, GOOD).compile(EFFORTLESS)
   for weight in (GOOD, BAD_LOSS, BAD_GRADIENT, GOOD):
     found.append(compiled(found[-1][0], batch, weight))
-  return found
+  unused = np.setdiff1d(np.arange(20), batch['tokens'])[0]
+  embedding = lambda path, leaf: leaf.at[unused].set(np.nan) if 'token_embedding' in str(path) else leaf
+  params = jax.tree_util.tree_map_with_path(embedding, found[-1][0].params)
+  return [*found, compiled(found[-1][0].replace(params=params), batch, GOOD)]
 
 
 def learnt(state: train_state.TrainState) -> list[np.ndarray]:
@@ -60,7 +65,7 @@ def learnt(state: train_state.TrainState) -> list[np.ndarray]:
 
 
 def test_both_kinds_of_bad_steps_are_bad(history):
-  scalars = [jax.device_get(figures.scalars) for _, figures in history[1:]]
+  scalars = [jax.device_get(figures.scalars) for _, figures in history[1:5]]
   assert [bool(np.isfinite(found['loss'])) for found in scalars] == [True, False, True, True]
   assert [bool(np.isfinite(found['grad_norm'])) for found in scalars] == [True, False, False, True]
 
@@ -81,3 +86,11 @@ def test_a_good_step_learns_and_ends_the_row(history, number):
   assert np.mean(changed) > 0.9  # some arrays have no gradient
   assert (int(after.step), int(after.skipped_in_a_row), int(figures.scalars['skipped_in_a_row'])) == (number, 0, 0)
   assert int(after.skipped) == (2 if number == 4 else 0)
+
+
+def test_a_parameter_that_is_not_finite_ends_the_run_though_loss_and_gradient_are(history):
+  figures = history[5][1]
+  assert np.isfinite(figures.scalars['loss']) and np.isfinite(figures.scalars['grad_norm'])
+  assert [int(figures.scalars['bad_parameters']) for _, figures in history[1:]] == [0, 0, 0, 0, 8]
+  with pytest.raises(UserError, match='8 parameters are not finite after step 5; lower optim.peak_lr'):
+    loop._log_step(None, None, None, 5, figures, None)
