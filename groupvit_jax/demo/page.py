@@ -1,19 +1,23 @@
 """The page: its layout in Gradio, and its event handlers."""
 
 from collections.abc import Sequence
+import io
 import json
-import pathlib
-import shutil
 from typing import Any
 
 import gradio as gr
+from gradio import processing_utils
 
 from groupvit_jax.demo import viewer as viewer_lib
 from groupvit_jax.demo.examples import Example
-from groupvit_jax.demo.viewer import View, Viewer
+from groupvit_jax.demo.viewer import Upload, View, Viewer
 from groupvit_jax.eval.draw import OPACITY
 
 _HOUR = 3600
+
+# Gradio would open the file first, and answer a bad one with the name of an exception. For the class: an example makes
+# the component anew, and of a subclass Gradio writes a .pyi file beside this one.
+gr.Image.preprocess = lambda self, payload: payload and Upload(payload.path, payload.orig_name)
 
 # Gradio pastes by a button alone.
 _PASTE = """() => document.addEventListener('paste', event => {
@@ -28,14 +32,13 @@ _PASTE = """() => document.addEventListener('paste', event => {
 })"""
 
 
-def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: pathlib.Path) -> gr.Blocks:
+def build_page(viewer: Viewer, examples: Sequence[Example], title: str) -> gr.Blocks:
   """The page, which `launch` serves.
 
   Args:
     viewer: of the model.
     examples: shown at the bottom.
     title: a line about the model, in Markdown.
-    folder: where downloads are written, one folder in it for each visitor.
   """
   shown = dict(interactive=False, format='png', buttons=['download', 'fullscreen'])
   with gr.Blocks(title='GroupViT', analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page:
@@ -44,15 +47,8 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
     with gr.Row():
       with gr.Column():
         picture = gr.Image(
-          label='Picture',
-          type='filepath',
-          sources=['upload', 'clipboard'],
-          elem_id='picture',
-          height=280,
-          buttons=['fullscreen'],
+          label='Picture', sources=['upload', 'clipboard'], elem_id='picture', height=280, buttons=['fullscreen']
         )
-        # Gradio would open the file first, and answer a bad one with the name of an exception.
-        picture.preprocess = lambda payload: payload and payload.path
         words = gr.Textbox(
           label='Words',
           placeholder='dog|puppy, banana, grass',
@@ -85,15 +81,13 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
 
     results = [message, view, overlay, legend, first, final, mask, report]
 
-    def segment(
-      path: str | None, text: str, cut: float, tint: float, before: View | None, request: gr.Request
-    ) -> list[Any]:
+    def segment(upload: Upload | None, text: str, cut: float, tint: float, before: View | None) -> list[Any]:
       try:
-        now = viewer.segment(path, text, cut, before)
+        now = viewer.segment(upload, text, cut, before)
       except ValueError as error:
         kept = before and before._replace(prediction=None)
         return [_alert(error), kept, None, '', None, None, *[gr.update(value=None, interactive=False)] * 2]
-      files = [gr.update(value=path, interactive=True) for path in _write_downloads(folder, request, now)]
+      files = [gr.update(value=path, interactive=True) for path in _write_downloads(mask.GRADIO_CACHE, now)]
       shown = viewer_lib.for_screen(now.prediction)
       several = len(shown.groups) > 1
       first_groups = gr.update(value=shown.group_overlay(0) if several else None, visible=several)
@@ -103,9 +97,6 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
     def draw(tint: float, now: View | None) -> Any:
       return gr.skip() if now is None or now.prediction is None else now.prediction.overlay(tint)
 
-    def leave(request: gr.Request) -> None:
-      shutil.rmtree(_visitor(folder, request), ignore_errors=True)
-
     inputs = [picture, words, threshold, opacity, view]
     # One at a time: the devices are shared, and a slider that moves on outdates what it asked for.
     options = dict(concurrency_limit=1, concurrency_id='model', trigger_mode='always_last', api_visibility='private')
@@ -113,7 +104,6 @@ def build_page(viewer: Viewer, examples: Sequence[Example], title: str, folder: 
       happens(segment, inputs, results, **options)
     opacity.change(draw, [opacity, view], overlay, trigger_mode='always_last', api_visibility='private')
     page.load(js=_PASTE)
-    page.unload(leave)
   return page
 
 
@@ -123,16 +113,9 @@ def _alert(error: ValueError) -> str:
   return f'⚠️ {text}'
 
 
-def _write_downloads(folder: pathlib.Path, request: gr.Request, now: View) -> tuple[str, str]:
-  """The label map and the JSON of a visitor's last result."""
-  folder = _visitor(folder, request)
-  folder.mkdir(exist_ok=True)
-  mask, report = folder / 'mask.png', folder / 'segments.json'
-  now.prediction.mask().save(mask)
-  report.write_text(json.dumps(now.prediction.to_json() | {'picture': pathlib.Path(now.path).name}, indent=2) + '\n')
-  return str(mask), str(report)
-
-
-def _visitor(folder: pathlib.Path, request: gr.Request) -> pathlib.Path:
-  """The folder of a visitor; a browser's name for its session is no path."""
-  return folder / ''.join(filter(str.isalnum, str(request.session_hash)))
+def _write_downloads(cache: str, now: View) -> list[str]:
+  """The label map and the JSON of a result, in Gradio's folder of files to serve, under a hash of their contents."""
+  image, report = io.BytesIO(), now.prediction.to_json() | {'picture': now.upload.name}
+  now.prediction.mask().save(image, 'PNG')
+  files = {'mask.png': image.getvalue(), 'segments.json': json.dumps(report, indent=2).encode() + b'\n'}
+  return [processing_utils.save_bytes_to_cache(data, name, cache) for name, data in files.items()]

@@ -6,8 +6,10 @@ import tempfile
 
 from etils import epath
 import gradio as gr
+from starlette.middleware import Middleware
 
 from groupvit_jax.demo.examples import make_examples
+from groupvit_jax.demo.gate import Gate
 from groupvit_jax.demo.page import build_page
 from groupvit_jax.demo.viewer import Viewer
 from groupvit_jax.errors import UserError
@@ -41,34 +43,54 @@ def serve(
   viewer = Viewer(predictor, max_pixels=max_pixels)
   title = f'`{run.workdir.name}` at step {run.step:,}. Drop or paste a picture, and type what to look for in it.'
   with tempfile.TemporaryDirectory(prefix='groupvit-demo-') as folder:
-    folder = pathlib.Path(folder)
-    page = build_page(viewer, make_examples(run.config, folder), title, folder)
-    page.queue(max_size=_MAX_WAITING)
-    _bypass_proxy(host)
-    try:
-      # Fonts of the system: the default theme fetches some from elsewhere.
-      _, address, _ = page.launch(
-        server_name=host,
-        server_port=None if port == _ANY_PORT else port,
-        share=False,
-        quiet=True,
-        prevent_thread_lock=True,
-        max_file_size=f'{max_upload_mb}mb',
-        state_session_capacity=_MAX_VISITORS,
-        theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
-        footer_links=[],
-        ssr_mode=False,
-        show_error=True,
-      )
-    except OSError as error:
-      raise UserError(f'cannot listen at {host}:{port}; choose another --port, or --port=0 for any') from error
-    except ValueError as error:  # Gradio asks itself for the page first
-      raise UserError(
-        f'the page at {host}:{port} does not answer on this machine ({error}); look at HTTP_PROXY and '
-        'NO_PROXY, or name another --host'
-      ) from error
+    examples, uploads = make_examples(run.config, pathlib.Path(folder)), pathlib.Path(folder).resolve() / 'visitors'
+    uploads.mkdir()
+    os.environ['GRADIO_TEMP_DIR'] = str(uploads)  # the folder of all files that Gradio keeps
+    page = build_page(viewer, examples, title)
+    address = launch(page, uploads, host=host, port=port, max_upload_mb=max_upload_mb)
     print(f'the page is at {address}', flush=True)
     page.block_thread()
+
+
+def launch(page: gr.Blocks, uploads: pathlib.Path, *, host: str, port: int, max_upload_mb: int) -> str:
+  """Starts a server of the page on a thread; returns its address.
+
+  Args:
+    page: built with `uploads` as GRADIO_TEMP_DIR.
+    uploads: folder of visitors' files, an absolute path.
+    host: as for `serve`.
+    port: likewise.
+    max_upload_mb: likewise.
+
+  Raises:
+    UserError: the address cannot be listened at.
+  """
+  page.queue(max_size=_MAX_WAITING)
+  _bypass_proxy(host)
+  gate = Middleware(Gate, host=host, uploads=uploads, max_upload=max_upload_mb * 2**20, page=page)
+  try:
+    # Fonts of the system: the default theme fetches some from elsewhere.
+    return page.launch(
+      server_name=host,
+      server_port=None if port == _ANY_PORT else port,
+      share=False,
+      quiet=True,
+      prevent_thread_lock=True,
+      max_file_size=f'{max_upload_mb}mb',
+      state_session_capacity=_MAX_VISITORS,
+      theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
+      footer_links=[],
+      ssr_mode=False,
+      show_error=True,
+      app_kwargs=dict(middleware=[gate]),
+    )[1]
+  except OSError as error:
+    raise UserError(f'cannot listen at {host}:{port}; choose another --port, or --port=0 for any') from error
+  except ValueError as error:  # Gradio asks itself for the page first
+    raise UserError(
+      f'the page at {host}:{port} does not answer on this machine ({error}); look at HTTP_PROXY and '
+      'NO_PROXY, or name another --host'
+    ) from error
 
 
 def _bypass_proxy(host: str) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import html
-import os
 from typing import NamedTuple
 
 import cv2
@@ -17,10 +16,17 @@ from groupvit_jax.predictor import EncodedImage, parse_class_names, Predictor
 _SCREEN_SIDE = 1280  # pixels: a larger overlay only takes longer to arrive
 
 
+class Upload(NamedTuple):
+  """A visitor's file."""
+
+  path: str
+  name: str  # that the visitor knows it by
+
+
 class View(NamedTuple):
   """The image on a visitor's page."""
 
-  path: str
+  upload: Upload
   encoded: EncodedImage  # its image and groups no larger than a screen
   prediction: Prediction | None  # the last one; None when the last class names had a mistake
 
@@ -32,11 +38,11 @@ class Viewer:
     """Wraps a predictor; images of more than `max_pixels` are refused."""
     self._predictor, self._max_pixels = predictor, max_pixels
 
-  def segment(self, path: str | None, text: str, threshold: float, before: View | None) -> View:
+  def segment(self, upload: Upload | None, text: str, threshold: float, before: View | None) -> View:
     """Segments an image.
 
     Args:
-      path: of the image; None when there is none.
+      upload: the image; None when there is none.
       text: class names between commas; 'dog|puppy' is one class.
       threshold: score below which a pixel is background; with 0 there is no background.
       before: the last view; the encoder does not run again for the same image.
@@ -48,17 +54,17 @@ class Viewer:
       ValueError: there is no image, it cannot be read or is too large, or the class names have a mistake. Each
         is a sentence for the person at the page.
     """
-    if path is None:
+    if upload is None:
       raise UserError('There is no picture yet: drop, paste or choose one.')
     class_names = [name for name in text.split(',') if name.strip()]
     if not class_names:
       raise UserError('There are no words to look for: type some, with commas between them, as in dog, grass.')
     parse_class_names(class_names)
-    encoded = before.encoded if before is not None and before.path == path else self._encode(path)
-    return View(path, encoded, self._predictor.segment(encoded, class_names, threshold=threshold or None))
+    encoded = before.encoded if before is not None and before.upload.path == upload.path else self._encode(upload)
+    return View(upload, encoded, self._predictor.segment(encoded, class_names, threshold=threshold or None))
 
-  def _encode(self, path: str) -> EncodedImage:
-    name = os.path.basename(path)
+  def _encode(self, upload: Upload) -> EncodedImage:
+    path, name = upload
     size = _stated_size(path)
     if size[0] * size[1] > self._max_pixels:
       raise UserError(

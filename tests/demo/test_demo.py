@@ -19,7 +19,7 @@ import pytest
 from groupvit_jax.commands.import_weights import import_weights
 from groupvit_jax.demo import viewer as viewer_lib
 from groupvit_jax.demo.examples import make_examples
-from groupvit_jax.demo.viewer import Viewer
+from groupvit_jax.demo.viewer import Upload, Viewer
 from groupvit_jax.eval import window_encoder
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
@@ -50,9 +50,9 @@ def viewer() -> Viewer:
 
 
 @pytest.fixture
-def picture(tmp_path) -> str:
+def picture(tmp_path) -> Upload:
   Image.fromarray(photo(60, 90)).save(tmp_path / 'a.png')
-  return str(tmp_path / 'a.png')
+  return Upload(str(tmp_path / 'a.png'), 'a.png')
 
 
 def test_other_words_and_sliders_do_not_encode_again(viewer, picture, monkeypatch):
@@ -80,8 +80,12 @@ def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_pat
     (None, WORDS, 'There is no picture yet'),
     (picture, ' , ', 'There are no words to look for'),
     (picture, 'dog, dog', "the class 'dog' is named twice"),
-    (str(tmp_path / 'no.png'), WORDS, "^image 'no.png' has no format that can be read"),
-    (str(tmp_path / 'large.png'), WORDS, 'large.png has 101 x 100 pixels; this page takes up to 0.01 million'),
+    (Upload(str(tmp_path / 'no.png'), 'no.png'), WORDS, "^image 'no.png' has no format that can be read"),
+    (
+      Upload(str(tmp_path / 'large.png'), 'large.png'),
+      WORDS,
+      'large.png has 101 x 100 pixels; this page takes up to 0.01 million',
+    ),
   ):
     with pytest.raises(ValueError, match=message):
       viewer.segment(path, text, 0, None)
@@ -99,7 +103,7 @@ def test_the_legend_has_areas_and_no_markup_of_the_visitors(viewer, picture):
 
 def test_what_is_kept_fits_a_screen(viewer, tmp_path):
   Image.fromarray(photo(8, 1250)).resize((1300, 7)).save(tmp_path / 'long.png')
-  view = viewer.segment(str(tmp_path / 'long.png'), WORDS, 0, None)
+  view = viewer.segment(Upload(str(tmp_path / 'long.png'), 'long.png'), WORDS, 0, None)
   shown = viewer_lib.for_screen(view.prediction)
   assert view.prediction.labels.shape == (7, 1300) and shown.overlay(0.5).shape == (7, 1280, 3)
   assert [x.shape for x in shown.groups] == [(7, 1280)] and shown.group_overlay(0).shape == (7, 1280, 3)
