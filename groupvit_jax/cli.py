@@ -11,10 +11,10 @@ from absl import app, flags, logging
 
 from groupvit_jax.errors import Unavailable, UserError
 
-EXIT_PARTIAL = 1  # done, but for what was listed
-EXIT_UNAVAILABLE = 1  # a service failed however often it was asked; the same command may go on later
 EXIT_USAGE = 2  # nothing was done: the request has a mistake
+EXIT_PARTIAL = 3  # done, but for what was listed
 EXIT_PEER_LOST = 69  # another process of the run is gone or never came (BSD's EX_UNAVAILABLE)
+EXIT_UNAVAILABLE = 74  # a service failed however often it was asked; the same command may go on later (EX_IOERR)
 EXIT_PREEMPTED = 75  # stopped by SIGTERM with everything saved; the same command goes on (BSD's EX_TEMPFAIL)
 
 # Several CPU devices in one process share a pool of as many threads as there are cores, and each collective that a

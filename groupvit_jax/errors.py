@@ -13,4 +13,4 @@ class ResourceError(UserError, OSError):
 
 
 class Unavailable(ResourceError):
-  """A remote service failed after all retries. Commands exit with code 1: the same command may work later."""
+  """A remote service failed after all retries. Commands exit with code 74: the same command may work later."""

@@ -71,7 +71,7 @@ while true; do
       case " $codes " in
         ' 0 ') echo 'done'; tpu queued-resources delete "$name" --force; exit 0 ;;
         *' 2 '*) echo 'the request has a mistake, see above; the TPU is kept' >&2; exit 2 ;;
-        *' 1 '*) errors=$((errors + 1)) ;;  # a defect, or the hardware's
+        *' 1 '* | *' 74 '*) errors=$((errors + 1)) ;;  # a defect, or the hardware's; a bucket that fails
         *) restarts=$((restarts + 1)) ;;  # a process was lost, or stopped
       esac  # all start again, from the last checkpoint
       if ((errors == 3 || restarts == 100)); then echo 'gave up, see above; the TPU is kept' >&2; exit 1; fi

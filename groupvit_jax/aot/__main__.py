@@ -2,7 +2,7 @@
 
   python -m groupvit_jax.aot --config=configs/groupvit_vits16_gcc_yfcc.py --topology=v5e:16x16
 
-Needs libtpu (`pip install libtpu`) and neither data nor TPU. Exits with 1 when a step does not fit.
+Needs libtpu (`pip install libtpu`) and neither data nor TPU. Exits with 3 when a step does not fit.
 """
 
 import json

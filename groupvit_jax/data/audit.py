@@ -2,7 +2,7 @@
 
   python -m groupvit_jax.data.audit --config=configs/EXPERIMENT.py --output=audits/EXPERIMENT
 
-Writes `audit.json` and, for each set, a page of samples as the model sees them. Ends with exit code 1
+Writes `audit.json` and, for each set, a page of samples as the model sees them. Ends with exit code 3
 when more records cannot be used than the config's `data.max_fault_share`.
 """
 

@@ -68,7 +68,7 @@ def test_the_command_reports_what_is_there_and_fails_on_a_bad_set(config, tmp_pa
   done = subprocess.run(
     [sys.executable, '-m', 'groupvit_jax.data.audit', *flags], cwd=ROOT, capture_output=True, text=True
   )
-  assert done.returncode == 1, done.stderr
+  assert done.returncode == 3, done.stderr
   for text in (
     'first: 40 records of 50 expected (80.0%) in 1 shards, digest',
     '7.50% (image_missing 1, image_corrupt 1, caption_unreadable 1)',

@@ -163,7 +163,7 @@ def test_a_store_that_is_down_is_one_line_and_harms_no_checkpoint(state, bucket,
   with pytest.raises(Unavailable, match=message) as error:
     checkpoints.save(state.replace(step=state.step + 2), tiny_config())
     checkpoints.wait()
-  assert cli.fail(error.value) == 1  # the same command may succeed later
+  assert cli.fail(error.value) == cli.EXIT_UNAVAILABLE  # the same command may succeed later
   assert (bucket / 'run/checkpoints/2').exists() and complete(RUN) == [1]
 
 
