@@ -92,7 +92,11 @@ class Prediction:
     return draw.draw_groups(self.image, self.groups[stage])
 
   def to_json(self) -> dict[str, Any]:
-    """Areas and scores of the classes, largest area first."""
+    """Areas and scores of the classes, largest area first.
+
+    `area` is the share of pixels whose label is the class; `score` is of the one segment that fits it best. A high
+    score with no area means that another class fits that segment better.
+    """
     pixels = np.bincount(self.labels.ravel(), minlength=len(self.classes))
     columns = zip(self.classes, self.areas, pixels, self.scores)
     rows = [

@@ -250,7 +250,9 @@ class Predictor:
         break
     rows = next((size for size in sizes if size * ways >= total), sizes[-1])
     if rows > total and self._mesh.size == 1 and self._mesh.devices.flat[0].platform == 'cpu':
-      rows = max(size for size in sizes if size <= total)  # a core takes as long over padding as over a window
+      rows = max(
+        (size for size in sizes if size <= total), default=sizes[0]
+      )  # a core takes as long over padding as over a window
     return WindowEncoder(self._model, self.protocol, self._mesh, rows * ways), itertools.chain(ahead, images)
 
 

@@ -107,7 +107,7 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
     scores.append((image.index, image.key, image_miou(image.label, label_map.labels, evaluator.benchmark.num_classes)))
     if request.masks:
       mask = draw.mask_image(label_map.labels, evaluator.benchmark.palette)
-      folder.write_image(f'masks/{image.key.replace("/", "_")}.png', mask)
+      folder.write_image(f'masks/{mask_name(image.key)}.png', mask)
 
   result = evaluator.evaluate(run.variables, on_image=keep if folder or page else None, provenance=run.provenance)
   scored = [
@@ -173,6 +173,11 @@ def describe_run(run: TrainedRun) -> str:
   )
   damaged = ', '.join(map(str, run.skipped))
   return f'{line}; step {damaged} is newer but damaged' if damaged else line
+
+
+def mask_name(key: str) -> str:
+  """The name of an image's mask, another one for each image: 'a/b' is 'a%2Fb'."""
+  return key.replace('%', '%25').replace('/', '%2F')
 
 
 def parse_thresholds(text: str) -> tuple[float, ...]:

@@ -19,6 +19,8 @@ from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.predictor import parse_class_names, Prediction, Predictor
 from groupvit_jax.train import open_run
 
+_LONGEST_NAME = 200  # bytes of an image's name in its files' names, which disks limit to 255
+
 
 def segment_images(
   workdir: str,
@@ -102,14 +104,15 @@ def _find_images(pattern: str) -> list[str]:
 
 
 def _unique_names(paths: Sequence[str]) -> dict[str, str]:
-  """The name of each image's files: its own without the suffix, numbered where two are equal."""
+  """The name of each image's files: its own without the suffix, cut to 200 bytes, numbered where two are equal."""
   names: dict[str, str] = {}
-  used: set[str] = set()
+  used = {'classes', 'results'}  # .json: of all images
   for path in paths:
-    name, number = Path(path).stem, 1
+    stem = os.fsencode(Path(path).stem)[:_LONGEST_NAME].decode(errors='ignore')
+    name, number = stem, 1
     while name.casefold() in used:
       number += 1
-      name = f'{Path(path).stem}_{number}'
+      name = f'{stem}_{number}'
     used.add(name.casefold())
     names[path] = name
   return names
@@ -118,10 +121,13 @@ def _unique_names(paths: Sequence[str]) -> dict[str, str]:
 def _read_all(paths: Sequence[str], failures: dict[str, str]) -> Iterator[tuple[str, Any]]:
   """Yields (path, pixels) of the images that can be read, and the reasons of the others into `failures`."""
   for path in paths:
+    readable = os.fsencode(path).decode(errors='backslashreplace')
     try:
+      if readable != path:
+        raise UserError(f'the name of image {readable} is not UTF-8; rename it')
       yield path, read_image(path, path)
     except ValueError as error:
-      failures[path] = str(error)
+      failures[readable] = str(error)
 
 
 def _write_prediction(folder: OutputFolder, name: str, prediction: Prediction) -> None:
