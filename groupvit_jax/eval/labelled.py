@@ -83,7 +83,9 @@ def decode_label(data: bytes, key: str) -> np.ndarray:
       mode, labels = image.mode, np.asarray(image)
   except Exception as error:  # which one depends on where the damage is
     raise UserError(f'{key} cannot be read; it must be a PNG of indices') from error
-  if labels.dtype == bool or mode not in ('L', 'P', 'I;16', 'I'):
+  if mode.startswith('I'):
+    raise UserError(f'{key} has 16 bits or more a pixel; save its indices with 8 (mode L or P)')
+  if labels.dtype == bool or mode not in ('L', 'P'):
     raise UserError(f'{key} is an image of mode {mode}; it must be a PNG of indices (mode L or P), not of colours')
   if labels.size and labels.max() > IGNORE_LABEL:
     raise UserError(f'{key} holds the index {labels.max()}; at most {IGNORE_LABEL} (ignore) is possible')
@@ -235,6 +237,12 @@ def open_folder(path: epath.PathLike) -> tuple[Benchmark, Source]:
     raise UserError(
       f'there is no {labels / epath.Path(missing[0]).stem}.png, the label map of images/{missing[0]} '
       f'({len(missing)} of {len(names)} are missing); add it, or remove the image'
+    )
+  stems = {epath.Path(name).stem for name in names}
+  if spare := sorted(name for name in present if name.endswith('.png') and name.removesuffix('.png') not in stems):
+    raise UserError(
+      f'there is no image of {labels / spare[0]} ({len(spare)} of {len(present)} label maps have none); '
+      'add it, or remove the label map'
     )
   owners: dict[str, str] = {}
   for name in names:
