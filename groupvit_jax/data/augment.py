@@ -20,9 +20,6 @@ from groupvit_jax.data.rand_augment import RandAugment
 _ATTEMPTS = 10
 _REDUCTIONS = (8, 4, 2)
 
-# An example is one thread's work: OpenCV's own threads would fight the loader's over the cores.
-cv2.setNumThreads(0)
-
 
 class Box(NamedTuple):
   """A part of an image, in pixels."""

@@ -7,6 +7,7 @@ import functools
 import itertools
 from typing import NamedTuple
 
+import cv2
 import grain
 import jax
 import ml_collections
@@ -173,6 +174,8 @@ class Batches:
   def __init__(self, examples: Examples, num_threads: int):
     """Batches this host's examples by `num_threads` in each process; 0 makes them in the caller."""
     self._examples, self._num_threads = examples, num_threads
+    # An example is one thread's work: OpenCV's own threads would fight these over the cores.
+    cv2.setNumThreads(0)
 
   def __reduce__(self):
     return type(self), (self._examples, self._num_threads)  # threads do not travel
