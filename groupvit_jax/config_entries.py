@@ -120,7 +120,9 @@ ENTRIES = {
   'remat': Entry(choice('none', 'dots', 'blocks'), 'activations that are recomputed: docs/train.md'),
   'scan_layers': Entry(SWITCH, 'whether blocks of one shape are a loop, which compiles faster: docs/pods.md'),
   'text_budget': Entry(_TOKENS, 'tokens per image in packed rows; 0 pads: docs/performance.md'),
-  'multi_label_loss': Entry(choice('pooled', 'best_segment'), 'what prompts are contrasted with: docs/design.md'),
+  'multi_label_loss': Entry(
+    choice('pooled', 'pooled_distinct', 'best_segment'), 'what prompts are contrasted with: docs/design.md'
+  ),
   'ema_decay': Entry(number(0, 1, below=True), 'of the moving average of the weights; 0 keeps none'),
   'log_every': Entry(_STEPS, 'steps between lines of the log'),
   'eval.every_steps': Entry(_STEPS_OR_NEVER, 'steps between evaluations of held-out scenes, or panels; 0 for never'),

@@ -7,6 +7,7 @@ import math
 import operator
 import pathlib
 import re
+from typing import get_args
 
 import jax
 import ml_collections
@@ -18,6 +19,8 @@ from groupvit_jax.data import augment, prompts, sources
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop.state_dicts import abstract_variables
 from groupvit_jax.model.build import build_model, build_random_erasing
+from groupvit_jax.model.layers import Remat
+from groupvit_jax.model.losses import MultiLabel
 from groupvit_jax.running import sharding
 from groupvit_jax.train import dry_run, loop, optim, workdir
 from tests.tiny import tiny_config
@@ -79,6 +82,10 @@ def test_every_entry_is_described_and_every_description_is_used():
     config_entries.check(workdir.upgrade_config(config))
   used = {name for config in configs for name, _, _ in config_entries.flatten(config)}
   assert used - {'data.sets', 'benchmarks'} == set(config_entries.ENTRIES)
+  for name, known in (('remat', Remat), ('multi_label_loss', MultiLabel)):
+    assert config_entries.ENTRIES[name].kind == config_entries.choice(*get_args(known))._replace(
+      accepts=config_entries.ENTRIES[name].kind.accepts
+    )
   for name in ('full', 'subset', 'simple', 'identity'):
     assert prompts.template_set(name) and repr(name) in config_entries.ENTRIES['data.prompt_templates'].kind.words
 
