@@ -3,11 +3,12 @@ PYTHON ?= $(shell python3.13 -c "" 2>/dev/null && echo python3.13 || echo python
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 WORKERS ?= 2
+FUZZ_SECONDS ?= 300
 BIN = $(VENV)/bin
 # On CPUs a step's temporaries are GiBs that XLA maps and frees each time: in huge pages it is a tenth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-new test-oracles test-long lint docs docs-check clean
+.PHONY: quickstart test test-new test-oracles test-long fuzz lint docs docs-check clean
 
 quickstart: $(VENV)/run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -27,6 +28,10 @@ test-oracles: $(VENV)/test  # those that need torch and transformers, which requ
 
 test-long: $(VENV)/test
 	$(BIN)/python -m pytest -m long
+
+fuzz: $(VENV)/test  # damaged and hostile files, for minutes of each kind; counts go to build/fuzz.jsonl
+	mkdir -p build
+	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_REPORT=build/fuzz.jsonl $(BIN)/python -m pytest -n 0 -o timeout=0 tests/fuzz
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

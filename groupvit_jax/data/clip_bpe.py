@@ -86,6 +86,8 @@ def build_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> toke
   """
   if not {BOS, EOS} <= vocab.keys():
     raise UserError(f'{BOS} or {EOS} is missing')
+  if sorted(vocab.values()) != list(range(len(vocab))):
+    raise UserError('its ids are not 0, 1, 2 and so on')
   pipeline = tokenizers.Tokenizer(models.BPE(vocab, merges, end_of_word_suffix='</w>'))
   pipeline.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
   words = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior='removed', invert=True)

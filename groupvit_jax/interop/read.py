@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import json
+import re
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -130,7 +131,11 @@ def _read_state_dict(folder: epath.Path) -> dict[str, np.ndarray]:
       return read(folder / name)
     index = folder / f'{name}.index.json'
     if index.exists():
-      shards = sorted(set(_read_json(index).get('weight_map', {}).values()))
+      files = _read_json(index).get('weight_map')
+      names = list(files.values()) if isinstance(files, dict) else [None]
+      if not all(isinstance(shard, str) and re.fullmatch(r'[\w-][\w.-]*', shard) for shard in names):
+        raise UserError(f'{index} has no weight_map from arrays to files beside it; download it again')
+      shards = sorted(set(names))
       if missing := [shard for shard in shards if not (folder / shard).exists()]:
         raise UserError(f'{folder} lacks {", ".join(missing)}, which {index.name} lists; download them')
       return {key: x for shard in shards for key, x in read(folder / shard).items()}

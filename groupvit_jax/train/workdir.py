@@ -54,9 +54,15 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   if not path.exists():
     raise UserError(f'{workdir} holds no run (it has no config.json); name the folder train.py wrote')
   config = _read_json(path)
+  if not isinstance(config, dict):
+    raise UserError(f'{path} is not a config: it is not a JSON object')
   if 'model_type' in config:  # as in config.json of Hugging Face folders, and of ours in that manner
     raise UserError(f'{workdir} holds weights and no run; {importing}')
-  return upgrade_config(ml_collections.ConfigDict(config))
+  try:
+    config = ml_collections.ConfigDict(config)
+  except ValueError as error:  # a name with a dot
+    raise UserError(f'{path} is not a config: {error}') from error
+  return upgrade_config(config)
 
 
 def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
