@@ -12,7 +12,7 @@ from pathlib import Path
 
 from absl import flags
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from groupvit_jax import cli
 from groupvit_jax.errors import UserError
@@ -57,6 +57,8 @@ def animate(workdir: epath.PathLike, output: str, *, name: str, width: int, fram
     score = scores.get(step, score)
     title = f'step {step:,}' + (f'   mIoU {100 * score:.0f}' if score is not None else '')
     frames.append(_frame(Image.open(io.BytesIO(panel_path(workdir, tag, step).read_bytes())), title, width))
+  height = max(frame.height for frame in frames)  # legends list the classes that occur, and so differ
+  frames = [ImageOps.pad(frame, (width, height), color='white', centering=(0, 0)) for frame in frames]
   encoded = io.BytesIO()
   durations = [frame_ms] * (len(frames) - 1) + [_LAST_FRAME * frame_ms]
   options = dict(save_all=True, append_images=frames[1:], duration=durations, loop=0)

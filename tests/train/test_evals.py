@@ -7,7 +7,7 @@ import shutil
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 import pytest
 
 from groupvit_jax.commands import score, segment
@@ -122,6 +122,8 @@ def test_panels_stay_in_the_workdir_and_can_be_animated(run, tmp_path):
   }
   drawn = read_board(workdir / 'tensorboard')['eval/validation'][1]
   np.testing.assert_array_equal(np.asarray(Image.open(panels / 'validation' / '00000006.png')), drawn)
+  taller = ImageOps.expand(Image.open(panels / 'validation' / '00000001.png'), (0, 0, 0, 30))  # a longer legend
+  taller.save(panels / 'validation' / '00000001.png')
   options = dict(width=200, frame_ms=50)
   said = animate(workdir, str(tmp_path / 'film.webp'), name='validation', **options)
   assert '3 panels from step 0 to 6' in said
