@@ -11,6 +11,7 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 import groupvit_jax
@@ -71,7 +72,8 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
       one.
 
   Raises:
-    ValueError: there is no such workdir, no run in it, no checkpoint yet, none that can be read, or no average.
+    ValueError: there is no such workdir, no run in it, no checkpoint yet, none that can be read, or no average;
+      or parameters are not finite.
   """
   if checkpoint not in (NEWEST, BEST):
     raise UserError(f'--checkpoint={checkpoint}: use {NEWEST} or {BEST}')
@@ -97,6 +99,8 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
   if restored is None:
     raise UserError(f'the run in {workdir} has no checkpoint yet; let train.py reach its first')
   variables = restored.state if state.ema is None else restored.state['ema']
+  if not all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(variables))):
+    raise UserError(f'step {restored.step} in {workdir} holds parameters that are not finite; train or import it again')
   return TrainedRun(
     epath.Path(workdir), config, tokenizer, model, mesh, variables, weights, restored.step, restored.skipped
   )

@@ -5,13 +5,18 @@ import math
 import pathlib
 import shutil
 
+from etils import epath
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from groupvit_jax.commands import import_weights as command
 from groupvit_jax.commands.import_weights import import_weights
+from groupvit_jax.data.tokenizer import build_tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import huggingface, native, read
+from groupvit_jax.predictor import Predictor
+from groupvit_jax.train import initial_weights, open_run
 from tests.huggingface_models import random_model, small_config
 from tests.interop.test_read import edit_config, write_folder
 
@@ -33,6 +38,15 @@ def test_weights_that_are_not_finite_are_named(value, hub, tmp_path):
   for text in ('2 arrays hold values that are not finite', 'vision_model.layernorm.weight', '.running_var'):
     assert text in str(caught.value)
   assert [path.name for path in tmp_path.iterdir()] == ['hub']
+
+
+def test_a_workdir_that_holds_such_weights_is_refused_by_all_that_read_it(hub, tmp_path):
+  weights = read.read_weights(hub)
+  weights.variables['params']['vision']['positions'][0] = math.nan
+  command._write(epath.Path(tmp_path / 'run'), weights, build_tokenizer(hub), 'hub')
+  for read_run in (open_run.open_run, initial_weights.read_source, Predictor.from_pretrained):
+    with pytest.raises(UserError, match='step 0 in .*/run holds parameters that are not finite'):
+      read_run(tmp_path / 'run')
 
 
 def test_every_size_of_a_huggingface_config_is_checked():
