@@ -292,7 +292,7 @@ def test_what_a_killed_start_left_is_not_in_the_way(tmp_path):
   [
     (['--config.batch_size=12'], 'batch_size=12 is not a positive multiple of the 8 devices'),
     (['--config.no_such_key=1'], 'no_such_key'),
-    (['--config.model.dtype=float16'], "use 'float32' or 'bfloat16'"),
+    (['--config.model.dtype=float16'], "must be one of 'float32', 'bfloat16'"),
     (['--config.data.scenes.things=("dragonfly",)'], "unknown things 'dragonfly'"),
     (['--config={incomplete}'], "the config has no entry 'num_prompts': give it one; configs/quickstart.py shows"),
   ],
