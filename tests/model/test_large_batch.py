@@ -97,14 +97,13 @@ def assert_same(one, other) -> None:
     assert_agree(a, b, 3e-5)
 
 
-@pytest.mark.parametrize('devices, steps', [(1, 2), (8, 8)])
-def test_micro_batches_change_nothing(one_shot, devices, steps):
-  """Losses, accuracies, health, BatchNorm statistics and gradients of 2 x 32 and 8 x 8 are those of 1 x 64."""
-  assert_same(one_shot, outcome(devices, steps))
+def test_micro_batches_and_devices_change_nothing(one_shot):
+  """Losses, accuracies, health, BatchNorm statistics and gradients of 8 x 8 are those of 1 x 64."""
+  assert_same(one_shot, outcome(8, 8))
 
 
-def test_micro_batches_and_devices_change_nothing_for_the_best_segment(one_shot):
-  whole, split = outcome(1, 1, 'none', 0, 'best_segment'), outcome(8, 8, 'none', BUDGET, 'best_segment')
+def test_nor_do_they_with_rematerialised_matmuls_for_the_best_segment(one_shot):
+  whole, split = outcome(1, 1, 'none', 0, 'best_segment'), outcome(8, 8, 'dots', BUDGET, 'best_segment')
   assert_same(whole, split)
   pooled, best = (found[0].metrics.scalars['multi_label_loss'] for found in (one_shot, whole))
   assert abs(pooled - best) > 1e-3
@@ -119,9 +118,8 @@ def test_no_sample_moves_between_devices():
   assert 'all-to-all' not in program and 'collective-permute' not in program
 
 
-@pytest.mark.parametrize('remat', ['dots', 'blocks'])
-def test_rematerialisation_changes_nothing(one_shot, remat):
-  assert_same(one_shot, outcome(1, 1, remat))
+def test_rematerialised_blocks_change_nothing(one_shot):
+  assert_same(one_shot, outcome(1, 1, 'blocks'))
 
 
 def test_the_comparisons_include_noise(one_shot):
@@ -153,7 +151,7 @@ def test_micro_batches_and_policies_keep_less():
   assert micro <= 1.1 * size(batch), (micro, size(batch))
 
 
-@pytest.mark.parametrize('prompts', [0, 1, 2, 3])
+@pytest.mark.parametrize('prompts', [0, 2])
 def test_total_loss_with_any_number_of_prompts(prompts):
   images, *texts = jax.random.normal(jax.random.key(0), (2 + prompts, 5, 4))
   texts = jnp.stack(texts, axis=1)

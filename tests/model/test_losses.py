@@ -18,9 +18,6 @@ def test_l2_normalize():
   out = losses.l2_normalize(jnp.array([[3.0, 4.0], [0.0, 0.0]], jnp.bfloat16))
   assert out.dtype == jnp.float32
   np.testing.assert_allclose(out, [[0.6, 0.8], [0.0, 0.0]], rtol=1e-6)
-
-
-def test_l2_normalize_of_zero_has_a_finite_gradient():
   assert np.isfinite(jax.grad(lambda x: losses.l2_normalize(x).sum())(jnp.zeros((1, 3)))).all()
 
 
@@ -38,13 +35,6 @@ def test_contrastive_loss_is_the_mean_of_two_different_directions():
   text_to_image = (np.log(np.exp(1.2) + np.exp(1.6)) - 1.2 + np.log(np.exp(2.0) + 1)) / 2
   np.testing.assert_allclose(out.loss, (image_to_text + text_to_image) / 2, rtol=1e-5)
   assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (0, 0)
-
-
-def test_accuracies_count_each_direction_apart():
-  # Both images look most like the second text; each text most like its own image.
-  images, texts = jnp.array([[1.0, 1.0, 0.5], [0.0, 2.0, 0.0]]), jnp.array([[1.0, 0.0, 0.0], [0.2, 1.0, 0.0]])
-  out = losses.contrastive_loss(images, texts, LOG2)
-  assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (0.5, 1)
 
 
 def test_the_temperature_is_clamped_at_100_and_has_no_gradient_beyond():
@@ -81,12 +71,6 @@ def test_one_prompt_an_image_is_the_contrastive_loss(log_scale):
   np.testing.assert_allclose(one, losses.contrastive_loss(images, texts, log_scale), rtol=1e-5)
 
 
-def test_equal_prompts_share_the_target():
-  # With all four prompts of a batch alike nothing can be told apart: log 4 one way, log 2 the other.
-  out = losses.multi_label_loss(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.full((2, 2, 2), 1.0), LOG2)
-  np.testing.assert_allclose(out.loss, (np.log(4) + np.log(2)) / 2, rtol=1e-5)
-
-
 def embeds(batch: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
   """Embeddings [B, E] and [B, M, E] of unequal lengths, of which two pairs are alike."""
   rng = np.random.default_rng(0)
@@ -98,14 +82,7 @@ def embeds(batch: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize(
   'mesh, batch, prompts, block',
-  [
-    (None, 13, 1, 1),
-    (None, 14, 3, 7),
-    (None, 6, 2, 1024),
-    ({'data': 8}, 24, 1, 2),
-    ({'data': 2, 'fsdp': 4}, 24, 3, 7),
-    ({'data': 2, 'fsdp': 2, 'model': 2}, 12, 2, 1024),
-  ],
+  [(None, 14, 3, 7), ({'data': 8}, 24, 1, 2), ({'data': 2, 'fsdp': 2, 'model': 2}, 12, 2, 1024)],
 )
 def test_blocked_losses_are_the_plain_ones(mesh, batch, prompts, block):
   """Values, accuracies and every gradient, on both sides of the clamp."""
@@ -165,16 +142,9 @@ def test_a_soft_maximum_lies_between_maximum_and_mean():
 
 
 @pytest.mark.parametrize(
-  'mesh, batch, prompts, block',
-  [
-    (None, 6, 3, 4),
-    (None, 5, 1, 1024),
-    ({'data': 8}, 16, 1, 2),
-    ({'data': 2, 'fsdp': 4}, 16, 3, 7),
-    ({'data': 2, 'fsdp': 2, 'model': 2}, 12, 2, 1024),
-  ],
+  'mesh, batch, prompts, block, segments',
+  [(None, 6, 3, 4, 4), ({'data': 8}, 16, 1, 2, 1), ({'data': 2, 'fsdp': 2, 'model': 2}, 12, 2, 1024, 4)],
 )
-@pytest.mark.parametrize('segments', [1, 4])
 def test_blocked_best_segment_loss_is_the_plain_one(mesh, batch, prompts, block, segments):
   """Values, accuracies and every gradient; one segment is the loss of the pooled feature."""
   place = mesh and sharding.batch_sharding(sharding.make_mesh(**mesh))

@@ -49,6 +49,13 @@ def model_config(**overrides) -> ml_collections.ConfigDict:
   return config
 
 
+SMALL = {
+  'embed_dim': 6, 'projector_dim': 10, 'vision.image_size': (16, 16), 'vision.patch_size': 8, 'vision.width': 12,
+  'vision.num_heads': 3, 'vision.depths': (1, 1, 1), 'text.width': 8, 'text.depth': 1, 'text.num_heads': 2,
+  'text.context_length': 5,
+}  # fmt: skip
+
+
 def count(tree) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -68,41 +75,15 @@ def test_s16_has_exactly_the_released_parameters(multi_label):
   assert count(params['text_projector']) == 2_109_696
 
 
-@pytest.mark.parametrize(
-  'depths, tokens, segments, size',
-  [
-    ((1, 1), (5, 0), (5, 0), (24, 16)),
-    ((1, 2, 1), (7, 3, 0), (6, 5, 0), (17, 40)),
-    ((1, 1, 1, 1), (7, 5, 3, 0), (9, 4, 1, 0), (16, 16)),
-  ],
-)
-def test_any_number_of_stages_and_odd_sizes_run(depths, tokens, segments, size):
-  config = model_config(
-    **{
-      'embed_dim': 6,
-      'projector_dim': 10,
-      'vision.image_size': size,
-      'vision.patch_size': 8,
-      'vision.width': 12,
-      'vision.num_heads': 3,
-      'vision.depths': depths,
-      'vision.num_group_tokens': tokens,
-      'vision.num_segments': segments,
-      'vision.mlp_ratio': 2.5,
-      'text.width': 8,
-      'text.depth': 1,
-      'text.num_heads': 2,
-      'text.context_length': 5,
-    }
-  )
+def test_any_number_of_stages_and_odd_sizes_run():
+  tokens, segments, size = (7, 5, 3, 0), (9, 4, 1, 0), (17, 40)
+  stages = {'vision.depths': (1, 2, 1, 1), 'vision.num_group_tokens': tokens, 'vision.num_segments': segments}
+  config = model_config(**SMALL | stages | {'vision.image_size': size, 'vision.mlp_ratio': 2.5})
   model = build_model(config, vocab_size=11, eos_id=2, multi_label=True)
   images = np.random.default_rng(0).standard_normal((2, *size, 3)).astype(np.float32)
-  tokens_in = jnp.full((2, 4, 5), 2)
-  out = jax.jit(model.apply)(random_variables(model), images, tokens_in)
+  out = jax.jit(model.apply)(random_variables(model), images, jnp.full((2, 4, 5), 2))
   assert out.image_embeds.shape == (2, 6) and out.text_embeds.shape == (2, 4, 6)
-  patches = (size[0] // 8) * (size[1] // 8)
-  incoming = (patches, *segments)
-  assert [x.shape for x in out.assignments] == [(2, s, n) for s, n in zip(segments[:-1], incoming)]
+  assert [x.shape for x in out.assignments] == [(2, s, n) for s, n in zip(segments[:-1], (10, *segments))]
   for soft in out.assignments:
     np.testing.assert_allclose(soft.sum(axis=1), 1, rtol=1e-5)
   assert np.isfinite(out.image_embeds).all() and np.ptp(out.image_embeds, axis=0).max() > 0
@@ -129,11 +110,6 @@ def test_positions_are_resized_as_torch_does(grid, size, torch):
   np.testing.assert_allclose(
     vision.resize_positions(positions, *size), theirs[0].permute(1, 2, 0).numpy(), rtol=0, atol=1e-5
   )
-
-
-def test_positions_of_the_same_size_are_untouched():
-  positions = jnp.ones((3, 5, 2))
-  assert vision.resize_positions(positions, 3, 5) is positions
 
 
 # Assignment of N = 3 tokens to S = 2 groups, [S, N].
@@ -230,12 +206,6 @@ def test_text_is_pooled_at_the_first_eos_wherever_it_is():
     encode(jnp.zeros((1, 7), jnp.int32))
 
 
-def test_texts_of_any_leading_shape_are_encoded_alike():
-  tokens = jnp.array([[[5, 2, 0], [6, 7, 2]], [[8, 9, 2], [2, 0, 0]]])
-  encode = apply_tiny('encode_text')
-  np.testing.assert_allclose(encode(tokens).reshape(4, -1), encode(tokens.reshape(4, 3)), rtol=1e-5, atol=1e-6)
-
-
 def test_batch_norm_learns_from_the_batch_in_training_alone():
   model, variables = tiny_model(), random_variables(tiny_model())
   tokens = jnp.array([[5, 2, 0], [6, 7, 2], [8, 9, 2]])
@@ -252,24 +222,8 @@ def test_batch_norm_learns_from_the_batch_in_training_alone():
 
 
 def test_bfloat16_leaves_parameters_norms_and_softmaxes_in_float32():
-  config = model_config(
-    **{
-      'dtype': 'bfloat16',
-      'embed_dim': 6,
-      'projector_dim': 10,
-      'vision.image_size': (16, 16),
-      'vision.width': 12,
-      'vision.patch_size': 8,
-      'vision.depths': (1, 1, 1),
-      'vision.num_group_tokens': (4, 2, 0),
-      'vision.num_segments': (4, 2, 0),
-      'vision.num_heads': 3,
-      'text.width': 8,
-      'text.depth': 1,
-      'text.num_heads': 2,
-      'text.context_length': 5,
-    }
-  )
+  stages = {'vision.num_group_tokens': (4, 2, 0), 'vision.num_segments': (4, 2, 0)}
+  config = model_config(**SMALL | stages | {'dtype': 'bfloat16'})
   model = build_model(config, vocab_size=11, eos_id=2, multi_label=True)
   images, tokens = jnp.ones((2, 16, 16, 3)), jnp.full((2, 1, 5), 2)
   variables = jax.eval_shape(model.init, jax.random.key(0), images, tokens)

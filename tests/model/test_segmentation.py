@@ -33,13 +33,6 @@ def test_token_affinity_by_hand():
   assert segmentation.token_affinity([first])[0].tolist() == [[1.0, 0.0], [0.25, 0.75]]
 
 
-def test_token_affinity_rows_sum_to_one(rng):
-  stages = [soft(rng, 2, 6, 16), soft(rng, 2, 4, 6), soft(rng, 2, 3, 4)]
-  affinity = segmentation.token_affinity(stages)
-  assert affinity.shape == (2, 16, 3)
-  np.testing.assert_allclose(affinity.sum(-1), 1, rtol=1e-5)
-
-
 @pytest.mark.parametrize('size_in, size_out', [(4, 8), (3, 10), (7, 5), (1, 4), (5, 5), (18, 300)])
 def test_interpolation_is_that_of_torch(size_in, size_out, rng, torch):
   line = rng.normal(size=size_in)
@@ -65,13 +58,6 @@ def test_segment_map_upsamples_before_the_argmax():
   got = segmentation.segment_map(affinity, (1, 2), (2, 8))
   # Affinity to segment 0 at columns 0-7: .9 .9 .8375 .7125 .5875 .4625 .4 .4
   assert got[0].tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]] * 2
-
-
-def test_segment_map_matches_opencv(rng):
-  affinity = soft(rng, 1, 5, 12).swapaxes(1, 2)
-  grid = np.asarray(affinity[0], np.float64).reshape(3, 4, 5)
-  want = cv2.resize(grid, (64, 48), interpolation=cv2.INTER_LINEAR).argmax(-1)
-  assert np.array_equal(segmentation.segment_map(affinity, (3, 4), (48, 64))[0], want)
 
 
 def reference_scores(image, segments, text, scale, top):
@@ -115,12 +101,6 @@ def test_class_scores_clamp_the_scale_and_take_fewer_classes_than_the_filter():
   np.testing.assert_allclose(got[0, 0, 0], 1 / (1 + np.exp(20)), rtol=1e-4)
 
 
-def test_plain_scores_sum_to_one(rng):
-  embeds = [jnp.asarray(rng.normal(size=s)) for s in ((1, 4), (1, 3, 4), (7, 4))]
-  got = segmentation.class_scores(*embeds, jnp.asarray(2.0), class_filter=None, double_softmax=False)
-  np.testing.assert_allclose(got.sum(-1), 1, rtol=1e-5)
-
-
 def test_background_by_hand():
   scores = jnp.array([[[0.5, 0.1], [0.2, 0.3], [0.1, 0.6]]])  # best per segment .5 .3 .6
   thresholds = jnp.array([0.4, 0.55, 0.95])
@@ -135,14 +115,6 @@ def stitch(segments, scores, where, num_pixels):
   """Scores [P, C] of the first pixels of a picture."""
   shares = segmentation.pixel_shares(segments, scores.shape[1], where, jnp.arange(num_pixels))
   return segmentation.stitch(shares, scores, where.num_windows).T
-
-
-def test_in_one_window_a_pixel_has_the_scores_of_its_segment(rng):
-  segments = jnp.asarray(rng.integers(0, 3, (1, 4, 5)), jnp.uint8)
-  scores = jnp.asarray(rng.random((1, 3, 2)), jnp.float32)
-  got = stitch(segments, scores, placement([0], [0], [4, 5], [4, 5], [4, 5]), 20)
-  want = scores[0][segments[0]]
-  np.testing.assert_allclose(got.reshape(4, 5, 2), want, rtol=1e-6)
 
 
 def test_stitch_by_hand():
