@@ -8,6 +8,8 @@ import importlib.util
 import os
 import pathlib
 import re
+import shutil
+import tempfile
 
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
 
@@ -42,6 +44,16 @@ def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
   if collection_path.suffix == '.py' and not all(map(importlib.util.find_spec, ORACLES)):
     return bool(re.search(rf'^import ({"|".join(ORACLES)})$', collection_path.read_text(), re.MULTILINE)) or None
   return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  os.environ.setdefault('GROUPVIT_TRAINED', f'groupvit-trained-{os.getpid()}')  # the first process names it for all
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+  if os.environ['GROUPVIT_TRAINED'].endswith(f'-{os.getpid()}'):
+    for path in pathlib.Path(tempfile.gettempdir()).glob(f'{os.environ["GROUPVIT_TRAINED"]}*'):
+      shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

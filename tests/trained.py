@@ -1,19 +1,31 @@
-"""One tiny trained run for all tests of a process that read one and change nothing in it."""
+"""One tiny trained run for all tests that read one and change nothing in it."""
 
-import atexit
+import fcntl
 import functools
+import os
 import pathlib
-import shutil
 import tempfile
 
+import jax
+import pytest
+
+from groupvit_jax.running import sharding
 from groupvit_jax.train import loop
 from tests.tiny import tiny_config
 
 
 @functools.cache
 def trained_workdir() -> pathlib.Path:
-  """The workdir of a finished `tiny_config` run, with checkpoints 4 and 6."""
-  folder = pathlib.Path(tempfile.mkdtemp(prefix='groupvit-trained-'))
-  atexit.register(shutil.rmtree, folder, ignore_errors=True)
-  assert loop.train(tiny_config(), folder) == 0
+  """The workdir of a finished `tiny_config` run, with checkpoints 4 and 6, on one device: the step compiles sooner.
+
+  Processes of one test run share it; `tests/conftest.py` deletes it.
+  """
+  folder = pathlib.Path(tempfile.gettempdir()) / os.environ['GROUPVIT_TRAINED']
+  with folder.with_suffix('.lock').open('w') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not folder.exists():
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        assert loop.train(tiny_config(), folder.with_suffix('.partial')) == 0
+      folder.with_suffix('.partial').rename(folder)
   return folder

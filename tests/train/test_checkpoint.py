@@ -44,20 +44,12 @@ def raw(tree) -> list[np.ndarray]:
   return [np.asarray(as_bits(leaf)) for leaf in jax.tree.leaves(tree)]
 
 
-def test_round_trip_onto_another_mesh(state, tmp_path):
-  save_steps(tmp_path, state, 7)
-  restored = Checkpoints(tmp_path, keep=5).restore(abstract(model=2))
-  assert restored.step == 7 and int(restored.state.step) == 7 and restored.skipped == ()
-  for saved, read in zip(raw(state.replace(step=state.step + 7)), raw(restored.state), strict=True):
-    np.testing.assert_array_equal(saved, read)
-  assert restored.state.params['vision']['stage0_block0']['attn']['qkv']['kernel'].sharding.spec[2] == 'model'
-
-
-@pytest.mark.parametrize('axes', [{'data': 1}, {'fsdp': 2}, {'data': 2, 'model': 2}])
-def test_saved_on_eight_devices_restored_on_fewer(state, tmp_path, axes):
+@pytest.mark.parametrize('axes', [{'data': 4, 'model': 2}, {'data': 1}, {'data': 2, 'fsdp': 2}])
+def test_round_trip_onto_another_mesh(state, tmp_path, axes):
   save_steps(tmp_path, state, 7)
   mesh = sharding.make_mesh(**axes, devices=jax.devices()[: int(np.prod(list(axes.values())))])
   restored = Checkpoints(tmp_path, keep=5).restore(train_state.abstract_state(MODEL, TX, TEXT_SHAPE, mesh))
+  assert restored.step == 7 and int(restored.state.step) == 7 and restored.skipped == ()
   assert {device for leaf in jax.tree.leaves(restored.state) for device in leaf.devices()} == set(mesh.devices.flat)
   for saved, read in zip(raw(state.replace(step=state.step + 7)), raw(restored.state), strict=True):
     np.testing.assert_array_equal(saved, read)
@@ -72,16 +64,15 @@ def test_keeps_the_newest(state, tmp_path):
 
 
 def damage(folder: pathlib.Path, how: str) -> None:
-  """Cuts all files of array data in two, empties them, or removes them."""
+  """Cuts all files of array data in two, or removes them."""
   for path in (folder / 'state').glob('**/d/*'):
-    data = path.read_bytes()
     if how == 'removed':
       path.unlink()
     else:
-      path.write_bytes(data[: len(data) // 2] if how == 'cut' else b'')
+      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize('how', ['cut', 'emptied', 'removed'])
+@pytest.mark.parametrize('how', ['cut', 'removed'])
 def test_a_damaged_checkpoint_is_passed_over_and_kept(how, state, tmp_path):
   save_steps(tmp_path, state, 1, 2)
   damage(tmp_path / 'checkpoints' / '2', how)

@@ -32,6 +32,7 @@ from groupvit_jax.train.checkpoint import Checkpoints
 from tests.board import read_board
 from tests.tiny import tiny_config
 from tests.train.test_checkpoint import no_room_for, raw
+from tests.trained import trained_workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -55,11 +56,9 @@ def one_device():
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(tmp_path_factory) -> pathlib.Path:
+def uninterrupted() -> pathlib.Path:
   """The workdir of a run that nobody disturbed."""
-  workdir = tmp_path_factory.mktemp('uninterrupted')
-  assert loop.train(tiny_config(), workdir) == 0
-  return workdir
+  return trained_workdir()
 
 
 def test_logs_every_step(uninterrupted):
@@ -86,13 +85,6 @@ def test_logs_every_step(uninterrupted):
   assert list((uninterrupted / 'tensorboard').glob('events*'))
 
 
-def test_same_seed_same_losses_other_seed_others(uninterrupted, tmp_path):
-  config = tiny_config()
-  config.seed = 1
-  loop.train(config, tmp_path)
-  assert set(losses(tmp_path).values()).isdisjoint(losses(uninterrupted).values())
-
-
 def test_sigterm_saves_and_the_run_goes_on_exactly(uninterrupted, tmp_path):
   """Bit for bit: batches, prompts, stochastic depth and Gumbel noise included."""
   threading.Thread(target=terminate_after, args=(tmp_path / 'metrics.jsonl', 2), daemon=True).start()
@@ -113,14 +105,7 @@ def terminate_after(log: pathlib.Path, lines: int) -> None:
 
 @pytest.mark.parametrize(
   'owner, phase, call',
-  [
-    (loop, 'set_up', 1),
-    (loop, 'restore_or_init', 1),
-    (Evaluator, 'evaluate', 1),
-    (Evaluator, 'evaluate', 2),
-    (Checkpoints, 'save', 1),
-    (Checkpoints, 'wait', 1),
-  ],
+  [(loop, 'restore_or_init', 1), (Evaluator, 'evaluate', 1), (Checkpoints, 'save', 1), (Checkpoints, 'wait', 1)],
 )
 def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted, tmp_path, monkeypatch):
   """The signal comes when the phase begins, at its first call or at the last; the phase itself is the real one."""
@@ -168,9 +153,9 @@ def command(workdir: pathlib.Path, *flags: str) -> list[str]:
 
 
 def test_killed_at_any_moment_goes_on_exactly(uninterrupted, tmp_path):
-  """kill -9 three times, wherever it hits; then to the end."""
+  """kill -9 twice, wherever it hits; then to the end."""
   one_device = os.environ | {'JAX_NUM_CPU_DEVICES': '1'}
-  for lines in (1, 3, 5):
+  for lines in (1, 4):
     process = subprocess.Popen(command(tmp_path), cwd=ROOT, env=one_device, stderr=subprocess.DEVNULL)
     log = tmp_path / 'metrics.jsonl'
     while process.poll() is None and not (log.exists() and log.read_text().count('\n') >= lines):
@@ -291,9 +276,6 @@ def test_what_a_killed_start_left_is_not_in_the_way(tmp_path):
   'flags, message',
   [
     (['--config.batch_size=12'], 'batch_size=12 is not a positive multiple of the 8 devices'),
-    (['--config.no_such_key=1'], 'no_such_key'),
-    (['--config.model.dtype=float16'], "must be one of 'float32', 'bfloat16'"),
-    (['--config.data.scenes.things=("dragonfly",)'], "unknown things 'dragonfly'"),
     (['--config={incomplete}'], "the config has no entry 'num_prompts': give it one; configs/quickstart.py shows"),
   ],
 )
