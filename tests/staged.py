@@ -96,11 +96,6 @@ def gke() -> None:
   )
 
 
-def tpu_gke() -> None:
-  """A pod with TPUs: the test sets its variables, the metadata say nothing."""
-  serve_metadata({'tpu-env': ''})
-
-
 def tpu(worker: str) -> None:
   """A host of a TPU pod slice, as its metadata describe it."""
   os.environ.pop('TPU_SKIP_MDS_QUERY', None)
@@ -119,7 +114,6 @@ SITUATIONS = {
   'full-disk': full_disk,
   'gke': gke,
   'tpu': tpu,
-  'tpu-gke': tpu_gke,
   'bucket': folder_bucket.install,
   'rows': note_rows,
 }
