@@ -124,8 +124,3 @@ def test_own_classes():
 def test_bad_classes_are_refused(classes, background, message):
   with pytest.raises(ValueError, match=message):
     benchmarks.make_benchmark('mine', classes, background=background)
-
-
-def test_unknown_benchmark():
-  with pytest.raises(ValueError, match="no benchmark 'voc'; choose one of voc21, voc20"):
-    benchmarks.find_benchmark('voc')

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 
 import cv2
 from flax import linen as nn
@@ -14,7 +13,7 @@ import pytest
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.eval import class_embeddings, evaluator, labeller, protocols, window_encoder, windows
 from groupvit_jax.eval.benchmarks import make_benchmark
-from groupvit_jax.eval.evaluator import Evaluator, windows_per_batch
+from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.eval.result import Result
 from groupvit_jax.model import metrics
 from groupvit_jax.model.vision import StageSpec
@@ -241,12 +240,6 @@ def compilations():
   active[0] = False
 
 
-def test_how_many_windows_a_device_takes_does_not_depend_on_how_many_devices_there_are():
-  one, all_eight = (sharding.make_mesh(devices=jax.local_devices()[:count]) for count in (1, 8))
-  for window, count in ((448, 4), (224, 16), (64, 32)):  # on a CPU fewer of large ones
-    assert [windows_per_batch(mesh, window) for mesh in (one, all_eight)] == [count, 8 * count]
-
-
 class Letters:
   """A tokenizer that knows letters."""
 
@@ -383,20 +376,6 @@ def test_plain_is_softmax_and_one_threshold(evaluate, encode, variables, text_em
     p = p[segment]
     assert np.array_equal(labelled.labels, np.where(p.max(-1) < 0.3, 0, p.argmax(-1) + 1))
     np.testing.assert_allclose(labelled.scores, np.maximum(p.max(-1), 0.3), rtol=1e-4)
-
-
-def test_json_names_everything(evaluate):
-  result, _ = evaluate(ORDINARY[:1], WITH_BACKGROUND, threshold(0.1))
-  assert np.isnan(result.scores.accuracy).any()  # which JSON does not know
-  result = dataclasses.replace(result, provenance={'step': '7'})
-  found = json.loads(json.dumps(result.to_json(), allow_nan=False))
-  assert found['protocol']['changed'] == [
-    'short_side', 'max_long_side', 'window', 'stride', 'threshold'
-  ]  # fmt: skip
-  assert found['protocol']['threshold'] == 0.1
-  assert found['templates'] == ['a photo of a {}.'] and found['class_names'] == list(CLASSES[1:])
-  assert list(found['iou']) == list(CLASSES) and found['provenance'] == {'step': '7'}
-  assert found['num_images'] == 1 and 0 <= found['miou'] <= 1
 
 
 def test_table_and_baseline():

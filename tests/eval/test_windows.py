@@ -61,11 +61,6 @@ def test_antialiasing_averages_where_a_picture_shrinks(rng):
   assert np.array_equal(windows.cut_image(small, protocol, 2, key='a').windows[0], want)
 
 
-def test_a_picture_of_window_size_is_left_alone(rng):
-  image = rng.integers(0, 256, (448, 448, 3), np.uint8)
-  assert np.array_equal(windows.cut_image(image, GROUPVIT, 16, key='a').windows, image[None])
-
-
 def test_a_picture_smaller_than_a_window_is_one_window(rng):
   image = rng.integers(0, 256, (40, 300, 3), np.uint8)
   picture = windows.cut_image(image, GROUPVIT, 16, key='a')
