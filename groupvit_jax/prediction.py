@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import io
 from typing import Any
 
 import cv2
@@ -13,7 +14,7 @@ from groupvit_jax.eval import draw
 from groupvit_jax.eval.window_encoder import EncodedWindows
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Prediction:
   """The segmentation of one image. Label c stands for `classes[c]`.
 
@@ -42,6 +43,18 @@ class Prediction:
   group_maps: Callable[[], tuple[np.ndarray, ...]]
   windows: EncodedWindows
   class_scores: np.ndarray
+
+  def __repr__(self) -> str:
+    height, width = self.labels.shape
+    shares = sorted(zip(self.areas, self.classes), reverse=True)
+    found = ', '.join(f'{name} {area:.0%}' for area, name in shares if area)
+    return f'Prediction({self.key!r}, {height} x {width}: {found})'
+
+  def _repr_png_(self) -> bytes:
+    """The overlay, which notebooks show."""
+    data = io.BytesIO()
+    Image.fromarray(self.overlay()).save(data, 'PNG')
+    return data.getvalue()
 
   @property
   def areas(self) -> np.ndarray:

@@ -288,6 +288,8 @@ def parse_class_names(class_names: Sequence[str], reserved: Sequence[str] = ()) 
     raise UserError(f'class_names is one text, {class_names!r}; put it into a list')
   parsed, seen = [], {name.casefold() for name in reserved}
   for text in class_names:
+    if not isinstance(text, str):
+      raise UserError(f'the class {text!r} is no text; write its name')
     synonyms = tuple(' '.join(name.split()) for name in text.split('|'))
     for name in synonyms:
       if not name:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import io
 import pathlib
 import types
 
@@ -58,6 +59,13 @@ def test_everything_is_there_and_of_the_pictures_size(prediction, image):
   assert (prediction.pixel_scores <= best + 1e-5).all() and prediction.pixel_scores.min() > 0
   assert prediction.image is image
   assert prediction.overlay().shape == (48 * 6, 70 * 6, 3)
+  shares = dict(zip(prediction.classes, prediction.areas))
+  line = ', '.join(
+    f'{name} {shares[name]:.0%}' for name in sorted(shares, key=shares.get, reverse=True) if shares[name]
+  )
+  assert repr(prediction) == f"Prediction('number 1', 48 x 70: {line})"
+  shown = np.asarray(Image.open(io.BytesIO(prediction._repr_png_())))  # what a notebook shows
+  np.testing.assert_array_equal(shown, prediction.overlay())
   assert prediction.group_overlay(0).shape == (48 * 6, 70 * 6, 3)
   mask = prediction.mask()
   assert mask.mode == 'P' and np.array_equal(np.asarray(mask), prediction.labels)
@@ -172,8 +180,9 @@ def test_threshold_makes_background(predictor, prediction, image):
   assert np.isnan(some.scores[0]) and some.to_json()['classes'][0]['name'] is not None
   np.testing.assert_allclose(some.scores[1:], prediction.scores)
   assert some.palette[0] == (0, 0, 0) and some.palette[1:] == prediction.palette
-  with pytest.raises(ValueError, match='threshold=1.5'):
-    predictor(image, WORDS, threshold=1.5)
+  for threshold in (1.5, float('nan'), '0.5'):
+    with pytest.raises(ValueError, match='threshold='):
+      predictor(image, WORDS, threshold=threshold)
 
 
 @contextlib.contextmanager
@@ -231,6 +240,7 @@ def test_one_cpu_device_does_not_encode_more_padding_than_it_must(total, batch_s
     (['dog|puppy', 'puppy'], "the class 'puppy' is named twice"),
     (['dog', ' '], "the class ' ' has an empty name"),
     (['dog|'], "the class 'dog|' has an empty name".replace('|', r'\|')),
+    (['dog', 5], 'the class 5 is no text'),
     ('dog', "class_names is one text, 'dog'"),
   ],
 )

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Mapping
 import dataclasses
+import math
 from typing import Any, get_args, Literal
 
 from groupvit_jax.data import prompts
@@ -177,7 +178,7 @@ def _parse(text: str) -> object:
 
 def _check(field: str, value: Any, low: float, high: float | None, kind: type | tuple[type, ...]) -> None:
   valid = isinstance(value, kind) and not isinstance(value, bool)
-  if not valid or value < low or (high is not None and value > high):
+  if not valid or not low <= value <= (math.inf if high is None else high):  # nan is in no range
     noun = 'a whole number' if kind is int else 'a number'
     bounds = f'from {low} up' if high is None else f'from {low} to {high}'
     raise UserError(f'protocol.{field}={value!r}: use {noun} {bounds}')
