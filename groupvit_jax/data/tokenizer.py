@@ -112,7 +112,7 @@ class SentencePieceTokenizer(Tokenizer):
     super().__init__({SENTENCEPIECE_FILE: _read(epath.Path(path))})
     try:
       model = self._model
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:  # the second, where its message quotes damaged bytes
       raise UserError(f'{path} is not a SentencePiece model') from error
     if model.eos_id() < 0:
       raise UserError(f'{path} has no end-of-sentence piece; train it with an eos_id')
