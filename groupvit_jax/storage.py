@@ -6,6 +6,7 @@ endpoints are those of the store's library and of fsspec's configuration (`FSSPE
 """
 
 import atexit
+import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 import contextlib
@@ -86,8 +87,8 @@ def expand_braces(pattern: str) -> list[str]:
   pieces = _BRACES.split(pattern)
   if any(brace in text for text in pieces[::2] for brace in '{}'):
     raise UserError(f'{pattern!r}: a brace is missing its partner')
+  _check_count(math.prod(_count_alternatives(piece) for piece in pieces[1::2]), pattern)
   choices = [_alternatives(piece, pattern) if n % 2 else [piece] for n, piece in enumerate(pieces)]
-  _check_count(math.prod(map(len, choices)), pattern)
   return list(map(''.join, itertools.product(*choices)))
 
 
@@ -105,7 +106,7 @@ def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
   if not paths:
     raise UserError(f'{what}: no shards; name some, as in /data/{{0000..0099}}.tar')
   if len(set(paths)) < len(paths):
-    twice = next(path for path in paths if paths.count(path) > 1)
+    twice = collections.Counter(paths).most_common(1)[0][0]
     raise UserError(f'{what}: the patterns name {twice} twice')
   found = map_threads(_stat, paths, _REQUESTS)
   missing = [path for path, shard in zip(paths, found, strict=True) if shard is None]
@@ -279,12 +280,16 @@ def map_threads(function: Callable[..., _R], items: Sequence[_T], threads: int) 
       raise
 
 
+def _count_alternatives(inside: str) -> int:
+  bounds = _RANGE.fullmatch(inside)
+  return max(int(bounds[2]) - int(bounds[1]), 0) + 1 if bounds else inside.count(',') + 1
+
+
 def _alternatives(inside: str, pattern: str) -> list[str]:
   if bounds := _RANGE.fullmatch(inside):
     first, last = map(int, bounds.groups())
     if first > last:
       raise UserError(f'{pattern!r} counts down; write {{{bounds[2]}..{bounds[1]}}}')
-    _check_count(last - first + 1, pattern)
     width = max(map(len, bounds.groups()))
     padded = any(text[0] == '0' and len(text) > 1 for text in bounds.groups())
     return [str(n).zfill(width if padded else 0) for n in range(first, last + 1)]
