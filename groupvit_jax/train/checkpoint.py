@@ -102,7 +102,8 @@ class Checkpoints:
     with _save_errors(self.folder):
       self._manager.check_for_errors()
       self._check_writable()
-      self._manager.save(step, args=args)
+      saved = self._manager.save(step, args=args, force=True)  # Orbax declines what is older than its newest step
+      assert saved, step
 
   def check(self) -> None:
     """Raises OSError when a save in the background has failed; does not wait."""
@@ -292,15 +293,17 @@ class _S3Manager:
       raise Unavailable(f'cannot look into {self._root} {error}') from error
     self._steps = sorted(step for step, names in files.items() if _COMPLETE in names)
 
-  def save(self, step: int, args: ocp.args.Composite) -> None:
-    """Gathers the state, and writes and uploads it in the background; all processes take part."""
+  def save(self, step: int, args: ocp.args.Composite, *, force: bool) -> bool:
+    """Gathers the state, and writes and uploads it in the background; all processes take part. Returns True."""
     self.wait_until_finished()
     state = jax.tree.map(_gather_on_first_process, args['state'].item)
     self._steps = [*self._steps, step][-self._keep :]
     if self._process == 0:
-      saved = self._writer.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=args['config']))
-      assert saved, step  # Orbax may decline
+      args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=args['config'])
+      saved = self._writer.save(step, args=args, force=force)
+      assert saved, step
       self._upload = self._thread.submit(self._upload_step, step)
+    return True
 
   def is_saving_in_progress(self) -> bool:
     return not self._upload.done()
