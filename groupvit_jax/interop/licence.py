@@ -7,9 +7,10 @@ from typing import NamedTuple
 from etils import epath
 import yaml
 
+from groupvit_jax import storage
 from groupvit_jax.errors import UserError
 
-_FILE = 'licence.json'  # in a workdir whose weights come from elsewhere
+FILE = 'licence.json'  # in a workdir whose weights come from elsewhere
 _CARD = 'README.md'  # in every other folder of weights, with a header as the Hugging Face Hub knows it
 _UNKNOWN = 'unknown'  # the Hub's identifiers for a missing licence, and for one without an identifier
 _OTHER = 'other'
@@ -55,7 +56,8 @@ def read_card(folder: epath.Path) -> Licence:
 def keep(workdir: epath.PathLike, licence: Licence) -> None:
   """Writes into a workdir the licence of the weights that its run starts from, if one is known."""
   if any(licence):
-    (epath.Path(workdir) / _FILE).write_text(json.dumps(licence._asdict(), indent=2, ensure_ascii=False) + '\n')
+    text = json.dumps(licence._asdict(), indent=2, ensure_ascii=False) + '\n'
+    storage.write_atomic(str(epath.Path(workdir) / FILE), text.encode())
 
 
 def read_kept(workdir: epath.PathLike) -> Licence:
@@ -64,7 +66,7 @@ def read_kept(workdir: epath.PathLike) -> Licence:
   Raises:
     UserError: the file is damaged.
   """
-  path = epath.Path(workdir) / _FILE
+  path = epath.Path(workdir) / FILE
   if not path.exists():
     return Licence()
   try:

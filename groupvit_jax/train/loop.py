@@ -19,6 +19,7 @@ from groupvit_jax.running import folder_lock, processes, sharding
 from groupvit_jax.running.interrupts import Interrupts, Preempted
 from groupvit_jax.running.profile import StepTrace
 from groupvit_jax.train import open_run
+from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.bad_record_tally import BadRecordTally
 from groupvit_jax.train.checkpoint import BestCheckpoint, Checkpoints
 from groupvit_jax.train.evals import RunEvals, schedule_evaluations
@@ -45,10 +46,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
     try:
       with interrupts.immediately():
         check_lock = stack.enter_context(folder_lock.hold(str(workdir), '--workdir'))
+        undo = stack.enter_context(workdir_lib.undo_start(workdir))
         run = set_up(config, workdir)
         checkpoints = Checkpoints(workdir, keep=config.checkpoint.keep)
         state = restore_or_init(run, checkpoints)
-      return _loop(run._replace(weights=None), state, checkpoints, workdir, interrupts, check_lock)
+      return _loop(run._replace(weights=None), state, checkpoints, workdir, interrupts, check_lock, undo)
     except Preempted:
       return cli.EXIT_PREEMPTED
 
@@ -60,6 +62,7 @@ def _loop(
   workdir: epath.PathLike,
   interrupts: Interrupts,
   check_lock: Callable[[], None],
+  undo: contextlib.ExitStack,
 ) -> int:
   """Runs the evaluations that an earlier start did not finish, then steps until the end or a signal.
 
@@ -103,6 +106,7 @@ def _loop(
       pending = (step, metrics, tally.total() if logged else None)
       if step == first_step + 1:
         jax.block_until_ready(state)
+        undo.pop_all()
         log.message(f'first step after {time.perf_counter() - started:.1f} s (compiled)')
         if not logged:
           log.restart_clock(step)

@@ -1,6 +1,7 @@
 """Set-up of a run: checks the config, prepares the workdir, builds model, optimiser and data, restores the state."""
 
 from collections.abc import Callable, Iterator
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class Run(NamedTuple):
   changed: tuple[str, ...] = ()  # config entries that differ from the first start
   benchmarks: tuple[evals.OpenedBenchmark, ...] = ()
   attention: AttentionChoice | None = None  # of the image tower
-  weights: initial_weights.Source | None = None  # of `init_from`, where they were read to check them
+  weights: initial_weights.Source | None = None  # of `init_from`, where no checkpoint is resumed
 
   @property
   def text_shape(self) -> tuple[int, int]:
@@ -83,14 +84,20 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     remat=config.remat,
     scan_layers=config.scan_layers,
   )
+  changed = workdir_lib.check_config(workdir, config)
+  workdir_lib.check_data(workdir, source.metadata())
   weights = None
-  if config.init_from and not (epath.Path(workdir) / 'config.json').exists():
+  with contextlib.closing(Checkpoints(workdir, keep=1, read_only=True)) as checkpoints:
+    resumes = processes.all_gather_objects(bool(checkpoints.steps()))[0]
+  if config.init_from and not resumes:
     weights = initial_weights.read_checked(config, model)  # by all processes: each reads its shards of a checkpoint
   with processes.first_process_first():
-    changed = workdir_lib.open_workdir(workdir, config)
-    licence_lib.keep(workdir, weights.licence if weights else licence_lib.Licence())
+    if jax.process_index() == 0:
+      workdir_lib.forget_other_start(workdir, config, source.metadata())
+      licence_lib.keep(workdir, weights.licence if weights else licence_lib.Licence())
     workdir_lib.record_data(workdir, source.metadata())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
+    workdir_lib.open_workdir(workdir, config)
   model = with_vocabulary(model, tokenizer.vocab_size, tokenizer.eos_id)
   samples = config.batch_size // config.grad_accum_steps
   attention = workdir_lib.prepare_attention(
@@ -112,11 +119,8 @@ def restore_or_init(run: Run, checkpoints: Checkpoints) -> TrainState:
   restored = checkpoints.restore(train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh, run.averages))
   if restored is not None:
     return restored.state
-  weights = run.weights
-  if weights is None and run.config.init_from:
-    weights = initial_weights.read_source(run.config.init_from)
   return initial_weights.initial_state(
-    run.model, run.tx, run.config.seed, run.text_shape, run.mesh, weights=weights, average=run.averages
+    run.model, run.tx, run.config.seed, run.text_shape, run.mesh, weights=run.weights, average=run.averages
   )
 
 

@@ -15,6 +15,7 @@ from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tokenizer, train_sentencepiece
 from groupvit_jax.errors import UserError
+from groupvit_jax.interop import licence as licence_lib
 from groupvit_jax.running.attention_choice import AttentionChoice
 
 # Buckets that can hold a run, and the package that reads and writes there.
@@ -26,7 +27,21 @@ _BUILT_IN = {'multi_label_weight': 1.0, 'max_skipped_in_a_row': 10}
 _ADDED = {'multi_label_loss': 'pooled', 'init_from': ''}
 _ADDED_DATA = {'prompt_templates': 'full', 'skipped_words': ()}
 
+_CONFIG_FILE = 'config.json'  # written last: what a start prepares is complete with it
 _DATA_FILE = 'data.json'  # which records the run was started on
+_PREPARED = (_DATA_FILE, licence_lib.FILE, 'attention.json', 'tokenizer')
+# All that a run writes before its first step.
+_WRITTEN = (
+  *_PREPARED,
+  'panels',
+  _CONFIG_FILE,
+  'tokenizer.partial',
+  'checkpoints',
+  'best',
+  'metrics.jsonl',
+  'tensorboard',
+  'programs',
+)
 
 # Parts of the config that decide whether a checkpoint fits; others may change from one start to the next.
 _FITTING = ('model', 'tokenizer')
@@ -45,7 +60,7 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
     raise UserError(f'{workdir} is a file and no workdir; if it holds weights, {importing}')
   if not workdir.is_dir():
     raise UserError(f'there is no workdir {workdir}; train one with train.py --config=... --workdir={workdir}')
-  path = workdir / 'config.json'
+  path = workdir / _CONFIG_FILE
   if (workdir / 'bundle.json').exists():
     raise UserError(
       f'{workdir} is a bundle of export --format=stablehlo and no workdir; groupvit_jax.Predictor.from_pretrained '
@@ -100,7 +115,7 @@ def _has_section(config: ml_collections.ConfigDict, name: str) -> bool:
 
 def keep_recipe(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """The config, with the cosine and captions of the run that is resumed, where that is older than their entries."""
-  path = epath.Path(workdir) / 'config.json'
+  path = epath.Path(workdir) / _CONFIG_FILE
   if not path.exists():
     return config
   recorded = _read_json(path)
@@ -136,6 +151,58 @@ def complete_config(source: str, remedy: str) -> Iterator[None]:
     raise UserError(f'{source} has no entry {key}: {remedy}') from error
 
 
+def holds_checkpoint(workdir: epath.PathLike) -> bool:
+  """Whether a run has saved something that goes on; a start that has not binds nobody."""
+  folder = epath.Path(workdir) / 'checkpoints'
+  return folder.exists() and any(path.name.isdigit() for path in folder.iterdir())
+
+
+def forget_other_start(
+  workdir: epath.PathLike, config: ml_collections.ConfigDict, metadata: Mapping[str, object]
+) -> None:
+  """Deletes what a start with another config or other data prepared, if it ended without a checkpoint.
+
+  Args:
+    workdir: of the run.
+    config: of this start.
+    metadata: of its training data, see `Mixture.metadata`.
+  """
+  workdir = epath.Path(workdir)
+  if not (workdir / _CONFIG_FILE).exists() or holds_checkpoint(workdir):
+    return
+  data = workdir / _DATA_FILE
+  same_data = data.exists() and json.loads(data.read_text())['fingerprint'] == metadata['fingerprint']
+  if same_data and not _differences(read_config(workdir), config):
+    return
+  for name in (_CONFIG_FILE, *_PREPARED):
+    _delete(workdir / name)
+
+
+def undo_start(workdir: epath.PathLike) -> contextlib.ExitStack:
+  """A context that deletes what a run wrote into its workdir since, where an error ends it before its first step.
+
+  `pop_all()` ends that. A signal deletes nothing: the same command will resume.
+  """
+  workdir = epath.Path(workdir)
+  new = [workdir / name for name in _WRITTEN if not (workdir / name).exists()] if jax.process_index() == 0 else []
+
+  def undo(kind: type | None, error: BaseException | None, trace: object) -> None:
+    if isinstance(error, Exception):
+      for path in new:
+        with contextlib.suppress(OSError):  # the disk may be the reason for the error
+          _delete(path)
+
+  stack = contextlib.ExitStack()
+  stack.push(undo)
+  return stack
+
+
+def _delete(path: epath.Path) -> None:
+  """Deletes a file or a folder, if it is there."""
+  if path.exists():
+    path.rmtree() if path.is_dir() else path.unlink()
+
+
 def open_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
   """Writes a run's config into a workdir, or checks that it fits the one already there.
 
@@ -151,13 +218,13 @@ def open_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> 
   """
   workdir = epath.Path(workdir)
   changed = check_config(workdir, config)
-  if not (workdir / 'config.json').exists():
+  if not (workdir / _CONFIG_FILE).exists():
     if jax.process_index():
       raise UserError(
         f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
         'that all hosts share: a network disk, or a bucket'
       )
-    storage.write_atomic(str(workdir / 'config.json'), (config.to_json(indent=2) + '\n').encode())
+    storage.write_atomic(str(workdir / _CONFIG_FILE), (config.to_json(indent=2) + '\n').encode())
   return changed
 
 
@@ -186,9 +253,11 @@ def check_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> 
     ValueError: `workdir` holds a run whose checkpoints this config cannot go on from, or can hold none.
   """
   check_place(workdir)
-  if not (epath.Path(workdir) / 'config.json').exists():
+  if not (epath.Path(workdir) / _CONFIG_FILE).exists():
     return []
   before = read_config(workdir)
+  if not holds_checkpoint(workdir):
+    return []
   differences = _differences(before, config)
   unfit = [text for key, text in differences.items() if key.split('.')[0] in _FITTING]
   if keeps_average(before) != keeps_average(config):
@@ -209,7 +278,7 @@ def record_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None
 
   Args:
     workdir: of the run.
-    metadata: see `Mixture.facts`.
+    metadata: see `Mixture.metadata`.
 
   Raises:
     ValueError: see `check_data`.
@@ -229,7 +298,7 @@ def check_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
     ValueError: the run was started on other data: its order of records would be another one.
   """
   path = epath.Path(workdir) / _DATA_FILE
-  before = json.loads(path.read_text()) if path.exists() else metadata
+  before = json.loads(path.read_text()) if path.exists() and holds_checkpoint(workdir) else metadata
   if before['fingerprint'] == metadata['fingerprint']:
     return
   old, new = before['sets'], metadata['sets']
@@ -264,16 +333,18 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
     source: where captions come from.
   """
   folder = epath.Path(workdir) / 'tokenizer'
-  if folder.exists():
+  is_local = storage.is_local(str(workdir))
+  if folder.exists() and (is_local or (epath.Path(workdir) / _CONFIG_FILE).exists()):
     return load_tokenizer(workdir)
-  partial = epath.Path(workdir) / 'tokenizer.partial'
-  if partial.exists():  # of a start that was killed
-    partial.rmtree()
+  # A bucket cannot rename: there the files of a start that was killed before its config was written are replaced.
+  written = epath.Path(workdir) / 'tokenizer.partial' if is_local else folder
+  _delete(written)
   if config.path:
-    build_tokenizer(config.path).save(partial)
+    build_tokenizer(config.path).save(written)
   else:
-    train_sentencepiece(sample_captions(source, config.num_captions), partial / SENTENCEPIECE_FILE, config.vocab_size)
-  partial.rename(folder)
+    train_sentencepiece(sample_captions(source, config.num_captions), written / SENTENCEPIECE_FILE, config.vocab_size)
+  if is_local:
+    written.rename(folder)
   return load_tokenizer(workdir)
 
 

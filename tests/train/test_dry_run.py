@@ -69,6 +69,7 @@ def test_a_workdir_with_another_run_is_named_and_left_alone(config, tmp_path):
   run = tmp_path / 'run'
   workdir.open_workdir(run, config)
   workdir.record_data(run, build_source(config.data, (32, 32)).metadata())
+  (run / 'checkpoints/3').mkdir(parents=True)
   before = contents(run)
   config.model.vision.width = 32
   with pytest.raises(ValueError, match='model.vision.width is 32 here and 16 there'):

@@ -17,6 +17,7 @@ EARLIER = pathlib.Path(__file__).with_name('earlier_config.json')  # as a run of
 
 def test_a_workdir_of_an_earlier_version_opens_and_resumes(tmp_path):
   shutil.copy(EARLIER, tmp_path / 'config.json')
+  (tmp_path / 'checkpoints/3').mkdir(parents=True)
   config = workdir_lib.read_config(tmp_path)
   assert flat(config).keys() == flat(tiny_config()).keys() and config.benchmarks == ml_collections.ConfigDict()
   assert not [change for change in workdir_lib.check_config(tmp_path, tiny_config()) if 'absent' in change]
@@ -44,6 +45,7 @@ def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path, monkeypatch
     return build_source(data_config(a=set_config(path)), (16, 16)).metadata()
 
   workdir_lib.record_data(tmp_path, metadata('one', range(5)))
+  (tmp_path / 'checkpoints/3').mkdir(parents=True)
   workdir_lib.record_data(tmp_path, metadata('moved', range(5)))
   with pytest.raises(ValueError, match=r'the data changed .* started: a \(5 records then, 6 now\).*data.json'):
     workdir_lib.record_data(tmp_path, metadata('grown', range(6)))
