@@ -16,6 +16,7 @@ EXIT_PARTIAL = 3  # done, but for what was listed
 EXIT_PEER_LOST = 69  # another process of the run is gone or never came (BSD's EX_UNAVAILABLE)
 EXIT_UNAVAILABLE = 74  # a service failed however often it was asked; the same command may go on later (EX_IOERR)
 EXIT_PREEMPTED = 75  # stopped by SIGTERM with everything saved; the same command goes on (BSD's EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # Ctrl-C, with nothing saved (as of a shell)
 
 # Several CPU devices in one process share a pool of as many threads as there are cores, and each collective that a
 # device waits in takes one: with few cores they wait for ever. XLA takes the size of the pool from NPROC.
@@ -42,6 +43,9 @@ def run(main: Callable[[], int | None]) -> None:
       if not is_mistake(error):
         raise
       return fail(error)
+    except KeyboardInterrupt:
+      fail('interrupted')
+      return EXIT_INTERRUPTED
 
   app.run(guarded, flags_parser=_parse_flags)
 

@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import secrets
 import signal
+import sys
 import threading
 from typing import TypeVar
 
@@ -38,6 +39,8 @@ def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterat
     dataset = dataset.mp_prefetch(options, worker_init_fn=_init_worker)
     if not flags.FLAGS.is_parsed():  # Grain reads some; a notebook or a test parses none
       flags.FLAGS.mark_as_parsed()
+    # It deletes the shared memory that a killed run leaves, and need not warn of it.
+    sys.warnoptions.append('ignore:resource_tracker')
     resource_tracker.ensure_running()  # when it starts later it unblocks what is blocked below
   iterator = iter(dataset)
   try:

@@ -7,10 +7,14 @@ from collections.abc import Iterator
 import contextlib
 import os
 import signal
+import sys
+import threading
 import types
 
 import jax
 from jax.experimental import multihost_utils
+
+from groupvit_jax import cli
 
 
 class Preempted(BaseException):
@@ -27,7 +31,7 @@ class Interrupts:
   `immediately()`.
 
   Several processes must stop after the same step. There JAX receives SIGTERM and notifies all of them, and
-  `immediately()` ends no phase early, because the others would wait in it.
+  `immediately()` ends no phase early, because the others would wait in it. A second Ctrl-C ends the process.
   """
 
   def __init__(self):
@@ -40,15 +44,45 @@ class Interrupts:
   def installed(self) -> Iterator['Interrupts']:
     """Handles SIGTERM and SIGINT while the context lasts."""
     if self._several:
-      handlers = {signal.SIGINT: lambda number, frame: os.kill(os.getpid(), signal.SIGTERM)}
+      handlers = {signal.SIGINT: lambda number, frame: None}  # see `_announce`
     else:
       handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    previous_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=self._announce, args=(reader,), name='signals', daemon=True)
+    thread.start()
     try:
       yield self
     finally:
+      signal.set_wakeup_fd(previous_writer)
       for number, handler in previous.items():
         signal.signal(number, handler)
+      os.close(writer)
+      thread.join()
+      os.close(reader)
+
+  def _announce(self, reader: int) -> None:
+    """Prints at once what a signal will lead to; handlers wait until a compilation in the main thread is over."""
+    received = []
+    while numbers := os.read(reader, 1):
+      if numbers[0] not in (signal.SIGINT, signal.SIGTERM):
+        continue
+      received.append(numbers[0])
+      if received.count(signal.SIGINT) > 1:
+        print('ended by the second Ctrl-C; the same command resumes from the last checkpoint', file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(cli.EXIT_INTERRUPTED)
+      if len(received) == 1:
+        print(
+          f'{signal.Signals(numbers[0]).name}: saves and ends after what runs now (a step, a compilation, a save); '
+          'Ctrl-C again ends at once and loses the steps since the last checkpoint',
+          file=sys.stderr,
+          flush=True,
+        )
+      if self._several and numbers[0] == signal.SIGINT:
+        os.kill(os.getpid(), signal.SIGTERM)  # which JAX handles
 
   def stop_after_step(self) -> bool:
     """Whether the run stops here: the same in all processes, each of which must ask after every step.
