@@ -14,6 +14,7 @@ import logging as python_logging
 import math
 import os
 import shutil
+import sys
 import time
 import traceback
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class Checkpoints:
       OSError: nothing can be saved there.
     """
     logging.get_absl_logger().addFilter(_is_not_from_orbax)
+    sys.unraisablehook = _print_all_but_closed_loops
     self._read_only = read_only
     self.folder = epath.Path(workdir) / folder
     self._remote = '://' in str(workdir)
@@ -436,6 +438,12 @@ def _shorten(error: Exception) -> str:
   """The first line of an error; of a long one both ends, for the reason may come last."""
   line = (str(error).strip() or type(error).__name__).splitlines()[0]
   return line if len(line) < 300 else f'{line[:100]} ... {line[-200:]}'
+
+
+def _print_all_but_closed_loops(unraisable: object) -> None:
+  """Python's unraisablehook, without what each write of TensorStore reports that ends after a save has failed."""
+  if str(unraisable.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(unraisable)
 
 
 def _is_not_from_orbax(record: python_logging.LogRecord) -> bool:

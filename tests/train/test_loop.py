@@ -203,7 +203,7 @@ def test_killed_twenty_times_at_random_moments(tmp_path):
     np.testing.assert_array_equal(one, other)
 
 
-def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatch, caplog):
+def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatch, caplog, capfd):
   save = Checkpoints.save
   with contextlib.ExitStack() as stack, pytest.raises(OSError, match='cannot save a checkpoint in .*File too large'):
 
@@ -217,6 +217,7 @@ def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatc
   assert max(losses(tmp_path)) < 4  # when the next one is due
   # The reason is said once. What other tests left unfinished in this process, asyncio says at any time.
   assert not [record for record in caplog.records if record.name != 'asyncio']
+  assert 'Traceback' not in capfd.readouterr().err
 
 
 def test_a_folder_that_may_not_be_written_ends_the_run_before_its_first_step(tmp_path):
