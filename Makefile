@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 # On CPUs a step's temporaries are GiBs that XLA maps and frees each time: in huge pages it is a tenth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-new test-oracles test-long fuzz lint docs docs-check clean
+.PHONY: quickstart test test-new test-oracles test-long fuzz reliability lint docs docs-check clean
 
 quickstart: $(VENV)/run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -32,6 +32,9 @@ test-long: $(VENV)/test
 fuzz: $(VENV)/test  # damaged and hostile files, for minutes of each kind; counts go to build/fuzz.jsonl
 	mkdir -p build
 	FUZZ_SECONDS=$(FUZZ_SECONDS) FUZZ_REPORT=build/fuzz.jsonl $(BIN)/python -m pytest -n 0 -o timeout=0 tests/fuzz
+
+reliability: $(VENV)/test  # kills and preempts tiny runs, minutes on two cores; writes docs/reliability.md
+	$(BIN)/python -m benchmarks reliability
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ NAMES = {
       'input_pipeline',
       'remote',
       'soak',
+      'reliability',
       'scenes',
       'photo_tars',
     )
