@@ -54,7 +54,7 @@ _PHASES = {
 }
 _PAUSES = {  # of a writer: its name, where it waits
   'before arrays are written': (ocp.type_handlers.ArrayHandler, 'serialize'),
-  'before a checkpoint is complete': (epath.Path, 'rename'),
+  'before a checkpoint is complete': (type(epath.Path()), 'rename'),
 }
 
 
@@ -269,7 +269,7 @@ def interrupt_results(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, 
     'export': (
       lambda output: export.export(str(workdir), 'safetensors', str(output)) and 0,
       'model.safetensors',
-      (epath.Path, 'rename'),
+      (type(epath.Path()), 'rename'),
     ),
   }
   found = {}
