@@ -110,7 +110,7 @@ def _replacement(piece: bytes, draw: random.Random) -> bytes:
     case 2:
       return b''
     case 3:
-      return piece * draw.choice((2, 3, 50))
+      return piece * (draw.choice((2, 3, 50)) if len(piece) < 1024 else 2)  # eight times over at most
     case 4:
       return draw.choice(_TOKENS)
     case _:
