@@ -93,7 +93,7 @@ def init_state(
   model: ImageTextModel, tx: optax.GradientTransformation, texts: tuple[int, int], mesh: jax.sharding.Mesh
 ) -> train_state.TrainState:
   """A random state, drawn on a CPU: compiling that for a GPU takes a minute."""
-  plain = model.clone(vision=model.vision.clone(attention='xla'))
+  plain = model.with_attention('xla')
   cpu = sharding.make_mesh(devices=jax.devices('cpu')[:1])
   state = train_state.init_state(plain, tx, 0, texts, cpu)
   return jax.device_put(state, sharding.state_shardings(state, mesh))
@@ -120,8 +120,8 @@ def with_attention(
 ) -> tuple[ImageTextModel, dict[str, str]]:
   """The model with the attention that is fastest here, and the choice for a report."""
   choice = choose_attention(model.vision, batch, mesh, train=train)
-  model = model.clone(vision=model.vision.clone(attention=choice.implementation))
-  return model, {'attention': choice.implementation, 'attention_reason': choice.reason}
+  model = model.with_attention(choice.implementation)
+  return model, {'attention': str(choice.implementation), 'attention_reason': choice.reason}
 
 
 def model_flops(work: str, batch: int, size: int) -> float:

@@ -83,12 +83,9 @@ def _device_seconds(cost: Cost, chip: Chip, devices: float) -> float:
 
 
 def _kernel_seconds(kernels: Kernels, chip: Chip, devices: float) -> float:
-  """Expected time of custom kernels: of the matrix unit, the vector unit or memory, whichever takes longest."""
-  return max(
-    devices * kernels.flops / chip.peak_flops,
-    kernels.transcendentals / (_VECTOR * chip.clock_hz),
-    devices * kernels.bytes / chip.hbm_bandwidth,
-  )
+  """Expected time of custom kernels: the matrix unit and the vector unit take turns, memory is read meanwhile."""
+  units = devices * kernels.flops / chip.peak_flops + kernels.transcendentals / (_VECTOR * chip.clock_hz)
+  return max(units, devices * kernels.bytes / chip.hbm_bandwidth)
 
 
 def _parts(by_name: Mapping[str, Cost], chip: Chip, devices: float) -> dict[str, dict[str, float]]:

@@ -16,6 +16,7 @@ from groupvit_jax.aot.program import read_traffic, Traffic
 from groupvit_jax.data.tokenizer import build_tokenizer
 from groupvit_jax.model.build import build_model
 from groupvit_jax.running import sharding
+from groupvit_jax.running.attention_choice import choose_attention
 from groupvit_jax.train import optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train.run import jit_step, Run
@@ -83,6 +84,8 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
     remat=config.remat,
     scan_layers=config.scan_layers,
   )
+  choice = choose_attention(model.vision, config.batch_size // config.grad_accum_steps, mesh, train=True)
+  model = model.with_attention(choice.implementation)
   tx = optim.build_optimizer(config.optim, schedule)
   run = Run(config, mesh, model, tx, schedule)
   state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)

@@ -9,10 +9,62 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-Implementation = Literal['xla', 'xla_in_parts', 'cudnn']
+from groupvit_jax.model.tpu_attention import TpuAttention
+
+Implementation = Literal['xla', 'xla_in_parts', 'cudnn'] | TpuAttention
 
 # More parts take longer to compile; this many keep as many cores busy.
 _MOST_PARTS = 8
+
+
+def self_attend(
+  qkv: jax.Array,
+  bias: jax.Array,
+  num_heads: int,
+  texts: jax.Array | None = None,
+  implementation: Implementation = 'xla',
+) -> jax.Array:
+  """Multi-head attention of tokens among each other, with a float32 softmax.
+
+  Args:
+    qkv: [B, N, 3 D], query, key and value; where devices divide heads for TPUs, the three of each device together.
+    bias: [3 D], to be added to `qkv`.
+    num_heads: h.
+    texts: [B, N] or [1, N], the text that each token is of: it sees those before it in that text. None: all see all.
+    implementation: as for `attend`; the TPU kernel's stands aside where its arrays do not fit.
+
+  Returns:
+    Attended values [B, N, D].
+  """
+  batch, tokens, width = qkv.shape
+  mask, shards = None if texts is None else causal_mask(texts)[:, None], 1
+  if isinstance(implementation, TpuAttention):
+    if implementation.fits(qkv, num_heads):
+      return implementation.attend(qkv, bias, num_heads, texts)
+    seen = jnp.arange(tokens)[None, None, None] < tokens - implementation.padding
+    mask = seen if mask is None else mask & seen
+    shards, implementation = implementation.shards(num_heads), 'xla'
+  by_shard = (qkv + bias[None, None]).reshape(batch, tokens, shards, 3, num_heads // shards, width // 3 // num_heads)
+  fused = by_shard.swapaxes(2, 3).reshape(batch, tokens, 3, num_heads, -1)
+  return attend(*unfuse(fused), mask, implementation).reshape(batch, tokens, width // 3)
+
+
+def causal_mask(texts: jax.Array) -> jax.Array:
+  """Which tokens a token sees, [B, N, N], of the text [B, N] that each is of."""
+  tokens = texts.shape[1]
+  return (texts[:, :, None] == texts[:, None]) & jnp.tril(jnp.ones((1, tokens, tokens), bool))
+
+
+@jax.custom_vjp
+def unfuse(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Query, key and value [B, N, h, k] of a fused projection [B, N, 3, h, k].
+
+  Their gradients are stacked; indexing would pad each with zeros and add them up.
+  """
+  return tuple(qkv[..., i, :, :] for i in range(3))
+
+
+unfuse.defvjp(lambda qkv: (unfuse(qkv), None), lambda _, grads: (jnp.stack(grads, axis=-3),))
 
 
 def attend(
@@ -20,7 +72,7 @@ def attend(
   key: jax.Array,
   value: jax.Array,
   mask: jax.Array | None = None,
-  implementation: Implementation = 'xla',
+  implementation: Literal['xla', 'xla_in_parts', 'cudnn'] = 'xla',
 ) -> jax.Array:
   """Multi-head attention with a float32 softmax.
 

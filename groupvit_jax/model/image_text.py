@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from groupvit_jax.errors import UserError
+from groupvit_jax.model.attention import Implementation
 from groupvit_jax.model.layers import project, sample_keys
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.model.text import TextTower
 from groupvit_jax.model.text_packing import one_a_row, TextRows
+from groupvit_jax.model.tpu_attention import TpuAttention
 from groupvit_jax.model.vision import VisionOutput, VisionTower
 
 
@@ -104,6 +106,11 @@ class ImageTextModel(nn.Module):
     keys = None if key is None else sample_keys(key, len(images))
     vision = self.vision(images, keys=keys)
     return ImageTextOutput(*self.project(vision.pooled, self._text_features(tokens), train=train), vision.assignments)
+
+  def with_attention(self, implementation: Implementation) -> 'ImageTextModel':
+    """The same model with another implementation of attention in the image tower, on TPUs in both."""
+    in_text = implementation if isinstance(implementation, TpuAttention) else 'xla'
+    return self.clone(vision=self.vision.clone(attention=implementation), text=self.text.clone(attention=in_text))
 
   def vision_features(self, images: jax.Array, *, keys: jax.Array | None = None) -> VisionOutput:
     """Output of the image tower for images [B, H, W, 3]; `keys` [B] from `sample_keys`, None for no noise."""

@@ -11,7 +11,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from groupvit_jax.model.attention import attend, Implementation
+from groupvit_jax.model import tpu_attention
+from groupvit_jax.model.attention import attend, Implementation, self_attend
+from groupvit_jax.model.tpu_attention import TpuAttention
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 Activation = Callable[[jax.Array], jax.Array]
@@ -80,29 +82,27 @@ def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 def _normalize_forward(x, scale, bias):
-  wide = x.astype(jnp.float32)
-  mean = wide.mean(axis=-1, keepdims=True)
-  rate = lax.rsqrt(jnp.square(wide - mean).mean(axis=-1, keepdims=True) + LAYER_NORM_EPS)
-  along = (1,) * (x.ndim - 1) + (-1,)
-  return (wide - mean) * rate * scale.reshape(along) + bias.reshape(along), (x, mean, rate, scale)
+  rows = _rows(x).astype(jnp.float32)
+  mean = rows.mean(axis=1, keepdims=True)
+  rate = lax.rsqrt(jnp.square(rows - mean).mean(axis=1, keepdims=True) + LAYER_NORM_EPS)
+  return ((rows - mean) * rate * scale[None] + bias[None]).reshape(x.shape), (x, mean, rate, scale)
 
 
 def _normalize_backward(saved, grad):
   x, mean, rate, scale = saved
-  normal = (x.astype(jnp.float32) - mean) * rate
+  grad = _rows(grad)
+  normal = (_rows(x).astype(jnp.float32) - mean) * rate
   # Means over features of grad * scale and of grad * scale * normal.
-  straight = _add_up(grad, scale)[..., None] / x.shape[-1]
-  sideways = _add_up(grad * normal, scale)[..., None] / x.shape[-1]
-  along = (1,) * (x.ndim - 1) + (-1,)
-  grad_x = rate * (grad * scale.reshape(along) - straight - normal * sideways)
-  rows = tuple(range(x.ndim - 1))
-  return grad_x.astype(x.dtype), (grad * normal).sum(axis=rows), grad.sum(axis=rows)
+  straight = _add_up(grad, scale)[:, None] / x.shape[-1]
+  sideways = _add_up(grad * normal, scale)[:, None] / x.shape[-1]
+  grad_x = rate * (grad * scale[None] - straight - normal * sideways)
+  return grad_x.astype(x.dtype).reshape(x.shape), (grad * normal).sum(axis=0), grad.sum(axis=0)
 
 
 def _add_up(x: jax.Array, scale: jax.Array) -> jax.Array:
-  """Sums [...] over features of x * scale. Elsewhere than on CPUs a product would round, and not be fused."""
-  product = lambda x, scale: jnp.einsum('...d,d->...', x, scale, precision='highest')
-  plain = lambda x, scale: (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).sum(axis=-1)
+  """Sums [rows] over features of x * scale. Elsewhere than on CPUs a product would round, and not be fused."""
+  product = lambda x, scale: jnp.einsum('rd,d->r', x, scale, precision='highest')
+  plain = lambda x, scale: (x * scale[None]).sum(axis=1)
   return lax.platform_dependent(x, scale, cpu=product, default=plain)
 
 
@@ -110,45 +110,42 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def project(
-  x: jax.Array, kernel: jax.Array, dimension_numbers: lax.DotDimensionNumbers, precision: lax.PrecisionLike = None
+  x: jax.Array,
+  kernel: jax.Array,
+  dimension_numbers: lax.DotDimensionNumbers | None = None,
+  precision: lax.PrecisionLike = None,
 ) -> jax.Array:
-  """A `dot_general` for Flax's dense layers: x [..., *K] and kernel [*K, *F] -> [..., *F].
+  """A `dot_general` for dense layers: x [..., K] and kernel [K, F] -> [..., F].
 
   Its gradients are matmuls of two-dimensional arrays, in layouts that suit CPUs.
   """
-  return _project(x, kernel, len(dimension_numbers[0][0]), precision)
+  del dimension_numbers  # those of Flax's dense layers
+  return _project(x, kernel, precision)
 
 
-def _multiply(x: jax.Array, kernel: jax.Array, axes: int, precision: lax.PrecisionLike) -> jax.Array:
-  kept = x.shape[: x.ndim - axes]
-  contracted = tuple(range(1, 1 + axes)), tuple(range(axes))
-  out = lax.dot_general(_rows(x, axes), kernel, (contracted, ((), ())), precision)
-  return out.reshape(*kept, *kernel.shape[axes:])
+def _multiply(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+  return lax.dot(_rows(x), kernel, precision=precision).reshape(*x.shape[:-1], -1)
 
 
-def _rows(x: jax.Array, axes: int) -> jax.Array:
-  """All but the last axes as one."""
-  return x.reshape(math.prod(x.shape[: x.ndim - axes]), *x.shape[x.ndim - axes :])
+def _rows(x: jax.Array) -> jax.Array:
+  """All but the last axis as one."""
+  return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-_project = jax.custom_vjp(_multiply, nondiff_argnums=(2, 3))
+_project = jax.custom_vjp(_multiply, nondiff_argnums=(2,))
 
 
-def _project_forward(x, kernel, axes, precision):
-  return _multiply(x, kernel, axes, precision), (x, kernel)
+def _project_forward(x, kernel, precision):
+  return _multiply(x, kernel, precision), (x, kernel)  # a matmul in sight of checkpoint policies
 
 
-def _project_backward(axes, precision, saved, grad):
+def _project_backward(precision, saved, grad):
   x, kernel = saved
   # Two matmuls read the gradient. On CPUs each would recompute, with strides, what produces it.
-  grad = lax.platform_dependent(grad, cpu=lax.optimization_barrier, default=lambda grad: grad)
-  grad = _rows(grad, kernel.ndim - axes)
-  # With the axes that x and the kernel share flattened to one, neither is transposed first.
-  flat = kernel.reshape(-1, *kernel.shape[axes:])
-  features = tuple(range(1, grad.ndim))
-  grad_x = lax.dot_general(grad, flat, ((features, features), ((), ())), precision)
-  grad_kernel = lax.dot_general(x.reshape(len(grad), -1), grad, (((0,), (0,)), ((), ())), precision)
-  return grad_x.reshape(x.shape), grad_kernel.reshape(kernel.shape)
+  grad = _rows(lax.platform_dependent(grad, cpu=lax.optimization_barrier, default=lambda grad: grad))
+  grad_x = lax.dot_general(grad, kernel, (((1,), (1,)), ((), ())), precision)
+  grad_kernel = lax.dot_general(_rows(x), grad, (((0,), (0,)), ((), ())), precision)
+  return grad_x.reshape(x.shape), grad_kernel
 
 
 _project.defvjp(_project_forward, _project_backward)
@@ -198,7 +195,9 @@ def rematerialized(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
   """The module class with activations recomputed as `remat` says; parameters are the same."""
   if remat == 'none':
     return module
-  dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  policies = jax.checkpoint_policies
+  names = policies.save_only_these_names(*tpu_attention.SAVED)
+  dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, names)
   return nn.remat(module, policy=dots if remat == 'dots' else None)
 
 
@@ -215,9 +214,8 @@ class Mlp(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     dense = functools.partial(nn.Dense, dot_general=project, dtype=self.dtype)
-    x = dense(self.hidden, kernel_init=self.kernel_in, name='fc1')(x)
-    x = self.activation(x)
-    return dense(self.out, kernel_init=self.kernel_out, name='fc2')(x)
+    hidden = self.activation(dense(self.hidden, kernel_init=self.kernel_in, name='fc1')(_rows(x)))
+    return dense(self.out, kernel_init=self.kernel_out, name='fc2')(hidden).reshape(*x.shape[:-1], self.out)
 
 
 class TokenMixer(nn.Module):
@@ -234,16 +232,28 @@ class TokenMixer(nn.Module):
     return mlp(x.swapaxes(-1, -2)).swapaxes(-1, -2)
 
 
-@jax.custom_vjp
-def unfuse(qkv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Query, key and value [B, N, h, k] of a fused projection [B, N, 3, h, k].
+class HeadsDense(nn.Module):
+  """A dense layer [..., K] -> [..., F] whose parameters name heads, computed as one matmul of matrices."""
 
-  Their gradients are stacked; indexing would pad each with zeros and add them up.
-  """
-  return tuple(qkv[..., i, :, :] for i in range(3))
+  inputs: tuple[int, ...]  # of the kernel, K together
+  features: tuple[int, ...]  # F together
+  kernel_init: Initializer
+  dtype: jnp.dtype = jnp.float32
+  arrange: Callable[[jax.Array], jax.Array] = lambda x: x  # reorders features of a parameter [..., *features]
 
+  def __call__(self, x: jax.Array) -> jax.Array:
+    product, bias = self.parts(x)
+    return product + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
-unfuse.defvjp(lambda qkv: (unfuse(qkv), None), lambda _, grads: (jnp.stack(grads, axis=-3),))
+  @nn.compact
+  def parts(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What is [..., F] before the bias [F] is added, and the bias."""
+    flat = math.prod(self.inputs), math.prod(self.features)
+    init = lambda key, shape, dtype: self.kernel_init(key, flat, dtype).reshape(shape)
+    kernel = self.param('kernel', init, (*self.inputs, *self.features), jnp.float32)
+    bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
+    kernel, bias = self.arrange(kernel).reshape(flat), self.arrange(bias).reshape(-1)
+    return project(x.astype(self.dtype), kernel.astype(self.dtype)), bias.astype(self.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -256,19 +266,22 @@ class SelfAttention(nn.Module):
   attention: Implementation = 'xla'
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+  def __call__(self, x: jax.Array, texts: jax.Array | None = None) -> jax.Array:
     width = x.shape[-1]
-    qkv = nn.DenseGeneral(
-      (3, self.num_heads, width // self.num_heads),
-      kernel_init=self.kernel_in,
-      dtype=self.dtype,
-      dot_general=project,
-      name='qkv',
-    )(x)
-    out = attend(*unfuse(qkv), mask, self.attention)
-    return nn.DenseGeneral(
-      width, axis=(-2, -1), kernel_init=self.kernel_out, dtype=self.dtype, dot_general=project, name='out'
-    )(out)
+    heads = self.num_heads, width // self.num_heads
+    dense = HeadsDense((width,), (3, *heads), self.kernel_in, self.dtype, self._by_shard, name='qkv')
+    out = self_attend(*dense.parts(x), self.num_heads, texts, self.attention)
+    return HeadsDense(heads, (width,), self.kernel_out, self.dtype, name='out')(out)
+
+  def _by_shard(self, param: jax.Array) -> jax.Array:
+    """[..., 3, h, k] with query, key and value of each device's heads together, where devices divide heads."""
+    if not isinstance(self.attention, TpuAttention):
+      return param
+    *rest, three, heads, size = param.shape
+    shards = self.attention.shards(heads)
+    param = param.reshape(*rest, three, shards, heads // shards, size).swapaxes(-4, -3)
+    # Its gradient is a matmul's result as it stands: compilers would rather transpose an operand, which is far larger.
+    return lax.optimization_barrier(param.reshape(*rest, -1))
 
 
 class CrossAttention(nn.Module):
@@ -281,12 +294,13 @@ class CrossAttention(nn.Module):
   @nn.compact
   def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
     width = queries.shape[-1]
-    dense = functools.partial(nn.DenseGeneral, kernel_init=self.kernel, dtype=self.dtype, dot_general=project)
-    heads = (self.num_heads, width // self.num_heads)
-    out = attend(
-      dense(heads, name='query')(queries), dense(heads, name='key')(tokens), dense(heads, name='value')(tokens)
-    )
-    return dense(width, axis=(-2, -1), name='out')(out)
+    heads = self.num_heads, width // self.num_heads
+
+    def project_heads(name: str, x: jax.Array) -> jax.Array:
+      return HeadsDense((width,), heads, self.kernel, self.dtype, name=name)(x).reshape(*x.shape[:-1], *heads)
+
+    out = attend(project_heads('query', queries), project_heads('key', tokens), project_heads('value', tokens))
+    return HeadsDense(heads, (width,), self.kernel, self.dtype, name='out')(out.reshape(queries.shape))
 
 
 class Block(nn.Module):
@@ -305,7 +319,7 @@ class Block(nn.Module):
     self,
     x: jax.Array,
     *,
-    mask: jax.Array | None = None,
+    texts: jax.Array | None = None,
     keys: jax.Array | None = None,
     drop_rate: jax.Array | None = None,
   ) -> jax.Array:
@@ -313,7 +327,7 @@ class Block(nn.Module):
 
     Args:
       x: tokens [B, N, D].
-      mask: what each token may attend to, broadcasting to [B, h, N, N].
+      texts: [B, N] or [1, N], the text that each token is of: it sees those before it in that text. None: all see all.
       keys: [B], source of stochastic depth; None keeps every branch.
       drop_rate: [], instead of the module's.
 
@@ -323,7 +337,7 @@ class Block(nn.Module):
     width, init = x.shape[-1], self.init
     rate = self.drop_rate if drop_rate is None else drop_rate
     attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, self.attention, name='attn')
-    x = x + drop_path(attn(LayerNorm(name='norm1')(x), mask), rate, fold_keys(keys, 0))
+    x = x + drop_path(attn(LayerNorm(name='norm1')(x), texts), rate, fold_keys(keys, 0))
     mlp = Mlp(int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
     return x + drop_path(mlp(LayerNorm(name='norm2')(x)), rate, fold_keys(keys, 1))
 
@@ -333,7 +347,7 @@ def scan_blocks(
   params: Sequence[dict],
   x: jax.Array,
   *,
-  mask: jax.Array | None = None,
+  texts: jax.Array | None = None,
   keys: jax.Array | None = None,
   drop_rates: Sequence[float] | None = None,
 ) -> jax.Array:
@@ -343,7 +357,7 @@ def scan_blocks(
     block: a `Block` that has no parent.
     params: of each block.
     x: tokens [B, N, D].
-    mask: as a block takes it.
+    texts: as a block takes them.
     keys: [B], of all the blocks; each folds in its number.
     drop_rates: of each block; None for none.
 
@@ -356,6 +370,6 @@ def scan_blocks(
   def step(x, inputs):
     params, rate, i = inputs
     rate = None if drop_rates is None else rate
-    return block.apply({'params': params}, x, mask=mask, keys=fold_keys(keys, i), drop_rate=rate), None
+    return block.apply({'params': params}, x, texts=texts, keys=fold_keys(keys, i), drop_rate=rate), None
 
   return lax.scan(step, x, (stacked, rates, jnp.arange(len(params))))[0]

@@ -6,6 +6,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from groupvit_jax.model.attention import Implementation
 from groupvit_jax.model.layers import Block, BlockInit, LayerNorm, quick_gelu, Remat, rematerialized, scan_blocks
 from groupvit_jax.model.text_packing import TextRows
 
@@ -30,6 +31,7 @@ class TextTower(nn.Module):
   remat: Remat = 'none'
   scan_layers: bool = False  # loop over the blocks: the compiler sees one; the same parameters
   dtype: jnp.dtype = jnp.float32
+  attention: Implementation = 'xla'  # of the blocks
 
   @nn.compact
   def __call__(self, rows: TextRows) -> jax.Array:
@@ -45,7 +47,7 @@ class TextTower(nn.Module):
     positions = self.param('positions', nn.initializers.normal(0.01), (self.context_length, self.width), jnp.float32)
     groups, _, length = rows.tokens.shape
     x = (embedding[rows.tokens] + positions[rows.positions]).astype(self.dtype).reshape(-1, length, self.width)
-    mask = rows.mask.reshape(-1, 1, length, length)
+    texts = rows.texts.reshape(-1, length)
     make_block = functools.partial(
       rematerialized(Block, self.remat),
       self.num_heads,
@@ -53,12 +55,13 @@ class TextTower(nn.Module):
       clip_block_init(self.width, self.depth),
       quick_gelu,
       dtype=self.dtype,
+      attention=self.attention,
     )
     names = [f'block{j}' for j in range(self.depth)]
     if self.scan_layers and len(names) > 1 and not self.is_initializing():
-      x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, mask=mask)
+      x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, texts=texts)
     else:
       for name in names:
-        x = make_block(name=name)(x, mask=mask)
+        x = make_block(name=name)(x, texts=texts)
     at_eos = jnp.take_along_axis(x.reshape(groups, -1, self.width), rows.ends[..., None], axis=1)
     return LayerNorm(name='norm')(at_eos.reshape(-1, self.width))

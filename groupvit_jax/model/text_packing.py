@@ -27,7 +27,7 @@ class TextRows(NamedTuple):
 
   tokens: jax.Array  # [P, R, W], ids
   positions: jax.Array  # [P, R, W], within a token's own text
-  mask: jax.Array  # [P, R, W, W], bool: which tokens of its row a token sees; [1, 1, W, W] where all rows are alike
+  texts: jax.Array  # [P, R, W], which text a token is of; [1, 1, W] where all rows are alike
   ends: jax.Array  # [P, n], index among the R * W tokens of a group
 
 
@@ -59,7 +59,7 @@ def one_a_row(tokens: jax.Array, eos_id: int) -> TextRows:
   return TextRows(
     tokens[:, None],
     jnp.arange(length)[None, None],
-    jnp.tril(jnp.ones((length, length), bool))[None, None],
+    jnp.zeros((1, 1, length), jnp.int32),
     eos_positions(tokens, eos_id)[:, None],
   )
 
@@ -121,11 +121,9 @@ def take_rows(packing: Packing, first_row: jax.Array | int, num_rows: int) -> tu
   # What fills the end of a row forms a text of its own: every token sees at least itself.
   text = jnp.where(filled, text, -1)
   in_rows = lambda x: x.reshape(-1, num_rows, width)
-  text = in_rows(text)
-  mask = (text[..., :, None] == text[..., None, :]) & jnp.tril(jnp.ones((width, width), bool))[None, None]
   ends = packing.starts + packing.lengths - 1 - first
   here = (ends >= 0) & (ends < len(slots))
-  return TextRows(in_rows(tokens), in_rows(positions), mask, jnp.where(here, ends, 0)), here
+  return TextRows(in_rows(tokens), in_rows(positions), in_rows(text), jnp.where(here, ends, 0)), here
 
 
 Encode = Callable[[object, TextRows], jax.Array]

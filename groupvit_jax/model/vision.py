@@ -26,6 +26,7 @@ from groupvit_jax.model.layers import (
   scan_blocks,
   TokenMixer,
 )
+from groupvit_jax.model.tpu_attention import TpuAttention
 
 
 class VisionOutput(NamedTuple):
@@ -90,7 +91,7 @@ class PatchEmbed(nn.Module):
     patches = pixels.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
     patches = patches.reshape(batch, rows, columns, size * size * channels)
     kernel = kernel.reshape(-1, self.width).astype(self.dtype)
-    out = project(patches, kernel, (((3,), (0,)), ((), ())))
+    out = project(patches, kernel)
     return out + bias.reshape(1, 1, 1, -1).astype(self.dtype)
 
 
@@ -183,16 +184,20 @@ class VisionTower(nn.Module):
     self, i: int, x: jax.Array, groups: jax.Array | None, rates: list[float], keys: jax.Array | None
   ) -> tuple[jax.Array, jax.Array | None]:
     """Runs stage i's blocks over tokens and group tokens together; returns both, apart again."""
-    num_tokens = x.shape[1]
+    num_tokens, num_groups, attention = x.shape[1], 0, self.attention
     if groups is not None:
+      num_groups = groups.shape[1]
       x = jnp.concatenate([x, groups], axis=1)
+    if isinstance(attention, TpuAttention):
+      attention = attention.padded(x.shape[1])
+      x = jnp.pad(x, ((0, 0), (0, attention.padding), (0, 0)))
     make_block = functools.partial(
       rematerialized(Block, self.remat),
       self.num_heads,
       self.mlp_ratio,
       BlockInit.uniform(self.init.kernel),
       dtype=self.dtype,
-      attention=self.attention,
+      attention=attention,
     )
     names = [f'stage{i}_block{j}' for j in range(len(rates))]
     if self.scan_layers and len(names) > 1 and not self.is_initializing():
@@ -202,7 +207,7 @@ class VisionTower(nn.Module):
     else:
       for j, (name, rate) in enumerate(zip(names, rates)):
         x = make_block(drop_rate=float(rate), name=name)(x, keys=fold_keys(keys, j))
-    return x[:, :num_tokens], None if groups is None else x[:, num_tokens:]
+    return x[:, :num_tokens], None if groups is None else x[:, num_tokens : num_tokens + num_groups]
 
   def _grouping(self, i: int, num_segments: int) -> GroupingBlock:
     return rematerialized(GroupingBlock, self.remat)(

@@ -105,7 +105,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {samples} samples, {config.model.dtype}',
     lambda: choose_attention(model.vision, samples, mesh, train=True),
   )
-  model = model.clone(vision=model.vision.clone(attention=attention.implementation))
+  model = model.with_attention(attention.implementation)
   return Run(config, mesh, model, tx, schedule, source, tokenizer, tuple(changed), benchmarks, attention, weights)
 
 

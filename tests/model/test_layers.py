@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from groupvit_jax.model import assignment
-from groupvit_jax.model.attention import attend
-from groupvit_jax.model.layers import exact_gelu, LayerNorm, project, quick_gelu, unfuse
+from groupvit_jax.model.attention import attend, unfuse
+from groupvit_jax.model.layers import exact_gelu, HeadsDense, LayerNorm, quick_gelu
 from groupvit_jax.model.vision import PatchEmbed
 
 
@@ -69,13 +69,15 @@ def test_layer_norm_is_flaxs(dtype):
   assert_same(apply(LayerNorm()), apply(flax_norm), x, params, tolerance=1e-5 if dtype == jnp.float32 else 1e-2)
 
 
-@pytest.mark.parametrize('axis, features', [(-1, (3, 2, 4)), ((-2, -1), (5,)), (-1, 5)])
-def test_projections_are_flaxs(axis, features):
-  x = normal(0, 2, 3, 6, 4)
-  module = functools.partial(nn.DenseGeneral, features, axis=axis)
-  params = module().init(jax.random.key(1), x)
-  apply = lambda module: lambda x, params: module.apply(params, x)
-  assert_same(apply(module(dot_general=project)), apply(module()), x, params)
+@pytest.mark.parametrize('inputs, features', [((8,), (3, 2, 4)), ((2, 4), (5,)), ((8,), (5,))])
+def test_projections_are_flaxs(inputs, features):
+  x, kernel_init = normal(0, 2, 3, 8), nn.initializers.lecun_normal()
+  theirs = nn.DenseGeneral(features, axis=range(-len(inputs), 0), kernel_init=kernel_init)
+  params = theirs.init(jax.random.key(1), x.reshape(2, 3, *inputs))
+  ours = HeadsDense(inputs, features, kernel_init)
+  jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), params)  # runs start the same
+  plain = lambda x, params: theirs.apply(params, x.reshape(2, 3, *inputs)).reshape(2, 3, -1)
+  assert_same(lambda x, params: ours.apply(params, x), plain, x, params)
 
 
 @pytest.mark.parametrize(

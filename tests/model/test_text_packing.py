@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import caption_lengths
 from groupvit_jax.model import text_packing
+from groupvit_jax.model.attention import causal_mask
 from tests.tiny import tiny_model
 from tests.weights import random_variables
 
@@ -31,10 +32,11 @@ def test_three_texts_in_two_rows():
   assert rows.positions.tolist() == [[[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]]
   assert rows.ends.tolist() == [[2, 4, 6]] and here.all()
   np.testing.assert_array_equal(
-    rows.mask[0, 0].astype(int), [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
-  )
-  np.testing.assert_array_equal(
-    rows.mask[0, 1].astype(int), [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
+    causal_mask(rows.texts[0]),
+    [
+      [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]],
+      [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]],
+    ],
   )
   assert text_packing.take_rows(packing, 1, 1)[1].tolist() == [[False, False, True]]
 

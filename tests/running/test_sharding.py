@@ -12,8 +12,10 @@ import pytest
 
 from configs import groupvit_vitb16_gcc_yfcc, groupvit_vitl16_gcc_yfcc
 from groupvit_jax.data import pipeline
+from groupvit_jax.model.attention import Implementation
 from groupvit_jax.model.build import build_model
 from groupvit_jax.model.pixels import RandomErasing
+from groupvit_jax.model.tpu_attention import TpuAttention
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
 from groupvit_jax.train import state as train_state
@@ -38,8 +40,8 @@ def random_batch(size: int) -> dict[str, np.ndarray]:
   }  # EOS, and CLIP's padding
 
 
-def loss_and_grads_on(mesh: jax.sharding.Mesh):
-  model = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0)))
+def loss_and_grads_on(mesh: jax.sharding.Mesh, attention: Implementation = 'xla'):
+  model = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))).with_attention(attention)
   zero = jnp.int32(0)
   state = train_state.TrainState(
     zero, **random_variables(model), opt_state=(), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero
@@ -71,19 +73,23 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-  'shape',
+  'shape, kernel',
   [
-    pytest.param(shape, marks=() if shape == (2, 2, 2) else pytest.mark.long)
+    pytest.param(
+      shape, kernel, marks=() if (shape, kernel) in (((2, 2, 2), False), ((2, 2, 2), True)) else pytest.mark.long
+    )
     for shape in itertools.product((1, 2, 4, 8), repeat=3)
+    for kernel in (False, True)
     if np.prod(shape) == 8
   ],
   ids=str,
 )
-def test_one_and_eight_devices_agree(shape):
-  """Loss, gradients and BatchNorm statistics, noise included, are those of one device."""
+def test_one_and_eight_devices_agree(shape, kernel):
+  """Loss, gradients and BatchNorm statistics, noise included, are those of one device; with the TPU kernel as well."""
   axes = dict(zip(sharding.AXES, shape))
+  mesh = sharding.make_mesh(**axes)
   with jax.default_matmul_precision('highest'):
-    one, many = one_device(), loss_and_grads_on(sharding.make_mesh(**axes))
+    one, many = one_device(), loss_and_grads_on(mesh, TpuAttention(mesh, interpret=True) if kernel else 'xla')
   for a, b in zip(one, many, strict=True):
     assert_agree(a, b, 3e-5, axes)
 
