@@ -18,6 +18,7 @@ TINY = (
   '--config.batch_size=8',
   '--config.optim.warmup_steps=1',
   '--config.eval.every_steps=0',
+  '--config.eval.panel_steps=()',
   '--config.data.scenes.num_heldout=8',
   '--config.tokenizer.num_captions=500',
 )

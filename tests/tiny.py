@@ -36,7 +36,7 @@ def tiny_config() -> ml_collections.ConfigDict:
   """The quickstart, shrunk until a run takes seconds: 32-px scenes, width 16, 6 steps of 8 pictures."""
   config = quickstart.get_config()
   config.total_steps, config.batch_size, config.log_every = 6, 8, 1
-  config.checkpoint.every_steps, config.eval.every_steps = 2, 3
+  config.checkpoint.every_steps, config.eval.every_steps, config.eval.panel_steps = 2, 3, ()
   config.data.num_prompts = 1
   config.multi_label_loss, config.data.prompt_templates, config.data.skipped_words = 'pooled', 'full', ()
   config.text_budget = 20
