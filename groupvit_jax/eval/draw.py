@@ -39,25 +39,68 @@ class Row(NamedTuple):
   groups: tuple[np.ndarray, ...]  # per grouping stage [H, W]; the final segments come last
 
 
+# Of classes that people expect in a colour, RGB.
+_EXPECTED = {
+  'grass': (92, 168, 58),
+  'tree': (28, 98, 48),
+  'sky': (140, 200, 245),
+  'water': (30, 100, 190),
+  'sea': (20, 80, 150),
+  'sand': (228, 196, 124),
+  'snow': (220, 230, 242),
+  'brick': (168, 76, 60),
+  'road': (112, 112, 120),
+}
+# How green- and red-blind eyes see linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+_COLOUR_BLIND = np.float32(
+  [
+    [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+  ]
+)
+
+
+def class_palette(names: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
+  """Colours (RGB) of classes: for grass, sky and the like those that people expect, for others far ones."""
+  expected = {name: _EXPECTED[name.lower()] for name in names if name.lower() in _EXPECTED}
+  others = iter(spread_palette(len(names) - len(expected), tuple(expected.values())))
+  return tuple(expected[name] if name in expected else next(others) for name in names)
+
+
 @functools.cache
-def spread_palette(count: int) -> tuple[tuple[int, int, int], ...]:
+def spread_palette(count: int, taken: tuple[tuple[int, int, int], ...] = ()) -> tuple[tuple[int, int, int], ...]:
   """C colours (RGB, at most 256) as far from each other as they get, the first ones farthest; always the same.
 
-  Farthest-point sampling in CIELAB, away from black, white and grey, so that they show on images
-  and under letters. A longer palette starts like a shorter one.
+  Farthest-point sampling in CIELAB, as normal and as colour-blind eyes see it, away from black, white and grey, so that
+  they show on images and under letters. A longer palette starts like a shorter one.
+
+  Args:
+    count: C.
+    taken: further colours to keep away from.
   """
   levels = np.linspace(0, 255, 16).round().astype(np.uint8)
-  rgb = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), axis=-1).reshape(1, -1, 3)
-  lab = cv2.cvtColor(rgb.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
-  chroma = np.hypot(lab[:, 1], lab[:, 2])
-  keep = (lab[:, 0] > 35) & (lab[:, 0] < 90) & (chroma > 25)
-  rgb, lab = rgb[0][keep], lab[keep]
-  chosen = [int(np.abs(rgb.astype(int) - (0, 119, 221)).sum(axis=1).argmin())]
-  distance = np.full(len(lab), np.inf)
+  rgb = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), axis=-1).reshape(-1, 3)
+  lab = perceived(rgb)
+  chroma = np.hypot(lab[0, :, 1], lab[0, :, 2])
+  keep = (lab[0, :, 0] > 35) & (lab[0, :, 0] < 90) & (chroma > 25)
+  rgb, lab = rgb[keep], lab[:, keep]
+  distance = np.full(len(rgb), np.inf)
+  chosen = [] if taken else [int(np.abs(rgb.astype(int) - (0, 119, 221)).sum(axis=1).argmin())]
+  away = [*np.moveaxis(perceived(np.uint8(taken).reshape(-1, 3)), 1, 0), *(lab[:, index] for index in chosen)]
   while len(chosen) < count:
-    distance = np.minimum(distance, np.linalg.norm(lab - lab[chosen[-1]], axis=1))
+    for other in away:
+      distance = np.minimum(distance, np.linalg.norm(lab - other[:, None], axis=-1).min(axis=0))
     chosen.append(int(distance.argmax()))
-  return tuple(tuple(map(int, rgb[index])) for index in chosen)
+    away = [lab[:, chosen[-1]]]
+  return tuple(tuple(map(int, rgb[index])) for index in chosen[:count])
+
+
+def perceived(rgb: np.ndarray) -> np.ndarray:
+  """CIELAB [3, n, 3] of colours uint8 [n, 3] to normal, green-blind and red-blind eyes."""
+  scaled = rgb.astype(np.float32) / 255
+  linear = np.where(scaled <= 0.04045, scaled / 12.92, ((scaled + 0.055) / 1.055) ** 2.4)
+  seen = np.clip(np.concatenate([linear[None], np.einsum('eij,nj->eni', _COLOUR_BLIND, linear)]), 0, 1)
+  return cv2.cvtColor(seen.astype(np.float32), cv2.COLOR_LRGB2LAB) if len(rgb) else np.zeros((3, 0, 3), np.float32)
 
 
 def mask_image(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:

@@ -21,7 +21,7 @@ from groupvit_jax.data.sources import build_scenes
 from groupvit_jax.data.tars import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, IGNORE_LABEL, make_benchmark
-from groupvit_jax.eval.draw import spread_palette
+from groupvit_jax.eval.draw import class_palette
 from groupvit_jax.eval.protocols import NATIVE
 
 # Benchmark -> the data set that holds its images and labels; see groupvit_jax/prepare.
@@ -207,7 +207,7 @@ def open_scenes(config: ml_collections.ConfigDict, split: str) -> tuple[Benchmar
   """
   source = build_scenes(config.data.scenes, tuple(config.model.vision.image_size), split).labelled()
   benchmark = make_benchmark('scenes', source.classes)
-  return dataclasses.replace(benchmark, palette=spread_palette(benchmark.num_classes)), source
+  return dataclasses.replace(benchmark, palette=class_palette(benchmark.classes)), source
 
 
 def open_folder(path: epath.PathLike) -> tuple[Benchmark, Source]:

@@ -39,6 +39,16 @@ def test_palette_is_fixed_distinct_and_grows_at_its_end():
   assert len(draw.spread_palette(256)) == 256
 
 
+def test_classes_get_the_colours_people_expect_and_others_that_the_colour_blind_can_tell_apart():
+  names = ('dog', 'Grass', 'panda', 'sky', 'frog', 'water', 'banana')
+  palette = dict(zip(names, draw.class_palette(names), strict=True))
+  assert np.argmax(palette['Grass']) == 1 and np.argmax(palette['sky']) == np.argmax(palette['water']) == 2
+  assert draw.class_palette(('dog', 'panda')) == draw.spread_palette(2)
+  lab = draw.perceived(np.uint8(list(palette.values())))
+  distances = np.linalg.norm(lab[:, :, None] - lab[:, None], axis=-1)
+  assert distances[:, ~np.eye(len(names), dtype=bool)].min() > 15
+
+
 def test_mask_is_indexed_and_keeps_every_label(rng):
   labels = rng.integers(0, 256, (5, 7), np.uint8)
   palette = draw.spread_palette(255)
