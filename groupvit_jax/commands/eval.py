@@ -14,38 +14,6 @@ from groupvit_jax import cli
 from groupvit_jax.eval import protocols
 from groupvit_jax.running import cluster
 
-WORKDIR = flags.DEFINE_string('workdir', None, 'The folder train.py wrote; its newest whole checkpoint is used.')
-OUTPUT = flags.DEFINE_string('output', None, 'Results go here: a new folder, or one of an earlier eval.py.')
-OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Also accept an --output that holds other files.')
-IMAGES = flags.DEFINE_string('images', None, "Images to segment: a path or a pattern, as in '*.png'.")
-CLASSES = flags.DEFINE_string('classes', None, "Class names to look for in --images: 'dog|puppy,banana,grass'.")
-PROTOCOL = flags.DEFINE_string(
-  'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, or native.'
-)
-WEIGHTS = flags.DEFINE_enum(
-  'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'
-)
-CHANGES = {
-  name: flags.DEFINE_string(f'protocol.{name}', None, 'Changes that part of the protocol.')
-  for name in protocols.PARAMETERS
-}
-CLUSTER = cluster.define_flags()
-BENCHMARK = flags.DEFINE_string(
-  'benchmark',
-  None,
-  'voc21, voc20, context60, context59, coco_object, coco_stuff, ade20k, cityscapes, folder, '
-  "imagenet or scenes (the run's own, held out for testing; the default): see docs/evaluation.md.",
-)
-DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the benchmark's data set is; of --benchmark=folder the folder.")
-NUM_PICTURES = flags.DEFINE_integer('num_pictures', 0, 'So many images of the benchmark, spread evenly; 0 for all.')
-THRESHOLDS = flags.DEFINE_string('thresholds', '', 'Background thresholds to count along: 0.05:0.95:0.05 or 0.3,0.5.')
-CHECKPOINT = flags.DEFINE_enum(
-  'checkpoint', 'newest', ['newest', 'best'], 'Which one of --workdir; best is the one that scored best in training.'
-)
-MASKS = flags.DEFINE_bool('masks', False, 'Write every label map of the benchmark as an indexed PNG.')
-REPORT = flags.DEFINE_string('report', None, 'Write an HTML page about the benchmark: out/report.html.')
-flags.mark_flag_as_required('workdir')
-
 
 def main() -> int:
   """Runs the command of the flags; returns the exit code."""
@@ -108,4 +76,35 @@ def _find_mistake() -> str:
 
 
 if __name__ == '__main__':
+  WORKDIR = flags.DEFINE_string('workdir', None, 'The folder train.py wrote; its newest whole checkpoint is used.')
+  OUTPUT = flags.DEFINE_string('output', None, 'Results go here: a new folder, or one of an earlier eval.py.')
+  OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Also accept an --output that holds other files.')
+  IMAGES = flags.DEFINE_string('images', None, "Images to segment: a path or a pattern, as in '*.png'.")
+  CLASSES = flags.DEFINE_string('classes', None, "Class names to look for in --images: 'dog|puppy,banana,grass'.")
+  PROTOCOL = flags.DEFINE_string(
+    'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, or native.'
+  )
+  WEIGHTS = flags.DEFINE_enum(
+    'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'
+  )
+  CHANGES = {
+    name: flags.DEFINE_string(f'protocol.{name}', None, 'Changes that part of the protocol.')
+    for name in protocols.PARAMETERS
+  }
+  CLUSTER = cluster.define_flags()
+  BENCHMARK = flags.DEFINE_string(
+    'benchmark',
+    None,
+    'voc21, voc20, context60, context59, coco_object, coco_stuff, ade20k, cityscapes, folder, '
+    "imagenet or scenes (the run's own, held out for testing; the default): see docs/evaluation.md.",
+  )
+  DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the benchmark's data set is; of --benchmark=folder the folder.")
+  NUM_PICTURES = flags.DEFINE_integer('num_pictures', 0, 'So many images of the benchmark, spread evenly; 0 for all.')
+  THRESHOLDS = flags.DEFINE_string('thresholds', '', 'Background thresholds to count along: 0.05:0.95:0.05 or 0.3,0.5.')
+  CHECKPOINT = flags.DEFINE_enum(
+    'checkpoint', 'newest', ['newest', 'best'], 'Which one of --workdir; best is the one that scored best in training.'
+  )
+  MASKS = flags.DEFINE_bool('masks', False, 'Write every label map of the benchmark as an indexed PNG.')
+  REPORT = flags.DEFINE_string('report', None, 'Write an HTML page about the benchmark: out/report.html.')
+  flags.mark_flag_as_required('workdir')
   cli.run(main)

@@ -6,14 +6,6 @@ from ml_collections import config_flags
 from groupvit_jax import cli
 from groupvit_jax.running import cluster
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
-WORKDIR = flags.DEFINE_string('workdir', None, 'Checkpoints, logs and pictures go here; a run in it is resumed.')
-PROGRAMS = flags.DEFINE_string(
-  'programs', 'WORKDIR/programs', "Compiled programs are kept here, for restarts; '' keeps none."
-)
-CLUSTER = cluster.define_flags()
-flags.mark_flags_as_required(['config', 'workdir'])
-
 
 def main() -> int:
   from groupvit_jax.running import processes
@@ -37,4 +29,11 @@ def start() -> int:
 
 
 if __name__ == '__main__':
+  CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
+  WORKDIR = flags.DEFINE_string('workdir', None, 'Checkpoints, logs and pictures go here; a run in it is resumed.')
+  PROGRAMS = flags.DEFINE_string(
+    'programs', 'WORKDIR/programs', "Compiled programs are kept here, for restarts; '' keeps none."
+  )
+  CLUSTER = cluster.define_flags()
+  flags.mark_flags_as_required(['config', 'workdir'])
   cli.run(main)
