@@ -15,6 +15,8 @@ from PIL import Image
 from configs.quickstart import get_config
 from groupvit_jax.data.scenes.scenes import Scenes
 
+if len(sys.argv) != 2 or pathlib.Path(sys.argv[1]).is_file():
+  sys.exit(f'error: name one folder to write to\n{__doc__}')
 folder = pathlib.Path(sys.argv[1])
 config = get_config()
 options = config.data.scenes

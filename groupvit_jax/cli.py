@@ -74,7 +74,10 @@ def _parse_flags(args: Sequence[str]) -> list[str]:
     args = [_name_config(argument) for argument in args]
     rest = flags.FLAGS(args)
   except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    sys.exit(fail(_unknown_entry(error, args) or str(error)))
+    reason = str(error).strip()
+    if 'Traceback' in reason:  # of a config file, as ml_collections quotes it
+      reason = f'--config: {reason.splitlines()[-1].partition(": ")[2] or reason.splitlines()[-1]}'
+    sys.exit(fail(_unknown_entry(error, args) or reason))
   try:
     if 'config' in flags.FLAGS:
       getattr(flags.FLAGS['config'].value, 'to_dict', None)  # here ml_collections says that it could not read the file

@@ -18,6 +18,7 @@ from groupvit_jax import cli
 from groupvit_jax.errors import UserError
 from groupvit_jax.storage import write_atomic
 from groupvit_jax.train.log import panel_path
+from groupvit_jax.train.workdir import read_config
 
 FORMATS = ('.webp', '.gif')
 
@@ -40,10 +41,12 @@ def animate(workdir: epath.PathLike, output: str, *, name: str, width: int, fram
     A line about what was written.
 
   Raises:
-    UserError: the run has fewer than two panels of that name, or the output has another ending.
+    UserError: there is no run, it has fewer than two panels of that name or a damaged one, or the output has another
+      ending.
   """
   if Path(output).suffix not in FORMATS:
     raise UserError(f'--output={output}: end it in {" or ".join(FORMATS)}')
+  read_config(workdir)
   tag = f'eval/{name}'
   folder = panel_path(workdir, tag, 0).parent
   steps = sorted(int(path.stem) for path in folder.glob('*.png')) if folder.exists() else []
@@ -56,7 +59,11 @@ def animate(workdir: epath.PathLike, output: str, *, name: str, width: int, fram
   for step in steps:
     score = scores.get(step, score)
     title = f'step {step:,}' + (f'   mIoU {100 * score:.0f}' if score is not None else '')
-    frames.append(_frame(Image.open(io.BytesIO(panel_path(workdir, tag, step).read_bytes())), title, width))
+    path = panel_path(workdir, tag, step)
+    try:
+      frames.append(_frame(Image.open(io.BytesIO(path.read_bytes())), title, width))
+    except OSError as error:
+      raise UserError(f'{path} is damaged ({error}); delete it to leave this step out') from error
   height = max(frame.height for frame in frames)  # legends list the classes that occur, and so differ
   frames = [ImageOps.pad(frame, (width, height), color='white', centering=(0, 0)) for frame in frames]
   encoded = io.BytesIO()

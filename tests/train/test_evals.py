@@ -135,6 +135,12 @@ def test_panels_stay_in_the_workdir_and_can_be_animated(run, tmp_path):
   ):
     with pytest.raises(UserError, match=expected):
       animate(workdir, str(tmp_path / file), name=name, **options)
+  with pytest.raises(UserError, match='there is no workdir'):
+    animate(tmp_path / 'nowhere', str(tmp_path / 'film.gif'), name='mine', **options)
+  panel = panels / 'mine' / '00000004.png'
+  panel.write_bytes(panel.read_bytes()[:2000])
+  with pytest.raises(UserError, match=r'00000004\.png is damaged'):
+    animate(workdir, str(tmp_path / 'film.gif'), name='mine', **options)
 
 
 def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
