@@ -10,9 +10,11 @@ from starlette.middleware import Middleware
 
 from groupvit_jax.demo.examples import make_examples
 from groupvit_jax.demo.gate import Gate
-from groupvit_jax.demo.page import build_page
+from groupvit_jax.demo.page import build_page, STYLE
 from groupvit_jax.demo.viewer import Viewer
 from groupvit_jax.errors import UserError
+from groupvit_jax.eval.protocols import Protocol
+from groupvit_jax.interop.licence import read_kept
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
 
@@ -40,16 +42,29 @@ def serve(
   """
   run = open_run.open_run(workdir, checkpoint)
   predictor = Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol)
-  viewer = Viewer(predictor, max_pixels=max_pixels)
-  title = f'`{run.workdir.name}` at step {run.step:,}. Drop or paste a picture, and type what to look for in it.'
+  viewer = Viewer(
+    predictor, num_stages=sum(stage.num_segments > 0 for stage in run.model.vision.stages), max_pixels=max_pixels
+  )
   with tempfile.TemporaryDirectory(prefix='groupvit-demo-') as folder:
     examples, uploads = make_examples(run.config, pathlib.Path(folder)), pathlib.Path(folder).resolve() / 'visitors'
     uploads.mkdir()
     os.environ['GRADIO_TEMP_DIR'] = str(uploads)  # the folder of all files that Gradio keeps
-    page = build_page(viewer, examples, title)
+    page = build_page(viewer, examples, _about(run, predictor.protocol))
     address = launch(page, uploads, host=host, port=port, max_upload_mb=max_upload_mb)
     print(f'the page is at {address}', flush=True)
     page.block_thread()
+
+
+def _about(run: open_run.TrainedRun, protocol: Protocol) -> str:
+  """Markdown for visitors who ask what they look at."""
+  licence = read_kept(run.workdir)
+  return (
+    'A [GroupViT](https://arxiv.org/abs/2202.11094) groups the patches of an image into segments, and names each '
+    'by the class whose prompts are nearest. Groups do not depend on the class names.\n\n'
+    f'- model: `{run.workdir.name}`, step {run.step:,}\n'
+    f'- protocol: `{protocol.name}`, windows of {protocol.window} px\n'
+    f'- licence of the weights: {licence if any(licence) else "that of who trained them"}\n'
+  )
 
 
 def launch(page: gr.Blocks, uploads: pathlib.Path, *, host: str, port: int, max_upload_mb: int) -> str:
@@ -79,6 +94,7 @@ def launch(page: gr.Blocks, uploads: pathlib.Path, *, host: str, port: int, max_
       max_file_size=f'{max_upload_mb}mb',
       state_session_capacity=_MAX_VISITORS,
       theme=gr.themes.Base(font=['system-ui', 'sans-serif'], font_mono=['monospace']),
+      css=STYLE,
       footer_links=[],
       ssr_mode=False,
       show_error=True,

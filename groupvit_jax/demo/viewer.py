@@ -1,7 +1,9 @@
 """Segments the image of a visitor; knows no Gradio."""
 
+import base64
 import dataclasses
 import html
+import io
 from typing import NamedTuple
 
 import cv2
@@ -28,39 +30,47 @@ class View(NamedTuple):
 
   upload: Upload
   encoded: EncodedImage  # its image and groups no larger than a screen
-  prediction: Prediction | None  # the last one; None when the last class names had a mistake
+  prediction: Prediction | None  # the last one; None without class names, or when they had a mistake
 
 
 class Viewer:
-  """Encodes an image once, and segments it into any classes that people type."""
+  """Encodes an image once, and segments it into any classes that people type.
 
-  def __init__(self, predictor: Predictor, *, max_pixels: int):
+  Attributes:
+    num_stages: grouping stages of the model.
+    compiled: whether an image was encoded already; the first one waits for the compiler.
+  """
+
+  def __init__(self, predictor: Predictor, *, num_stages: int, max_pixels: int):
     """Wraps a predictor; images of more than `max_pixels` are refused."""
+    self.num_stages, self.compiled = num_stages, False
     self._predictor, self._max_pixels = predictor, max_pixels
 
-  def segment(self, upload: Upload | None, text: str, threshold: float, before: View | None) -> View:
+  def segment(self, upload: Upload | None, text: str, threshold: float, before: View | None) -> View | None:
     """Segments an image.
 
     Args:
       upload: the image; None when there is none.
-      text: class names between commas; 'dog|puppy' is one class.
+      text: class names between commas; 'dog|puppy' is one class. Without any, the image is encoded alone.
       threshold: score below which a pixel is background; with 0 there is no background.
       before: the last view; the encoder does not run again for the same image.
 
     Returns:
-      The view, its label map as large as the image.
+      The view, its label map as large as the image; None without an image.
 
     Raises:
-      ValueError: there is no image, it cannot be read or is too large, or the class names have a mistake. Each
-        is a sentence for the person at the page.
+      ValueError: the image cannot be read or is too large, or the class names have a mistake. Each is a sentence for
+        the person at the page.
     """
     if upload is None:
-      raise UserError('There is no picture yet: drop, paste or choose one.')
+      return None
     class_names = [name for name in text.split(',') if name.strip()]
-    if not class_names:
-      raise UserError('There are no words to look for: type some, with commas between them, as in dog, grass.')
-    parse_class_names(class_names)
+    if class_names:
+      parse_class_names(class_names)
     encoded = before.encoded if before is not None and before.upload.path == upload.path else self._encode(upload)
+    self.compiled = True
+    if not class_names:
+      return View(upload, encoded, None)
     return View(upload, encoded, self._predictor.segment(encoded, class_names, threshold=threshold or None))
 
   def _encode(self, upload: Upload) -> EncodedImage:
@@ -91,8 +101,12 @@ def for_screen(prediction: Prediction) -> Prediction:
   )
 
 
-def legend(prediction: Prediction) -> str:
-  """HTML: colour, name, area and best score of each class, largest area first, and the absent classes."""
+def legend(shown: Prediction, prediction: Prediction) -> str:
+  """HTML: colour, name, area and best score of each class, largest area first, and the absent classes.
+
+  With it comes the label map of `shown`, as a grey image that is not displayed: page.js names the class under the
+  pointer by it.
+  """
   rows, absent = [], []
   for row in prediction.to_json()['classes']:
     name = html.escape(row['name'])
@@ -101,12 +115,17 @@ def legend(prediction: Prediction) -> str:
       continue
     colour, score = hex_colour(prediction.palette[row['label']]), row['score']
     rows.append(
-      f'<tr><td><span style="display:inline-block;width:1em;height:1em;background:{colour}"></span> {name}</td>'
+      f'<tr data-label="{row["label"]}"><td><span style="display:inline-block;width:1em;height:1em;'
+      f'background:{colour}"></span> <span class="name">{name}</span></td>'
       f'<td>{row["area"]:.1%}</td><td>{"" if score is None else f"{score:.2f}"}</td></tr>'
     )
-  table = '<table><thead><tr><th>word</th><th>area</th><th>best score</th></tr></thead><tbody>'
+  table = '<table><thead><tr><th>class</th><th>area</th><th>best score</th></tr></thead><tbody>'
   rest = f'<p>not found: {", ".join(absent)}</p>' if absent else ''
-  return f'<div id="legend">{table}{"".join(rows)}</tbody></table>{rest}</div>'
+  labels = io.BytesIO()
+  Image.fromarray(shown.labels).save(labels, 'PNG')
+  source = f'data:image/png;base64,{base64.b64encode(labels.getvalue()).decode()}'
+  label_map = f'<img id="label-map" hidden alt="" src="{source}">'
+  return f'<div id="legend">{table}{"".join(rows)}</tbody></table>{rest}{label_map}</div>'
 
 
 def _pick(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

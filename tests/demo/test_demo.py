@@ -46,7 +46,7 @@ PROXY = dict.fromkeys(('HTTP_PROXY', 'http_proxy', 'ALL_PROXY', 'all_proxy'), 'h
 
 @pytest.fixture(scope='module')
 def viewer() -> Viewer:
-  return Viewer(Predictor.from_pretrained(trained_workdir()), max_pixels=10_000)
+  return Viewer(Predictor.from_pretrained(trained_workdir()), num_stages=1, max_pixels=10_000)
 
 
 @pytest.fixture
@@ -77,8 +77,6 @@ def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_pat
   (tmp_path / 'no.png').write_bytes(b'not a picture')
   Image.new('RGB', (101, 100)).save(tmp_path / 'large.png')
   for path, text, message in (
-    (None, WORDS, 'There is no picture yet'),
-    (picture, ' , ', 'There are no words to look for'),
     (picture, 'dog, dog', "the class 'dog' is named twice"),
     (Upload(str(tmp_path / 'no.png'), 'no.png'), WORDS, "^image 'no.png' has no format that can be read"),
     (
@@ -91,12 +89,19 @@ def test_what_a_person_gets_wrong_is_said_in_a_sentence(viewer, picture, tmp_pat
       viewer.segment(path, text, 0, None)
 
 
+def test_without_class_names_an_image_is_grouped(viewer, picture):
+  view = viewer.segment(picture, ' , ', 0, None)
+  assert view.prediction is None and viewer.compiled and view.encoded.group_maps()[0].shape == (60, 90)
+  assert viewer.segment(None, WORDS, 0, view) is None
+  assert viewer.segment(picture, WORDS, 0, view).encoded is view.encoded
+
+
 def test_the_legend_has_areas_and_no_markup_of_the_visitors(viewer, picture):
   found = viewer.segment(picture, '<b>x</b>', 0, None).prediction
-  text = viewer_lib.legend(found)
-  assert '&lt;b&gt;x&lt;/b&gt;</td><td>100.0%' in text and '<b>' not in text
+  text = viewer_lib.legend(viewer_lib.for_screen(found), found)
+  assert '&lt;b&gt;x&lt;/b&gt;</span></td><td>100.0%' in text and '<b>' not in text
   some = viewer.segment(picture, WORDS, 0, None).prediction
-  found, _, absent = viewer_lib.legend(some).partition('not found: ')
+  found, _, absent = viewer_lib.legend(some, some).partition('not found: ')
   for name, area in zip(some.classes, some.areas):
     assert (name in found, name in absent) == (area > 0, area == 0)
 
@@ -111,23 +116,15 @@ def test_what_is_kept_fits_a_screen(viewer, tmp_path):
   assert view.encoded.image.shape == (7, 1280, 3)
 
 
-def test_examples_are_scenes_of_the_run_and_photographs(tmp_path):
+def test_examples_are_of_the_kind_that_the_model_was_trained_on(tmp_path):
   pytest.importorskip('skimage')
   config = open_run.open_run(trained_workdir()).config
-  *scenes, cat, cup, rocket = make_examples(config, tmp_path)
-  assert len(scenes) == 4 and len({pathlib.Path(path).read_bytes() for path, _ in scenes}) == 4
+  scenes = make_examples(config, tmp_path)
+  assert len({pathlib.Path(path).read_bytes() for path, _ in scenes}) == 4
   assert {words for _, words in scenes} == {', '.join([*config.data.scenes.things, *config.data.scenes.stuff])}
-  for (path, words), name in zip((cat, cup, rocket), ('cat', 'coffee|cup', 'rocket')):
+  imported = ml_collections.ConfigDict(dict(data=dict(num_prompts=0)))  # names no scenes
+  for (path, words), name in zip(make_examples(imported, tmp_path), ('cat', 'coffee|cup', 'rocket'), strict=True):
     assert min(Image.open(path).size) >= 300 and words.split(', ')[0] == name
-
-
-def test_examples_for_weights_from_elsewhere(tmp_path):
-  """An imported workdir's config names no scenes: it gets some of the page's own, as large as its pictures."""
-  size = (224, 224)
-  config = ml_collections.ConfigDict(dict(data=dict(num_prompts=0), model=dict(vision=dict(image_size=size))))
-  scenes = make_examples(config, tmp_path)[:4]
-  assert {Image.open(path).size for path, _ in scenes} == {size}
-  assert {words for _, words in scenes} == {'dog, panda, banana, rocket, grass, sky, sand, water'}
 
 
 @pytest.fixture(scope='module')
@@ -195,13 +192,15 @@ def opened(address: str):
 def test_imported_weights_in_a_browser(imported, tmp_path):
   """What most people come with: the released weights at the paper's windows; a picture is dropped."""
   with served(imported, '--protocol=groupvit') as address, opened(address) as page:
-    sync_api.expect(page.get_by_text('at step 0')).to_be_visible()
+    page.get_by_text('About this model').click()
+    sync_api.expect(page.get_by_text('step 0')).to_be_visible()
     page.locator('#words textarea').fill('dog, cat, grass')
     files = page.evaluate_handle(DROP, encoded(photo(60, 90)))
     page.locator('#picture button:has(input[type=file])').dispatch_event('drop', {'dataTransfer': files})
     changed(page, '')
-    for stage in ('first', 'final'):
-      sync_api.expect(page.locator(f'#{stage}-groups img')).to_be_visible()
+    final = page.locator('#groups img').get_attribute('src')
+    page.locator('#stage input[type=number]').fill('1')
+    page.wait_for_function("old => document.querySelector('#groups img').src !== old", arg=final)
     page.screenshot(path=tmp_path / 'page.png', full_page=True)
     with page.expect_download() as download:
       page.locator('#report').click()
@@ -225,7 +224,8 @@ def test_in_a_browser(tmp_path):
     message, legend, words = page.locator('#message'), page.locator('#legend'), page.locator('#words textarea')
     upload = page.locator('#picture input[type=file]')
     upload.set_input_files(picture_bytes(photo(60, 90)))
-    sync_api.expect(message).to_contain_text('There are no words to look for')
+    sync_api.expect(message).to_contain_text('Type what to look for')
+    sync_api.expect(page.locator('#groups img')).to_be_visible()
     words.fill('dog|puppy, banana')
     words.press('Enter')
     first = changed(page, '')
@@ -240,8 +240,10 @@ def test_in_a_browser(tmp_path):
     page.locator('#threshold input[type=number]').fill('1')
     sync_api.expect(legend).to_contain_text('background')
     changed(page, third)
-    assert page.locator('#final-groups img').count() == 1
-    assert page.locator('#first-groups').count() == 0  # of one grouping stage the final ones are the first
+    box = page.locator('#overlay img').bounding_box()
+    page.mouse.move(box['x'] + box['width'] / 2, box['y'] + box['height'] / 2)
+    sync_api.expect(page.locator('#class-name')).to_have_text('background')
+    assert page.locator('#stage').count() == 0  # one grouping stage
     page.screenshot(path=tmp_path / 'page.png', full_page=True)
     files = {}
     for name in ('mask', 'report'):
@@ -265,21 +267,20 @@ def test_in_a_browser(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (700, 700, 3), np.uint8)
     upload.set_input_files(picture_bytes(noise))
     sync_api.expect(page.get_by_text(re.compile('maximum allowed size'))).to_be_visible()
-    page.locator('.gallery-item, .tr-body').first.click()  # an example
+    page.locator('#examples button.gallery-item').first.click()
     before = changed(page, '')
     page.evaluate(COPY, encoded(photo(70, 40, seed=2)))
     page.locator('#opacity').click(position=dict(x=5, y=5))  # from here, too, keys paste
     page.keyboard.press('Control+V')
-    before = changed(page, before)
-    page.evaluate(COPY, encoded(photo(50, 80, seed=1)))
-    page.get_by_label('Paste from clipboard').click()
     changed(page, before)
     with page.expect_download() as download:
       page.locator('#mask').click()
-    assert Image.open(download.value.path()).size == (80, 50)
+    assert Image.open(download.value.path()).size == (40, 70)
     words.fill(' , ')
     page.locator('#segment').click()
-    sync_api.expect(message).to_contain_text('There are no words to look for')
+    sync_api.expect(message).to_contain_text('Type what to look for')
+    page.set_viewport_size(dict(width=390, height=844))  # a phone: nothing wider than the screen
+    assert page.evaluate('document.documentElement.scrollWidth') <= 390
     assert not elsewhere
     host, port = re.fullmatch(r'http://(.+):(\d+)/', address).groups()
     assert host == '127.0.0.1'

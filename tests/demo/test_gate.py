@@ -69,7 +69,7 @@ class Server(NamedTuple):
   def result(self, path: str | None, words: str, session: str = SESSION) -> list[object]:
     """What the page shows after a click on its button."""
     picture = path and {'path': path, 'orig_name': 'a.png', 'meta': {'_type': 'gradio.FileData'}}
-    assert self.call('segment', picture, words, 0, 0.5, None, session_hash=session) == 200
+    assert self.call('segment', picture, words, 0, 0.5, 1, None, session_hash=session) == 200
     connection = http.client.HTTPConnection(self.address, timeout=60)
     with contextlib.closing(connection):
       connection.request('GET', f'/gradio_api/queue/data?session_hash={session}')
@@ -94,10 +94,10 @@ def server(tmp_path_factory) -> Server:
   uploads, example = tmp_path_factory.mktemp('visitors'), tmp_path_factory.mktemp('examples') / 'a.png'
   example.write_bytes(encode(photo(20, 20), 'PNG'))
   model, mesh = tiny_model(), sharding.make_mesh(devices=jax.devices()[:1])
-  viewer = Viewer(Predictor(model, random_variables(model), Letters({}), mesh), max_pixels=10_000)
+  viewer = Viewer(Predictor(model, random_variables(model), Letters({}), mesh), num_stages=2, max_pixels=10_000)
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('GRADIO_TEMP_DIR', str(uploads))
-    page = build_page(viewer, [Example(str(example), 'dog')], 'a title')
+    page = build_page(viewer, [Example(str(example), 'dog')], 'about')
     address = launch(page, uploads, host='127.0.0.1', port=0, max_upload_mb=1)
     events = {fn.name: index for index, fn in page.fns.items() if fn.fn}
     yield Server(urllib.parse.urlsplit(address).netloc, uploads, events)
@@ -142,17 +142,17 @@ def test_requests_that_no_page_sends(server):
   for path in ('/etc/passwd', f'{server.uploads}/../x', f'{server.uploads}/{"0" * 64}/..', 'http://127.0.0.1/'):
     assert server.ask('GET', f'/gradio_api/file={path}')[0] in (403, 404), path
     picture = {'path': path, 'url': path, 'orig_name': 'a', 'meta': {'_type': 'gradio.FileData'}}
-    assert server.call('segment', picture, 'dog', 0, 0.5, None) == 422
+    assert server.call('segment', picture, 'dog', 0, 0.5, 1, None) == 422
   for method, path in (('GET', 'heartbeat/...'), ('GET', 'queue/data?session_hash=...'), ('POST', 'component_server')):
     assert server.ask(method, f'/gradio_api/{path}')[0] == 404
-  good = ('segment', None, 'dog', 0, 0.5, None)
+  good = ('segment', None, 'dog', 0, 0.5, 1, None)
   for changes in ({'session_hash': '...'}, {'session_hash': 5}, {'fn_index': 10**9}, {'fn_index': True}, {'data': {}}):
     for route in ('queue/join', 'run/predict'):
       assert server.call(*good, route=route, **changes) == 422, changes
   words, cuts = (5, None, 'x' * 5001, '\ud800'), (float('nan'), 2, -1, True, '0', None)
   for data in (*(('words', value) for value in words), *(('cut', value) for value in cuts)):
     values = dict(words='dog', cut=0) | dict([data])
-    assert server.call('segment', None, values['words'], values['cut'], 0.5, None) == 422, data
+    assert server.call('segment', None, values['words'], values['cut'], 0.5, 1, None) == 422, data
   assert server.call('draw', 0.5) == server.call('draw', 0.5, None, None) == 422
   assert server.ask('POST', '/gradio_api/queue/join', b'[' * 2**15)[0] == 422
   assert server.ask('POST', '/gradio_api/queue/join', b' ' * 2**17)[0] == 413
@@ -182,7 +182,7 @@ def test_a_random_request_breaks_nothing(server):
     (b'GET', b'/gradio_api/queue/data?session_hash=zz', b'', b''),
     (b'GET', f'/gradio_api/file={picture["path"]}'.encode(), b'', b''),
     (b'POST', b'/gradio_api/upload?upload_id=abc', b'multipart/form-data; boundary=b', form(b'x', 'a.png')),
-    (b'POST', b'/gradio_api/queue/join', b'application/json', call(data=[picture, 'dog', 0, 0.5, None])),
+    (b'POST', b'/gradio_api/queue/join', b'application/json', call(data=[picture, 'dog', 0, 0.5, 1, None])),
     (b'POST', b'/gradio_api/run/predict', b'application/json', call(data=[0], fn_index=0)),
   ]
   rng = random.Random(0)
