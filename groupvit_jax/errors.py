@@ -5,7 +5,13 @@ Each message names the value that is wrong and what to do about it.
 
 
 class UserError(ValueError):
-  """What the user gave is wrong: a flag, a config entry, a file. Commands exit with code 2."""
+  """What the user gave is wrong: a flag, a config entry, a file. Commands exit with code 2.
+
+  try:
+    predictor('missing.png', ['dog'])
+  except UserError as error:
+    print(error)  # there is no image missing.png
+  """
 
 
 class ResourceError(UserError, OSError):

@@ -2,21 +2,33 @@
 
 from collections.abc import Callable
 import dataclasses
-import io
+import json
+import os
+import pathlib
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
+from groupvit_jax import storage
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw
+from groupvit_jax.eval.output_folder import encode_png
 from groupvit_jax.eval.window_encoder import EncodedWindows
+
+_LONGEST_NAME = 200  # bytes of an image's name in its files' names, which disks limit to 255
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Prediction:
   """The segmentation of one image. Label c stands for `classes[c]`.
+
+      prediction = predictor('dog.jpg', ['dog|puppy', 'grass'])
+      prediction.labels, prediction.heat_map('dog')  # uint8 and float32 [H, W]
+      prediction.save('out')
+
+  A notebook shows the classes over the image, with a legend.
 
   Attributes:
     key: name of the image: its path, or its number in the list.
@@ -51,10 +63,8 @@ class Prediction:
     return f'Prediction({self.key!r}, {height} x {width}: {found})'
 
   def _repr_png_(self) -> bytes:
-    """The overlay, which notebooks show."""
-    data = io.BytesIO()
-    Image.fromarray(self.overlay()).save(data, 'PNG')
-    return data.getvalue()
+    """The overlay and a legend, which notebooks show."""
+    return encode_png(self.drawing())
 
   @property
   def areas(self) -> np.ndarray:
@@ -100,6 +110,41 @@ class Prediction:
       labels = np.where(labels == 0, np.uint8(draw.IGNORE_LABEL), labels)
     return draw.draw_overlay(self.image, labels, self.palette, self.classes, opacity=opacity)
 
+  def drawing(self) -> Image.Image:
+    """The overlay above a legend of the classes that the image holds, the largest first."""
+    overlay = self.overlay()
+    found = [label for label in np.argsort(-self.areas, kind='stable') if self.areas[label]]
+    entries = [(self.palette[label], f'{self.classes[label]} {self.areas[label]:.0%}') for label in found]
+    legend = draw.draw_legend(entries, overlay.shape[1])
+    return Image.fromarray(np.concatenate([overlay, np.asarray(legend)]))
+
+  def show(self) -> None:
+    """Opens the overlay and a legend in the system's viewer."""
+    self.drawing().show()
+
+  def save(self, folder: str | os.PathLike[str], name: str | None = None) -> None:
+    """Writes NAME.mask.png (indexed, label values), NAME.overlay.png, NAME.final_groups.png, NAME.first_groups.png and
+    NAME.json (areas and scores) into a folder, which is created; files of the same names are replaced.
+
+    Args:
+      folder: path.
+      name: NAME; None for the image's own without the suffix.
+
+    Raises:
+      OSError: they cannot be written.
+    """
+    name = file_name(self.key) if name is None else name
+    images = {
+      'mask': self.mask(),
+      'overlay': self.overlay(),
+      'final_groups': self.group_overlay(-1),
+      'first_groups': self.group_overlay(0),
+    }
+    text = json.dumps(self.to_json(), indent=2, ensure_ascii=False) + '\n'
+    files = {f'{kind}.png': encode_png(image) for kind, image in images.items()} | {'json': text.encode()}
+    for suffix, data in files.items():
+      storage.write_atomic(os.path.join(folder, f'{name}.{suffix}'), data)
+
   def group_overlay(self, stage: int = -1) -> np.ndarray:
     """The image under a stage's groups, uint8 [H', W', 3]; 0 is the first, -1 the final one."""
     return draw.draw_groups(self.image, self.groups[stage])
@@ -118,3 +163,8 @@ class Prediction:
     ]
     height, width = self.labels.shape
     return dict(picture=self.key, height=height, width=width, classes=sorted(rows, key=lambda row: -row['area']))
+
+
+def file_name(key: str) -> str:
+  """The name of an image's files: its own without the suffix, cut to 200 bytes."""
+  return os.fsencode(pathlib.Path(key).stem)[:_LONGEST_NAME].decode(errors='ignore')

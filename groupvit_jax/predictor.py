@@ -5,14 +5,13 @@ import dataclasses
 import functools
 import itertools
 import os
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from etils import epath
 import jax
 import numpy as np
-from PIL import Image
 
-from groupvit_jax.data.images import read_image
+from groupvit_jax.data.images import AnyImage, is_one_image, read_image
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import class_embeddings, draw
@@ -33,8 +32,6 @@ BACKGROUND = 'background'
 _BATCH_SIZES = (1, 4, 16)  # windows on each device: one compilation each, when first needed
 _MIN_CAPACITY = 16  # classes to compile for; then twice as many, and so on
 _MAX_EMBEDDINGS = 4096  # of class names that are kept
-
-AnyImage = np.ndarray | Image.Image | os.PathLike | str
 
 
 class ClassName(NamedTuple):
@@ -72,6 +69,7 @@ class Predictor:
     mesh: jax.sharding.Mesh,
     *,
     protocol: Protocol | str | None = None,
+    source: str = 'weights in memory',
   ):
     """Wraps a model that is in memory; `from_pretrained` opens one.
 
@@ -83,6 +81,7 @@ class Predictor:
       protocol: how images are labelled, or its name: 'groupvit' for the paper's windows of 448 px;
         None for windows of the size the model was trained on. Its threshold is not used: calls have
         their own.
+      source: of the weights, for people.
 
     Raises:
       ValueError: there is more than one process, or no protocol of that name.
@@ -92,8 +91,15 @@ class Predictor:
     if not isinstance(protocol, Protocol):
       protocol = find_protocol(NATIVE if protocol is None else protocol, model.vision.image_size)
     self.protocol = protocol
+    self.source = source
     self._model, self._variables, self._tokenizer, self._mesh = model, variables, tokenizer, mesh
     self._embeds: dict[str, np.ndarray] = {}
+
+  @classmethod
+  def of_run(cls, run: open_run.TrainedRun, *, protocol: Protocol | str | None = None) -> 'Predictor':
+    """The predictor of a run that is open; arguments and errors as for `Predictor`."""
+    source = f'{run.workdir}, step {run.step}, {run.weights} weights'
+    return cls(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol, source=source)
 
   @classmethod
   def from_pretrained(
@@ -120,27 +126,43 @@ class Predictor:
     path = epath.Path(path)
     is_bundle = (path / 'bundle.json').exists()
     if not is_bundle and (not path.is_dir() or (path / 'checkpoints').is_dir()):
-      run = open_run.open_run(path, checkpoint, weights=weights)
-      return cls(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol)
+      return cls.of_run(open_run.open_run(path, checkpoint, weights=weights), protocol=protocol)
     if weights != 'best' or checkpoint != open_run.NEWEST:
       raise UserError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
     if is_bundle:
       model, variables, tokenizer = stablehlo.read_bundle(path)
-      return cls(model, variables, tokenizer, sharding.make_mesh(devices=jax.devices()[:1]), protocol=protocol)
+      mesh = sharding.make_mesh(devices=jax.devices()[:1])
+      return cls(model, variables, tokenizer, mesh, protocol=protocol, source=str(path))
     found, mesh, tokenizer = read.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
     read.check_tokenizer(
       tokenizer, vocab_size=found.spec.vocab_size, eos_id=found.spec.eos_id, remedy=f'put that into {path}'
     )
     variables = jax.device_put(found.variables, sharding.replicated(mesh))
-    return cls(with_fastest_attention(found.spec.build(), mesh), variables, tokenizer, mesh, protocol=protocol)
+    model = with_fastest_attention(found.spec.build(), mesh)
+    return cls(model, variables, tokenizer, mesh, protocol=protocol, source=str(path))
+
+  def __repr__(self) -> str:
+    height, width = self._model.vision.image_size
+    count = sum(leaf.size for leaf in jax.tree.leaves(self._variables['params']) if np.ndim(leaf))
+    model = f'GroupViT of {height} x {width} px' + (f' and {count:,} parameters' if count else '')
+    return f'Predictor({model}; {self.source}; protocol {self.protocol.name})'
+
+  @overload
+  def __call__(self, images: AnyImage, class_names: Sequence[str], *, threshold: float | None = None) -> Prediction: ...
+
+  @overload
+  def __call__(
+    self, images: Iterable[AnyImage], class_names: Sequence[str], *, threshold: float | None = None
+  ) -> list[Prediction]: ...
 
   def __call__(
-    self, images: AnyImage | Sequence[AnyImage], class_names: Sequence[str], *, threshold: float | None = None
+    self, images: AnyImage | Iterable[AnyImage], class_names: Sequence[str], *, threshold: float | None = None
   ) -> Prediction | list[Prediction]:
     """Segments one image or a list of them.
 
     Args:
-      images: uint8 arrays [H, W, 3] (grey, RGBA and 16 bits as well), Pillow images or paths.
+      images: each a path, an https:// address, a Pillow image, a NumPy or JAX array (uint8 [H, W, 3]; grey, RGBA and 16
+        bits as well), the bytes of a file, or a file opened with mode rb.
       class_names: the classes; 'dog|puppy' is one class with two names.
       threshold: score from 0 to 1 below which a pixel is background; None gives every pixel a class.
 
@@ -152,16 +174,24 @@ class Predictor:
         threshold is out of range.
     """
     segment = self._segmenter(class_names, threshold)
-    if isinstance(images, AnyImage):
-      return segment(self.encode([images])[0])
-    return [segment(encoded) for encoded in self.encode(images)]
+    encoded = self.encode(images)
+    return segment(encoded) if isinstance(encoded, EncodedImage) else [segment(each) for each in encoded]
 
-  def encode(self, images: Sequence[AnyImage]) -> list[EncodedImage]:
-    """Encodes images, as for `__call__`, once for any classes and thresholds that `segment` is given.
+  @overload
+  def encode(self, images: AnyImage) -> EncodedImage: ...
+
+  @overload
+  def encode(self, images: Iterable[AnyImage]) -> list[EncodedImage]: ...
+
+  def encode(self, images: AnyImage | Iterable[AnyImage]) -> EncodedImage | list[EncodedImage]:
+    """Encodes an image or several, as for `__call__`, once for any classes and thresholds that `segment` is given.
 
     Raises:
       ValueError: an image cannot be read.
     """
+    if is_one_image(images) or not isinstance(images, Iterable):
+      return self.encode([images])[0]
+    images = list(images)
     keys = [_name(image, index) for index, image in enumerate(images)]
     pixels = [read_image(image, key) for image, key in zip(images, keys)]
     return sorted(self._encode(zip(keys, pixels)), key=lambda encoded: encoded.windows.image.index)
@@ -286,6 +316,8 @@ def parse_class_names(class_names: Sequence[str], reserved: Sequence[str] = ()) 
   """
   if isinstance(class_names, str):
     raise UserError(f'class_names is one text, {class_names!r}; put it into a list')
+  if not isinstance(class_names, Iterable):
+    raise UserError(f'class_names={class_names!r} is no list; name classes, as in ["dog", "banana"]')
   parsed, seen = [], {name.casefold() for name in reserved}
   for text in class_names:
     if not isinstance(text, str):

@@ -13,6 +13,18 @@ import pytest
 from groupvit_jax.__main__ import COMMANDS
 
 ROOT = Path(__file__).parents[1]
+SCRIPT = """\
+from groupvit_jax import Prediction, Predictor, UserError
+
+predictor = Predictor.from_pretrained('runs/quickstart', protocol='groupvit')
+try:
+  one: Prediction = predictor('dog.jpg', ['dog', 'grass'], threshold=0.5)
+  many: list[Prediction] = predictor(['a.png', b'bytes'], ['dog'])
+except UserError as error:
+  print(error)
+reveal_type(one.heat_map('dog'))
+predictor('a.png', ['dog'], treshold=0.5)
+"""
 TINY = (
   '--config.total_steps=2',
   '--config.batch_size=8',
@@ -58,6 +70,21 @@ def test_train_evaluate_export(command, tmp_path):
   assert (config['total_steps'], config['data']['source']) == (2, 'scenes')
   said = command('train', '--config=quickstat', f'--workdir={tmp_path}/other', code=2)
   assert said.splitlines()[-1].startswith('error: --config=quickstat: there is no such config') and 'quickstart' in said
+
+
+def test_types_reach_a_users_script(tmp_path):
+  """From source: JAX and the like are not followed, which takes mypy a minute."""
+  assert (ROOT / 'groupvit_jax' / 'py.typed').exists()
+  (tmp_path / 'script.py').write_text(SCRIPT)
+  (tmp_path / 'mypy.ini').write_text('[mypy]\n[mypy-jax.*,flax.*,orbax.*,optax.*,etils.*,grain.*]\nfollow_imports=skip')
+  command = [sys.executable, '-m', 'mypy', '--follow-imports=silent', 'script.py']
+  done = subprocess.run(command, cwd=tmp_path, env=os.environ | {'MYPYPATH': str(ROOT)}, text=True, capture_output=True)
+  lines = done.stdout.splitlines()
+  assert 'script.py:9: note: Revealed type is "numpy.ndarray' in lines[0], done
+  errors = [line for line in lines if 'error: ' in line]
+  assert (
+    errors and all(line.startswith('script.py:10: ') for line in errors) and 'did you mean "threshold"' in errors[0]
+  )
 
 
 def test_help_shows_the_commands_own_flags_and_an_example():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import io
 import pathlib
+import pydoc
 import types
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+import groupvit_jax
 from groupvit_jax import predictor as predictor_lib
 from groupvit_jax.eval import class_embeddings, labelled, protocols, window_encoder
 from groupvit_jax.eval.evaluator import Evaluator
@@ -64,8 +66,11 @@ def test_everything_is_there_and_of_the_pictures_size(prediction, image):
     f'{name} {shares[name]:.0%}' for name in sorted(shares, key=shares.get, reverse=True) if shares[name]
   )
   assert repr(prediction) == f"Prediction('number 1', 48 x 70: {line})"
-  shown = np.asarray(Image.open(io.BytesIO(prediction._repr_png_())))  # what a notebook shows
-  np.testing.assert_array_equal(shown, prediction.overlay())
+  shown = np.asarray(Image.open(io.BytesIO(prediction._repr_png_())))  # what a notebook shows: a legend below
+  overlay, legend = np.split(shown, [48 * 6])
+  np.testing.assert_array_equal(overlay, prediction.overlay())
+  found = {prediction.palette[label] for label in np.unique(prediction.labels)}
+  assert found <= set(map(tuple, legend.reshape(-1, 3).tolist()))
   assert prediction.group_overlay(0).shape == (48 * 6, 70 * 6, 3)
   mask = prediction.mask()
   assert mask.mode == 'P' and np.array_equal(np.asarray(mask), prediction.labels)
@@ -89,6 +94,43 @@ def test_other_words_do_not_encode_again(predictor, prediction, image, monkeypat
   found = predictor.segment(encoded, WORDS)
   assert np.array_equal(found.labels, prediction.labels) and found.key == prediction.key
   assert predictor.segment(encoded, ['sky', 'dog'], threshold=0.2).classes == ('background', 'sky', 'dog')
+
+
+def test_one_image_or_several_of_any_kind(predictor, prediction, image, tmp_path):
+  path = str(tmp_path / 'a.png')
+  Image.fromarray(image).save(path)
+  for one in (path, jax.numpy.asarray(image)):
+    np.testing.assert_array_equal(predictor.segment(predictor.encode(one), WORDS).labels, prediction.labels)
+  assert [each.key for each in predictor((part for part in (image, path)), WORDS)] == ['number 1', path]
+  assert predictor([], WORDS) == []
+  with pytest.raises(ValueError, match="image 'number 1' is of type int; give a path"):
+    predictor(5, WORDS)
+
+
+def test_lines_for_people(predictor, run):
+  assert repr(Predictor.of_run(run, protocol='groupvit')) == (
+    f'Predictor(GroupViT of 32 x 32 px and {sum(leaf.size for leaf in jax.tree.leaves(run.variables["params"])) - 2:,} '
+    f'parameters; {run.workdir}, step 6, trained weights; protocol groupvit)'
+  )
+  assert repr(predictor).endswith('weights in memory; protocol native)')
+  page = pydoc.render_doc(groupvit_jax, renderer=pydoc.plaintext)
+  for name in ('Predictor', 'Prediction', 'UserError'):
+    assert name in dir(groupvit_jax) and name in page
+  for example in (
+    "Predictor.from_pretrained('runs/quickstart')",
+    "prediction.save('out')",
+    'except UserError as error',
+  ):
+    assert example in page
+
+
+def test_save_writes_the_files_of_the_command(prediction, tmp_path):
+  prediction.save(tmp_path / 'new', 'a')
+  kinds = ('mask.png', 'overlay.png', 'final_groups.png', 'first_groups.png', 'json')
+  assert {path.name for path in (tmp_path / 'new').iterdir()} == {f'a.{kind}' for kind in kinds}
+  np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'new' / 'a.mask.png')), prediction.labels)
+  with pytest.raises(OSError, match=f'cannot write {tmp_path}/new/a.json/number 1.mask.png: File exists'):
+    prediction.save(tmp_path / 'new' / 'a.json')
 
 
 def test_json_has_areas_and_scores(prediction):
@@ -242,6 +284,7 @@ def test_one_cpu_device_does_not_encode_more_padding_than_it_must(total, batch_s
     (['dog|'], "the class 'dog|' has an empty name".replace('|', r'\|')),
     (['dog', 5], 'the class 5 is no text'),
     ('dog', "class_names is one text, 'dog'"),
+    (None, 'class_names=None is no list'),
   ],
 )
 def test_bad_words_are_refused(words, message, predictor, image):

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 import glob
 import os
-from pathlib import Path
 import sys
 from typing import Any
 
@@ -16,10 +15,9 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.eval import protocols
 from groupvit_jax.eval.draw import hex_colour
 from groupvit_jax.eval.output_folder import OutputFolder
-from groupvit_jax.predictor import parse_class_names, Prediction, Predictor
+from groupvit_jax.prediction import file_name, Prediction
+from groupvit_jax.predictor import parse_class_names, Predictor
 from groupvit_jax.train import open_run
-
-_LONGEST_NAME = 200  # bytes of an image's name in its files' names, which disks limit to 255
 
 
 def segment_images(
@@ -36,8 +34,7 @@ def segment_images(
 ) -> int:
   """Segments images into classes, and writes what was found in each.
 
-  Of an image NAME: NAME.mask.png (indexed, label values), NAME.overlay.png, NAME.final_groups.png,
-  NAME.first_groups.png and NAME.json (areas and scores); for all of them classes.json and results.json.
+  Of each image the files of `Prediction.save`; for all of them classes.json and results.json.
 
   Args:
     workdir: of the run.
@@ -66,12 +63,12 @@ def segment_images(
   folder = OutputFolder(output, overwrite=overwrite)
   run = open_run.open_run(workdir, checkpoint, weights=weights)
   chosen = protocols.parse_protocol(protocol, run.model.vision.image_size, changes)
-  predictor = Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=chosen)
+  predictor = Predictor.of_run(run, protocol=chosen)
   names, failures, done = _unique_names(paths), {}, {}
   predictions = predictor.stream(_read_all(paths, failures), class_names, threshold=chosen.threshold)
   folder.begin()
   for prediction in predictions:
-    _write_prediction(folder, names[prediction.key], prediction)
+    prediction.save(folder.path, names[prediction.key])
     if not done:
       folder.write_json('classes.json', _class_table(prediction))
     done[prediction.key] = names[prediction.key]
@@ -104,11 +101,11 @@ def _find_images(pattern: str) -> list[str]:
 
 
 def _unique_names(paths: Sequence[str]) -> dict[str, str]:
-  """The name of each image's files: its own without the suffix, cut to 200 bytes, numbered where two are equal."""
+  """The name of each image's files: see `file_name`, numbered where two are equal."""
   names: dict[str, str] = {}
   used = {'classes', 'results'}  # .json: of all images
   for path in paths:
-    stem = os.fsencode(Path(path).stem)[:_LONGEST_NAME].decode(errors='ignore')
+    stem = file_name(path)
     name, number = stem, 1
     while name.casefold() in used:
       number += 1
@@ -128,14 +125,6 @@ def _read_all(paths: Sequence[str], failures: dict[str, str]) -> Iterator[tuple[
       yield path, read_image(path, path)
     except ValueError as error:
       failures[readable] = str(error)
-
-
-def _write_prediction(folder: OutputFolder, name: str, prediction: Prediction) -> None:
-  folder.write_image(f'{name}.mask.png', prediction.mask())
-  folder.write_image(f'{name}.overlay.png', prediction.overlay())
-  folder.write_image(f'{name}.final_groups.png', prediction.group_overlay(-1))
-  folder.write_image(f'{name}.first_groups.png', prediction.group_overlay(0))
-  folder.write_json(f'{name}.json', prediction.to_json())
 
 
 def _class_table(prediction: Prediction) -> list[dict[str, Any]]:

@@ -4,9 +4,13 @@ Three quarters of a JPEG's decoding time undo the entropy code, which no reduced
 be saved: a JPEG whose header claims to end there is decoded only so far.
 """
 
+import http.client
 import io
 import os
-from typing import NamedTuple
+import re
+import time
+from typing import BinaryIO, NamedTuple, Protocol
+import urllib.request
 import warnings
 
 from etils import epath
@@ -18,6 +22,9 @@ from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.errors import UserError
 
 LARGEST = 100_000_000  # pixels: more is a mistake, or an attack on memory
+_MOST_BYTES = 100_000_000  # of an image at an address
+_MOST_SECONDS = 30  # for all of it
+_READ = 1 << 16  # bytes at a time
 
 # What hands a file to another program (EPS to Ghostscript) or is no raster image is left out.
 _FORMATS = (
@@ -33,23 +40,52 @@ _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # Huffman tables, reserved, arithmetic conditio
 _TALLEST_UNIT = 16  # rows that are decoded together, at the usual subsamplings
 
 
-def read_image(image: 'np.ndarray | Image.Image | os.PathLike | str | bytes', key: str) -> np.ndarray:
+class Array(Protocol):
+  """An array of numpy, JAX, or whatever numpy can view."""
+
+  def __array__(self) -> np.ndarray: ...
+
+
+AnyImage = np.ndarray | Array | Image.Image | os.PathLike[str] | str | bytes | BinaryIO
+
+
+def is_one_image(images: object) -> bool:
+  """Whether something is one of `AnyImage`, and not a list of them."""
+  return isinstance(images, str | bytes | os.PathLike | Image.Image) or any(
+    hasattr(images, name) for name in ('read', '__array__')
+  )
+
+
+def read_image(image: AnyImage, key: str) -> np.ndarray:
   """Pixels of an image, uint8 [H, W, 3].
 
   Turned as its EXIF says; what is transparent shows white; of an animation the first frame; 16 bits become 8.
 
   Args:
-    image: an array (see `pixels_of_array`), a Pillow image, a path, or the bytes of a file.
+    image: a path, an https:// address, a Pillow image, an array (see `pixels_of_array`), the bytes of a file, or a
+      file that is open for reading bytes.
     key: its name in errors.
 
   Raises:
-    UserError: it is no image, damaged, empty, or larger than `LARGEST`.
+    UserError: it is none of these, or no image, damaged, empty, or larger than `LARGEST`; or an address gives no
+      file of at most 100 MB within 30 s.
   """
-  if isinstance(image, np.ndarray):
-    return pixels_of_array(image, key)
   if isinstance(image, Image.Image):
     return _convert(image, key)
-  return decode_image(image if isinstance(image, bytes) else _read_file(epath.Path(image), key), key)
+  if isinstance(image, str) and re.match('https?://', image):
+    return decode_image(_download(image), key)
+  if isinstance(image, str | os.PathLike):
+    return decode_image(_read_file(epath.Path(image), key), key)
+  if hasattr(image, 'read') and not isinstance(image, io.TextIOBase):
+    image = image.read()
+  if isinstance(image, bytes):
+    return decode_image(image, key)
+  if hasattr(image, '__array__'):
+    return pixels_of_array(np.asarray(image), key)
+  raise UserError(
+    f'image {key!r} is of type {type(image).__name__}; give a path, an https:// address, a Pillow image, an array '
+    '[H, W, 3], bytes, or a file opened with mode rb'
+  )
 
 
 def decode_image(data: bytes, key: str) -> np.ndarray:
@@ -201,6 +237,26 @@ def _read_file(path: epath.Path, key: str) -> bytes:
     raise UserError(f'there is no image {path}') from error
   except OSError as error:
     raise UserError(f'image {key!r} cannot be read: {error.strerror or error}') from error
+
+
+def _download(url: str) -> bytes:
+  """The file at an address, within bounds of size and time."""
+  end, data = time.monotonic() + _MOST_SECONDS, bytearray()
+  request = urllib.request.Request(url, headers={'User-Agent': 'groupvit_jax'})  # some servers refuse Python's own
+  try:
+    with urllib.request.urlopen(request, timeout=_MOST_SECONDS) as response:
+      while chunk := response.read1(_READ):
+        data += chunk
+        if len(data) > _MOST_BYTES:
+          raise UserError(f'image {url!r} has more than {_MOST_BYTES // 10**6} MB; download and shrink it')
+        if time.monotonic() > end:
+          raise TimeoutError(f'not complete after {_MOST_SECONDS} s')
+      if response.length:  # read1 tells of no end that comes too early
+        raise ConnectionError(f'{response.length:,} bytes are missing')
+  except (OSError, http.client.HTTPException, UnicodeError) as error:  # also a name that is none
+    reason = getattr(error, 'reason', None) or error
+    raise UserError(f'image {url!r} cannot be downloaded: {reason}; open it in a browser') from error
+  return bytes(data)
 
 
 def _convert(image: Image.Image, key: str) -> np.ndarray:

@@ -41,7 +41,7 @@ def serve(
     ValueError: there is no such run or protocol, or the address cannot be listened at.
   """
   run = open_run.open_run(workdir, checkpoint)
-  predictor = Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol)
+  predictor = Predictor.of_run(run, protocol=protocol)
   viewer = Viewer(
     predictor, num_stages=sum(stage.num_segments > 0 for stage in run.model.vision.stages), max_pixels=max_pixels
   )

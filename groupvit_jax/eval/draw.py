@@ -215,23 +215,33 @@ def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Seq
   font = _font(_PANEL_TEXT)
   head = _PANEL_TEXT + 2 * _GAP
   used = _used_labels(rows)
-  columns = _legend_columns(names, used, len(titles) * (width + _GAP) - _GAP, font)
-  legend = _LEGEND_LINE * -(-len(used) // columns) + _GAP
+  size = _GAP + len(titles) * (width + _GAP)
+  legend = draw_legend([(palette[label], names[label]) for label in used], size)
   tops = np.cumsum([head, *(row[0].shape[0] + _GAP for row in tiles)]).tolist()
-  size = (_GAP + len(titles) * (width + _GAP), tops[-1] + legend)
-  canvas = Image.new('RGB', size, _WHITE)
+  canvas = Image.new('RGB', (size, tops[-1] + legend.height), _WHITE)
   draw = ImageDraw.Draw(canvas)
   for column, title in enumerate(titles):
     left = _GAP + column * (width + _GAP)
     draw.text((left + width / 2, head / 2), title, _INK, font, anchor='mm')
     for top, row in zip(tops, tiles):
       canvas.paste(Image.fromarray(row[column]), (left, top))
-  for index, label in enumerate(used):  # a swatch and a name for each class that occurs
-    left = _GAP + index % columns * (size[0] - _GAP) / columns
-    middle, half = size[1] - legend + (index // columns + 0.5) * _LEGEND_LINE, _PANEL_TEXT / 2
-    draw.rectangle((left, middle - half, left + 2 * half, middle + half), tuple(palette[label]))
-    draw.text((left + 1.5 * _PANEL_TEXT, middle), names[label], _INK, font, anchor='lm')
+  canvas.paste(legend, (0, tops[-1]))
   return np.asarray(canvas)
+
+
+def draw_legend(entries: Sequence[tuple[Sequence[int], str]], width: int) -> Image.Image:
+  """A swatch and a name for each (colour, name), in as many columns as fit into so many pixels."""
+  font = _font(_PANEL_TEXT)
+  widest = max((font.getlength(name) for _, name in entries), default=0)
+  columns = max(1, int((width - 2 * _GAP) // (widest + 3 * _PANEL_TEXT)))
+  canvas = Image.new('RGB', (width, _LEGEND_LINE * -(-len(entries) // columns) + _GAP), _WHITE)
+  draw = ImageDraw.Draw(canvas)
+  for index, (colour, name) in enumerate(entries):
+    left = _GAP + index % columns * (width - _GAP) / columns
+    middle, half = (index // columns + 0.5) * _LEGEND_LINE, _PANEL_TEXT / 2
+    draw.rectangle((left, middle - half, left + 2 * half, middle + half), tuple(colour))
+    draw.text((left + 1.5 * _PANEL_TEXT, middle), name, _INK, font, anchor='lm')
+  return canvas
 
 
 def draw_tiles(
@@ -256,12 +266,6 @@ def _used_labels(rows: Sequence[Row]) -> list[int]:
   """Labels that occur in any truth or prediction."""
   maps = [array for row in rows for array in (row.truth, row.prediction) if array is not None]
   return sorted({label for array in maps for label in np.unique(array).tolist()} - {IGNORE_LABEL})
-
-
-def _legend_columns(names: Sequence[str], used: Sequence[int], width: int, font: ImageFont.FreeTypeFont) -> int:
-  """Columns of a legend that is so wide."""
-  widest = max((font.getlength(names[label]) for label in used), default=0)
-  return max(1, int(width // (widest + 3 * _PANEL_TEXT)))
 
 
 def _table(palette: Sequence[Sequence[int]]) -> np.ndarray:

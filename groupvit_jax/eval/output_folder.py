@@ -76,10 +76,7 @@ class OutputFolder:
 
   def write_image(self, name: str, image: np.ndarray | Image.Image) -> None:
     """Writes an image as PNG, with the palette of an indexed one."""
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    data = io.BytesIO()
-    image.save(data, 'PNG', optimize=True)
-    self._write(name, data.getvalue())
+    self._write(name, encode_png(image))
 
   def write_board(
     self, step: int, scalars: Mapping[str, float], texts: Mapping[str, str], images: Mapping[str, np.ndarray]
@@ -100,6 +97,13 @@ class OutputFolder:
       return json.loads((self.path / REPORT).read_text())['made_by'] == _MADE_BY
     except (OSError, ValueError, KeyError, TypeError):
       return False
+
+
+def encode_png(image: np.ndarray | Image.Image) -> bytes:
+  """An image as PNG, with the palette of an indexed one."""
+  data = io.BytesIO()
+  (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(data, 'PNG', optimize=True)
+  return data.getvalue()
 
 
 def _writing(path: epath.Path, write: Any) -> None:

@@ -1,9 +1,13 @@
 """Whatever people call a picture becomes 8-bit RGB, or one line that names it."""
 
+import http.server
 import io
 import struct
+import threading
+import time
 import zlib
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -99,11 +103,14 @@ def test_animations_show_their_first_frame(kind):
   assert read(data)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_arrays_images_and_paths(tmp_path):
+def test_arrays_images_files_and_paths(tmp_path):
   path = tmp_path / 'a.png'
   path.write_bytes(encoded(RGB))
-  for picture in (path, str(path), Image.fromarray(RGB), RGB):
-    assert np.array_equal(images.read_image(picture, 'a'), RGB)
+  with path.open('rb') as file:
+    for picture in (path, str(path), Image.fromarray(RGB), RGB, jax.numpy.asarray(RGB), encoded(RGB), file):
+      assert images.is_one_image(picture)
+      assert np.array_equal(images.read_image(picture, 'a'), RGB)
+  assert not images.is_one_image([RGB])
   assert images.read_image(RGB, 'a') is RGB
   assert images.read_image(RGB[:, :, 0], 'a').shape == (5, 7, 3)
   assert images.read_image(np.ones((2, 2), bool), 'a').max() == 255
@@ -122,6 +129,11 @@ def test_arrays_images_and_paths(tmp_path):
     (np.zeros((4, 4, 3)), 'is float64; make it uint8'),
     (np.zeros((4, 4, 2), np.uint8), r'has the shape \(4, 4, 2\)'),
     (np.zeros((0, 4, 3), np.uint8), r'has the shape \(0, 4, 3\)'),
+    (jax.numpy.zeros((2, 4, 4, 3), 'uint8'), r'has the shape \(2, 4, 4, 3\)'),
+    (None, "'a' is of type NoneType; give a path, an https:// address"),
+    (io.StringIO('a'), "'a' is of type StringIO; .* a file opened with mode rb"),
+    ('http://', 'cannot be downloaded: '),
+    ('http://127.0.0.1:1/a.png', 'cannot be downloaded: .*refused'),
   ],
 )
 def test_what_is_no_picture_gets_one_line(picture, message):
@@ -199,3 +211,45 @@ def test_what_is_left_to_pillow():
   assert images.read_jpeg_header(encode(PIXELS, exif=exif), '') is None
   exif[0x0112] = 1
   assert images.read_jpeg_header(encode(PIXELS, exif=exif), '') is not None
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+  """What a server may answer, by path."""
+
+  protocol_version = 'HTTP/1.1'
+
+  def do_GET(self) -> None:
+    data = encoded(RGB)
+    if self.path == '/missing.png':
+      return self.send_error(404)
+    self.send_response(200)
+    self.send_header('Content-Length', str(len(data)))
+    self.end_headers()
+    if self.path == '/slow.png':
+      for byte in data:
+        self.wfile.write(bytes([byte]))
+        time.sleep(0.05)
+    self.close_connection = True
+    self.wfile.write(data[: len(data) // 2] if self.path == '/half.png' else data)
+
+  def log_message(self, *_: object) -> None:
+    pass
+
+
+def test_addresses_within_bounds_of_time_and_size(monkeypatch):
+  with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Pages) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f'http://127.0.0.1:{server.server_port}'
+    assert np.array_equal(images.read_image(f'{address}/a.png', 'a'), RGB)
+    monkeypatch.setattr(images, '_MOST_SECONDS', 0.2)
+    for name, message in (
+      ('missing', 'Not Found'),
+      ('half', 'bytes are missing|IncompleteRead'),
+      ('slow', 'not complete after 0.2 s'),
+    ):
+      with pytest.raises(ValueError, match=f'{name}.png. cannot be downloaded: .*({message})'):
+        images.read_image(f'{address}/{name}.png', 'a')
+    monkeypatch.setattr(images, '_MOST_BYTES', 100)
+    with pytest.raises(ValueError, match='has more than 0 MB'):
+      images.read_image(f'{address}/a.png', 'a')
+    server.shutdown()
