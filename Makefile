@@ -51,8 +51,8 @@ $(VENV)/test: requirements-test.txt requirements-demo.txt $(VENV)/run
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 
-docs: $(VENV)/test  # the API reference, from docstrings
-	$(BIN)/python -m pdoc --docformat=google --output-directory=build/docs groupvit_jax
+docs: $(VENV)/test  # these pages and the API reference as a site: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 docs-check: $(VENV)/test  # with Python 3.11: it writes weights with torch
 	$(BIN)/python docs/rooms.py --check

@@ -124,6 +124,18 @@ def test_every_command_is_run_or_says_why_not(document):
   assert not re.findall(r'^ {4}.*', outside, re.MULTILINE)  # a block without a fence has no mark
 
 
+def test_the_site_builds_without_a_warning(tmp_path):
+  command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', f'--site-dir={tmp_path}']
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  pages = {path.stem for path in tmp_path.glob('*.html')}
+  assert pages == {'index', '404', 'api', *(path.stem for path in (ROOT / 'docs').glob('*.md'))}
+  assert (
+    'from_pretrained' in (tmp_path / 'api.html').read_text()
+    and '<h2 id="speed"' in (tmp_path / 'index.html').read_text()
+  )
+
+
 def test_parts_of_configs_are_parts_of_configs():
   """What a page says to write into an experiment fits the paper's: its entries are locked."""
   parts = {
