@@ -38,6 +38,7 @@ _BASELINE, _EXTENDED, _PROGRESSIVE = 0xC0, 0xC1, 0xC2
 _START_OF_SCAN, _APP1 = 0xDA, 0xE1
 _NO_FRAMES = (0xC4, 0xC8, 0xCC)  # Huffman tables, reserved, arithmetic conditioning
 _TALLEST_UNIT = 16  # rows that are decoded together, at the usual subsamplings
+_END = '0xd9'  # the end's marker in libjpeg's messages
 
 
 class Array(Protocol):
@@ -104,7 +105,8 @@ def decode_image(data: bytes, key: str) -> np.ndarray:
   except Exception as error:  # which one depends on the format and on where the damage is
     raise UserError(f'image {key!r} has no format that can be read; replace or remove it') from error
   with image:
-    return _convert(image, key)
+    is_jpeg = image.format in ('JPEG', 'MPO') and image.mode in ('L', 'RGB')
+    return _convert(image, key, data if is_jpeg else None)
 
 
 def pixels_of_array(array: np.ndarray, key: str) -> np.ndarray:
@@ -195,12 +197,32 @@ def decode_jpeg_rows(data: bytes, header: JpegHeader, bottom: int, reduction: in
     height = min(height, -(-(bottom + 1) // _TALLEST_UNIT) * _TALLEST_UNIT)
     at = header.height_at
     data = b''.join((data[:at], height.to_bytes(2, 'big'), data[at + 2 :]))
-  # The scale is the smallest that gives this size. Not strict: data that remains is no damage.
-  least = (-(-height // reduction), -(-header.width // reduction))
   try:
-    return simplejpeg.decode_jpeg(data, 'RGB', min_height=least[0], min_width=least[1], strict=False)
+    size = (-(-height // reduction), -(-header.width // reduction))
+    return _decode_strictly(data, size, is_cut=height < header.height)
   except ValueError as error:
     raise BadRecord('image_corrupt', key) from error
+
+
+def _decode_strictly(data: bytes, size: tuple[int, int], is_cut: bool) -> np.ndarray:
+  """Decodes a JPEG whose data libjpeg does not doubt; Pillow and OpenCV show noise where it does.
+
+  Args:
+    data: a JPEG.
+    size: (H', W') of the result: H / r and W / r, rounded up, where r is 1, 2, 4 or 8.
+    is_cut: whether its header claims fewer rows than there are.
+
+  Raises:
+    ValueError: it is damaged.
+  """
+  pixels = np.empty((*size, 3), np.uint8)
+  try:  # the scale is the smallest that gives this size
+    simplejpeg.decode_jpeg(data, 'RGB', min_height=size[0], min_width=size[1], buffer=pixels)
+  except ValueError as error:
+    # The first doubt comes after all rows: bytes that remain before the end are no damage.
+    if 'extraneous bytes' not in str(error) or not (is_cut or str(error).endswith(_END)):
+      raise
+  return pixels
 
 
 def _checked_header(data: bytes, frame: int | None, scan: int, key: str) -> JpegHeader | None:
@@ -259,12 +281,16 @@ def _download(url: str) -> bytes:
   return bytes(data)
 
 
-def _convert(image: Image.Image, key: str) -> np.ndarray:
-  """Decodes an image that has been opened, and turns it upright."""
+def _convert(image: Image.Image, key: str, jpeg: bytes | None = None) -> np.ndarray:
+  """Decodes an image that has been opened, and turns it upright; `jpeg` is the file of one that is grey or RGB."""
   if image.width * image.height > LARGEST:
     raise UserError(_too_large(key))
   try:
-    image.load()
+    if jpeg is None:
+      image.load()
+    else:
+      metadata, image = image.info, Image.fromarray(_decode_strictly(jpeg, image.size[::-1], is_cut=False))
+      image.info = metadata  # with its EXIF
     return pixels_of_array(_to_array(_upright(image)), key)
   except Exception as error:
     line = (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -200,6 +200,27 @@ def test_a_damaged_table_is_a_fault():
     images.decode_jpeg_rows(bytes(data), header, 83, 1, 'key')
 
 
+@pytest.mark.parametrize('exif', [1, 6])
+@pytest.mark.parametrize('form', ['4:2:0', '4:4:4', 'restarts', 'optimised'])
+def test_random_bytes_in_the_data_are_damage(form, exif):
+  """Pillow shows them as noise."""
+  orientation = Image.Exif()
+  orientation[0x0112] = exif
+  data = encode(photo(160, 131), exif=orientation, **FORMS[form])
+  surplus = data[:-2] + b'garbage' + data[-2:]
+  assert np.array_equal(read(surplus), read(data)) and read(data).shape[:2] == ((160, 131) if exif == 1 else (131, 160))
+  at = data.index(b'\xff\xda') + 300
+  damaged = data[:at] + np.random.default_rng(1).bytes(1024) + data[at + 1024 :]
+  assert decode(damaged).shape == (160, 131, 3)
+  with pytest.raises(ValueError, match="'a' is damaged .Corrupt JPEG data: .*replace or remove it"):
+    read(damaged)
+  if exif == 1:
+    with pytest.raises(BadRecord, match='key: image_corrupt'):
+      images.decode_jpeg_rows(damaged, images.read_jpeg_header(damaged, 'key'), 140, 1, 'key')
+    rows = images.decode_jpeg_rows(surplus, images.read_jpeg_header(surplus, ''), 140, 1, '')
+    np.testing.assert_array_equal(rows[:140], decode(data)[:140])
+
+
 def test_what_is_left_to_pillow():
   cmyk = io.BytesIO()
   Image.new('CMYK', (20, 20)).save(cmyk, 'JPEG')
