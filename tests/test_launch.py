@@ -5,6 +5,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import tomllib
 
 import pytest
 import yaml
@@ -226,25 +227,18 @@ def test_what_cannot_go_on_ends(runs, states, code, message, tmp_path):
 
 
 def test_gke_starts_again_but_for_a_mistake():
-  service, job = yaml.safe_load_all((ROOT / 'launch/gke.yaml').read_text())
-  spec, pod = job['spec'], job['spec']['template']['spec']
-  assert service['metadata']['name'] == pod['subdomain'] and spec['completions'] == spec['parallelism'] == 16
-  (container,) = pod['containers']
-  first = lambda code: next(
-    (
-      rule['action']
-      for rule in spec['podFailurePolicy']['rules']
-      if code in rule.get('onExitCodes', {}).get('values', ())
-    ),
-    'Count',
+  jobset = yaml.safe_load((ROOT / 'launch/gke.yaml').read_text())
+  policy, (replicated,) = jobset['spec']['failurePolicy'], jobset['spec']['replicatedJobs']
+  job = replicated['template']['spec']
+  (mistake,) = job['podFailurePolicy']['rules']
+  (container,) = job['template']['spec']['containers']
+  assert mistake['action'] == 'FailJob' and mistake['onExitCodes'] == dict(
+    containerName=container['name'], operator='In', values=[2]
   )
-  assert [first(code) for code in (2, 75, 69, 134)] == ['FailJob', 'Ignore', 'Count', 'Count']
-  assert spec['backoffLimit'] == 100 * spec['completions']  # it counts pods, of which one that is lost ends all
-  assert all(
-    rule['onExitCodes']['containerName'] == container['name']
-    for rule in spec['podFailurePolicy']['rules']
-    if 'onExitCodes' in rule
-  )
-  assert spec['podFailurePolicy']['rules'][0] == {'action': 'Ignore', 'onPodConditions': [{'type': 'DisruptionTarget'}]}
-  assert pod['restartPolicy'] == 'Never'  # which a policy for failures asks for
-  assert [*container['command']][:2] == ['python', 'train.py']
+  assert policy['rules'] == [dict(action='FailJobSet', onJobFailureReasons=['PodFailurePolicy'])]
+  assert job['backoffLimit'] == 0 and policy['maxRestarts'] == 100  # any other end restarts all pods together
+  assert job['completions'] == job['parallelism'] == 16 and job['completionMode'] == 'Indexed'
+  assert job['template']['spec']['restartPolicy'] == 'Never'  # which a policy for failures asks for
+  name, config, _ = container['command']
+  assert tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['scripts'][name]
+  assert (ROOT / 'configs' / f'{config.removeprefix("--config=")}.py').exists()

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ except UserError as error:
 reveal_type(one.heat_map('dog'))
 predictor('a.png', ['dog'], treshold=0.5)
 """
+PACKAGED = ('groupvit_jax', 'configs', 'pyproject.toml', 'requirements.txt', 'README.md', 'LICENSE', 'NOTICE')
 TINY = (
   '--config.total_steps=2',
   '--config.batch_size=8',
@@ -40,10 +42,11 @@ TINY = (
 def command(tmp_path_factory):
   """Runs an installed command elsewhere; returns what it printed."""
   folder, source = (tmp_path_factory.mktemp(name) for name in ('installed', 'source'))
-  for name in ('groupvit_jax', 'configs'):
-    shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns('__pycache__'))
-  for name in ('pyproject.toml', 'requirements.txt', 'README.md', 'LICENSE', 'NOTICE'):
-    shutil.copy(ROOT / name, source)
+  for path in (ROOT / name for name in PACKAGED):
+    if path.is_dir():
+      shutil.copytree(path, source / path.name, ignore=shutil.ignore_patterns('__pycache__'))
+    else:
+      shutil.copy(path, source)
   pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check', 'install', '--no-deps']
   subprocess.run([*pip, f'--target={folder}', str(source)], check=True)
 
@@ -107,3 +110,14 @@ def test_everything_is_packed():
   folders = {str(path.parent.relative_to(ROOT)).replace('/', '.') for path in ROOT.glob('groupvit_jax/**/*.py')}
   assert set(setup['tool']['setuptools']['packages']) == folders | {'groupvit_jax.share.configs'}
   assert set(setup['project']['scripts']) == {f'groupvit-{name}' for name in COMMANDS}
+
+
+def test_the_image_has_all_that_the_package_is_built_of():
+  """No image is built here: `command` installs the package from the files that the image copies."""
+  lines = (ROOT / 'Dockerfile').read_text().splitlines()
+  copied = {name for line in lines if line.startswith('COPY') for name in line.split()[1:-1]}
+  assert copied == {*PACKAGED, 'train.py', 'eval.py'} and all((ROOT / name).exists() for name in copied)
+  extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']['optional-dependencies']
+  for line in lines:
+    for names in re.findall(r'EXTRAS=([\w,]+)', line):
+      assert set(names.split(',')) <= set(extras), line
