@@ -20,26 +20,32 @@ _LONG_SIDE = 384  # pixels of a tile, at most: about what a page shows, so that 
 _CONFUSIONS = 12
 _TITLES = {'best': 'Best images', 'median': 'Median images', 'worst': 'Worst images'}
 _STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 2rem auto; max-width: 1500px;
-       padding: 0 1rem; }
+:root { color-scheme: light dark; --ink: #1c1c1c; --quiet: #555; --page: #fff; --line: #e4e4e4; --track: #efefef; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --quiet: #aaa; --page: #161618; --line: #333; --track: #2a2a2c; }
+  .curve { background: #fff; }
+}
+body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
+       max-width: 1500px; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
-tr.ours td { font-weight: 600; } tr { border-bottom: 1px solid #e4e4e4; }
+tr.ours td { font-weight: 600; } tr { border-bottom: 1px solid var(--line); }
 .bars { columns: 3 22rem; column-gap: 2.5rem; } .bar { break-inside: avoid; display: grid; align-items: center;
        grid-template-columns: 9.5rem 1fr 3.4rem; gap: .5rem; height: 1.45rem; }
 .bar .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.bar .track { background: #efefef; height: .8rem; position: relative; }
-.bar .fill { height: 100%; outline: 1px solid #0003; } .bar .value { text-align: right; font-size: .85rem; }
-.bar .mark { position: absolute; top: -2px; bottom: -2px; border-left: 2px solid #111; }
+.bar .track { background: var(--track); height: .8rem; position: relative; }
+.bar .fill { height: 100%; outline: 1px solid #8886; } .bar .value { text-align: right; font-size: .85rem; }
+.bar .mark { position: absolute; top: -2px; bottom: -2px; border-left: 2px solid var(--ink); }
 .strip { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: .5rem;
          margin: .3rem 0; }
 .legend { font-size: .85rem; margin: 0 0 1.6rem; } .legend span { margin-right: 1rem; white-space: nowrap; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; vertical-align: -.1rem;
-            outline: 1px solid #0003; }
+            outline: 1px solid #8886; }
 .strip img, .curve { width: 100%; height: auto; display: block; } .curve { max-width: 760px; }
-figure { margin: 0; } figcaption, .note { color: #555; font-size: .85rem; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .8rem; font-size: .8rem; }
+figure { margin: 0; } figcaption, .note { color: var(--quiet); font-size: .85rem; }
+summary { cursor: pointer; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--track); padding: .8rem; font-size: .8rem; }
 """
 
 
@@ -61,19 +67,18 @@ def make_page(
     f'<h1>{title}</h1>',
     f'<p>{result.images} images, {result.benchmark.num_classes} classes; protocol <b>{protocol}</b>: {parameters}. '
     f'{provenance}.</p>',
-    '<h2>Beside the published results</h2>',
+    f'<h2>{"Beside the published results" if result.benchmark.published else "Scores"}</h2>',
     _headline(result),
     '<h2>IoU of each class</h2>',
     _bars(result),
-    '<h2>Worst confusions</h2>',
-    _confusions(result),
+    *_confusions(result),
   ]
   if curve is not None:
     parts += ['<h2>Background threshold</h2>', f'<img class="curve" alt="mIoU over the threshold" src="{_uri(curve)}">']
   for kind, images in gallery.items():
     if images:
       parts += [f'<h2>{_TITLES[kind]}</h2>', *(_strip(*image, result) for image in images)]
-  parts += ['<h2>Everything the results depend on</h2>', f'<pre>{html.escape(settings)}</pre>']
+  parts += [_folded('Everything the results depend on', f'<pre>{html.escape(settings)}</pre>')]
   return (
     f'<!doctype html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -93,7 +98,8 @@ def pick_images(miou: Sequence[float], each: int) -> dict[str, list[int]]:
   """
   order = [int(i) for i in np.argsort(np.negative(miou), kind='stable') if not np.isnan(miou[i])]
   each = min(each, -(-len(order) // 3))
-  best = order[:each]
+  # One without a wrong pixel shows a single class, mostly the background: there is nothing to see.
+  best = sorted(order, key=lambda i: miou[i] == 1)[:each]
   worst = [i for i in reversed(order) if i not in best][:each]
   rest = [i for i in order if i not in best and i not in worst]
   start = max(len(rest) - each, 0) // 2
@@ -162,8 +168,7 @@ def _headline(result: Result) -> str:
     unlike = result.unlike(row)
     text = f'published: protocol {row.protocol}, GroupViT-S/16 of {row.training_data}' + f' ({unlike})' * bool(unlike)
     rows.append(_table_row([text], [f'{row.miou:.1f}', '–', '–']))
-  note = '' if result.benchmark.published else '<p class="note">There are no published results for these classes.</p>'
-  return f'<table>{"".join(rows)}</table>{note}'
+  return f'<table>{"".join(rows)}</table>'
 
 
 def _bars(result: Result) -> str:
@@ -183,19 +188,22 @@ def _bars(result: Result) -> str:
       f'style="width:{100 * value:.1f}%;background:{colour}"></div>{mark}</div>'
       f'<div class="value">{_percent(value)}</div></div>'
     )
-  return (
-    f'<div class="bars">{"".join(bars)}</div><p class="note">The mark is what perfect naming of the same segments '
-    f'would give.{" Neither in the truth nor predicted: " * bool(absent)}{", ".join(absent)}</p>'
-  )
+  note = '<p class="note">The mark is what perfect naming of the same segments would give.</p>'
+  more = [_folded(f'{len(absent)} neither in the truth nor predicted', ', '.join(absent))] if absent else []
+  return ''.join([f'<div class="bars">{"".join(bars)}</div>', note * (result.oracle is not None), *more])
 
 
-def _confusions(result: Result) -> str:
-  """The largest shares of a class that another name took."""
+def _folded(summary: str, content: str) -> str:
+  return f'<details><summary>{summary}</summary>{content}</details>'
+
+
+def _confusions(result: Result) -> list[str]:
+  """A section with the largest shares of a class that another name took; none where all is right."""
   counts = result.counts.astype(float)
   wrong = counts - np.diag(np.diag(counts))
   total = wrong.sum()
   if not total:
-    return '<p>There are none.</p>'
+    return []
   rows = [_table_row(['is', 'called'], ['% of its pixels', '% of all wrong pixels'], tag='th')]
   for cell in np.argsort(-wrong, axis=None, kind='stable')[:_CONFUSIONS]:
     true, called = np.unravel_index(cell, wrong.shape)
@@ -203,7 +211,7 @@ def _confusions(result: Result) -> str:
       names = (result.benchmark.classes[label].strip() for label in (true, called))
       shares = (wrong[true, called] / counts[true].sum(), wrong[true, called] / total)
       rows.append(_table_row(names, map(_percent, shares)))
-  return f'<table>{"".join(rows)}</table>'
+  return ['<h2>Worst confusions</h2>', f'<table>{"".join(rows)}</table>']
 
 
 def _strip(name: str, miou: float, row: Row, result: Result) -> str:

@@ -232,3 +232,4 @@ def test_best_median_and_worst_pictures():
   assert html_report.pick_images(miou, 1) == {'best': [2], 'median': [0], 'worst': [3]}
   assert html_report.pick_images(miou, 5) == {'best': [2, 4], 'median': [0, 5], 'worst': [3, 6]}
   assert html_report.pick_images(miou[:2], 2) == {'best': [0], 'median': [], 'worst': []}
+  assert html_report.pick_images([1.0, 0.9, 0.1], 1)['best'] == [1]  # a single class, all right: little to see

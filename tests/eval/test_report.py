@@ -61,7 +61,7 @@ def test_figures_stand_beside_the_published_ones(page):
   assert rows[0] == ('cat', 'dog', f'{5000 / result.counts[8].sum():.1%}'[:-1], f'{5000 / wrong:.1%}'[:-1])
   values = re.findall(r'class="value">(.*?)</div>', page)
   assert len(values) == 20 and [float(value) for value in values] == sorted(map(float, values), reverse=True)
-  assert 'Neither in the truth nor predicted: tvmonitor</p>' in page
+  assert '<summary>1 neither in the truth nor predicted</summary>tvmonitor</details>' in page
 
 
 def test_a_strip_says_what_its_colours_are(page):
