@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -38,7 +39,6 @@ class Prediction:
     palette: their colours.
     labels: uint8 [H, W].
     pixel_scores: float32 [H, W], of those labels.
-    scores: [C], of the segment that fits a class best, in any window; nan for the background.
     group_maps: computes `groups` at the first call, which takes one more pass of the encoder.
     windows: the K encoded windows.
     class_scores: float32 [K, S, C], of their segments; without the background.
@@ -51,7 +51,6 @@ class Prediction:
   palette: tuple[tuple[int, int, int], ...]
   labels: np.ndarray
   pixel_scores: np.ndarray
-  scores: np.ndarray
   group_maps: Callable[[], tuple[np.ndarray, ...]]
   windows: EncodedWindows
   class_scores: np.ndarray
@@ -70,6 +69,12 @@ class Prediction:
   def areas(self) -> np.ndarray:
     """Share of the image that each class covers, [C]."""
     return np.bincount(self.labels.ravel(), minlength=len(self.classes)) / self.labels.size
+
+  @functools.cached_property
+  def scores(self) -> np.ndarray:
+    """The highest score of each class at any pixel, [C]; nan for the background."""
+    best = [self._mean_scores(index).max() for index in range(self.class_scores.shape[-1])]
+    return np.array([np.nan] * self.background + best, np.float32)
 
   @property
   def groups(self) -> tuple[np.ndarray, ...]:
@@ -90,14 +95,9 @@ class Prediction:
     names = self.classes[self.background :]
     if name not in names:
       raise UserError(f'{name!r} was not looked for; there are {", ".join(names)}')
-    scores = self.class_scores[:, :, names.index(name)]
-    image = self.windows.image
-    total, covers = np.zeros((2, *image.resized), np.float32)
-    for top, left, segments, score in zip(image.tops, image.lefts, self.windows.segments, scores):
-      here = np.s_[top : top + segments.shape[0], left : left + segments.shape[1]]
-      total[here] += score[segments] if segments.ndim == 2 else segments @ score
-      covers[here] += 1
-    return cv2.resize(total / covers, image.original[::-1], interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(
+      self._mean_scores(names.index(name)), self.windows.image.original[::-1], interpolation=cv2.INTER_LINEAR
+    )
 
   def mask(self) -> Image.Image:
     """The label map as an indexed image in the classes' colours."""
@@ -152,8 +152,8 @@ class Prediction:
   def to_json(self) -> dict[str, Any]:
     """Areas and scores of the classes, largest area first.
 
-    `area` is the share of pixels whose label is the class; `score` is of the one segment that fits it best. A high
-    score with no area means that another class fits that segment better.
+    `area` is the share of pixels whose label is the class; `score` is the highest at any pixel. A class with a score
+    and no area is surpassed by another one at each pixel.
     """
     pixels = np.bincount(self.labels.ravel(), minlength=len(self.classes))
     columns = zip(self.classes, self.areas, pixels, self.scores)
@@ -163,6 +163,17 @@ class Prediction:
     ]
     height, width = self.labels.shape
     return dict(picture=self.key, height=height, width=width, classes=sorted(rows, key=lambda row: -row['area']))
+
+  def _mean_scores(self, index: int) -> np.ndarray:
+    """The score of a class other than the background, averaged over windows: float32, as large as the cut image."""
+    image = self.windows.image
+    total, covers = np.zeros((2, *image.resized), np.float32)
+    scores = self.class_scores[:, :, index]
+    for top, left, segments, score in zip(image.tops, image.lefts, self.windows.segments, scores):
+      here = np.s_[top : top + segments.shape[0], left : left + segments.shape[1]]
+      total[here] += score[segments] if segments.ndim == 2 else segments @ score
+      covers[here] += 1
+    return total / covers
 
 
 def file_name(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import io
 import pathlib
 import pydoc
@@ -56,9 +57,14 @@ def test_everything_is_there_and_of_the_pictures_size(prediction, image):
   assert len(prediction.groups) == 1 and prediction.groups[-1] is prediction.segments
   assert prediction.labels.dtype == np.uint8 and prediction.labels.max() < 3
   assert prediction.areas.sum() == pytest.approx(1) and prediction.scores.shape == (3,)
-  # A pixel's score is a mean over windows, so no more than its class's best segment.
   best = prediction.scores[prediction.labels]
   assert (prediction.pixel_scores <= best + 1e-5).all() and prediction.pixel_scores.min() > 0
+  # A segment that no pixel belongs to has no say.
+  nowhere, scores = [np.zeros_like(one) for one in prediction.windows.segments], prediction.class_scores.copy()
+  scores[:, 0], scores[:, 1] = (0.48, 0.01, 0.5), (0, 0.84, 0)
+  windows = dataclasses.replace(prediction.windows, segments=nowhere)
+  replaced = dataclasses.replace(prediction, windows=windows, class_scores=scores)
+  np.testing.assert_allclose(replaced.scores, (0.48, 0.01, 0.5), atol=1e-6)
   assert prediction.image is image
   assert prediction.overlay().shape == (48 * 6, 70 * 6, 3)
   shares = dict(zip(prediction.classes, prediction.areas))
