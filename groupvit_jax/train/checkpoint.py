@@ -7,16 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
-import gc
-import io
 import json
 import logging as python_logging
 import math
 import os
+import re
 import shutil
 import sys
-import time
-import traceback
 from typing import NamedTuple
 
 from absl import logging
@@ -37,6 +34,8 @@ BEST_FOLDER = 'best'  # in the workdir; best.json beside it holds the metric and
 
 _ATTEMPTS = 2  # at reading a checkpoint: a disk or a network may be busy once
 _COMPLETE = 'complete'  # the last object of a step in s3://
+_BY_ORBAX = re.compile('/orbax/|OCDBT|tensorstore')  # in the path of a log's call, or in what asyncio logs of a task
+_previous_hook = sys.unraisablehook
 
 
 class Restored(NamedTuple):
@@ -62,7 +61,8 @@ class Checkpoints:
     Raises:
       OSError: nothing can be saved there.
     """
-    logging.get_absl_logger().addFilter(_is_not_from_orbax)
+    for name in ('absl', 'asyncio'):
+      python_logging.getLogger(name).addFilter(_is_not_raised_anyway)
     sys.unraisablehook = _print_all_but_closed_loops
     self._read_only = read_only
     self.folder = epath.Path(workdir) / folder
@@ -79,8 +79,7 @@ class Checkpoints:
       cleanup_tmp_directories=not read_only,
       enable_async_checkpointing=not read_only,
     )
-    with _quiet():
-      self._manager = _OrbaxManager(self.folder, options=options)
+    self._manager = _OrbaxManager(self.folder, options=options)
     if not read_only:
       with _save_errors(self.folder):
         self._check_writable()
@@ -170,9 +169,8 @@ class Checkpoints:
   def _read(self, step: int, restore_args: ocp.args.CheckpointArgs) -> tuple[object, Exception | None]:
     """The state of a step, or why this process cannot read it."""
     try:
-      with _quiet():
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
-        return jax.block_until_ready(restored.state), None
+      restored = self._manager.restore(step, args=ocp.args.Composite(state=restore_args))
+      return jax.block_until_ready(restored.state), None
     except Exception as error:  # which one a damaged file raises depends on the file
       return None, error
 
@@ -397,27 +395,6 @@ def _present_fields(state: TrainState) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Keeps libraries from printing: of one damaged file Orbax's readers print a hundred tracebacks."""
-  asyncio_log, verbosity = python_logging.getLogger('asyncio'), logging.get_verbosity()
-  disabled = asyncio_log.disabled
-  asyncio_log.disabled = True
-  logging.set_verbosity(logging.ERROR)
-  try:
-    with contextlib.redirect_stderr(io.StringIO()):
-      try:
-        yield
-      except Exception as error:
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        time.sleep(0.3)  # readers that are still at work print when nobody waits for them
-        raise
-  finally:
-    asyncio_log.disabled = disabled
-    logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
 def _save_errors(folder: epath.Path) -> Iterator[None]:
   """Turns whatever a failed write raises (tensorstore's are ValueErrors) into one OSError with the reason."""
   try:
@@ -443,9 +420,10 @@ def _shorten(error: Exception) -> str:
 def _print_all_but_closed_loops(unraisable: object) -> None:
   """Python's unraisablehook, without what each write of TensorStore reports that ends after a save has failed."""
   if str(unraisable.exc_value) != 'Event loop is closed':
-    sys.__unraisablehook__(unraisable)
+    _previous_hook(unraisable)
 
 
-def _is_not_from_orbax(record: python_logging.LogRecord) -> bool:
-  """Filters the log: of a save that fails Orbax prints a traceback per thread, and the error is raised anyway."""
-  return '/orbax/' not in record.pathname
+def _is_not_raised_anyway(record: python_logging.LogRecord) -> bool:
+  """Filters logs: of one save or restore that fails, Orbax's threads and tasks log hundreds of tracebacks."""
+  source = record.pathname if record.name == 'absl' else record.getMessage()
+  return record.levelno < python_logging.ERROR or not _BY_ORBAX.search(source)

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import logging
 import pathlib
 import resource
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -86,6 +88,26 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(how, state, tmp_path):
   checkpoints.save(state.replace(step=state.step + 2), tiny_config())  # the step can be written again
   checkpoints.wait()
   assert checkpoints.steps() == [1, 2]
+
+
+def test_logs_and_stderr_lose_only_what_is_raised_anyway(state, tmp_path, monkeypatch, caplog, capsys):
+  save_steps(tmp_path, state, 1)
+  restore = ocp.CheckpointManager.restore
+  seen = (('absl', logging.WARNING, '/orbax/manager.py', 'slow'), ('absl', logging.ERROR, '/groupvit_jax/a.py', 'ours'))
+  seen += (('asyncio', logging.ERROR, '/asyncio/base_events.py', "never retrieved\nfuture: <Task coro=<a_user's()>"),)
+  raised = (('absl', logging.ERROR, '/orbax/threads.py', 'a thread failed'),)
+  raised += (('asyncio', logging.ERROR, '/asyncio/base_events.py', 'never retrieved\nfuture: <Task at /orbax/a.py>'),)
+
+  def logging_restore(self, step, **kwargs):
+    print('a data worker', file=sys.stderr)
+    for name, level, path, message in seen + raised:
+      logging.getLogger(name).handle(logging.LogRecord(name, level, path, 1, message, (), None))
+    return restore(self, step, **kwargs)
+
+  monkeypatch.setattr(ocp.CheckpointManager, 'restore', logging_restore)
+  assert Checkpoints(tmp_path, keep=5).restore(abstract()).step == 1
+  assert [record.getMessage() for record in caplog.records] == [message for *_, message in seen]
+  assert 'a data worker' in capsys.readouterr().err
 
 
 def test_what_fails_once_is_tried_again(state, tmp_path, monkeypatch):
