@@ -21,7 +21,7 @@ from groupvit_jax.eval.labeller import Labeller
 from groupvit_jax.eval.protocols import find_protocol, NATIVE, Protocol
 from groupvit_jax.eval.window_encoder import EncodedWindows, group_maps, WindowEncoder
 from groupvit_jax.eval.windows import cut_image, CutImage
-from groupvit_jax.interop import read, stablehlo
+from groupvit_jax.interop import hub, read, stablehlo
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.prediction import Prediction
 from groupvit_jax.running import sharding
@@ -113,8 +113,8 @@ class Predictor:
     """Opens a model; nothing is written.
 
     Args:
-      path: a workdir, a Hugging Face folder, or a folder that `export` wrote in any of its formats. One of
-        `--format=stablehlo` runs on one device.
+      path: a workdir, a Hugging Face folder, or a folder that `export` wrote in any of its formats; or the id of one
+        on the Hub (see `hub.fetch`). One of `--format=stablehlo` runs on one device.
       protocol: as for `Predictor`.
       weights: which of a workdir's, as for `open_run.open_run`.
       checkpoint: likewise.
@@ -123,7 +123,7 @@ class Predictor:
       ValueError: there is no model, it cannot be read, or a choice of weights was asked of another folder than a
         workdir.
     """
-    path = epath.Path(path)
+    name, path = path, hub.fetch(path)
     is_bundle = (path / 'bundle.json').exists()
     if not is_bundle and (not path.is_dir() or (path / 'checkpoints').is_dir()):
       return cls.of_run(open_run.open_run(path, checkpoint, weights=weights), protocol=protocol)
@@ -132,14 +132,14 @@ class Predictor:
     if is_bundle:
       model, variables, tokenizer = stablehlo.read_bundle(path)
       mesh = sharding.make_mesh(devices=jax.devices()[:1])
-      return cls(model, variables, tokenizer, mesh, protocol=protocol, source=str(path))
+      return cls(model, variables, tokenizer, mesh, protocol=protocol, source=str(name))
     found, mesh, tokenizer = read.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
     read.check_tokenizer(
       tokenizer, vocab_size=found.spec.vocab_size, eos_id=found.spec.eos_id, remedy=f'put that into {path}'
     )
     variables = jax.device_put(found.variables, sharding.replicated(mesh))
     model = with_fastest_attention(found.spec.build(), mesh)
-    return cls(model, variables, tokenizer, mesh, protocol=protocol, source=str(path))
+    return cls(model, variables, tokenizer, mesh, protocol=protocol, source=str(name))
 
   def __repr__(self) -> str:
     height, width = self._model.vision.image_size

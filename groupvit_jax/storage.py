@@ -162,7 +162,7 @@ def with_retries(operation: Callable[..., _R], *arguments: object) -> _R:
       raise
     except Exception as error:  # every library behind fsspec has exceptions of its own
       if delay is None:
-        raise Unavailable(f'after {len(RETRY_DELAYS) + 1} attempts: {_line(error)}') from error
+        raise Unavailable(f'after {len(RETRY_DELAYS) + 1} attempts: {describe(error)}') from error
     time.sleep(delay)
 
 
@@ -350,7 +350,7 @@ def _reaching(path: str) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # every library behind fsspec has exceptions of its own
-    raise UserError(f'cannot reach {path}: {_line(error)}') from error
+    raise UserError(f'cannot reach {path}: {describe(error)}') from error
 
 
 @contextlib.contextmanager
@@ -361,7 +361,7 @@ def _remote_errors(start: str) -> Iterator[None]:
   except Unavailable as error:
     raise Unavailable(f'{start} {error}') from error
   except OSError as error:
-    raise ResourceError(f'{start}: {_line(error)}') from error
+    raise ResourceError(f'{start}: {describe(error)}') from error
 
 
 def _system(path: str) -> fsspec.AbstractFileSystem:
@@ -390,5 +390,6 @@ def _read_local(path: str, start: int, size: int) -> bytes:
   return data
 
 
-def _line(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
+  """One line about an error."""
   return ' '.join(str(error).split())[:300] or type(error).__name__

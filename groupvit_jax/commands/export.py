@@ -19,9 +19,10 @@ import safetensors.numpy
 
 from groupvit_jax import cli
 from groupvit_jax.commands import model_card
-from groupvit_jax.commands.huggingface_folder import write_folder, write_json
+from groupvit_jax.commands.huggingface_folder import describe_use, TAGS, write_folder, write_json
 from groupvit_jax.errors import UserError
-from groupvit_jax.interop import native, stablehlo, state_dicts
+from groupvit_jax.interop import hub, native, stablehlo, state_dicts
+from groupvit_jax.interop.licence import Licence, read_kept
 from groupvit_jax.model.losses import clamped_scale
 from groupvit_jax.storage import atomic_folder, check_free
 from groupvit_jax.train import open_run
@@ -36,7 +37,9 @@ _TRIAL_TEXTS = ('a dog', 'grass')  # their ids are in bundle.json, to try the te
 _FLAT_USE = """\
 ```python
 from groupvit_jax import Predictor
-prediction = Predictor.from_pretrained(FOLDER)('image.jpg', ['dog', 'grass'])
+
+prediction = Predictor.from_pretrained('FOLDER')('image.jpg', ['dog', 'grass'])
+prediction.save('out')
 ```
 
 `model.safetensors` has groupvit_jax's own names; `config.json` says how to build the model.
@@ -51,7 +54,7 @@ tower = export.deserialize(open('image.stablehlo', 'rb').read())
 out = tower.call(pixels)  # uint8 [b, H, W, 3], H and W multiples of the patch size
 ```
 
-`bundle.json` has the sizes and the special tokens. `groupvit_jax.Predictor.from_pretrained(FOLDER)` opens the folder.
+`bundle.json` has the sizes and the special tokens. `groupvit_jax.Predictor.from_pretrained('FOLDER')` opens the folder.
 """
 
 
@@ -64,6 +67,8 @@ def export(
   scores: Sequence[str] | None = None,
   weights: open_run.Weights = 'best',
   checkpoint: str = open_run.NEWEST,
+  licence: str = '',
+  push_to_hub: str = '',
 ) -> str:
   """Exports a checkpoint of a run.
 
@@ -76,12 +81,16 @@ def export(
       WORKDIR/eval, if it is of this checkpoint.
     weights: as for `open_run.open_run`.
     checkpoint: likewise.
+    licence: of weights of one's own, as the Hub names it: 'apache-2.0'; '' for that of the weights that the run started
+      from, if any.
+    push_to_hub: USER/NAME of a model on the Hub to upload the folder to, which is created if it is not there.
 
   Returns:
-    A line for each file of weights, and one about the scores.
+    A line for each file of weights, one about the scores, and one about the upload.
 
   Raises:
-    ValueError: there is no such run, `output` is taken, or the format cannot represent the model.
+    ValueError: there is no such run, `output` is taken, the format cannot represent the model, or it cannot be
+      uploaded.
     OSError: `output` cannot be written.
   """
   for name, value, choices in (('format', form, get_args(Form)), ('dtype', dtype, get_args(Dtype))):
@@ -89,22 +98,37 @@ def export(
       raise UserError(f'{name}={value!r}: use {", ".join(choices)}')
   check_free('--output', output)
   run = open_run.open_run(workdir, checkpoint, weights=weights)
+  granted = _choose_licence(run, licence)
   reports, note = _choose_reports(run, scores)
   spec = state_dicts.ModelSpec(run.config.model, run.tokenizer.vocab_size, run.tokenizer.eos_id, run.model.multi_label)
+  if push_to_hub:
+    hub.create(push_to_hub)  # first of all: may we?
   number_format = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
   with open_run.complete_config(run.workdir), atomic_folder('--output', output) as folder:
     notes = {}
+    use, tags = _FLAT_USE, ''
     if form == 'huggingface':
-      write_folder(folder, run, spec, number_format, reports)
+      write_folder(folder, run, spec, number_format)
+      use, tags = describe_use(run), TAGS
     elif form == 'stablehlo':
       notes = _write_stablehlo(folder, run, spec, number_format)
-      model_card.write(folder, run, use=_BUNDLE_USE, tags='', reports=reports)
+      use = _BUNDLE_USE
     else:
       _write_flat(folder, run, spec, number_format)
-      model_card.write(folder, run, use=_FLAT_USE, tags='', reports=reports)
+    use = use.replace("'FOLDER'", repr(push_to_hub or 'FOLDER'))
+    model_card.write(folder, run, licence=granted, use=use, tags=tags, reports=reports)
     sizes = _sizes(folder)
   files = (f'{epath.Path(output) / name}: {size / 1e6:.1f} MB{notes.get(name, "")}' for name, size in sizes.items())
-  return '\n'.join([*files, note])
+  uploaded = [f'uploaded to {hub.upload(output, push_to_hub)}'] if push_to_hub else []
+  return '\n'.join([*files, note, *uploaded])
+
+
+def _choose_licence(run: TrainedRun, licence: str) -> Licence:
+  """The licence of the weights that a run started from, or the one given for one's own."""
+  kept = read_kept(run.workdir)
+  if licence and any(kept):
+    raise UserError(f'--licence={licence}: the run started from weights under another one ({kept}), which holds')
+  return Licence(licence) if licence else kept
 
 
 def _choose_reports(run: TrainedRun, paths: Sequence[str] | None) -> tuple[list[model_card.Report], str]:
@@ -194,6 +218,8 @@ if __name__ == '__main__':
   CHECKPOINT = flags.DEFINE_enum(
     'checkpoint', 'newest', ['newest', 'best'], 'best: the one that scored best in training.'
   )
+  LICENCE = flags.DEFINE_string('licence', '', 'Of weights of your own, for the model card, as in apache-2.0.')
+  PUSH = flags.DEFINE_string('push_to_hub', '', 'USER/NAME of a model on the Hugging Face Hub to upload the folder to.')
   flags.mark_flags_as_required(['workdir', 'format', 'output'])
   cli.run(
     lambda: print(
@@ -205,6 +231,8 @@ if __name__ == '__main__':
         scores=SCORES.value,
         weights=WEIGHTS.value,
         checkpoint=CHECKPOINT.value,
+        licence=LICENCE.value,
+        push_to_hub=PUSH.value,
       )
     )
   )

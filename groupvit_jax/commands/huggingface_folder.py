@@ -1,6 +1,5 @@
-"""The Hugging Face folder of a model, which `transformers` loads: weights, configs, tokenizer, model card."""
+"""The Hugging Face folder of a model, which `transformers` loads: weights, configs, tokenizer, and how to use it."""
 
-from collections.abc import Sequence
 import json
 from typing import Any
 
@@ -8,7 +7,6 @@ from etils import epath
 import numpy as np
 import safetensors.numpy
 
-from groupvit_jax.commands import model_card
 from groupvit_jax.data import clip_bpe
 from groupvit_jax.data.tokenizer import ClipTokenizer, SENTENCEPIECE_FILE
 from groupvit_jax.interop import huggingface, native, state_dicts
@@ -18,45 +16,59 @@ from groupvit_jax.train.open_run import TrainedRun
 
 _BILINEAR = 2  # Pillow's number, which the image processor's config holds
 
-_SENTENCEPIECE_NOTE = f"""\
-The tokenizer is the SentencePiece model `{SENTENCEPIECE_FILE}`, for which `transformers` has no class that fits: it
-loads the model and the image processor (`AutoModel`, `AutoImageProcessor`) but neither `AutoTokenizer` nor
-`AutoProcessor`. Tokenize with `sentencepiece` and append the end of text, where the text is pooled:
-
+_USE = """\
 ```python
-import sentencepiece, torch
-pieces = sentencepiece.SentencePieceProcessor(model_file='{SENTENCEPIECE_FILE}')
-input_ids = torch.tensor([pieces.encode('a photo of a dog') + [pieces.eos_id()]])
+from groupvit_jax import Predictor
+
+prediction = Predictor.from_pretrained('FOLDER')('image.jpg', ['dog', 'grass'])
+prediction.save('out')
 ```
-"""
 
-_CLIP_NOTE = """\
+With `transformers`, which resizes images to {height} x {width} px, accepts no other size, and gives the logits of its
+segmentation the temperature twice:
+
+{transformers}"""
+
+_CLIP_USE = """\
 ```python
+from PIL import Image
 from transformers import AutoModel, AutoProcessor
-model, processor = AutoModel.from_pretrained(FOLDER), AutoProcessor.from_pretrained(FOLDER)
+
+model, processor = AutoModel.from_pretrained('FOLDER'), AutoProcessor.from_pretrained('FOLDER')
+texts, image = ['a photo of a dog', 'a photo of grass'], Image.open('image.jpg').convert('RGB')
+inputs = processor(text=texts, images=image, padding=True, return_tensors='pt')
+labels = model(**inputs, output_segmentation=True).segmentation_logits[0].argmax(0)  # of texts, [{height}, {width}]
 ```
 """
 
-_RESIZED = """
-Images are resized to {height} x {width} px: `transformers` accepts no other size, and its segmentation logits apply
-the temperature twice. groupvit_jax reads this folder too (`groupvit_jax.commands.import_weights`) and segments images
-of any size.
+_SENTENCEPIECE_USE = f"""\
+```python
+from PIL import Image
+import sentencepiece
+import torch
+from transformers import AutoImageProcessor, AutoModel
+
+model, processor = AutoModel.from_pretrained('FOLDER'), AutoImageProcessor.from_pretrained('FOLDER')
+texts, image = ['a photo of a dog', 'a photo of grass'], Image.open('image.jpg').convert('RGB')
+pieces = sentencepiece.SentencePieceProcessor(model_file='LOCAL_FOLDER/{SENTENCEPIECE_FILE}')
+ids = [torch.tensor(pieces.encode(text) + [pieces.eos_id()]) for text in texts]
+inputs = processor(images=image, return_tensors='pt')
+inputs['input_ids'] = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pieces.eos_id())
+labels = model(**inputs, output_segmentation=True).segmentation_logits[0].argmax(0)  # of texts, [{{height}}, {{width}}]
+```
+
+The tokenizer is a SentencePiece model, for which `transformers` has no class that fits: neither `AutoTokenizer` nor
+`AutoProcessor` loads. `LOCAL_FOLDER` holds this card. Texts are pooled at their first end of text.
 """
 
-_TAGS = """\
+TAGS = """\
 library_name: transformers
 pipeline_tag: zero-shot-image-classification
 tags: [groupvit, zero-shot-segmentation]"""
 
 
-def write_folder(
-  folder: epath.Path,
-  run: TrainedRun,
-  spec: state_dicts.ModelSpec,
-  dtype: np.dtype,
-  reports: Sequence[model_card.Report],
-) -> None:
-  """Writes the files of a run's model into an empty folder; `reports` of evaluations go into the model card.
+def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype) -> None:
+  """Writes the files of a run's model, but for the model card, into an empty folder.
 
   Raises:
     ValueError: `transformers` cannot represent the model.
@@ -77,9 +89,13 @@ def write_folder(
   write_json(folder / SIDE_FILE, side)
   write_json(folder / 'preprocessor_config.json', _image_processor(run))
   _write_tokenizer(folder, run)
+
+
+def describe_use(run: TrainedRun) -> str:
+  """The part of the model card about `FOLDER`: lines that segment an image."""
   height, width = run.model.vision.image_size
-  use = _CLIP_NOTE if isinstance(run.tokenizer, ClipTokenizer) else _SENTENCEPIECE_NOTE
-  model_card.write(folder, run, use=use + _RESIZED.format(height=height, width=width), tags=_TAGS, reports=reports)
+  use = _CLIP_USE if isinstance(run.tokenizer, ClipTokenizer) else _SENTENCEPIECE_USE
+  return _USE.format(height=height, width=width, transformers=use.format(height=height, width=width))
 
 
 def _image_processor(run: TrainedRun) -> dict[str, Any]:

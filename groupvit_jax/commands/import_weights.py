@@ -2,8 +2,8 @@
 
   python -m groupvit_jax.commands.import_weights --from=groupvit-gcc-yfcc --workdir=runs/released
 
-`--from` is a Hugging Face folder, a folder of `export --format=safetensors`, or an authors' `.pth`; the last needs
-`--tokenizer`, a folder or file with CLIP's vocabulary.
+`--from` is a Hugging Face folder, a folder of `export --format=safetensors`, the id of one on the Hub as
+nvidia/groupvit-gcc-yfcc, or an authors' `.pth`; the last needs `--tokenizer`, a folder or file with CLIP's vocabulary.
 """
 
 from absl import flags
@@ -16,7 +16,7 @@ import optax
 from groupvit_jax import cli
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.errors import UserError
-from groupvit_jax.interop import licence
+from groupvit_jax.interop import hub, licence
 from groupvit_jax.interop.read import check_tokenizer, read_weights, Weights
 from groupvit_jax.storage import atomic_folder, check_free, check_local
 from groupvit_jax.train import workdir as workdir_lib
@@ -28,7 +28,7 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
   """Imports weights into a new workdir, which evaluation and `Predictor` open like any other.
 
   Args:
-    source: folder or file with the weights.
+    source: folder or file with the weights, or their id on the Hub.
     workdir: folder to create; must not exist, or be empty.
     tokenizer: tokenizer files, where `source` has none.
 
@@ -41,10 +41,11 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
   """
   check_free('--workdir', workdir)
   check_local(source)
-  if tokenizer is None and not epath.Path(source).is_dir() and epath.Path(source).exists():
+  path = hub.fetch(source)
+  if tokenizer is None and not path.is_dir() and path.exists():
     raise UserError(f"{source} comes without a tokenizer; name CLIP's vocabulary with --tokenizer=")
-  weights = read_weights(source)
-  loaded = build_tokenizer(source if tokenizer is None else tokenizer)
+  weights = read_weights(path)
+  loaded = build_tokenizer(path if tokenizer is None else tokenizer)
   check_tokenizer(
     loaded,
     vocab_size=weights.spec.vocab_size,
@@ -98,7 +99,7 @@ def _count(weights: Weights) -> int:
 
 
 if __name__ == '__main__':
-  SOURCE = flags.DEFINE_string('from', None, 'Folder or .pth file with the weights.')
+  SOURCE = flags.DEFINE_string('from', None, 'Folder or .pth file with the weights, or their id on the Hub.')
   WORKDIR = flags.DEFINE_string('workdir', None, 'Folder to create.')
   TOKENIZER = flags.DEFINE_string('tokenizer', None, "Tokenizer files; by default those in the weights' folder.")
   flags.mark_flags_as_required(['from', 'workdir'])

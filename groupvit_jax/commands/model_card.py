@@ -8,7 +8,7 @@ from etils import epath
 import ml_collections
 
 from groupvit_jax.errors import UserError
-from groupvit_jax.interop import licence
+from groupvit_jax.interop.licence import Licence
 from groupvit_jax.train.open_run import TrainedRun
 
 Report = Mapping[str, Any]  # a results.json of eval.py
@@ -39,20 +39,29 @@ from step {step:,} of its run.
 ```
 """
 
-_METRICS = ('miou', 'pixel_accuracy', 'oracle_miou', 'top1', 'top5')
+_METRICS = {
+  'miou': 'mIoU',
+  'pixel_accuracy': 'pixel accuracy',
+  'oracle_miou': 'oracle mIoU',
+  'top1': 'top-1 accuracy',
+  'top5': 'top-5 accuracy',
+}
 
 
-def write(folder: epath.Path, run: TrainedRun, *, use: str, tags: str, reports: Sequence[Report]) -> None:
+def write(
+  folder: epath.Path, run: TrainedRun, *, licence: Licence, use: str, tags: str, reports: Sequence[Report]
+) -> None:
   """Writes the card.
 
   Args:
     folder: of the exported model.
     run: whose model it is.
+    licence: of the weights.
     use: Markdown on how to use the format.
     tags: further lines of the header, as the Hugging Face Hub knows them.
     reports: of evaluations of this checkpoint.
   """
-  header = '\n'.join(line for line in (licence.read_kept(run.workdir).header(), tags) if line)
+  header = '\n'.join(line for line in (licence.header(), tags) if line)
   (folder / 'README.md').write_text(
     _CARD.format(
       header=header,
@@ -111,6 +120,8 @@ def _describe_data(config: ml_collections.ConfigDict) -> str:
       f'Scenes made while training, with captions: {len(scenes.things)} things ({", ".join(scenes.things)}) '
       f'on {len(scenes.stuff)} kinds of stuff ({", ".join(scenes.stuff)}).'
     )
+  elif data.source == 'pairs':
+    lines.append(f'Image-text pairs of `{data.path}`.')
   else:
     lines += ['| set | format | pairs expected | weight |', '| --- | --- | --: | --: |']
     lines += [
@@ -130,7 +141,8 @@ def _describe_data(config: ml_collections.ConfigDict) -> str:
 
 def _table(report: Report) -> str:
   """The metrics of a report, with their protocol."""
-  rows = ''.join(f'| {name} | {report[name]:.3f} |\n' for name in _METRICS if report.get(name) is not None)
+  scores = {title: report[key] for key, title in _METRICS.items() if report.get(key) is not None}
+  rows = ''.join(f'| {title} | {score:.1%} |\n' for title, score in scores.items())
   return (
     f'{report["benchmark"]}, {report["num_images"]:,} images:\n\n| metric | value |\n| --- | --- |\n{rows}\n'
     f'Protocol:\n\n```json\n{json.dumps(report["protocol"], indent=2)}\n```\n'

@@ -12,8 +12,8 @@ import optax
 
 from groupvit_jax.data.tokenizer import build_tokenizer
 from groupvit_jax.errors import UserError
+from groupvit_jax.interop import hub, read, state_dicts
 from groupvit_jax.interop import licence as licence_lib
-from groupvit_jax.interop import read, state_dicts
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.vision import resize_positions
@@ -69,12 +69,12 @@ def read_source(path: epath.PathLike) -> Source:
 
   Args:
     path: a workdir (of which the moving average is taken, if there is one), a Hugging Face folder, a folder of
-      `export`, or a `.pth` file.
+      `export`, a `.pth` file, or an id of the Hub (see `hub.fetch`).
 
   Raises:
     ValueError: nothing is there, or it is damaged.
   """
-  path = epath.Path(path)
+  path = hub.fetch(path)
   if _is_workdir(path):
     run = open_run.open_run(path)
     return Source(jax.tree.map(np.asarray, run.variables), run.tokenizer.eos_id, licence_lib.read_kept(path))
@@ -115,9 +115,10 @@ def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   Raises:
     ValueError: the weights come without one.
   """
-  tokenizer, path = config.tokenizer.copy_and_resolve_references(), epath.Path(config.init_from)
+  tokenizer = config.tokenizer.copy_and_resolve_references()
   if not config.init_from or tokenizer.path:
     return tokenizer
+  path = hub.fetch(config.init_from)
   if path.exists() and not path.is_dir():
     raise UserError(f'init_from={config.init_from!r} comes without a tokenizer; name it in tokenizer.path')
   tokenizer.path = str(path / 'tokenizer' if _is_workdir(path) else path)
@@ -135,7 +136,7 @@ def read_checked(config: ml_collections.ConfigDict, model: ImageTextModel) -> So
     ValueError: they cannot be read, they or the tokenizer do not fit, or the tokenizer cannot be read.
   """
   name = f'init_from={config.init_from!r}'
-  if not epath.Path(config.init_from).exists():
+  if not hub.fetch(config.init_from).exists():
     raise UserError(f'{name}: there is no such file or folder')
   tokenizer, source = build_tokenizer(with_tokenizer(config).path), read_source(config.init_from)
   model = model.clone(text=model.text.clone(vocab_size=tokenizer.vocab_size, eos_id=tokenizer.eos_id))

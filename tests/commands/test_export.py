@@ -130,13 +130,29 @@ def test_transformers_loads_strictly_and_computes_the_same(clip_run, tmp_path):
   np.testing.assert_allclose(ours['text_embeds'], text_embeds, rtol=0, atol=1e-4)
 
 
-def test_transformers_loads_a_run_with_sentencepiece_as_its_card_says(sentencepiece_run, tmp_path):
+def run_card(folder: pathlib.Path, monkeypatch) -> dict[str, object]:
+  """Runs the Python of a folder's model card beside an image; returns what it defines."""
+  monkeypatch.chdir(folder.parent)
+  PIL.Image.fromarray(pictures(1)[0].repeat(2, axis=0)).save('image.jpg')
+  names: dict[str, object] = {}
+  for code in re.findall(r'```python\n(.*?)```', (folder / 'README.md').read_text(), re.DOTALL):
+    exec(code.replace('LOCAL_', '').replace('FOLDER', str(folder)), names)
+  return names
+
+
+@pytest.mark.parametrize('fixture', ['clip_run', 'sentencepiece_run'])
+def test_the_cards_lines_segment_an_image(fixture, request, tmp_path, monkeypatch):
+  """With us and with transformers."""
+  export(request.getfixturevalue(fixture), 'huggingface', tmp_path / 'exported')
+  names = run_card(tmp_path / 'exported', monkeypatch)
+  assert names['prediction'].labels.shape == (64, 24) and (tmp_path / 'out' / 'image.mask.png').exists()
+  assert tuple(names['labels'].shape) == (32, 24) and int(names['labels'].max()) < 2
+
+
+def test_transformers_embeds_texts_of_sentencepiece_the_same(sentencepiece_run, tmp_path):
   export(sentencepiece_run, 'huggingface', tmp_path / 'out')
-  card = (tmp_path / 'out' / 'README.md').read_text()
-  assert 'neither `AutoTokenizer` nor' in card and 'AutoProcessor.from_pretrained' not in card
   model, info = transformers.AutoModel.from_pretrained(tmp_path / 'out', output_loading_info=True)
   assert not any(info.values()), info
-  transformers.AutoImageProcessor.from_pretrained(tmp_path / 'out')
   pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / 'out' / 'tokenizer.model'))
   embeds = []
   for text in TEXTS:
@@ -182,14 +198,15 @@ def test_the_card_says_what_the_model_is(form, clip_run, tmp_path):
   for text in (
     'license: other\nlicense_name: some-licence-2.0\nlicense_link: https://example.org/licence\n',
     'Not known: the weights were imported from nowhere',
-    '| miou | 0.510 |',
+    '| mIoU | 51.0% |',
     '"window": 64',
     'imagenet, 50,000 images',
-    '| top1 | 0.437 |',
+    '| top-1 accuracy | 43.7% |',
     '"num_group_tokens"',
   ):
     assert text in card, text
-  assert ('AutoProcessor.from_pretrained' in card and '32 x 24 px' in card) == (form == 'huggingface')
+  with pytest.raises(ValueError, match='--licence=mit: the run started from weights under another one .Some Licence'):
+    export(clip_run, form, tmp_path / 'mine', licence='mit')
   importing.import_weights(str(tmp_path / 'out'), str(tmp_path / 'run'))  # the licence stays with what is made of it
   assert licence.read_kept(tmp_path / 'run').link == LICENCE.link
 
@@ -198,14 +215,14 @@ def test_the_card_says_what_a_run_was_trained_on(tmp_path):
   trained = open_run.open_run(trained_workdir())
   (tmp_path / 'eval').mkdir()
   run = trained._replace(workdir=tmp_path)
-  model_card.write(tmp_path, run, use='', tags='', reports=[])
+  model_card.write(tmp_path, run, licence=Licence(), use='', tags='', reports=[])
   card = (tmp_path / 'README.md').read_text()
   assert card.startswith('---\nlicense: unknown\n---\n')
   assert '12 things (dog, panda, ' in card and 'on 6 kinds of stuff (grass, ' in card
   assert 'its caption and 1 prompts made of it; 6 steps of 8 images.' in card
   changed = groupvit_vits16_gcc_yfcc.get_config()
   changed.data.num_prompts, changed.init_from = 0, 'runs/other'
-  model_card.write(tmp_path, run._replace(config=changed), use='', tags='', reports=[])
+  model_card.write(tmp_path, run._replace(config=changed), licence=Licence(), use='', tags='', reports=[])
   card = (tmp_path / 'README.md').read_text()
   assert '| cc3m | webdataset | 2,891,445 | by size |' in card and 'its caption alone;' in card
   assert 'Training started from the weights in runs/other.' in card
@@ -220,7 +237,7 @@ def test_scores_are_those_of_the_exported_checkpoint(clip_run, tmp_path):
     usual.parent.mkdir()
     usual.write_text(json.dumps(results()))
     assert export(clip_run, 'safetensors', tmp_path / '1').endswith(f'the model card has the scores in {usual}')
-    assert '| miou | 0.510 |' in (tmp_path / '1' / 'README.md').read_text()
+    assert '| mIoU | 51.0% |' in (tmp_path / '1' / 'README.md').read_text()
     for wrong, message in (
       (dict(step='7', weights='trained'), 'the scores of step=7, and what is exported is step=0'),
       (dict(step='0', weights='ema'), 'weights=ema, and what is exported is weights=trained'),
