@@ -1,6 +1,6 @@
 """Drawings for people: masks, overlays with class names, groups with borders, and panels of them.
 
-Numpy, OpenCV and Pillow with its bundled font; nothing here knows a model. Shape letters: H W pixels,
+Numpy, OpenCV and Pillow; nothing here knows a model. Shape letters: H W pixels,
 C classes.
 """
 
@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from groupvit_jax.eval.lettering import text_height, text_length, write_text
 from groupvit_jax.model.metrics import IGNORE_LABEL
 
 _IGNORE_COLOUR = (224, 224, 224)
@@ -212,7 +213,6 @@ def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Seq
   named = [draw_tiles(row, palette, names, shown, long_side=_TILE) for row in rows]
   titles, tiles = list(named[0]), [list(row.values()) for row in named]
   width = max(row[0].shape[1] for row in tiles)
-  font = _font(_PANEL_TEXT)
   head = _PANEL_TEXT + 2 * _GAP
   used = _used_labels(rows)
   size = _GAP + len(titles) * (width + _GAP)
@@ -222,7 +222,7 @@ def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Seq
   draw = ImageDraw.Draw(canvas)
   for column, title in enumerate(titles):
     left = _GAP + column * (width + _GAP)
-    draw.text((left + width / 2, head / 2), title, _INK, font, anchor='mm')
+    write_text(draw, (left + width / 2, head / 2), title, _INK, _PANEL_TEXT, 'mm')
     for top, row in zip(tops, tiles):
       canvas.paste(Image.fromarray(row[column]), (left, top))
   canvas.paste(legend, (0, tops[-1]))
@@ -231,8 +231,7 @@ def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Seq
 
 def draw_legend(entries: Sequence[tuple[Sequence[int], str]], width: int) -> Image.Image:
   """A swatch and a name for each (colour, name), in as many columns as fit into so many pixels."""
-  font = _font(_PANEL_TEXT)
-  widest = max((font.getlength(name) for _, name in entries), default=0)
+  widest = max((text_length(name, _PANEL_TEXT) for _, name in entries), default=0)
   columns = max(1, int((width - 2 * _GAP) // (widest + 3 * _PANEL_TEXT)))
   canvas = Image.new('RGB', (width, _LEGEND_LINE * -(-len(entries) // columns) + _GAP), _WHITE)
   draw = ImageDraw.Draw(canvas)
@@ -240,7 +239,7 @@ def draw_legend(entries: Sequence[tuple[Sequence[int], str]], width: int) -> Ima
     left = _GAP + index % columns * (width - _GAP) / columns
     middle, half = (index // columns + 0.5) * _LEGEND_LINE, _PANEL_TEXT / 2
     draw.rectangle((left, middle - half, left + 2 * half, middle + half), tuple(colour))
-    draw.text((left + 1.5 * _PANEL_TEXT, middle), name, _INK, font, anchor='lm')
+    write_text(draw, (left + 1.5 * _PANEL_TEXT, middle), name, _INK, _PANEL_TEXT, 'lm')
   return canvas
 
 
@@ -302,11 +301,10 @@ def _write_names(
   areas = np.bincount(labels.ravel(), minlength=256)
   for label in np.argsort(-areas, kind='stable').tolist():
     if label < len(names) and names[label] and areas[label] >= _SMALLEST_AREA * labels.size:
-      font = _fitting_font(names[label], canvas.size)
-      # The same height for all names, whether or not they have ascenders.
-      size = font.getlength(names[label]), sum(font.getmetrics())
+      points = _fitting_size(names[label], canvas.size)
+      size = text_length(names[label], points), text_height(points)
       boxes.append(_place_name(labels == label, size, boxes))
-      _write_name(draw, boxes[-1], names[label], tuple(palette[label]), font)
+      _write_name(draw, boxes[-1], names[label], tuple(palette[label]), points)
 
 
 def _place_name(area: np.ndarray, size: tuple[float, float], others: Sequence[Box]) -> Box:
@@ -336,26 +334,18 @@ def _overlap(a: Box, b: Box) -> bool:
   return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _write_name(
-  draw: ImageDraw.ImageDraw, box: Box, name: str, colour: tuple[int, int, int], font: ImageFont.FreeTypeFont
-) -> None:
+def _write_name(draw: ImageDraw.ImageDraw, box: Box, name: str, colour: tuple[int, int, int], points: int) -> None:
   """A name on a plate of its class's colour, in black or white, whichever is easier to read."""
   luminance = np.dot(colour, (0.299, 0.587, 0.114))
   ink = _INK if luminance > 140 else _WHITE
   left, top, right, bottom = box
   height = bottom - top
   draw.rounded_rectangle(box, height / 4, colour, ink, max(1, round(height / 16)))
-  draw.text(((left + right) / 2, (top + bottom) / 2), name, ink, font, anchor='mm')
+  write_text(draw, ((left + right) / 2, (top + bottom) / 2), name, ink, points, 'mm')
 
 
-def _fitting_font(name: str, size: tuple[int, int]) -> ImageFont.FreeTypeFont:
-  """The font in the size that suits an image (width, height), smaller where a name is too long."""
+def _fitting_size(name: str, size: tuple[int, int]) -> int:
+  """The points that suit an image (width, height), fewer where a name is too long."""
   points = max(_SMALLEST_TEXT, round(min(size) / _TEXT_SHARE))
-  length = _font(points).getlength(name)
-  room = 0.9 * size[0]
-  return _font(points if length <= room else max(6, math.floor(points * room / length)))
-
-
-@functools.cache
-def _font(points: int) -> ImageFont.FreeTypeFont:
-  return ImageFont.load_default(points)
+  length, room = text_length(name, points), 0.9 * size[0]
+  return points if length <= room else max(6, math.floor(points * room / length))

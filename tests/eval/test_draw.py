@@ -6,10 +6,10 @@ import io
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 import pytest
 
-from groupvit_jax.eval import draw, window_encoder
+from groupvit_jax.eval import draw, lettering, window_encoder
 from groupvit_jax.model import segmentation
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding
@@ -163,3 +163,22 @@ def test_group_maps_are_those_of_the_windows(rng):
   large = window_encoder.group_maps(model, variables, [draw.enlarge(images[0], 3)], 16, mesh)
   assert large[0][0].shape == (48, 48)
   assert (large[0][0][1::3, 1::3] == maps[0][0]).mean() > 0.95
+
+
+def written(text: str) -> np.ndarray:
+  """Whether each pixel of a text is inked, and whether in colour: bool [2, H, W]."""
+  canvas = Image.new('RGB', (200, 40), 'white')
+  lettering.write_text(ImageDraw.Draw(canvas), (100, 20), text, (0, 0, 0), 20, 'mm')
+  pixels = np.asarray(canvas).astype(int)
+  return np.stack([pixels.min(axis=2) < 250, np.ptp(pixels, axis=2) > 50])
+
+
+def test_names_in_any_script_are_written_and_not_boxes(monkeypatch):
+  ink, colour = written('🐶')
+  assert colour.sum() > 100  # a dog in colour
+  for text in ('dog', 'caf\xe9', '\u0441\u043e\u0431\u0430\u043a\u0430'):  # the last two in DejaVu
+    ink, colour = written(text)
+    assert ink.any() and not colour.any()
+  monkeypatch.setattr(lettering, '_fonts', lambda: iter([lettering._PILLOW]))
+  (part, _) = next(lettering._parts('caf\xe9 \u732b', 20))
+  assert part == 'caf\xe9 U+732B ' and written('\u732b')[0].sum() > 3 * written('o')[0].sum()  # a cat without a font
