@@ -59,7 +59,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     raise ValueError(f"no variant {variant!r}; end the config's path in '.py', '.py:24things' or '.py:two_stages'")
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.init_from = ''  # a workdir, a Hugging Face folder or a .pth file whose weights to start from
+  config.init_from = ''  # a workdir, a Hugging Face folder, a Hub id or a .pth file: weights to start from
   config.profile = False  # True writes a trace of three steps to the workdir: docs/performance.md
   config.dry_run = False  # True checks data, tokenizer, shapes and memory instead of training
   config.total_steps = 7000
@@ -85,6 +85,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       source='scenes',
       num_prompts=3,
       noun_phrases=False,  # prompts are nouns and verbs, as in the paper; True: whole noun phrases
+      lowercase_prompts=False,  # captions of scenes have no capitals
       prompt_templates='simple',  # one; 'full': the 80 of the paper
       skipped_words=('image', 'photo', 'picture'),  # words of the captions' frame that no prompt is made of
       num_threads=2,

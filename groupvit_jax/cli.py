@@ -114,6 +114,8 @@ def _unknown_entry(error: Exception, args: Sequence[str]) -> str | None:
     reason = reason.args[0] if reason.args else ''
   name, _, hint = str(reason).partition('\n')
   name = name.strip('\'"')
-  override = re.compile(rf'--config\.([\w.]+\.)?{re.escape(name)}(=|$)')
+  override = re.compile(rf'--config\.([\w.]+\.)?{re.escape(name)}([.=]|$)')
   found = next(filter(override.match, args), None) if isinstance(error, KeyError | AttributeError) else None
+  if found and found.startswith('--config.data.sets.'):
+    hint = 'Add the set in a copy of its file; for one set of your own take --config=own_pairs --config.data.path=PATH.'
   return found and f'{found}: the config has no such entry. {hint or "Its file lists all that there are."}'

@@ -111,10 +111,10 @@ _SIDE = whole(1, 8192)
 
 ENTRIES = {
   'seed': Entry(whole(0, 2**32 - 1), 'of parameters, data order and all other randomness'),
-  'init_from': Entry(_TEXT, "path of weights to start from: docs/train.md; '' for random ones"),
+  'init_from': Entry(_TEXT, "path or Hub id of weights to start from: docs/train.md; '' for random ones"),
   'profile': Entry(SWITCH, 'whether a trace of three steps is written: docs/performance.md'),
   'dry_run': Entry(SWITCH, 'whether data, tokenizer, shapes and memory are checked instead of training'),
-  'total_steps': Entry(whole(1, 10**8), 'optimiser steps of the run'),
+  'total_steps': Entry(whole(0, 10**8), 'optimiser steps of the run; 0 for data.epochs'),
   'batch_size': Entry(whole(1, 2**20), 'image-text pairs of a step, over all devices, which must divide it'),
   'grad_accum_steps': Entry(whole(1, 2**20), 'micro-batches of the towers; divides the batch size per device'),
   'remat': Entry(choice('none', 'dots', 'blocks'), 'activations that are recomputed: docs/train.md'),
@@ -138,7 +138,9 @@ ENTRIES = {
   'benchmarks.NAME.num_pictures': Entry(_STEPS_OR_NEVER, 'images, spread evenly; 0 for all'),
   'benchmarks.NAME.protocol': Entry(_TEXT, "how images are labelled; '' for the published result's protocol"),
   'benchmarks.NAME.changes': Entry(_CHANGES, 'to that protocol'),
-  'data.source': Entry(choice('scenes', 'sets'), 'embedded scenes, or the sets below'),
+  'data.source': Entry(choice('scenes', 'sets', 'pairs'), 'embedded scenes, the sets below, or the pairs of data.path'),
+  'data.path': Entry(_TEXT, "one's own pairs: tars, a folder or a table: docs/data.md"),
+  'data.epochs': Entry(number(0, 10**6, above=True), 'passes over them, where total_steps is 0'),
   'data.sets.NAME.format': Entry(choice('webdataset', 'tfds'), 'tars, or a TFDS folder: docs/data.md'),
   'data.sets.NAME.path': Entry(_PATHS, 'tars, as in /data/{000..331}.tar, or the TFDS folder'),
   'data.sets.NAME.split': Entry(_NAME, 'of TFDS'),
@@ -150,6 +152,7 @@ ENTRIES = {
   'data.clean_captions': Entry(SWITCH, "whether captions are cleaned as before CLIP's BPE"),
   'data.num_prompts': Entry(whole(0, 100), 'prompts made of each caption; 0 trains on captions alone'),
   'data.noun_phrases': Entry(SWITCH, 'whether prompts hold noun phrases instead of words'),
+  'data.lowercase_prompts': Entry(SWITCH, 'whether prompts are made of captions in lower case: docs/data.md'),
   'data.prompt_templates': Entry(choice('full', 'subset', 'simple', 'identity'), 'sentences around the prompts'),
   'data.skipped_words': Entry(_NAMES, 'words that no prompt is made of'),
   'data.augment.name': Entry(choice('none', 'plain', 'rand_augment'), 'nothing, crop and flip, or RandAugment as well'),
@@ -215,7 +218,9 @@ ENTRIES = {
   'optim.warmup_lr': Entry(_RATE, 'learning rate at step 0, of batch 4096: rates scale linearly with the batch'),
   'optim.peak_lr': Entry(number(0, 100, above=True), 'learning rate after the warm-up, of batch 4096'),
   'optim.end_lr': Entry(_RATE, 'learning rate at the end, of batch 4096'),
-  'optim.warmup_steps': Entry(_STEPS_OR_NEVER, 'steps of the warm-up; fewer than total_steps'),
+  'optim.warmup_steps': Entry(
+    whole(0, _BILLION, also=-1), 'steps of the warm-up, fewer than total_steps; -1 for a fifteenth'
+  ),
   'optim.cosine': Entry(choice('run', 'after_warmup'), 'steps that the cosine spans'),
   'optim.beta1': Entry(number(0, 1, below=True), 'decay of the first moment'),
   'optim.beta2': Entry(number(0, 1, below=True), 'decay of the second moment'),

@@ -32,6 +32,7 @@ VARIANTS = {
   'quickstart': [*quickstart.THINGS],
   'groupvit_vits16_gcc_yfcc': [f'{variant}_{end}'.strip('_') for variant in PAPER for end in ('', 'named')],
   'groupvit_vits16_gcc_redcaps': PAPER,
+  'own_pairs': ('', 'tiny'),
   'groupvit_vitb16_gcc_yfcc': [None],
   'groupvit_vitl16_gcc_yfcc': [None],
 }

@@ -128,6 +128,10 @@ class Mixture:
     part, start = self.set_of(index)
     return part.caption_of(index - start)
 
+  def describe_size(self) -> str:
+    """The number of records, for people."""
+    return f'{len(self):,} records' if any(part.num_shards for part in self.sets) else 'records made on demand'
+
   def set_of(self, index: int) -> tuple[DataSet, int]:
     """The set of a record, and the index of that set's first record."""
     chosen = int(np.searchsorted(self._starts, index, side='right')) - 1

@@ -75,6 +75,7 @@ class Examples:
   num_batches: int  # where the run ends
   rows: Sequence[int]  # of a global batch that are made here
   noun_phrases: bool = False  # prompts hold phrases instead of words
+  lowercase_prompts: bool = False  # they are made of the caption in lower case
   prompt_templates: str = 'full'  # name of a template set
   skipped_words: Sequence[str] = ()  # that no prompt is made of
   word_ids: bool = False  # whether examples hold ids of the prompts' words
@@ -157,6 +158,7 @@ class Examples:
       self.num_prompts,
       self._rng(position, _WORDS),
       phrases=self.noun_phrases,
+      lowercase=self.lowercase_prompts,
       templates=self.prompt_templates,
       skipped_words=self.skipped_words,
     )
@@ -245,6 +247,7 @@ def build_examples(
     num_batches=config.total_steps,
     rows=range(config.batch_size) if rows is None else rows,
     noun_phrases=config.data.noun_phrases,
+    lowercase_prompts=config.data.lowercase_prompts,
     prompt_templates=config.data.prompt_templates,
     skipped_words=tuple(config.data.skipped_words),
     word_ids=config.data.num_prompts > 0 and config.multi_label_loss != 'pooled',

@@ -98,6 +98,7 @@ def noun_prompts(
   rng: np.random.Generator,
   *,
   phrases: bool = False,
+  lowercase: bool = False,
   templates: str = 'full',
   skipped_words: Collection[str] = (),
 ) -> Prompts:
@@ -112,6 +113,7 @@ def noun_prompts(
     count: M, the number of prompts; 0 for none.
     rng: decides the words and the templates; equal states give equal prompts.
     phrases: picks from `noun_phrases` instead of `nouns`.
+    lowercase: picks from the caption in lower case: the tagger takes most words in capitals for nouns.
     templates: name of a template set, see `template_set`.
     skipped_words: never picked, whatever their case, such as 'photo'.
 
@@ -120,7 +122,8 @@ def noun_prompts(
   """
   if count == 0:
     return Prompts([], [])
-  words = [w for w in (noun_phrases if phrases else nouns)(caption) if w.lower() not in skipped_words]
+  found = (noun_phrases if phrases else nouns)(caption.lower() if lowercase else caption)
+  words = [w for w in found if w.lower() not in skipped_words]
   formats = template_set(templates)
   picked = rng.permutation(len(words))[:count]
   drawn = rng.integers(len(formats), size=len(picked))

@@ -1,14 +1,16 @@
-"""Training data of a config: embedded scenes, or sets of image-text pairs in webdataset tars and TFDS folders."""
+"""Training data of a config: embedded scenes, one's own pairs, or sets of pairs in webdataset tars and TFDS folders."""
 
 from collections.abc import Iterator, Mapping
 import concurrent.futures
 import dataclasses
 import hashlib
+import os
 
 import ml_collections
 
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.mixture import DataSet, Mixture
+from groupvit_jax.data.pairs import open_pairs, TABLES
 from groupvit_jax.data.scenes.scenes import Scenes
 from groupvit_jax.data.tars import open_webdataset
 from groupvit_jax.data.tfds import open_tfds
@@ -25,7 +27,8 @@ def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int])
   """Builds the training data that a config's `data` part names.
 
   Args:
-    config: `source` is 'scenes', with `scenes` (see `build_scenes`), or 'sets', with `sets`, a dict from name to a
+    config: `source` is 'scenes', with `scenes` (see `build_scenes`); 'pairs', with the `path` of tars, a folder or a
+      table (see `pairs.open_pairs`), `index_dir` and `clean_captions`; or 'sets', with `sets`, a dict from name to a
       set's description, `index_dir` and `clean_captions`. Sets are counted in the order of their names. A set has a
       `format`, a `weight` (see `mixture`), the number of samples `expected` (0 if unknown; for the audit), and
 
@@ -43,6 +46,8 @@ def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int])
       raise UserError("data.sets is empty; name the sets to train on, or use data.source='scenes'")
     sets = (_open_set(name, config.sets[name], config.index_dir) for name in sorted(config.sets))
     return Mixture(tuple(dataclasses.replace(part, clean=config.clean_captions) for part in sets))
+  if config.source == 'pairs':
+    return Mixture((dataclasses.replace(_open_pairs(config.path, config.index_dir), clean=config.clean_captions),))
   scenes = build_scenes(config.scenes, image_size, split='train')
   digest = hashlib.sha256(repr(scenes).encode()).hexdigest()[:16]
   return Mixture((DataSet('scenes', scenes, digest, num_shards=0, weight=0.0),))
@@ -89,6 +94,20 @@ def sample_captions(source: Mixture, count: int) -> Iterator[str]:
   with concurrent.futures.ThreadPoolExecutor(_CAPTION_THREADS) as pool:
     for start in range(0, count, _CHUNK):  # the pool would otherwise read ahead without end
       yield from filter(None, pool.map(read, range(start, min(start + _CHUNK, count))))
+
+
+def _open_pairs(path: str, index_dir: str) -> DataSet:
+  what = 'data.path'
+  if not path:
+    raise UserError(
+      f"{what} is empty; name tars as in --config.data.path='pairs/*.tar', a folder of images with .txt captions, or a "
+      'table (.csv, .jsonl, .parquet) with columns path and caption'
+    )
+  if path.endswith(TABLES) or os.path.isdir(path):
+    pairs = open_pairs(path, what)
+    return DataSet('pairs', pairs, pairs.digest, num_shards=1, weight=0.0)
+  source = open_webdataset((path,), 'txt', index_dir, what)
+  return DataSet('pairs', source, source.index.digest, len(source.shards), weight=0.0)
 
 
 def _open_set(name: str, config: Mapping[str, object], index_dir: str) -> DataSet:

@@ -193,13 +193,14 @@ def _text_line(run: Run, tokens: np.ndarray) -> str:
 def _data_lines(run: Run) -> list[str]:
   """What the data are, set by set."""
   config, lines = run.config, []
-  for part in run.source.sets if config.data.source == 'sets' else ():
-    records, expected = len(part.source), config.data.sets[part.name].expected
+  for part in run.source.sets if config.data.source != 'scenes' else ():
+    records, expected = len(part.source), config.data.sets[part.name].expected if 'sets' in config.data else 0
     share = f' of {expected:,} expected ({records / expected:.1%})' if expected else ''
     lines.append(f'data       {part.name}: {records:,} records{share} in {part.num_shards:,} shards')
-  epochs = config.total_steps * config.batch_size / len(run.source)
+  pairs = config.total_steps * config.batch_size
+  epochs = f'{pairs / len(run.source):.3g} epochs of ' if config.data.source != 'scenes' else ''
   lines.append(
-    f'data       {config.total_steps:,} steps of {config.batch_size:,} pairs: {epochs:.3g} epochs; '
+    f'data       {config.total_steps:,} steps of {config.batch_size:,} pairs: {epochs}{run.source.describe_size()}; '
     f'fingerprint {run.source.metadata()["fingerprint"]}'
   )
   origin = 'of the config' if config.tokenizer.path else f'tried on {_CAPTIONS:,} captions at most'

@@ -28,6 +28,7 @@ from groupvit_jax.train.log import RunLog
 from groupvit_jax.train.state import TrainState
 
 SCENES = 'validation'  # the held-out scenes, as an evaluation
+_TITLES = {'miou': 'mIoU', 'oracle_miou': 'oracle mIoU', 'top1': 'top-1 accuracy'}  # in the log, in percent
 _TRAINING = 'train/pictures'
 _SHOWN = 4  # pictures on a panel
 _ENTRIES = ('benchmark', 'data_dir', 'every_steps', 'num_pictures', 'protocol', 'changes')
@@ -186,11 +187,11 @@ class RunEvals:
     step, scalars = int(state.step), result.scalars()
     metrics = add_prefix(name, scalars)
     if self._best.offer(metrics, state, self._config, result.settings()):
-      self._log.message(f'step {step}  {self._config.checkpoint.best} {self._best.value:.3f} is the best so far; kept')
+      self._log.message(f'step {step}  {self._config.checkpoint.best} {self._best.value:.1%} is the best so far; kept')
     self._log.metrics(step, metrics, {f'eval/{name}/settings': result.settings()})
     self._log.text(step, f'eval/{name}/settings', json.dumps(result.to_json(), indent=2))
-    shown = [key for key in ('miou', 'oracle_miou', 'top1') if key in scalars]
-    self._log.message(f'step {step}  {name}  ' + '  '.join(f'{key} {scalars[key]:.3f}' for key in shown))
+    shown = [f'{title} {scalars[key]:.1%}' for key, title in _TITLES.items() if key in scalars]
+    self._log.message(f'step {step}  {name}  ' + '  '.join(shown))
 
 
 def open_benchmarks(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> tuple[OpenedBenchmark, ...]:

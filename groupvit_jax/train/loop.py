@@ -1,11 +1,11 @@
 """The training loop: steps, logs, evaluates and saves until the last step or a signal."""
 
+import collections
 from collections.abc import Callable
 import contextlib
 import functools
 import time
 
-from clu import parameter_overview
 from etils import epath
 import jax
 import jax.numpy as jnp
@@ -134,6 +134,7 @@ def _loop(
     checkpoints.close()
     best.close()
     if all_evaluated and int(state.step) >= config.total_steps:
+      log.message(_describe_end(config, workdir, first_step))
       return 0
     log.message(f'stopped by a signal after step {int(state.step)}; the same command goes on from there')
     return cli.EXIT_PREEMPTED
@@ -156,12 +157,12 @@ def _learning_rates(run: Run) -> np.ndarray:
 def _log_start(log: RunLog, run: Run, state: TrainState) -> None:
   """Logs parameters, devices, data and the restored step."""
   step = int(state.step)
-  log.message(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+  log.message(_parameter_table(state.params))
   if not jax.distributed.is_initialized():
     log.message(processes.describe_single_process())
   log.message(
     f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
-    f'{len(run.source):,} records; vocabulary {run.tokenizer.vocab_size:,}'
+    f'{run.source.describe_size()}; vocabulary {run.tokenizer.vocab_size:,}'
   )
   for part in run.source.sets:
     if part.num_shards:
@@ -170,6 +171,25 @@ def _log_start(log: RunLog, run: Run, state: TrainState) -> None:
   log.message(f'goes on after step {step}' if step else 'starts at step 0')
   for line in run.changed:
     log.message(f'changed since the first start: {line}')
+
+
+def _parameter_table(params: dict[str, object]) -> str:
+  """Parameters of each module, in lines for people."""
+  sizes: collections.Counter[str] = collections.Counter()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    sizes['/'.join(str(key.key) for key in path[:2])] += leaf.size
+  width = max(map(len, sizes))
+  return '\n'.join(f'{name:{width}} {size:13,}' for name, size in [*sizes.items(), ('parameters', sizes.total())])
+
+
+def _describe_end(config: ml_collections.ConfigDict, workdir: epath.PathLike, first_step: int) -> str:
+  """That the run is done, and the command that comes next."""
+  already = ' already' if first_step >= config.total_steps else ''
+  what = '' if config.data.source == 'scenes' else "--images='*.jpg' --classes=dog,cat,grass "
+  return (
+    f'the run is done{already}, at step {config.total_steps:,}; next: '
+    f'python -m groupvit_jax eval --workdir={workdir} {what}--output={epath.Path(workdir) / "eval"}'
+  )
 
 
 def _log_step(

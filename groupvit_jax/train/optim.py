@@ -10,6 +10,7 @@ from groupvit_jax.running.sharding import path_name
 
 # The paper's learning rates belong to this batch size and scale linearly with it.
 REFERENCE_BATCH = 4096
+_WARMUP_SHARE = 15
 
 
 def decay_mask(params: object) -> object:
@@ -20,6 +21,25 @@ def decay_mask(params: object) -> object:
   return jax.tree_util.tree_map_with_path(
     lambda path, _: path_name(path).rsplit('/', 1)[-1] not in ('bias', 'scale'), params
   )
+
+
+def steps_from_pairs(config: ml_collections.ConfigDict, num_pairs: int) -> ml_collections.ConfigDict:
+  """The config with the steps that it leaves to the data.
+
+  `total_steps` 0 becomes `data.epochs` epochs, and `optim.warmup_steps` -1 a fifteenth of all steps, as in the paper
+  (2 of 30 epochs).
+
+  Raises:
+    UserError: it leaves steps to data that have no epochs.
+  """
+  config = config.copy_and_resolve_references()
+  if not config.total_steps:
+    if config.data.source != 'pairs':
+      raise UserError(f'total_steps=0: data.source={config.data.source!r} has no epochs; name the steps')
+    config.total_steps = max(1, round(config.data.epochs * num_pairs / config.batch_size))
+  if config.optim.warmup_steps < 0:
+    config.optim.warmup_steps = config.total_steps // _WARMUP_SHARE
+  return config
 
 
 def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_size: int) -> optax.Schedule:

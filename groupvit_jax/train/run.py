@@ -69,10 +69,11 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
-  schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
-  tx = optim.build_optimizer(config.optim, schedule)
   source = build_source(config.data, image_size)
   pipeline.check_batch_size(source, config.batch_size)
+  config = optim.steps_from_pairs(config, len(source))
+  schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
+  tx = optim.build_optimizer(config.optim, schedule)
   benchmarks = evals.open_benchmarks(config.benchmarks, image_size)
   scenes = config.data.source == 'scenes' and config.eval.every_steps > 0
   evals.check_best(config.checkpoint.best, benchmarks, (evals.SCENES,) if scenes else ())

@@ -25,7 +25,7 @@ _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
 _BUILT_IN = {'multi_label_weight': 1.0, 'max_skipped_in_a_row': 10}
 # Entries that earlier configs and those of imported weights lack, and what they did; and those of `data`.
 _ADDED = {'multi_label_loss': 'pooled', 'init_from': ''}
-_ADDED_DATA = {'prompt_templates': 'full', 'skipped_words': ()}
+_ADDED_DATA = {'prompt_templates': 'full', 'skipped_words': (), 'lowercase_prompts': False}
 
 _CONFIG_FILE = 'config.json'  # written last: what a start prepares is complete with it
 _DATA_FILE = 'data.json'  # which records the run was started on

@@ -25,7 +25,7 @@ from groupvit_jax import cli, config_entries
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.running import sharding
-from groupvit_jax.train import loop, optim
+from groupvit_jax.train import loop, open_run, optim
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
@@ -83,6 +83,20 @@ def test_logs_every_step(uninterrupted):
   assert first['train/loss'] == pytest.approx(first['train/caption_loss'] + first['train/multi_label_loss'], rel=1e-5)
   assert sorted(losses(uninterrupted)) == [1, 2, 3, 4, 5, 6]
   assert list((uninterrupted / 'tensorboard').glob('events*'))
+
+
+def test_a_finished_run_says_so_and_what_comes_next(uninterrupted, tmp_path, capsys):
+  shutil.copytree(uninterrupted, tmp_path / 'run')
+  assert loop.train(tiny_config(), tmp_path / 'run') == 0
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[-1] == (
+    f'the run is done already, at step 6; next: python -m groupvit_jax eval --workdir={tmp_path}/run '
+    f'--output={tmp_path}/run/eval'
+  )
+  assert any('records made on demand; vocabulary' in line for line in lines)
+  count = sum(leaf.size for leaf in jax.tree.leaves(open_run.open_run(uninterrupted).variables['params']))
+  total = next(n for n, line in enumerate(lines) if line.split() == ['parameters', f'{count:,}'])
+  assert max(map(len, lines[: total + 1])) <= 100
 
 
 def test_sigterm_saves_and_the_run_goes_on_exactly(uninterrupted, tmp_path):
