@@ -3,8 +3,8 @@
   python train.py --config=configs/quickstart.py --workdir=runs/quickstart
 
 Prompts are contrasted with the best segment of each image (`multi_label_loss`), which the paper does not do. Expected
-after 7000 steps on test scenes (seed 0): mIoU 71.7, oracle 74.1, pixel accuracy 91.2. Validation mIoU is 0.53 at step
-1000, 0.62 at 2000 and 0.68 at 3500. Captions alone, without prompts: `--config.data.num_prompts=0`.
+after 7000 steps on test scenes (seed 0): mIoU 71.7, oracle 74.1, pixel accuracy 91.2. Validation mIoU is 53 at step
+1000, 62 at 2000 and 68 at 3500. Captions alone, without prompts: `--config.data.num_prompts=0`.
 
 With 24 things instead of 12: --config=configs/quickstart.py:24things
 With the paper's two grouping stages, 16 and then 8 groups: --config=configs/quickstart.py:two_stages
