@@ -14,9 +14,10 @@ import pytest
 from configs import own_pairs
 from groupvit_jax.data import pairs
 from groupvit_jax.data.bad_records import BadRecord
+from groupvit_jax.data.sources import build_source
 from groupvit_jax.errors import UserError
 from groupvit_jax.train import loop, optim, workdir
-from tests.tars import encode
+from tests.tars import encode, write_set
 
 ROOT = pathlib.Path(__file__).parents[2]
 COUNT = 24
@@ -114,6 +115,16 @@ def small(variant: str = 'tiny'):
   config.model.vision.update(image_size=(32, 32), width=16, num_heads=2)
   config.model.text.update(context_length=8, width=16, num_heads=2)
   return config
+
+
+def test_the_path_may_name_tars_or_nothing(tmp_path):
+  config = small()
+  with pytest.raises(UserError, match="data.path is empty; name tars as in --config.data.path='pairs/..tar', a folder"):
+    build_source(config.data, (32, 32))
+  write_set(tmp_path / 'set', 20)
+  config.data.path, config.data.index_dir = f'{tmp_path}/set/*.tar', str(tmp_path / 'index')
+  source = build_source(config.data, (32, 32))
+  assert (len(source), source[3]['text'], source.describe_size()) == (20, 'a dog number 3', '20 records')
 
 
 def test_steps_follow_from_the_pairs():
