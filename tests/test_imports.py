@@ -18,7 +18,9 @@ from groupvit_jax.data import prompts
 if __name__ == '__main__':  # workers import this file
   prompts.nouns('a dog')
   assert not {'jax', 'nltk', 'scipy', 'sklearn', 'textblob'} & set(sys.modules)
+  import cv2
   import numpy as np
+  threads = cv2.getNumThreads()
   from groupvit_jax.commands import score, segment
   from groupvit_jax.eval import labelled
   from groupvit_jax.prepare import __main__ as prepare
@@ -26,6 +28,7 @@ if __name__ == '__main__':  # workers import this file
   from tests import official_layouts
   from tests.tars import data_config, write_set
   from tests.tiny import tiny_config
+  assert cv2.getNumThreads() == threads  # else evaluation would depend on what is imported
 
   folder = pathlib.Path(sys.argv[1])
   write_set(folder / 'tars', 16), official_layouts.ade20k(folder / 'ade'), official_layouts.folder(folder / 'mine')

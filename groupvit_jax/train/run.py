@@ -95,8 +95,8 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   with processes.first_process_first():
     if jax.process_index() == 0:
       workdir_lib.forget_other_start(workdir, config, source.metadata())
+      workdir_lib.record_data(workdir, source.metadata())
       licence_lib.keep(workdir, weights.licence if weights else licence_lib.Licence())
-    workdir_lib.record_data(workdir, source.metadata())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
     workdir_lib.open_workdir(workdir, config)
   model = with_vocabulary(model, tokenizer.vocab_size, tokenizer.eos_id)

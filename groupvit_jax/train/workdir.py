@@ -28,20 +28,10 @@ _ADDED = {'multi_label_loss': 'pooled', 'init_from': ''}
 _ADDED_DATA = {'prompt_templates': 'full', 'skipped_words': (), 'lowercase_prompts': False}
 
 _CONFIG_FILE = 'config.json'  # written last: what a start prepares is complete with it
-_DATA_FILE = 'data.json'  # which records the run was started on
-_PREPARED = (_DATA_FILE, licence_lib.FILE, 'attention.json', 'tokenizer')
+_DATA_FILE = 'data.json'  # which records the run was started on; written first
+_PREPARED = (licence_lib.FILE, 'attention.json', 'tokenizer', _DATA_FILE)
 # All that a run writes before its first step.
-_WRITTEN = (
-  *_PREPARED,
-  'panels',
-  _CONFIG_FILE,
-  'tokenizer.partial',
-  'checkpoints',
-  'best',
-  'metrics.jsonl',
-  'tensorboard',
-  'programs',
-)
+_WRITTEN = (*_PREPARED, 'panels', _CONFIG_FILE, 'checkpoints', 'best', 'metrics.jsonl', 'tensorboard', 'programs')
 
 # Parts of the config that decide whether a checkpoint fits; others may change from one start to the next.
 _FITTING = ('model', 'tokenizer')
@@ -160,7 +150,7 @@ def holds_checkpoint(workdir: epath.PathLike) -> bool:
 def forget_other_start(
   workdir: epath.PathLike, config: ml_collections.ConfigDict, metadata: Mapping[str, object]
 ) -> None:
-  """Deletes what a start with another config or other data prepared, if it ended without a checkpoint.
+  """Deletes what another start prepared that ended without a checkpoint: in its midst, or with another config or data.
 
   Args:
     workdir: of the run.
@@ -168,13 +158,13 @@ def forget_other_start(
     metadata: of its training data, see `Mixture.metadata`.
   """
   workdir = epath.Path(workdir)
-  if not (workdir / _CONFIG_FILE).exists() or holds_checkpoint(workdir):
+  data, complete = workdir / _DATA_FILE, (workdir / _CONFIG_FILE).exists()
+  if not (data.exists() or complete) or holds_checkpoint(workdir):
     return
-  data = workdir / _DATA_FILE
   same_data = data.exists() and json.loads(data.read_text())['fingerprint'] == metadata['fingerprint']
-  if same_data and not _differences(read_config(workdir), config):
+  if complete and same_data and not _differences(read_config(workdir), config):
     return
-  for name in (_CONFIG_FILE, *_PREPARED):
+  for name in (_CONFIG_FILE, *_PREPARED):  # the file that shows that they are a run's goes last
     _delete(workdir / name)
 
 
@@ -333,18 +323,12 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
     source: where captions come from.
   """
   folder = epath.Path(workdir) / 'tokenizer'
-  is_local = storage.is_local(str(workdir))
-  if folder.exists() and (is_local or (epath.Path(workdir) / _CONFIG_FILE).exists()):
+  if folder.exists():  # whole, for `forget_other_start` deletes one that a killed start was writing
     return load_tokenizer(workdir)
-  # A bucket cannot rename: there the files of a start that was killed before its config was written are replaced.
-  written = epath.Path(workdir) / 'tokenizer.partial' if is_local else folder
-  _delete(written)
   if config.path:
-    build_tokenizer(config.path).save(written)
+    build_tokenizer(config.path).save(folder)
   else:
-    train_sentencepiece(sample_captions(source, config.num_captions), written / SENTENCEPIECE_FILE, config.vocab_size)
-  if is_local:
-    written.rename(folder)
+    train_sentencepiece(sample_captions(source, config.num_captions), folder / SENTENCEPIECE_FILE, config.vocab_size)
   return load_tokenizer(workdir)
 
 

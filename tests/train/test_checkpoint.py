@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import pathlib
 import resource
 import signal
@@ -58,6 +59,7 @@ def test_round_trip_onto_another_mesh(state, tmp_path, axes):
 
 
 def test_keeps_the_newest(state, tmp_path):
+  (tmp_path / 'checkpoints' / f'.writable-{os.getpid()}').mkdir(parents=True)  # in a container the number repeats
   checkpoints = Checkpoints(tmp_path, keep=2)
   for step in (1, 2, 3):
     checkpoints.save(state.replace(step=state.step + step), tiny_config())

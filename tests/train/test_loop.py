@@ -22,12 +22,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 from groupvit_jax import cli, config_entries
-from groupvit_jax.data.sources import build_source
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.running import sharding
 from groupvit_jax.train import loop, open_run, optim
 from groupvit_jax.train import run as run_lib
-from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
 from tests.board import read_board
 from tests.tiny import tiny_config
@@ -274,17 +272,6 @@ def test_a_config_that_does_not_fit_the_run(change, message, uninterrupted):
   with pytest.raises(ValueError, match=message):
     loop.train(config, uninterrupted)
   assert (uninterrupted / 'config.json').read_text() == before
-
-
-def test_what_a_killed_start_left_is_not_in_the_way(tmp_path):
-  (tmp_path / 'tokenizer.partial').mkdir()
-  (tmp_path / 'tokenizer.partial' / 'merges.txt').write_text('half a vocabulary')
-  (tmp_path / 'checkpoints' / f'.writable-{os.getpid()}').mkdir(parents=True)  # in a container the number repeats
-  config = tiny_config()
-  source = build_source(config.data, (32, 32))
-  tokenizer = workdir_lib.prepare_tokenizer(tmp_path, config.tokenizer, source)
-  assert tokenizer.vocab_size > 100 and [path.name for path in tmp_path.glob('tokenizer*')] == ['tokenizer']
-  Checkpoints(tmp_path, keep=1).close()
 
 
 @pytest.mark.parametrize(
