@@ -69,7 +69,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
-  source = build_source(config.data, image_size)
+  source = workdir_lib.keep_order(workdir, build_source(config.data, image_size))
   pipeline.check_batch_size(source, config.batch_size)
   config = optim.steps_from_pairs(config, len(source))
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
+import dataclasses
 import importlib.util
 import json
 
@@ -161,7 +162,7 @@ def forget_other_start(
   data, complete = workdir / _DATA_FILE, (workdir / _CONFIG_FILE).exists()
   if not (data.exists() or complete) or holds_checkpoint(workdir):
     return
-  same_data = data.exists() and json.loads(data.read_text())['fingerprint'] == metadata['fingerprint']
+  same_data = data.exists() and json.loads(data.read_text()) == metadata
   if complete and same_data and not _differences(read_config(workdir), config):
     return
   for name in (_CONFIG_FILE, *_PREPARED):  # the file that shows that they are a run's goes last
@@ -277,6 +278,13 @@ def record_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None
   path = epath.Path(workdir) / _DATA_FILE
   if not path.exists():
     storage.write_atomic(str(path), (json.dumps(metadata, indent=2) + '\n').encode())
+
+
+def keep_order(workdir: epath.PathLike, source: Mixture) -> Mixture:
+  """The training data in the order of the run in a workdir, whose `data.json` names no epochs if it is an old one."""
+  path = epath.Path(workdir) / _DATA_FILE
+  recorded = json.loads(path.read_text()) if path.exists() else {}
+  return dataclasses.replace(source, consecutive_epochs=holds_checkpoint(workdir) and 'epochs' not in recorded)
 
 
 def check_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:

@@ -73,8 +73,10 @@ def test_by_size_every_epoch_is_a_permutation_of_everything():
 
 def test_the_order_of_a_seed_stays():
   """A run that is resumed by another version sees the same records."""
-  by_size, by_weight = Order([70, 30], None, seed=5), Order([70, 30], [1, 3], seed=5)
+  by_size, by_weight = Order([70, 30], None, seed=5, consecutive_epochs=True), Order([70, 30], [1, 3], seed=5)
   assert [by_size[p] for p in (0, 1, 2, 99, 100, 12345)] == [80, 73, 32, 44, 72, 73]
+  apart = Order([70, 30], None, seed=5)
+  assert [apart[p] for p in (0, 1, 2, 99, 100, 12345)] == [80, 73, 32, 44, 83, 72]
   assert [by_weight[p] for p in (0, 1, 2, 99, 100, 12345, 10**6)] == [75, 85, 8, 89, 76, 8, 92]
 
 
@@ -97,9 +99,15 @@ def test_the_examples_of_a_seed_stay(tmp_path, monkeypatch):
   assert source.metadata()['fingerprint'] == '29014335373fc8bd'
 
 
+def test_no_epoch_of_a_seed_is_one_of_another_seed():
+  orders = [Order([70, 30], None, seed) for seed in range(20)]
+  epochs = {tuple(order[e * 100 + i] for i in range(100)) for order in orders for e in range(5)}
+  assert len(epochs) == 100
+
+
 def test_permutations_are_grains():
   theirs = grain.MapDataset.range(1000).shuffle(seed=5).repeat()
-  ours = mixture._Permutations(1000, 5)
+  ours = mixture._Permutations(1000, 5, 5)
   assert [ours[p] for p in (0, 1, 999, 1000, 5432, 10**9)] == [theirs[p] for p in (0, 1, 999, 1000, 5432, 10**9)]
 
 

@@ -1,6 +1,7 @@
 """Configs of earlier versions, and workdirs that hold them."""
 
 import pathlib
+import pickle
 import shutil
 
 import ml_collections
@@ -49,3 +50,17 @@ def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path, monkeypatch
   workdir_lib.record_data(tmp_path, metadata('moved', range(5)))
   with pytest.raises(ValueError, match=r'the data changed .* started: a \(5 records then, 6 now\).*data.json'):
     workdir_lib.record_data(tmp_path, metadata('grown', range(6)))
+
+
+def test_a_run_keeps_its_order_of_epochs(tmp_path):
+  source = build_source(tiny_config().data, (32, 32))
+  assert not workdir_lib.keep_order(tmp_path, source).consecutive_epochs
+  (tmp_path / 'checkpoints/3').mkdir(parents=True)
+  earlier = workdir_lib.keep_order(tmp_path, source)  # before orders were recorded
+  assert earlier.consecutive_epochs and pickle.loads(pickle.dumps(earlier)) == earlier
+  workdir_lib.record_data(tmp_path, earlier.metadata())
+  assert workdir_lib.keep_order(tmp_path, source) == earlier
+  workdir_lib.check_data(tmp_path, source.metadata())
+  (tmp_path / 'data.json').unlink()
+  workdir_lib.record_data(tmp_path, source.metadata())
+  assert workdir_lib.keep_order(tmp_path, source) == source
