@@ -10,6 +10,7 @@ import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
 import contextlib
+import errno
 import glob
 import hashlib
 import itertools
@@ -87,7 +88,8 @@ def expand_braces(pattern: str) -> list[str]:
   pieces = _BRACES.split(pattern)
   if any(brace in text for text in pieces[::2] for brace in '{}'):
     raise UserError(f'{pattern!r}: a brace is missing its partner')
-  _check_count(math.prod(_count_alternatives(piece) for piece in pieces[1::2]), pattern)
+  if (count := math.prod(_count_alternatives(piece) for piece in pieces[1::2])) > _MOST_PATHS:
+    raise UserError(f'{pattern!r} stands for {count:,} paths; use {_MOST_PATHS:,} or fewer')
   choices = [_alternatives(piece, pattern) if n % 2 else [piece] for n, piece in enumerate(pieces)]
   return list(map(''.join, itertools.product(*choices)))
 
@@ -223,6 +225,8 @@ def check_free(flag: str, path: epath.PathLike) -> None:
 def atomic_folder(flag: str, path: epath.PathLike) -> Iterator[epath.Path]:
   """Yields a folder to fill, which is renamed to `path` at the end; after an error nothing is left of it.
 
+  After a kill the next call for the same path on this machine deletes what is left.
+
   Args:
     flag: that named the path, for errors.
     path: must not exist, or be an empty folder.
@@ -233,9 +237,15 @@ def atomic_folder(flag: str, path: epath.PathLike) -> Iterator[epath.Path]:
   """
   check_free(flag, path)
   path = epath.Path(path)
-  partial = path.with_name(f'{path.name}.partial-{os.getpid()}')
+  prefix = f'{path.name}.partial-{os.uname().nodename}-'
+  partial = path.with_name(f'{prefix}{os.getpid()}')
   try:
-    partial.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.iterdir():
+      pid = left.name.removeprefix(prefix)
+      if left.name == f'{prefix}{pid}' and pid.isdecimal() and not _is_another(pid):
+        left.rmtree()
+    partial.mkdir()
     yield partial
     if path.exists():
       path.rmdir()
@@ -247,6 +257,15 @@ def atomic_folder(flag: str, path: epath.PathLike) -> Iterator[epath.Path]:
   finally:
     if partial.exists():
       partial.rmtree()
+
+
+def _is_another(pid: str) -> bool:
+  """Whether another process of this number runs; in a container this one's may repeat."""
+  try:
+    os.kill(int(pid), 0)
+  except OSError as error:
+    return error.errno == errno.EPERM
+  return pid != str(os.getpid())
 
 
 def temporary_folder(purpose: str, url: str | None = None, process: int = 0) -> pathlib.Path:
@@ -296,11 +315,6 @@ def _alternatives(inside: str, pattern: str) -> list[str]:
   if ',' not in inside:
     raise UserError(f'{pattern!r}: {{{inside}}} is neither a range as {{00..99}} nor a list')
   return inside.split(',')
-
-
-def _check_count(count: int, pattern: str) -> None:
-  if count > _MOST_PATHS:
-    raise UserError(f'{pattern!r} stands for {count:,} paths; use {_MOST_PATHS:,} or fewer')
 
 
 def _list_paths(pattern: str, what: str) -> list[str]:

@@ -1,12 +1,14 @@
 """Patterns of paths that would fill memory, or take hours."""
 
+import os
+import signal
 import time
 import tracemalloc
 
 import pytest
 
 from groupvit_jax.errors import UserError
-from groupvit_jax.storage import expand_braces, find_shards
+from groupvit_jax.storage import atomic_folder, expand_braces, find_shards
 
 
 def test_a_pattern_is_counted_before_it_is_expanded():
@@ -24,3 +26,28 @@ def test_a_path_among_many_that_is_named_twice_is_found_at_once():
   with pytest.raises(UserError, match='name /nowhere/99999.tar twice'):
     find_shards(['/nowhere/{0..99999}.tar', '/nowhere/99999.tar'], 'data.sets.a')
   assert time.monotonic() - began < 5
+
+
+def test_a_killed_export_leaves_nothing_under_its_name_and_the_next_one_clears_up(tmp_path):
+  def write(number: int) -> None:
+    with atomic_folder('--output', tmp_path / 'out') as folder:
+      (folder / 'half').touch()
+      os.kill(os.getpid(), number)
+
+  for number in (signal.SIGKILL, signal.SIGTERM):
+    pid = os.fork()
+    if not pid:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+      write(number)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -number
+    (left,) = tmp_path.iterdir()  # of this one alone
+    assert left.name == f'out.partial-{os.uname().nodename}-{pid}'
+  with pytest.raises(KeyboardInterrupt):
+    write(signal.SIGINT)
+  assert not list(tmp_path.iterdir())
+  (tmp_path / f'out.partial-{os.uname().nodename}-{os.getpid()}').mkdir()  # in a container the number repeats
+  another = tmp_path / f'out.partial-{os.uname().nodename}-{os.getppid()}'
+  another.mkdir()
+  with atomic_folder('--output', tmp_path / 'out') as folder:
+    (folder / 'whole').touch()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['out', another.name]
