@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks import evaluation, our_side, processes
 from groupvit_jax.eval import evaluator, labelled, prefetch, protocols
 from groupvit_jax.eval.benchmarks import find_benchmark
+from groupvit_jax.eval.class_names import find_names
 from groupvit_jax.interop import huggingface, state_dicts
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import with_fastest_attention
@@ -62,20 +63,21 @@ def main() -> None:
     variables = huggingface.from_huggingface(dict(weights), state_dicts.abstract_variables(model))
   variables = jax.device_put(variables, sharding.replicated(mesh))
   benchmark = find_benchmark('voc21')
+  protocol, names = benchmark.fix_threshold(protocols.GROUPVIT), find_names(benchmark, 'groupvit')
+  scoring = evaluator.Scoring(benchmark, protocol, names, evaluation.class_embeds())
 
   def evaluate(source: labelled.LabelledSource, **options: Any) -> int:
-    return evaluator.evaluate(
+    (result,) = evaluator.evaluate(
       model,
       variables,
       source,
-      evaluation.class_embeds(),
-      benchmark,
-      protocols.GROUPVIT,
+      [scoring],
       batch_size=batch_size,
       mesh=mesh,
       num_threads=prefetch.decode_threads(),
       **options,
-    ).num_images
+    )
+    return result.num_images
 
   maps = {}
   keep = lambda encoded, found: maps.update({encoded.image.key: found.labels})

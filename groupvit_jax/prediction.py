@@ -168,8 +168,8 @@ class Prediction:
     """The score of a class other than the background, averaged over windows: float32, as large as the cut image."""
     image = self.windows.image
     total, covers = np.zeros((2, *image.resized), np.float32)
-    scores = self.class_scores[:, :, index]
-    for top, left, segments, score in zip(image.tops, image.lefts, self.windows.segments, scores):
+    scores, (windows,) = self.class_scores[:, :, index], self.windows.segments.values()
+    for top, left, segments, score in zip(image.tops, image.lefts, windows, scores):
       here = np.s_[top : top + segments.shape[0], left : left + segments.shape[1]]
       total[here] += score[segments] if segments.ndim == 2 else segments @ score
       covers[here] += 1

@@ -14,8 +14,10 @@ import numpy as np
 from groupvit_jax.data.images import AnyImage, is_one_image, read_image
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval import class_embeddings, draw
+from groupvit_jax.eval import class_names as names_lib
+from groupvit_jax.eval import draw
 from groupvit_jax.eval.benchmarks import MAX_CLASSES
+from groupvit_jax.eval.class_names import ClassName, parse_class_names
 from groupvit_jax.eval.evaluator import windows_per_batch
 from groupvit_jax.eval.labeller import Labeller
 from groupvit_jax.eval.protocols import find_protocol, NATIVE, Protocol
@@ -32,13 +34,6 @@ BACKGROUND = 'background'
 _BATCH_SIZES = (1, 4, 16)  # windows on each device: one compilation each, when first needed
 _MIN_CAPACITY = 16  # classes to compile for; then twice as many, and so on
 _MAX_EMBEDDINGS = 4096  # of class names that are kept
-
-
-class ClassName(NamedTuple):
-  """A class to segment."""
-
-  name: str
-  synonyms: tuple[str, ...]  # the name among them
 
 
 class EncodedImage(NamedTuple):
@@ -225,13 +220,12 @@ class Predictor:
     new = [name for name in wanted if name not in found]
     if new:
       templates = self.protocol.templates
-      embeds = class_embeddings.embed_classes(self._model, self._variables, self._tokenizer, new, templates)
+      embeds = names_lib.embed_classes(self._model, self._variables, self._tokenizer, new, templates)
       found.update(zip(new, embeds))
     self._embeds.update(found)  # the least recently used come first
     for name in list(self._embeds)[:-_MAX_EMBEDDINGS]:
       del self._embeds[name]
-    means = [np.mean([found[name] for name in each.synonyms], axis=0) for each in classes]
-    return np.stack([mean / np.linalg.norm(mean) for mean in means])
+    return names_lib.pool_synonyms(found, [each.synonyms for each in classes])
 
   def _segmenter(self, class_names: Sequence[str], threshold: float | None) -> Callable[[EncodedImage], Prediction]:
     """A function that segments encoded images into some classes."""
@@ -283,7 +277,8 @@ class Predictor:
       rows = max(
         (size for size in sizes if size <= total), default=sizes[0]
       )  # a core takes as long over padding as over a window
-    return WindowEncoder(self._model, self.protocol, self._mesh, rows * ways), itertools.chain(ahead, images)
+    encoder = WindowEncoder(self._model, self.protocol, self._mesh, rows * ways, (self.protocol.refinement,))
+    return encoder, itertools.chain(ahead, images)
 
 
 def _segment(labeller: Labeller, names: tuple[str, ...], encoded: EncodedImage, *, background: bool) -> Prediction:
@@ -301,37 +296,6 @@ def _segment(labeller: Labeller, names: tuple[str, ...], encoded: EncodedImage, 
     windows=encoded.windows,
     class_scores=label_map.class_scores,
   )
-
-
-def parse_class_names(class_names: Sequence[str], reserved: Sequence[str] = ()) -> tuple[ClassName, ...]:
-  """Parses C class names, in which '|' separates synonyms; the first one names the class.
-
-  Args:
-    class_names: C of them.
-    reserved: names that are taken.
-
-  Raises:
-    ValueError: there are none, one is empty, or a name occurs twice (case does not count).
-  """
-  if isinstance(class_names, str):
-    raise UserError(f'class_names is one text, {class_names!r}; put it into a list')
-  if not isinstance(class_names, Iterable):
-    raise UserError(f'class_names={class_names!r} is no list; name classes, as in ["dog", "banana"]')
-  parsed, seen = [], {name.casefold() for name in reserved}
-  for text in class_names:
-    if not isinstance(text, str):
-      raise UserError(f'the class {text!r} is no text; write its name')
-    synonyms = tuple(' '.join(name.split()) for name in text.split('|'))
-    for name in synonyms:
-      if not name:
-        raise UserError(f'the class {text!r} has an empty name; write it or remove it')
-      if name.casefold() in seen:
-        raise UserError(f'the class {name!r} is named twice; remove one')
-      seen.add(name.casefold())
-    parsed.append(ClassName(synonyms[0], synonyms))
-  if not parsed:
-    raise UserError('there are no classes to look for; name at least one, as in dog,banana')
-  return tuple(parsed)
 
 
 def _name(image: AnyImage, index: int) -> str:

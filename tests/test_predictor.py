@@ -15,9 +15,10 @@ import pytest
 
 import groupvit_jax
 from groupvit_jax import predictor as predictor_lib
-from groupvit_jax.eval import class_embeddings, labelled, protocols, window_encoder
+from groupvit_jax.eval import class_names, labelled, protocols, window_encoder
+from groupvit_jax.eval.class_names import parse_class_names
 from groupvit_jax.eval.evaluator import Evaluator
-from groupvit_jax.predictor import parse_class_names, Prediction, Predictor
+from groupvit_jax.predictor import Prediction, Predictor
 from groupvit_jax.running import sharding
 from groupvit_jax.train import open_run
 from tests.tiny import tiny_model
@@ -87,7 +88,7 @@ def test_heat_maps_are_what_labels_are_chosen_by(predictor, prediction, image):
   some = predictor(image, WORDS, threshold=0.3)
   for found in (prediction, some):
     maps = np.stack([found.heat_map(name) for name in ('dog', 'banana', 'grass')])
-    assert maps.shape == (3, 48, 70) and len(found.windows.segments) == 2
+    assert maps.shape == (3, 48, 70) and len(found.windows.segment_embeds) == 2
     np.testing.assert_allclose(maps.max(axis=0), prediction.pixel_scores, atol=1e-5)
     assert (maps.argmax(axis=0) == prediction.labels).mean() > 0.995  # but for near-ties
   with pytest.raises(ValueError, match="'puppy' was not looked for; there are dog, banana, grass"):
@@ -186,8 +187,8 @@ def test_synonyms_are_the_mean_of_their_embeddings_and_are_kept(predictor, monke
   two = predictor.embed_classes(parse_class_names(['dog', 'puppy']))
   np.testing.assert_allclose(np.linalg.norm(two, axis=1), 1, rtol=1e-5)
   asked = []
-  embed = class_embeddings.embed_classes
-  monkeypatch.setattr(class_embeddings, 'embed_classes', lambda *args: asked.append(args[3]) or embed(*args))
+  embed = class_names.embed_classes
+  monkeypatch.setattr(class_names, 'embed_classes', lambda *args: asked.append(args[3]) or embed(*args))
   got = predictor.embed_classes(words)
   mean = two.mean(axis=0)
   np.testing.assert_allclose(got[0], mean / np.linalg.norm(mean), atol=1e-6)

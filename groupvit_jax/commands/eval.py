@@ -2,6 +2,7 @@
 
 python eval.py --workdir=runs/quickstart --output=runs/quickstart/eval
 python eval.py --workdir=runs/groupvit --benchmark=voc21 --data_dir=data --output=out
+python eval.py --workdir=runs/groupvit --benchmark=all --data_dir=data --class_names=groupvit,synonyms --output=out
 python eval.py --workdir=runs/quickstart --images='*.png' --classes='dog,banana,grass' --output=out
 """
 
@@ -19,7 +20,7 @@ def main() -> int:
   """Runs the command of the flags; returns the exit code."""
   if mistake := _find_mistake():
     return cli.fail(mistake)
-  from groupvit_jax.commands import score, segment
+  from groupvit_jax.commands import score, score_all, segment
   from groupvit_jax.running import processes
 
   options = dict(
@@ -38,8 +39,11 @@ def main() -> int:
       thresholds=THRESHOLDS.value,
       masks=MASKS.value,
       report=REPORT.value,
+      class_names=CLASS_NAMES.value,
     )
-    evaluate = lambda: score.evaluate_benchmark(WORKDIR.value, score.Request(**options))
+    several = BENCHMARK.value == score_all.ALL or ',' in PROTOCOL.value + CLASS_NAMES.value
+    run = score_all.score_all if several else score.evaluate_benchmark
+    evaluate = lambda: run(WORKDIR.value, score.Request(**options))
   else:
     options['protocol'] = PROTOCOL.value or protocols.NATIVE
     evaluate = lambda: segment.segment_images(
@@ -67,7 +71,7 @@ def _find_mistake() -> str:
     return '--images needs --output: the folder that results go to'
   if IMAGES.value is not None and BENCHMARK.value is not None:
     return '--images and --benchmark are two requests; leave one out'
-  for flag in (DATA_DIR, NUM_PICTURES, THRESHOLDS, MASKS, REPORT):
+  for flag in (DATA_DIR, NUM_PICTURES, THRESHOLDS, MASKS, REPORT, CLASS_NAMES):
     if flag.value and IMAGES.value is not None:
       return f'--{flag.name} is about a benchmark, not about --images; leave one out'
   if DATA_DIR.value and BENCHMARK.value is None:
@@ -82,7 +86,10 @@ if __name__ == '__main__':
   IMAGES = flags.DEFINE_string('images', None, "Images to segment: a path or a pattern, as in '*.png'.")
   CLASSES = flags.DEFINE_string('classes', None, "Class names to look for in --images: 'dog|puppy,banana,grass'.")
   PROTOCOL = flags.DEFINE_string(
-    'protocol', '', f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, or native.'
+    'protocol',
+    '',
+    f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, or native. a,b,c scores '
+    'several, in one pass where they cut images alike.',
   )
   WEIGHTS = flags.DEFINE_enum(
     'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'
@@ -90,13 +97,20 @@ if __name__ == '__main__':
   CHANGES = {
     name: flags.DEFINE_string(f'protocol.{name}', None, 'Changes that part of the protocol.')
     for name in protocols.PARAMETERS
+    if name != 'class_names'
   }
+  CLASS_NAMES = flags.DEFINE_string(
+    'class_names',
+    '',
+    "Names that a benchmark's classes are looked for by: benchmark, groupvit, synonyms, or a file; by default those of "
+    'the protocol. a,b,c scores several in one pass.',
+  )
   CLUSTER = cluster.define_flags()
   BENCHMARK = flags.DEFINE_string(
     'benchmark',
     None,
     'voc21, voc20, context60, context59, coco_object, coco_stuff, ade20k, cityscapes, folder, '
-    "imagenet or scenes (the run's own, held out for testing; the default): see docs/evaluation.md.",
+    "imagenet, all (those in --data_dir) or scenes (the run's own test scenes; the default): see docs/evaluation.md.",
   )
   DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the benchmark's data set is; of --benchmark=folder the folder.")
   NUM_PICTURES = flags.DEFINE_integer('num_pictures', 0, 'So many images of the benchmark, spread evenly; 0 for all.')

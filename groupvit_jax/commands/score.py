@@ -13,6 +13,7 @@ import numpy as np
 from groupvit_jax.errors import ResourceError, UserError
 from groupvit_jax.eval import draw, labelled, protocols, report, zero_shot
 from groupvit_jax.eval.benchmarks import Benchmark
+from groupvit_jax.eval.class_names import find_names
 from groupvit_jax.eval.draw import Row
 from groupvit_jax.eval.evaluator import Evaluator, image_miou
 from groupvit_jax.eval.labeller import LabelMap
@@ -42,6 +43,7 @@ class Request:
     num_pictures: so many images, spread evenly; 0 for all.
     protocol: its name; '' for that of the benchmark's first published result, or where there is none 'native'. Of
       'imagenet' always ''.
+    class_names: see `class_names.find_names`; '' for those of the protocol. Of 'imagenet' always ''.
     changes: protocol parameters as people write them; of 'imagenet' `templates` alone.
     thresholds: further background thresholds, see `parse_thresholds`; not of 'imagenet'.
     output: folder for results; None for the table alone.
@@ -56,6 +58,7 @@ class Request:
   data_dir: str = ''
   num_pictures: int = 0
   protocol: str = ''
+  class_names: str = ''
   changes: Mapping[str, str] = dataclasses.field(default_factory=dict)
   thresholds: str = ''
   output: str | None = None
@@ -90,8 +93,8 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
   if request.masks and request.output is None:
     raise UserError('--masks needs --output: the folder that label maps go to')
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
-  page = None if request.report is None else _page_path(request)
-  opened = _open_images(request) if request.benchmark != SCENES else None
+  page = None if request.report is None else page_path(request)
+  opened = open_images(request) if request.benchmark != SCENES else None
   run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)
   evaluator = _build(run, request, opened, thresholds)
   if folder:
@@ -121,7 +124,7 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
   print(table)
   curve = report.threshold_curve(result) if result.thresholds else None
   if page:
-    _write_page(page, report.make_page(result, gallery, curve, table))
+    write_page(page, report.make_page(result, gallery, curve, table))
   if folder:
     metadata = result.to_json() | baselines.metadata
     folder.write_text('confusion.csv', result.confusion_csv())
@@ -136,9 +139,10 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
 
 def evaluate_imagenet(workdir: str, request: Request) -> int:
   """Scores a run on ImageNet and prints top-1 and top-5 accuracy; see `evaluate_benchmark`."""
-  if request.masks or request.thresholds or request.report or request.protocol or set(request.changes) - {'templates'}:
+  flags = request.masks, request.thresholds, request.report, request.protocol, request.class_names
+  if any(flags) or set(request.changes) - {'templates'}:
     raise UserError(zero_shot.NO_PROTOCOL)
-  _check_data_dir(request)
+  check_data_dir(request)
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   source = labelled.take(labelled.open_imagenet(request.data_dir), request.num_pictures)
   run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)
@@ -203,15 +207,15 @@ def parse_thresholds(text: str) -> tuple[float, ...]:
   return tuple(values)
 
 
-def _open_images(request: Request) -> tuple[Benchmark, labelled.LabelledSource]:
+def open_images(request: Request) -> tuple[Benchmark, labelled.LabelledSource]:
   """The benchmark of a request and its images. Raises ValueError if there is no such benchmark, or no images of it."""
   if request.benchmark not in BENCHMARKS:
     raise UserError(f'there is no benchmark {request.benchmark!r}; choose one of {", ".join(BENCHMARKS)}')
-  _check_data_dir(request)
+  check_data_dir(request)
   return labelled.open_benchmark(request.benchmark, request.data_dir, request.num_pictures)
 
 
-def _check_data_dir(request: Request) -> None:
+def check_data_dir(request: Request) -> None:
   if not request.data_dir:
     raise UserError(f'--benchmark={request.benchmark} needs --data_dir: where its images are')
 
@@ -224,21 +228,30 @@ def _build(
 ) -> Evaluator:
   """The evaluator of a request; `opened` is None for the run's own scenes."""
   if opened is None:
-    check_has_scenes(run.config, run.workdir)
-    with open_run.complete_config(run.workdir):
-      benchmark, source = labelled.open_scenes(run.config, labelled.TEST)
-    source, num_threads = labelled.take(source, request.num_pictures), 0
+    (benchmark, source), num_threads = open_scenes(run, request), 0
   else:
     benchmark, source = opened
     num_threads = decode_threads()
   name, size = request.protocol or labelled.default_protocol(benchmark), run.model.vision.image_size
-  protocol = benchmark.fix_threshold(protocols.parse_protocol(name, size, request.changes))
+  protocol = protocols.parse_protocol(name, size, request.changes)
+  if request.class_names:
+    protocol = protocols.override(protocol, {'class_names': request.class_names})
+  protocol = benchmark.fix_threshold(protocol)
+  find_names(benchmark, protocol.class_names)  # before anything is written
   if thresholds and not benchmark.background:
     raise UserError(f'{benchmark.name} has no background, so no threshold changes anything; leave out --thresholds')
   return Evaluator(run.model, run.tokenizer, run.mesh, source, benchmark, protocol, num_threads, thresholds)
 
 
-def _page_path(request: Request) -> epath.Path:
+def open_scenes(run: TrainedRun, request: Request) -> tuple[Benchmark, labelled.LabelledSource]:
+  """The test scenes of a run. Raises ValueError if it has none."""
+  check_has_scenes(run.config, run.workdir)
+  with open_run.complete_config(run.workdir):
+    benchmark, source = labelled.open_scenes(run.config, labelled.TEST)
+  return benchmark, labelled.take(source, request.num_pictures)
+
+
+def page_path(request: Request) -> epath.Path:
   """The path of the HTML page. Raises ValueError if another file is there."""
   path = epath.Path(request.report)
   if path.suffix not in ('.html', '.htm'):
@@ -258,7 +271,7 @@ def _gallery(
   return {kind: [(*scored[index], rows[index]) for index in found] for kind, found in chosen.items()}
 
 
-def _write_page(path: epath.Path, page: str) -> None:
+def write_page(path: epath.Path, page: str) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
@@ -271,7 +284,7 @@ def _published(result: Result) -> list[str]:
   """The published results in percent, one a line, and how they differ from this one."""
   lines = []
   for row in result.benchmark.published:
-    line = f'published ({row.protocol}, GroupViT-S/16 of {row.training_data}): mIoU {row.miou:.1f}'
+    line = f'published ({row.title}): mIoU {row.scores[result.benchmark.name]:.1f}'
     lines.append('; '.join(filter(None, [line, result.unlike(row)])))
   return lines
 

@@ -13,10 +13,11 @@ from groupvit_jax.commands.score import describe_run, run_metadata
 from groupvit_jax.data.images import read_image
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import protocols
+from groupvit_jax.eval.class_names import parse_class_names
 from groupvit_jax.eval.draw import hex_colour
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.prediction import file_name, Prediction
-from groupvit_jax.predictor import parse_class_names, Predictor
+from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
 
 

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax.errors import UserError
+from groupvit_jax.eval.class_names import parse_class_names
 from groupvit_jax.eval.draw import hex_colour
 from groupvit_jax.prediction import Prediction
-from groupvit_jax.predictor import EncodedImage, parse_class_names, Predictor
+from groupvit_jax.predictor import EncodedImage, Predictor
 
 _SCREEN_SIDE = 1280  # pixels: a larger overlay only takes longer to arrive
 

@@ -9,20 +9,48 @@ from pathlib import Path
 import numpy as np
 
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval.protocols import ClassNames, Protocol
+from groupvit_jax.eval.protocols import Protocol
 
 IGNORE_LABEL = 255
 MAX_CLASSES = IGNORE_LABEL  # that 8-bit labels hold, the background included
 _FILE = Path(__file__).with_name('segmentation_benchmarks.json')
+_PUBLISHED = Path(__file__).with_name('published.json')
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-  """An mIoU that a paper prints, in percent."""
+  """A row of published results.
 
+  Attributes:
+    model: its name.
+    source: the paper.
+    training_data: 'gcc_yfcc' or 'gcc_redcaps' of GroupViT; '' where it is not recorded here.
+    frozen: whether it builds on a frozen foundation model.
+    protocol: name of a protocol, or 'unknown'.
+    refine: 'none', 'pamr', 'densecrf' or 'unknown'.
+    scores: benchmark -> mIoU, of ImageNet top-1 accuracy, in percent; those that are recorded here.
+  """
+
+  model: str
+  source: str
+  training_data: str
+  frozen: bool
   protocol: str
-  training_data: str  # of GroupViT-S/16: 'gcc_yfcc' or 'gcc_redcaps'
-  miou: float
+  refine: str
+  scores: Mapping[str, float]
+
+  @property
+  def title(self) -> str:
+    """Model, training data, protocol and refinement as a phrase."""
+    data = f' of {self.training_data}' if self.training_data else ''
+    refined = '' if self.refine == 'none' else f', refinement {self.refine}'
+    return f'{self.model}{data}, protocol {self.protocol}{refined}'
+
+
+@functools.cache
+def load_published() -> tuple[Published, ...]:
+  """The rows of published.json, GroupViT's first."""
+  return tuple(Published(**row) for row in json.loads(_PUBLISHED.read_text()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,36 +62,34 @@ class Benchmark:
     classes: C names in label order; the background, where there is one, is the first.
     palette: C colours, RGB.
     background: whether the first class is whatever the others are not.
-    groupvit_names: C spellings behind the published results; None where they are `classes`.
+    own_names: a line `name|synonym` for each class, where it has synonyms; see `class_names.find_names`.
     reduce_zero_label: whether label 0 of the files is ignored and the others shift down by one.
     raw_label_ids: the files' label of each class but the background; None for the label itself.
     split: which images the published results are about.
     num_images: how many these are; 0 where nothing is published.
     thresholds: protocol -> its background threshold here.
-    published: results to compare with.
   """
 
   name: str
   classes: tuple[str, ...]
   palette: tuple[tuple[int, int, int], ...]
   background: bool = False
-  groupvit_names: tuple[str, ...] | None = None
+  own_names: tuple[str, ...] = ()
   reduce_zero_label: bool = False
   raw_label_ids: tuple[int, ...] | None = None
   split: str = ''
   num_images: int = 0
   thresholds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-  published: tuple[Published, ...] = ()
 
   @property
   def num_classes(self) -> int:
     """C, background included."""
     return len(self.classes)
 
-  def prompt_names(self, spelling: ClassNames) -> tuple[str, ...]:
-    """Names to put into prompts: all but the background."""
-    names = self.groupvit_names if spelling == 'groupvit' and self.groupvit_names else self.classes
-    return names[1:] if self.background else names
+  @property
+  def published(self) -> tuple[Published, ...]:
+    """Published results to compare with."""
+    return tuple(row for row in load_published() if self.name in row.scores)
 
   def fix_threshold(self, protocol: Protocol) -> Protocol:
     """The protocol with this benchmark's threshold: its own, the given one, or none to need.
@@ -122,9 +148,8 @@ def find_benchmark(name: str) -> Benchmark:
 
 
 def _parse(name: str, fields: Mapping) -> Benchmark:
-  tuples = {key: tuple(fields[key]) for key in ('classes', 'groupvit_names', 'raw_label_ids') if key in fields}
-  palette, published = tuple(map(tuple, fields['palette'])), tuple(Published(**row) for row in fields['published'])
-  return Benchmark(name=name, **(dict(fields) | tuples | dict(palette=palette, published=published)))
+  tuples = {key: tuple(fields[key]) for key in ('classes', 'raw_label_ids') if key in fields}
+  return Benchmark(name=name, **(dict(fields) | tuples | dict(palette=tuple(map(tuple, fields['palette'])))))
 
 
 def make_benchmark(name: str, classes: Sequence[str], *, background: bool = False) -> Benchmark:

@@ -14,7 +14,7 @@ from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw, windows
 from groupvit_jax.eval.benchmarks import Benchmark, IGNORE_LABEL
-from groupvit_jax.eval.class_embeddings import embed_classes
+from groupvit_jax.eval.class_names import embed_synonyms, find_names, NameSet
 from groupvit_jax.eval.labelled import LabelledSource, open_scenes, spread_indices, subset, VALIDATION
 from groupvit_jax.eval.labeller import CountingLabeller, LabelMap
 from groupvit_jax.eval.prefetch import BadImages, prefetch
@@ -40,23 +40,64 @@ def windows_per_batch(mesh: Mesh, window: int) -> int:
   return each * sharding.data_parallel_size(mesh)
 
 
+def own_labels(labels: np.ndarray) -> np.ndarray:
+  """The labels as they are."""
+  return labels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scoring:
+  """One way to score encoded images; those of a call share the encodings.
+
+  Attributes:
+    benchmark: classes and colours.
+    protocol: how images are labelled, with the threshold of a background.
+    names: of the classes.
+    text_embeds: [C, E], of `names.prompts`.
+    thresholds: further background thresholds, counted along at little cost.
+    train_labels: labels of the benchmark from those of the source, both uint8 [H, W].
+  """
+
+  benchmark: Benchmark
+  protocol: Protocol
+  names: NameSet
+  text_embeds: np.ndarray
+  thresholds: tuple[float, ...] = ()
+  train_labels: Callable[[np.ndarray], np.ndarray] = own_labels
+
+
+def build_scoring(
+  model: ImageTextModel,
+  variables: dict,
+  tokenizer: Tokenizer,
+  benchmark: Benchmark,
+  protocol: Protocol,
+  **options: object,
+) -> Scoring:
+  """A scoring by the names of a protocol; options as for `Scoring`.
+
+  Raises:
+    ValueError: there is no such set of names, or the benchmark has a background and the protocol no threshold for it.
+  """
+  protocol, names = benchmark.fix_threshold(protocol), find_names(benchmark, protocol.class_names)
+  embeds = embed_synonyms(model, variables, tokenizer, names.prompts, protocol.templates)
+  return Scoring(benchmark, protocol, names, embeds, **options)
+
+
 def evaluate(
   model: ImageTextModel,
   variables: dict,
   source: LabelledSource,
-  text_embeds: np.ndarray,
-  benchmark: Benchmark,
-  protocol: Protocol,
+  scorings: Sequence[Scoring],
   *,
   batch_size: int,
   mesh: Mesh | None = None,
   num_threads: int = 2,
   oracle: bool = True,
-  thresholds: Sequence[float] = (),
   on_image: OnImage | None = None,
   provenance: Mapping[str, str] | None = None,
-) -> Result:
-  """Segments labelled images and scores the label maps.
+) -> list[Result]:
+  """Segments labelled images and scores the label maps; each image is decoded and encoded once for all scorings.
 
   Every process takes its share of the images. Calls with the same model, mesh, number of classes,
   batch size and, but for thresholds, protocol compile once.
@@ -65,72 +106,83 @@ def evaluate(
     model: the model.
     variables: of the model, on the devices of the mesh.
     source: labelled images.
-    text_embeds: [C, E], of `benchmark.prompt_names(protocol.class_names)`.
-    benchmark: classes and colours.
-    protocol: how images are labelled.
+    scorings: at least one; their protocols cut images alike.
     batch_size: windows per batch, of all processes.
     mesh: the devices; None for the first of this process.
     num_threads: threads that decode and resize ahead of the devices.
     oracle: whether segments are also scored with perfect names, for a second pass over the pixels.
-    thresholds: further background thresholds, counted along at little cost.
-    on_image: called with every image and its label map, about in order. Without it label maps
+    on_image: called with every image and its label map by the first scoring, about in order. Without it label maps
       stay on the devices.
-    provenance: what else to name in the result.
+    provenance: what else to name in the results.
 
   Returns:
-    The result, the same on every process.
+    A result per scoring, the same on every process.
 
   Raises:
     BadImage: an image or label map is bad; on every process, whichever has met it.
-    ValueError: there are no images, names and embeddings differ in number, a batch does not fit
-      the mesh, or a background lacks its threshold.
+    ValueError: there are no images, names and embeddings differ in number, or a batch does not fit the mesh.
   """
   mesh = sharding.make_mesh(devices=jax.local_devices()[:1]) if mesh is None else mesh
-  protocol = benchmark.fix_threshold(protocol)
-  _check(source, text_embeds, benchmark, protocol)
+  for scoring in scorings:
+    _check(source, scoring)
   logit_scale = float(variables['params']['logit_scale'])
-  used = (protocol.threshold, *thresholds) if benchmark.background else ()
-  labeller = CountingLabeller(protocol, text_embeds, logit_scale, mesh, thresholds=used)
-  cut = functools.partial(
-    cut_labelled, source, benchmark=benchmark, protocol=protocol, patch_size=model.vision.patch_size
-  )
+  labellers = [_build_labeller(scoring, logit_scale, mesh) for scoring in scorings]
+  cut = functools.partial(cut_labelled, source, scorings=scorings, patch_size=model.vision.patch_size)
   mine, bad_images = range(jax.process_index(), len(source), jax.process_count()), BadImages()
   images = prefetch(bad_images.guard(cut), mine, num_threads=num_threads)
-  encoder = WindowEncoder(model, protocol, mesh, batch_size)
+  refinements = tuple(dict.fromkeys(scoring.protocol.refinement for scoring in scorings))
+  encoder = WindowEncoder(model, scorings[0].protocol, mesh, batch_size, refinements)
   health: GroupingHealth | None = None
   for item in encoder.encode(variables, (image for image in images if image is not None)):
     if isinstance(item, GroupingHealth):
       health = item if health is None else health.merge(item)
       continue
-    label_map = labeller.count(item, oracle=oracle, fetch=on_image is not None)
-    if on_image is not None:
-      on_image(item, label_map)
+    for scoring, labeller in zip(scorings, labellers):
+      fetch = on_image is not None and scoring is scorings[0]
+      label_map = labeller.count(item, scoring.train_labels(item.image.label), oracle=oracle, fetch=fetch)
+      if fetch:
+        on_image(item, label_map)
   bad_images.check()
-  predicted, named = labeller.counts()
-  return Result(
-    benchmark=benchmark,
-    protocol=protocol,
-    num_images=len(source),
-    counts=predicted[0],
-    oracle_counts=named if oracle else None,
-    health=health.compute(),
-    thresholds=used[1:],
-    threshold_counts=predicted[1:],
-    provenance=provenance or {},
+  results = []
+  for scoring, labeller in zip(scorings, labellers):
+    predicted, named = labeller.counts()
+    result = Result(
+      benchmark=scoring.benchmark,
+      protocol=scoring.protocol,
+      names=scoring.names,
+      num_images=len(source),
+      counts=predicted[0],
+      oracle_counts=named if oracle else None,
+      health=health.compute(),
+      thresholds=scoring.thresholds,
+      threshold_counts=predicted[1:],
+      provenance=provenance or {},
+    )
+    results.append(result)
+  return results
+
+
+def _build_labeller(scoring: Scoring, logit_scale: float, mesh: Mesh) -> CountingLabeller:
+  return CountingLabeller(
+    scoring.protocol,
+    scoring.text_embeds,
+    logit_scale,
+    mesh,
+    thresholds=(scoring.protocol.threshold, *scoring.thresholds) if scoring.benchmark.background else (),
+    num_phrases=len(scoring.names.background),
   )
 
 
-def _check(source: LabelledSource, text_embeds: np.ndarray, benchmark: Benchmark, protocol: Protocol) -> None:
+def _check(source: LabelledSource, scoring: Scoring) -> None:
   """Raises ValueError for what would fail, or mislead, only after a while."""
-  names = benchmark.prompt_names(protocol.class_names)
+  benchmark, names = scoring.benchmark, scoring.names.prompts
   if not len(source):
     raise UserError(f'{benchmark.name} has no images; check its path and split')
-  if len(text_embeds) != len(names):
+  if len(scoring.text_embeds) != len(names):
     raise UserError(
-      f'{benchmark.name} asks for {len(names)} classes but {len(text_embeds)} are embedded; '
-      'embed benchmark.prompt_names(protocol.class_names)'
+      f'{benchmark.name} asks for {len(names)} classes but {len(scoring.text_embeds)} are embedded; embed names.prompts'
     )
-  if tuple(source.classes) != benchmark.classes:
+  if source.classes and tuple(source.classes) != benchmark.classes:
     raise UserError(
       f'the source labels {len(source.classes)} classes ({", ".join(source.classes[:3])}, ...) but '
       f'{benchmark.name} has {benchmark.num_classes} ({", ".join(benchmark.classes[:3])}, ...); '
@@ -139,23 +191,25 @@ def _check(source: LabelledSource, text_embeds: np.ndarray, benchmark: Benchmark
 
 
 def cut_labelled(
-  source: LabelledSource, index: int, *, benchmark: Benchmark, protocol: Protocol, patch_size: int
+  source: LabelledSource, index: int, *, scorings: Sequence[Scoring], patch_size: int
 ) -> windows.CutImage:
   """Reads, checks and cuts the image of an index.
 
   Raises:
-    ValueError: it cannot be decoded, or its label map does not fit it or the benchmark.
+    ValueError: it cannot be decoded, or its label map does not fit it or a benchmark.
   """
   record = source[index]
   key, label = record['key'], record['label']
-  beyond = label[(label >= benchmark.num_classes) & (label != IGNORE_LABEL)]
-  if beyond.size:
-    raise UserError(
-      f'the label map of {key!r} holds {beyond[0]}, but {benchmark.name} has labels 0 to '
-      f'{benchmark.num_classes - 1} and {IGNORE_LABEL}'
-    )
+  for scoring in scorings:
+    benchmark, found = scoring.benchmark, scoring.train_labels(label)
+    beyond = found[(found >= benchmark.num_classes) & (found != IGNORE_LABEL)]
+    if beyond.size:
+      raise UserError(
+        f'the label map of {key!r} holds {beyond[0]}, but {benchmark.name} has labels 0 to '
+        f'{benchmark.num_classes - 1} and {IGNORE_LABEL}'
+      )
   image = read_image(record['image'], key)
-  return windows.cut_image(image, protocol, patch_size, key=key, index=index, label=label)
+  return windows.cut_image(image, scorings[0].protocol, patch_size, key=key, index=index, label=label)
 
 
 def image_miou(truth: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
@@ -196,9 +250,7 @@ class Evaluator:
     self, variables: dict, *, on_image: OnImage | None = None, provenance: Mapping[str, str] | None = None
   ) -> Result:
     """Labels and scores all images; the same result on every process. `on_image` is called for its own images."""
-    return self._evaluate(
-      variables, self.source, oracle=True, thresholds=self.thresholds, on_image=on_image, provenance=provenance
-    )
+    return self._evaluate(variables, self.source, self.thresholds, on_image=on_image, provenance=provenance)
 
   def rows(self, variables: dict, indices: Sequence[int]) -> list[draw.Row]:
     """Input, truth, prediction and groups of some images, to be drawn; the same on every process."""
@@ -206,7 +258,7 @@ class Evaluator:
     # Every process labels all of them: it takes each n-th of a source in which each occurs n times.
     everywhere = subset(self.source, np.repeat(indices, jax.process_count()).tolist())
     keep = lambda encoded, label_map: labels.setdefault(encoded.image.key, label_map.labels)
-    self._evaluate(variables, everywhere, oracle=False, on_image=keep)
+    self._evaluate(variables, everywhere, (), oracle=False, on_image=keep)
     records = [self.source[index] for index in indices]
     images = [read_image(record['image'], record['key']) for record in records]
     grouped = group_maps(self.model, variables, images, self.protocol.window, self.mesh)
@@ -220,20 +272,22 @@ class Evaluator:
     rows = self.rows(variables, spread_indices(len(self.source), count))
     return draw.draw_panel(rows, self.benchmark.palette, self.benchmark.classes)
 
-  def _evaluate(self, variables: dict, source: LabelledSource, **options: object) -> Result:
-    names = self.benchmark.prompt_names(self.protocol.class_names)
-    return evaluate(
+  def _evaluate(
+    self, variables: dict, source: LabelledSource, thresholds: tuple[float, ...], **options: object
+  ) -> Result:
+    names = self.benchmark, self.protocol
+    scoring = build_scoring(self.model, variables, self.tokenizer, *names, thresholds=thresholds)
+    (result,) = evaluate(
       self.model,
       variables,
       source,
-      embed_classes(self.model, variables, self.tokenizer, names, self.protocol.templates),
-      self.benchmark,
-      self.protocol,
+      [scoring],
       batch_size=windows_per_batch(self.mesh, self.protocol.window),
       mesh=self.mesh,
       num_threads=self.num_threads,
       **options,
     )
+    return result
 
 
 def build_scene_evaluator(

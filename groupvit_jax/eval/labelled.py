@@ -39,7 +39,7 @@ FOLDER = 'folder'
 IMAGENET = 'imagenet'
 SPLIT = 'validation'
 VALIDATION, TEST = 'validation', 'test'  # of held-out scenes; no choice may depend on the score of TEST
-_IMAGENET_STORED_IN = 'imagenet2012'
+IMAGENET_STORED_IN = 'imagenet2012'
 _BACKGROUND = 'background'
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.tif', '.tiff')
 
@@ -130,7 +130,7 @@ def open_benchmark(name: str, data_dir: epath.PathLike, num_images: int = 0) -> 
     benchmark, source = open_folder(data_dir)
   else:
     benchmark = find_benchmark(name)
-    source = open_prepared(benchmark, data_dir)
+    source = with_train_labels(open_prepared(benchmark, data_dir), benchmark)
   return benchmark, take(source, num_images)
 
 
@@ -140,7 +140,7 @@ def default_protocol(benchmark: Benchmark) -> str:
 
 
 def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> Source:
-  """The images of a public benchmark, from the newest version of its data set in `data_dir`.
+  """The images of a public benchmark and its files' labels, from the newest version of its data set in `data_dir`.
 
   Raises:
     ValueError: it has not been built there, or is damaged.
@@ -158,9 +158,24 @@ def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> Source:
     record = records[index]
     key = record['key'].decode()
     label = decode_label(record['label'], f'the label map of {key!r} in {newest}')
-    return {'image': record['image'], 'label': benchmark.train_labels(label), 'key': key}
+    return {'image': record['image'], 'label': label, 'key': key}
 
-  return Source(benchmark.classes, len(records), read)
+  return Source((), len(records), read)
+
+
+def is_stored(name: str, data_dir: epath.PathLike) -> bool:
+  """Whether a data set is in `data_dir`."""
+  return tfds.newest_version(data_dir, name) is not None
+
+
+def with_train_labels(source: Source, benchmark: Benchmark) -> Source:
+  """The images of a data set with a benchmark's labels instead of its files'."""
+
+  def read(index: int) -> dict[str, Any]:
+    record = source[index]
+    return record | {'label': benchmark.train_labels(record['label'])}
+
+  return Source(benchmark.classes, len(source), read)
 
 
 def open_imagenet(data_dir: str) -> Source:
@@ -175,10 +190,10 @@ def open_imagenet(data_dir: str) -> Source:
   if data_dir.endswith('.tar'):
     tars = open_webdataset((data_dir,), 'cls', '', f'--data_dir={data_dir}')
     return Source((), len(tars), functools.partial(_read_classified, tars))
-  newest = tfds.newest_version(data_dir, _IMAGENET_STORED_IN)
+  newest = tfds.newest_version(data_dir, IMAGENET_STORED_IN)
   if newest is None:
     raise UserError(
-      f'--data_dir={data_dir} holds no {epath.Path(data_dir) / _IMAGENET_STORED_IN} with a version in it; prepare it '
+      f'--data_dir={data_dir} holds no {epath.Path(data_dir) / IMAGENET_STORED_IN} with a version in it; prepare it '
       "with TFDS (file_format='array_record'), or name tars with .cls files: "
       '--data_dir=FOLDER/{000000..000063}.tar'
     )
@@ -216,7 +231,7 @@ def open_folder(path: epath.PathLike) -> tuple[Benchmark, Source]:
   Args:
     path: folder with `images/NAME.jpg` (or .png and others), `labels/NAME.png` (indices, 255 to ignore) and the
       classes in label order, as `classes.txt` (one a line) or `classes.json` (a list). A first class called
-      'background' is whatever the others are not.
+      'background' is whatever the others are not. Either may list synonyms, see `class_names.find_names`.
 
   Raises:
     ValueError: one of these is missing or has a mistake.
@@ -226,8 +241,10 @@ def open_folder(path: epath.PathLike) -> tuple[Benchmark, Source]:
   for part, what in ((images, 'the images'), (labels, 'a PNG of indices for each image')):
     if not part.is_dir():
       raise UserError(f'there is no folder {part}; put {what} there')
-  classes = _read_classes(folder)
+  lines = _read_classes(folder)
+  classes = [line.partition('|')[0].strip() for line in lines]
   benchmark = make_benchmark(folder.resolve().name, classes, background=classes[0] == _BACKGROUND)
+  benchmark = dataclasses.replace(benchmark, own_names=lines)
   names = sorted(p.name for p in images.iterdir() if p.suffix.lower() in _SUFFIXES)
   if not names:
     raise UserError(f'{images} holds no images ({", ".join(_SUFFIXES)}); put them there')

@@ -45,6 +45,7 @@ class Classes(NamedTuple):
 
   text_embeds: jax.Array  # [C, E], without the background
   exists: jax.Array  # [C], False for padding
+  labels: jax.Array  # [C], int32, label of each; several may be background
   logit_scale: jax.Array  # [], log temperature
   thresholds: jax.Array  # [T], of the background, which is label 0; the first one labels. None without a background
 
@@ -82,12 +83,12 @@ def _score_pixels(
   background = bool(classes.thresholds.size)
   exists = classes.exists if protocol.final_softmax and not background else None
   labels, best = segmentation.best_classes(shares, scores, num_windows, exists=exists)
-  labels, best = labels[None], best[None]
+  labels, best = classes.labels[labels][None], best[None]
   if background:
     per_window = protocol.threshold_mode == 'window'
     below = segmentation.background_scores(scores, classes.thresholds, per_window=per_window)
     below = segmentation.stitch(shares, below, num_windows)
-    labels, best = jnp.where(below >= best, 0, labels + 1), jnp.maximum(below, best)
+    labels, best = jnp.where(below >= best, 0, labels), jnp.maximum(below, best)
   return labels, best, scores
 
 
@@ -201,7 +202,7 @@ def count_pixels(
     names = _exists(windows) * jax.nn.one_hot(overlap.argmax(axis=-1), num_labels)
     labels, scores = segmentation.best_classes(shares, names, num_windows)
     oracle = counts.oracle.merge(count(labels))
-    class_scores = names[:, :, num_labels - len(classes.text_embeds) :]
+    class_scores = names[:, :, classes.labels]
     return PixelCounts(PixelLabels(labels, scores, class_scores), counts.replace(oracle=oracle), overlap)
 
   out = jax.lax.cond(job == Pass.NAME, name_by_majority, predict)
@@ -220,24 +221,29 @@ class Labeller:
     mesh: Mesh,
     *,
     thresholds: Sequence[float] = (),
+    num_phrases: int = 0,
     capacity: int | None = None,
   ):
     """Puts what every image needs on the devices.
 
     Args:
       protocol: how labels are chosen.
-      text_embeds: [C, E], of the classes but the background.
+      text_embeds: [C, E], of the classes but the background, and of phrases that are background.
       logit_scale: log temperature of the model.
       mesh: of all processes.
       thresholds: of the background, which is label 0 and shifts the classes up by one; the first one labels. Without
         any there is no background.
+      num_phrases: how many of the last of `text_embeds` are background.
       capacity: classes to compile for, at least C; others of equal capacity need no compilation. None for C.
     """
     local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     self._by_pixel = NamedSharding(Mesh(np.array(local), ('pixels',)), PartitionSpec('pixels'))
     # Thresholds are data: others need no compilation.
-    self._options = dict(protocol=dataclasses.replace(protocol, threshold=None), by_pixel=self._by_pixel)
+    # Names decide nothing.
+    anonymous = dataclasses.replace(protocol, name='', threshold=None, class_names='-')
+    self._options = dict(protocol=anonymous, by_pixel=self._by_pixel)
     self._protocol, self._num_classes = protocol, len(text_embeds)
+    self._num_labels = len(text_embeds) - num_phrases + bool(thresholds)
     enough = 1 << (protocol.window**2 - 1).bit_length()
     most = _MAX_PIXELS.get(local[0].platform, _MAX_PIXELS_ELSEWHERE)
     self._num_pixels = -(-min(enough, most) // len(local)) * len(local)
@@ -245,8 +251,10 @@ class Labeller:
     padding = 0 if capacity is None else capacity - len(text_embeds)
     padded = np.pad(text_embeds, ((0, padding), (0, 0)))
     exists = np.arange(len(padded)) < len(text_embeds)
+    labels = np.arange(len(padded), dtype=np.int32) + bool(thresholds)
+    labels[len(text_embeds) - num_phrases : len(text_embeds)] = 0
     embeds, scale, cuts = (np.asarray(x, np.float32) for x in (padded, logit_scale, thresholds))
-    self._classes = self._put(Classes(embeds, exists, scale, cuts))
+    self._classes = self._put(Classes(embeds, exists, labels, scale, cuts))
 
   def label(self, encoded: EncodedWindows) -> LabelMap:
     """The label map of an image."""
@@ -269,17 +277,17 @@ class Labeller:
     height, width = encoded.image.original
     whole = lambda arrays: np.concatenate(jax.device_get(arrays))[: height * width].reshape(height, width)
     labels, scores = (whole([getattr(part, name) for part in parts]) for name in ('labels', 'scores'))
-    class_scores = np.asarray(parts[0].class_scores)[: len(encoded.segments), :, : self._num_classes]
+    class_scores = np.asarray(parts[0].class_scores)[: len(encoded.segment_embeds), :, : self._num_classes]
     return LabelMap(labels.astype(np.uint8), scores, class_scores)
 
   def _windows(self, encoded: EncodedWindows) -> Windows:
     """Everything of fixed shape: unused windows stay zero, small ones fill the upper left."""
-    image, count = encoded.image, len(encoded.segments)
+    image, count = encoded.image, len(encoded.segment_embeds)
     slots, side = self._protocol.max_windows, self._protocol.window
     height, width = image.window_size
-    first = encoded.segments[0]
-    segments = np.zeros((slots, side, side, *first.shape[2:]), first.dtype)
-    segments[:count, :height, :width] = encoded.segments
+    found = encoded.segments[self._protocol.refinement]
+    segments = np.zeros((slots, side, side, *found[0].shape[2:]), found[0].dtype)
+    segments[:count, :height, :width] = found
     pad = lambda rows: np.concatenate([rows, np.zeros((slots - count, *rows[0].shape), np.float32)])
     corners = np.zeros((2, slots), np.int32)
     corners[:, :count] = image.tops, image.lefts
@@ -294,18 +302,18 @@ class CountingLabeller(Labeller):
   def __init__(self, *args, **kwargs):
     """Arguments as for `Labeller`."""
     super().__init__(*args, **kwargs)
-    num_thresholds, (num_classes, _) = self._classes.thresholds.size, self._classes.text_embeds.shape
-    self._num_labels = num_classes + bool(num_thresholds)
+    num_thresholds = self._classes.thresholds.size
     zeros = np.zeros((max(num_thresholds, 1), self._num_labels, self._num_labels), np.int32)
     self._counts = self._put(Counts(*(ConfusionMatrix(z, z) for z in (zeros, zeros[0]))))
     self._passes = {job: self._put(np.int32(job)) for job in Pass}
     self._pending: collections.deque[jax.Array] = collections.deque()
 
-  def count(self, encoded: EncodedWindows, *, oracle: bool, fetch: bool) -> LabelMap | None:
+  def count(self, encoded: EncodedWindows, truth: np.ndarray, *, oracle: bool, fetch: bool) -> LabelMap | None:
     """Labels an image and counts it.
 
     Args:
-      encoded: the image, with its label map.
+      encoded: the image.
+      truth: its labels, uint8 [H, W], 255 to ignore.
       oracle: whether to count the oracle as well.
       fetch: whether to return the label map; otherwise it stays on the devices.
     """
@@ -313,10 +321,10 @@ class CountingLabeller(Labeller):
     overlap = self._put(np.zeros((*windows.segment_embeds.shape[:2], self._num_labels), np.float32))
     parts: list[PixelLabels] = []
     for job in (Pass.MEASURE, Pass.NAME) if oracle else (Pass.PREDICT,):
-      for start, truth in self._truth(encoded):
+      for start, part in self._parts(encoded, truth):
         positions = self._pixels, self._put(np.int32(start))
         out = count_pixels(
-          self._counts, overlap, windows, self._classes, *positions, truth, self._passes[job], **self._options
+          self._counts, overlap, windows, self._classes, *positions, part, self._passes[job], **self._options
         )
         sharding.synchronize(out, self._by_pixel.mesh)
         self._counts, overlap = out.counts, out.overlap
@@ -332,11 +340,11 @@ class CountingLabeller(Labeller):
       return processes.predicted.counts().sum(axis=0), processes.oracle.counts().sum(axis=0)
     return counts.predicted.counts(), counts.oracle.counts()
 
-  def _truth(self, encoded: EncodedWindows) -> Iterator[tuple[int, jax.Array]]:
+  def _parts(self, encoded: EncodedWindows, truth: np.ndarray) -> Iterator[tuple[int, jax.Array]]:
     """The start of each call for an image, and the true labels of its pixels."""
-    starts, label = self._starts(encoded), encoded.image.label.ravel()
+    starts = self._starts(encoded)
     padded = np.full(len(starts) * self._num_pixels, IGNORE_LABEL, np.uint8)
-    padded[: len(label)] = label
+    padded[: truth.size] = truth.ravel()
     for start in starts:
       yield start, jax.device_put(padded[start : start + self._num_pixels], self._by_pixel)
 

@@ -1,6 +1,6 @@
 """The folder of results that eval.py writes; files of others are left alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import io
 import json
 import pathlib
@@ -18,7 +18,17 @@ from groupvit_jax.running import folder_lock
 
 REPORT = 'results.json'
 # What only some evaluations write: it must not stand beside the results of another evaluation.
-_OPTIONAL = ('thresholds.png', 'scenes.png', 'masks/*.png', 'tensorboard/events.*')
+_OPTIONAL = (
+  'table.*',
+  'confusion.csv',
+  'pictures.json',
+  'thresholds.png',
+  'scenes.png',
+  'masks/*.png',
+  'tensorboard/events.*',
+  'scores/*.json',
+  'scores/*/*/*.json',
+)
 _MADE_BY = 'groupvit_jax/eval.py'  # identifies a folder of ours
 
 
@@ -47,13 +57,13 @@ class OutputFolder:
         '--overwrite to replace those with the same names'
       )
 
-  def begin(self) -> None:
-    """Creates the folder with a report marked incomplete, and deletes what an earlier evaluation left."""
+  def begin(self, keep: Sequence[str] = ()) -> None:
+    """Creates the folder with a report marked incomplete; deletes what an earlier evaluation left, but for `keep`."""
     if self.replaces:
       print(f'{self.path}: files of the same names are replaced', file=sys.stderr)
     _writing(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True))
     if self.replaces and self._is_ours():
-      for path in [path for pattern in _OPTIONAL for path in self.path.glob(pattern)]:
+      for path in {path for pattern in _OPTIONAL for path in self.path.glob(pattern)} - {self.path / k for k in keep}:
         _writing(path, path.unlink)
     self.write_report({}, complete=False)
 
@@ -65,6 +75,13 @@ class OutputFolder:
   def write_report(self, report: Mapping[str, Any], *, complete: bool = True) -> None:
     """Writes the report, last of all."""
     self.write_json(REPORT, {'made_by': _MADE_BY, 'complete': complete, **report})
+
+  def read_json(self, name: str) -> Any:
+    """The value in a file; None where there is no whole one."""
+    try:
+      return json.loads((self.path / name).read_text())
+    except (OSError, ValueError):
+      return None
 
   def write_json(self, name: str, value: Any) -> None:
     """Writes a value as JSON."""
@@ -94,8 +111,8 @@ class OutputFolder:
 
   def _is_ours(self) -> bool:
     try:
-      return json.loads((self.path / REPORT).read_text())['made_by'] == _MADE_BY
-    except (OSError, ValueError, KeyError, TypeError):
+      return self.read_json(REPORT)['made_by'] == _MADE_BY
+    except (KeyError, TypeError):
       return False
 
 

@@ -4,15 +4,22 @@ import ast
 from collections.abc import Mapping
 import dataclasses
 import math
-from typing import Any, get_args, Literal
+from typing import Any, get_args, Literal, NamedTuple
 
 from groupvit_jax.data import prompts
 from groupvit_jax.errors import UserError
 
+Resize = Literal['short_side', 'square']
 Refinement = Literal['pamr']
 ThresholdMode = Literal['window', 'global']
-ClassNames = Literal['groupvit', 'benchmark']
 NATIVE = 'native'  # the protocol that `native_protocol` makes for a model
+
+
+class Pamr(NamedTuple):
+  """Options of `pamr.refine`."""
+
+  iterations: int
+  dilations: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +28,7 @@ class Protocol:
 
   Attributes:
     name: which of `PROTOCOLS` it is, or was made from.
+    resize: 'short_side' keeps the aspect ratio, 'square' gives both sides the length of `short_side`.
     short_side: pixels that an image's short side is resized to.
     max_long_side: pixels that its long side may have at most; where it would have more, the image
       is made smaller than `short_side` asks.
@@ -39,11 +47,12 @@ class Protocol:
     refine_iterations: how often.
     refine_dilations: distances of the neighbours that are averaged, in pixels of the window.
     templates: name of the set of sentences that class names are put into.
-    class_names: 'groupvit' for the spellings behind the published results, 'benchmark' for its own.
+    class_names: which names the classes are looked for by, see `class_names.find_names`.
     changed: parameters that are not those of the protocol of this name.
   """
 
   name: str
+  resize: Resize
   short_side: int
   max_long_side: int
   antialias: bool
@@ -58,7 +67,7 @@ class Protocol:
   refine_iterations: int
   refine_dilations: tuple[int, ...]
   templates: str
-  class_names: ClassNames
+  class_names: str
   changed: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
   def __post_init__(self):
@@ -90,8 +99,10 @@ class Protocol:
         f'protocol.stride={self.stride} leaves gaps between windows of {self.window} px; use {self.window} or less'
       )
     _check_choice('refine', self.refine, (None, *get_args(Refinement)))
+    _check_choice('resize', self.resize, get_args(Resize))
     _check_choice('threshold_mode', self.threshold_mode, get_args(ThresholdMode))
-    _check_choice('class_names', self.class_names, get_args(ClassNames))
+    if not isinstance(self.class_names, str) or not self.class_names:
+      raise UserError(f'protocol.class_names={self.class_names!r}: name a set of class names, or a file')
     prompts.template_set(str(self.templates))  # raises ValueError if there is none
 
   @property
@@ -101,9 +112,20 @@ class Protocol:
     return f'{self.name} with {changes}' if changes else self.name
 
   @property
+  def refinement(self) -> Pamr | None:
+    """The refinement of segments."""
+    return Pamr(self.refine_iterations, self.refine_dilations) if self.refine else None
+
+  @property
+  def cut(self) -> tuple[object, ...]:
+    """What the windows of an image depend on: protocols with equal ones share their encodings."""
+    return self.resize, self.short_side, self.max_long_side, self.antialias, self.window, self.stride
+
+  @property
   def max_windows(self) -> int:
     """The most windows that any image is cut into."""
-    return self.windows_along(self.short_side) * self.windows_along(self.max_long_side)
+    long_side = self.short_side if self.resize == 'square' else self.max_long_side
+    return self.windows_along(self.short_side) * self.windows_along(long_side)
 
   def windows_along(self, length: int) -> int:
     """How many windows cover `length` pixels along one axis."""
@@ -192,6 +214,7 @@ def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
 # The paper's. The thresholds belong to the benchmarks.
 GROUPVIT = Protocol(
   name='groupvit',
+  resize='short_side',
   short_side=448,
   max_long_side=2048,
   antialias=False,
@@ -215,4 +238,8 @@ TCL_PAMR = dataclasses.replace(TCL, name='tcl+pamr', refine='pamr')
 PLAIN = dataclasses.replace(
   TCL, name='plain', class_filter=None, double_softmax=False, final_softmax=False, threshold_mode='global'
 )
-PROTOCOLS = {protocol.name: protocol for protocol in (GROUPVIT, TCL, TCL_PAMR, PLAIN)}
+# Windows of the training size in images of 1.5 times that: less context, a sixth of the work.
+TCL_336 = dataclasses.replace(TCL, name='tcl-336', short_side=336, max_long_side=1536, window=224, stride=112)
+# One window, which shows the whole image without its aspect ratio.
+WHOLE = dataclasses.replace(TCL, name='tcl-whole', resize='square')
+PROTOCOLS = {protocol.name: protocol for protocol in (GROUPVIT, TCL, TCL_PAMR, TCL_336, WHOLE, PLAIN)}

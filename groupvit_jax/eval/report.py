@@ -31,6 +31,7 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; } td, th { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 tr.ours td { font-weight: 600; } tr { border-bottom: 1px solid var(--line); }
+.wide { overflow-x: auto; }
 .bars { columns: 3 22rem; column-gap: 2.5rem; } .bar { break-inside: avoid; display: grid; align-items: center;
        grid-template-columns: 9.5rem 1fr 3.4rem; gap: .5rem; height: 1.45rem; }
 .bar .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -79,6 +80,24 @@ def make_page(
     if images:
       parts += [f'<h2>{_TITLES[kind]}</h2>', *(_strip(*image, result) for image in images)]
   parts += [_folded('Everything the results depend on', f'<pre>{html.escape(settings)}</pre>')]
+  return _page(title, parts)
+
+
+def make_table_page(
+  title: str, header: Sequence[str], rows: Sequence[tuple[str, Sequence[str], Sequence[str]]], notes: Sequence[str]
+) -> str:
+  """A page of one table: rows of a kind ('ours' is bold), texts and numbers, and notes below."""
+  texts = len(rows[0][1])
+  table = [_table_row(header[:texts], header[texts:], tag='th')]
+  table += [_table_row(found, numbers, kind=kind) for kind, found, numbers in rows]
+  notes = [f'<p class="note">{html.escape(note)}</p>' for note in notes]
+  return _page(
+    title, [f'<h1>{html.escape(title)}</h1>', f'<div class="wide"><table>{"".join(table)}</table></div>', *notes]
+  )
+
+
+def _page(title: str, parts: Sequence[str]) -> str:
+  """The page of a title and parts, which are HTML."""
   return (
     f'<!doctype html>\n{MARK}\n<html lang="en"><head><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -133,7 +152,9 @@ def _parameters(protocol: Protocol) -> list[str]:
   kept = 'all classes' if protocol.class_filter is None else f'the {protocol.class_filter} best classes of a window'
   where = 'in each window' if protocol.threshold_mode == 'window' else 'everywhere'
   return [
-    f'short side {protocol.short_side} px, long side at most {protocol.max_long_side} px',
+    f'{protocol.short_side} px square'
+    if protocol.resize == 'square'
+    else f'short side {protocol.short_side} px, long side at most {protocol.max_long_side} px',
     'averaged where images shrink' if protocol.antialias else 'OpenCV’s bilinear resize',
     f'windows of {protocol.window} px, stride {protocol.stride}',
     f'{kept}, {"double" if protocol.double_softmax else "plain"} softmax',
@@ -166,8 +187,8 @@ def _headline(result: Result) -> str:
   rows.append(_table_row([f'everything called “{constant}”'], percents(scores)))
   for row in result.benchmark.published:
     unlike = result.unlike(row)
-    text = f'published: protocol {row.protocol}, GroupViT-S/16 of {row.training_data}' + f' ({unlike})' * bool(unlike)
-    rows.append(_table_row([text], [f'{row.miou:.1f}', '–', '–']))
+    text = f'published: {row.title}' + f' ({unlike})' * bool(unlike)
+    rows.append(_table_row([text], [f'{row.scores[result.benchmark.name]:.1f}', '–', '–']))
   return f'<table>{"".join(rows)}</table>'
 
 

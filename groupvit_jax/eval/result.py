@@ -10,6 +10,7 @@ import numpy as np
 
 from groupvit_jax.data import prompts
 from groupvit_jax.eval.benchmarks import Benchmark, Published
+from groupvit_jax.eval.class_names import NameSet
 from groupvit_jax.eval.protocols import PARAMETERS, Protocol
 from groupvit_jax.model import metrics
 from groupvit_jax.model.metrics import SegmentationScores
@@ -26,6 +27,7 @@ class Result:
   Attributes:
     benchmark: what was segmented.
     protocol: how, with the threshold that was used.
+    names: by which classes were looked for.
     num_images: images counted.
     counts: confusion matrix [C, C], rows true.
     oracle_counts: the same with every segment named by its majority label; None if not asked for.
@@ -37,6 +39,7 @@ class Result:
 
   benchmark: Benchmark
   protocol: Protocol
+  names: NameSet
   num_images: int
   counts: np.ndarray
   oracle_counts: np.ndarray | None
@@ -103,7 +106,7 @@ class Result:
       'benchmark': self.benchmark.name,
       **self.settings(),
       'templates': list(prompts.template_set(self.protocol.templates)),
-      'class_names': list(self.benchmark.prompt_names(self.protocol.class_names)),
+      **self.names.to_json(),
       'background': self.benchmark.background,
       **{name: _number(value) for name, value in self.scalars().items()},
       'constant_class': self.constant[0],

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from groupvit_jax.eval import pamr
-from groupvit_jax.eval.protocols import Protocol
+from groupvit_jax.eval.protocols import Pamr, Protocol
 from groupvit_jax.eval.windows import CutImage
 from groupvit_jax.model import segmentation
 from groupvit_jax.model.image_text import ImageTextModel
@@ -31,21 +31,14 @@ Size = tuple[int, int]
 class WindowBatch(NamedTuple):
   """What is kept of a batch of windows."""
 
-  segments: jax.Array  # [B, H, W], uint8: segment of each pixel; refined [B, H, W, S]: share of each segment
+  segments: tuple[jax.Array, ...]  # per refinement segment of each pixel [B, H, W], uint8; refined: shares [B, H, W, S]
   segment_embeds: jax.Array  # [B, S, E], not normalised
   image_embeds: jax.Array  # [B, E], not normalised
   health: GroupingHealth  # over the windows that are no padding
   num_windows: jax.Array  # [], those windows, of all processes
 
 
-class Pamr(NamedTuple):
-  """Options of `pamr.refine`."""
-
-  iterations: int
-  dilations: tuple[int, ...]
-
-
-@functools.partial(jax.jit, static_argnames=('model', 'mesh', 'refinement'))
+@functools.partial(jax.jit, static_argnames=('model', 'mesh', 'refinements'))
 def encode_windows(
   variables: dict,
   windows: jax.Array,
@@ -53,18 +46,19 @@ def encode_windows(
   *,
   model: ImageTextModel,
   mesh: Mesh,
-  refinement: Pamr | None = None,
+  refinements: tuple[Pamr | None, ...] = (None,),
 ) -> WindowBatch:
   """Encodes windows uint8 [B, H, W, 3], of which the int32 mask [B] marks padding with 0; sharded like the batch.
 
+  The segments are returned once per refinement, of which None leaves them.
   What is refined are the segments: a class's mask is a weighting of them, and refinement is linear in masks.
   """
   out = model.apply(variables, windows, method='encode_pixels')
   size, patch = windows.shape[1:3], model.vision.patch_size
   affinity = segmentation.token_affinity(out.assignments)
-  segments = segmentation.segment_map(affinity, (size[0] // patch, size[1] // patch), size).astype(jnp.uint8)
-  if refinement is not None:
-    segments = pamr.refine(jax.nn.one_hot(segments, affinity.shape[-1]), windows, **refinement._asdict())
+  hard = segmentation.segment_map(affinity, (size[0] // patch, size[1] // patch), size).astype(jnp.uint8)
+  masks = lambda: jax.nn.one_hot(hard, affinity.shape[-1])
+  segments = tuple(hard if each is None else pamr.refine(masks(), windows, **each._asdict()) for each in refinements)
   health = GroupingHealth.from_assignments(out.assignments, mask)
   constrain = jax.lax.with_sharding_constraint
   by_row = (segments, out.segment_embeds, out.image_embeds)
@@ -78,7 +72,7 @@ class EncodedWindows:
   """The encoded windows of an image; it knows no classes yet."""
 
   image: CutImage
-  segments: list[np.ndarray]  # K of [H, W], uint8; refined, K of [H, W, S]
+  segments: dict[Pamr | None, list[np.ndarray]]  # per refinement K of [H, W], uint8; refined, K of [H, W, S]
   segment_embeds: list[np.ndarray]  # K of [S, E]
   image_embeds: list[np.ndarray]  # K of [E]
   missing: int  # windows still to come
@@ -98,12 +92,14 @@ class WindowEncoder:
     protocol: how images are cut.
     mesh: the devices of all processes.
     batch_size: windows per batch, of all processes.
+    refinements: of the segments; None leaves them.
   """
 
   model: ImageTextModel
   protocol: Protocol
   mesh: Mesh
   batch_size: int
+  refinements: tuple[Pamr | None, ...] = (None,)
 
   def __post_init__(self):
     sharding.check_batch_size('eval batch_size', self.batch_size, self.mesh)
@@ -131,10 +127,9 @@ class _Batches:
   """Windows that wait for a batch, by size, and batches that wait to be fetched."""
 
   def __init__(self, encoder: WindowEncoder, variables: dict):
-    protocol = encoder.protocol
-    refinement = Pamr(protocol.refine_iterations, protocol.refine_dilations) if protocol.refine else None
+    self._refinements = encoder.refinements
     self._encode = functools.partial(
-      encode_windows, variables, model=encoder.model, mesh=encoder.mesh, refinement=refinement
+      encode_windows, variables, model=encoder.model, mesh=encoder.mesh, refinements=encoder.refinements
     )
     self._mesh = encoder.mesh
     self._rows = len(sharding.process_local_rows(encoder.batch_size, encoder.mesh))
@@ -144,7 +139,8 @@ class _Batches:
   def add(self, image: CutImage) -> None:
     """Queues the windows of an image."""
     count = len(image.windows)
-    encoded = EncodedWindows(image, [None] * count, [None] * count, [None] * count, count)
+    segments = {each: [None] * count for each in self._refinements}
+    encoded = EncodedWindows(image, segments, [None] * count, [None] * count, count)
     self._waiting[image.window_size] += [(encoded, k) for k in range(count)]
 
   def full(self, size: Size) -> bool:
@@ -197,9 +193,11 @@ class _Batches:
     """Hands the oldest running batch back to its images."""
     batch, out = self._running.popleft()
     yield jax.tree.map(np.asarray, out.health)
-    rows = zip(*map(_local_rows, (out.segments, out.segment_embeds, out.image_embeds)))
-    for (encoded, k), row in zip(batch, rows):
-      encoded.segments[k], encoded.segment_embeds[k], encoded.image_embeds[k] = row
+    rows = zip(*map(_local_rows, (*out.segments, out.segment_embeds, out.image_embeds)))
+    for (encoded, k), (*segments, segment_embeds, image_embeds) in zip(batch, rows):
+      for refinement, segment in zip(self._refinements, segments, strict=True):
+        encoded.segments[refinement][k] = segment
+      encoded.segment_embeds[k], encoded.image_embeds[k] = segment_embeds, image_embeds
       encoded.missing -= 1
       if not encoded.missing:
         yield encoded

@@ -43,8 +43,11 @@ def resized_size(height: int, width: int, protocol: Protocol, patch_size: int) -
   """Rows and columns of an image after resizing.
 
   The short side becomes `protocol.short_side` unless the long side would pass its bound; the aspect
-  ratio is kept, rounded half up as mmcv does. A side never shrinks below one patch.
+  ratio is kept, rounded half up as mmcv does. A side never shrinks below one patch. With resize='square' both sides are
+  `short_side`.
   """
+  if protocol.resize == 'square':
+    return protocol.short_side, protocol.short_side
   short, long = sorted((height, width))
   scale = min(protocol.max_long_side / long, protocol.short_side / short)
   rows, columns = (max(int(side * scale + 0.5), patch_size) for side in (height, width))

@@ -15,6 +15,7 @@ from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw as visualize
 from groupvit_jax.eval import labelled, protocols, zero_shot
+from groupvit_jax.eval.class_names import find_names
 from groupvit_jax.eval.evaluator import build_scene_evaluator, Evaluator
 from groupvit_jax.eval.prefetch import BadImage, decode_threads
 from groupvit_jax.eval.result import METRICS, Result
@@ -254,6 +255,7 @@ def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -
     benchmark, source = labelled.open_benchmark(entry['benchmark'], entry['data_dir'], entry['num_pictures'])
     protocol = protocols.find_protocol(entry['protocol'] or labelled.default_protocol(benchmark), image_size)
     protocol = benchmark.fix_threshold(protocols.override(protocol, dict(entry['changes'])))
+    find_names(benchmark, protocol.class_names)
   except ValueError as error:
     raise UserError(f'benchmarks.{name}: {error}') from error
   return OpenedBenchmark(name, entry['every_steps'], benchmark, source, protocol)

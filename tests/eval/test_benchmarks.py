@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from groupvit_jax.eval import benchmarks, protocols
+from groupvit_jax.eval.class_names import bundled_sets, find_names
 
 SIZES = {
   'voc21': 21,
@@ -29,11 +30,42 @@ def test_all_eight_are_there_with_names_and_colours():
 
 def test_prompts_leave_out_the_background_and_use_the_spelling_asked_for():
   voc = benchmarks.find_benchmark('voc21')
-  assert len(voc.prompt_names('groupvit')) == 20 and 'background' not in voc.prompt_names('groupvit')
-  assert 'plant' in voc.prompt_names('groupvit')
-  assert 'pottedplant' in voc.prompt_names('benchmark')
+  names = lambda benchmark, name: [prompt for (prompt,) in find_names(benchmark, name).prompts]
+  assert len(names(voc, 'groupvit')) == 20 and 'background' not in names(voc, 'groupvit')
+  assert 'plant' in names(voc, 'groupvit')
+  assert 'pottedplant' in names(voc, 'benchmark')
   city = benchmarks.find_benchmark('cityscapes')
-  assert city.prompt_names('groupvit') == city.prompt_names('benchmark') == city.classes
+  assert names(city, 'groupvit') == names(city, 'benchmark') == list(city.classes)
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_bundled_names_fit_their_benchmarks(name):
+  benchmark = benchmarks.find_benchmark(name)
+  for each in bundled_sets():
+    names = find_names(benchmark, each)
+    assert len(names.classes) == benchmark.num_classes - benchmark.background
+    if each == 'synonyms':
+      assert bool(names.background) == benchmark.background
+      assert any(len(found.synonyms) > 1 for found in names.classes)
+
+
+def test_names_of_files_and_folders(tmp_path):
+  mine = benchmarks.make_benchmark('mine', ['background', 'cat', 'dog'], background=True)
+  (tmp_path / 'mine.txt').write_text('# mine\nbackground|sky|grass\n\ncat | kitten\ndog\n')
+  for path in (tmp_path, tmp_path / 'mine.txt'):
+    names = find_names(mine, str(path))
+    assert names.prompts == (('cat', 'kitten'), ('dog',), ('sky',), ('grass',))
+    assert names.to_json()['background_phrases'] == ['sky', 'grass']
+    assert names.to_json()['class_names'] == ['cat|kitten', 'dog']
+  for text, message in (
+    ('background\ncat\n', 'mine.txt names 2 classes; mine has 3: one a line, the background first'),
+    ('background|cat\ncat\ndog\n', "mine.txt: the class 'cat' is named twice"),
+  ):
+    (tmp_path / 'mine.txt').write_text(text)
+    with pytest.raises(ValueError, match=message):
+      find_names(mine, str(tmp_path))
+  with pytest.raises(ValueError, match="'synonyms': there is no .*mine.txt; choose benchmark, groupvit, syn"):
+    find_names(mine, 'synonyms')
 
 
 def test_thresholds_are_those_of_benchmark_and_protocol():
@@ -76,9 +108,10 @@ def test_how_many_pictures_figures_are_about():
 
 def test_published_figures():
   rows = {
-    (row.protocol, name, row.training_data): row.miou
+    (row.protocol, name, row.training_data): row.scores[name]
     for name, benchmark in benchmarks.load_benchmarks().items()
     for row in benchmark.published
+    if row.model.startswith('GroupViT')
   }
   assert rows['groupvit', 'voc21', 'gcc_yfcc'] == 52.3
   assert rows['groupvit', 'coco_object', 'gcc_redcaps'] == 27.5

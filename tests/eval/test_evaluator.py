@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.eval import class_embeddings, evaluator, labeller, protocols, window_encoder, windows
+from groupvit_jax.eval import class_names, evaluator, labeller, protocols, window_encoder, windows
 from groupvit_jax.eval.benchmarks import make_benchmark
-from groupvit_jax.eval.evaluator import Evaluator
+from groupvit_jax.eval.class_names import find_names, NameSet, parse_class_names
+from groupvit_jax.eval.evaluator import Evaluator, Scoring
+from groupvit_jax.eval.labelled import Source
 from groupvit_jax.eval.result import Result
 from groupvit_jax.model import metrics
 from groupvit_jax.model.vision import StageSpec
@@ -115,6 +117,13 @@ def normalized(image):
   return (image / 255 - reference_protocol.MEAN) / reference_protocol.STD
 
 
+def score_by(text_embeds, benchmark, protocol, thresholds=()):
+  """The scoring of a benchmark's own names by the first of some embeddings."""
+  names = find_names(benchmark, 'benchmark')
+  protocol = benchmark.fix_threshold(protocol)
+  return Scoring(benchmark, protocol, names, text_embeds[: len(names.prompts)], thresholds)
+
+
 @pytest.fixture(scope='module')
 def evaluate(model, variables, text_embeds):
   """Evaluates and returns the result and the label maps by key."""
@@ -123,14 +132,9 @@ def evaluate(model, variables, text_embeds):
     maps = {}
     keep = lambda encoded, labelled: maps.update({encoded.image.key: labelled})
     source = Pictures(sizes, benchmark.classes)
-    result = evaluator.evaluate(
-      model,
-      variables,
-      source,
-      text_embeds[: len(benchmark.prompt_names(protocol.class_names))],
-      benchmark,
-      protocol,
-      **({'batch_size': 8, 'on_image': keep} | options),
+    scoring = score_by(text_embeds, benchmark, protocol, options.pop('thresholds', ()))
+    (result,) = evaluator.evaluate(
+      model, variables, source, [scoring], **({'batch_size': 8, 'on_image': keep} | options)
     )
     return result, maps
 
@@ -155,12 +159,13 @@ def test_refined_label_maps_are_those_of_refined_scores(background, evaluate):
   if background:
     best = scores.max(axis=-1)
     scores = np.concatenate([(best < min(0.1, best.max()))[:, None], scores], axis=-1)
-  masks = scores[hard.segments[0]].astype(np.float64)
+  (hard,), (soft_segments,) = (each.segments.values() for each in (hard, soft))
+  masks = scores[hard[0]].astype(np.float64)
   want = slow_refine(masks, soft.image.windows[0], **options)
-  np.testing.assert_allclose(soft.segments[0] @ scores, want, atol=1e-5)
+  np.testing.assert_allclose(soft_segments[0] @ scores, want, atol=1e-5)
   ordered = np.sort(want, axis=-1)
   clear = ordered[..., -1] - ordered[..., -2] > 1e-4
-  assert clear.mean() > 0.9 and (soft.segments[0].max(axis=-1) < 0.9).any()
+  assert clear.mean() > 0.9 and (soft_segments[0].max(axis=-1) < 0.9).any()
   assert np.array_equal(labelled.labels[clear], want.argmax(axis=-1)[clear])
 
 
@@ -208,7 +213,8 @@ def test_the_published_sizes_are_those_of_the_slow_reference(text_embeds):
   protocol = protocols.override(protocols.GROUPVIT, {'threshold': 0.1})
   source, maps = Pictures(REAL, CLASSES), {}
   keep = lambda encoded, labelled: maps.update({encoded.image.key: labelled.labels})
-  evaluator.evaluate(model, variables, source, text_embeds, WITH_BACKGROUND, protocol, batch_size=2, on_image=keep)
+  scoring = score_by(text_embeds, WITH_BACKGROUND, protocol)
+  evaluator.evaluate(model, variables, source, [scoring], batch_size=2, on_image=keep)
   agree, counted = [], []
   for record in source:
     want, margin = reference_protocol.label_picture(
@@ -273,6 +279,31 @@ def test_any_ordinary_sizes_are_a_program_for_pictures_one_for_labels_and_one_fo
   assert compilations == ['jit(encode_windows)'] * len(EXTREME)
 
 
+def test_scorings_share_encodings_and_background_phrases_are_background(evaluate, model, variables, text_embeds):
+  """Each image is encoded once; each scoring counts what it counts alone."""
+  sizes, plain = [(WINDOW, WINDOW), (41, 99), (333, 250), (120, 90)], threshold(0.9)
+  refined = threshold(0.9, refine='pamr', refine_iterations=2)
+  alone, maps = evaluate(sizes, WITH_BACKGROUND, plain)
+  scorings = [score_by(text_embeds, WITH_BACKGROUND, each) for each in (plain, refined)]
+  phrases = NameSet('mine', parse_class_names(CLASSES[1:7]), CLASSES[7:])
+  fewer, names = make_benchmark('shapes', CLASSES[:7], background=True), {}
+  seven = lambda labels: np.where(labels < 7, labels, 255).astype(np.uint8)
+  scorings = [Scoring(fewer, plain, phrases, text_embeds, (), seven), *scorings]
+  keep = lambda encoded, labelled: names.update({encoded.image.key: labelled.labels})
+  source, counts = Source((), 4, Pictures(sizes, CLASSES).__getitem__), np.zeros((7, 7), np.int64)
+  few, same, other = evaluator.evaluate(model, variables, source, scorings, batch_size=8, on_image=keep)
+  assert np.array_equal(same.counts, alone.counts) and not np.array_equal(other.counts, alone.counts)
+  assert np.array_equal(other.counts, evaluate(sizes, WITH_BACKGROUND, refined)[0].counts)
+  for record in Pictures(sizes, CLASSES):
+    want = maps[record['key']].labels
+    want = np.where(want > 6, 0, want)
+    assert np.array_equal(names[record['key']], want)
+    counted = record['label'] < 7
+    np.add.at(counts, (record['label'][counted], want[counted]), 1)
+  assert (alone.counts[:, 7:].sum(axis=0) > 0).any() and (counts[:, 1:] > 0).any()
+  assert np.array_equal(few.counts, counts) and few.oracle_counts.sum() == counts.sum()
+
+
 def test_counts_are_those_of_the_label_maps(evaluate):
   result, maps = evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1))
   source = Pictures(ORDINARY, CLASSES)
@@ -289,7 +320,7 @@ def test_oracle_names_each_segment_by_its_majority(evaluate):
   segments = {}
 
   def keep(encoded, _):
-    segments[encoded.image.key] = encoded.segments[0]
+    segments[encoded.image.key] = encoded.segments[None][0]
 
   sizes = [(WINDOW, WINDOW)] * 5
   result, _ = evaluate(sizes, WITHOUT, PROTOCOL, on_image=keep)
@@ -363,7 +394,7 @@ def test_plain_is_softmax_and_one_threshold(evaluate, encode, variables, text_em
   segments = {}
 
   def keep(encoded, labelled):
-    segments[encoded.image.key] = encoded.segments[0], labelled
+    segments[encoded.image.key] = encoded.segments[None][0], labelled
 
   evaluate(sizes, WITH_BACKGROUND, plain, on_image=keep)
   scale = np.exp(float(variables['params']['logit_scale']))
@@ -383,6 +414,7 @@ def test_table_and_baseline():
   result = Result(
     benchmark=make_benchmark('mine', ('cat', 'dog', 'cow')),
     protocol=PROTOCOL,
+    names=NameSet('benchmark', parse_class_names(['cat|kitten', 'dog', 'cow']), ()),
     num_images=2,
     counts=counts,
     oracle_counts=np.diag([8, 2, 0]),
@@ -400,6 +432,7 @@ def test_table_and_baseline():
   assert result.confusion_csv().splitlines()[:2] == ['is,called cat,called dog,called cow,pixels', 'cat,6,2,0,8']
   assert result.scalars()['constant_miou'] == pytest.approx(0.4)
   assert result.to_json()['iou'] == {'cat': 6 / 9, 'dog': 0.25, 'cow': None}
+  assert result.to_json()['class_names'] == ['cat|kitten', 'dog', 'cow']
 
 
 class Words(Tokenizer):
@@ -422,7 +455,7 @@ def test_class_embeddings_are_means_of_projected_features(model, variables):
     want.append(np.asarray(embed(jnp.asarray(tokens)), np.float64).mean(axis=0))
   want = reference_protocol.unit(np.array(want))
   prompts = [[template.format(name) for template in templates] for name in names]
-  got = class_embeddings.embed_prompts(model, variables, tokenizer, prompts)
+  got = class_names.embed_prompts(model, variables, tokenizer, prompts)
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -432,27 +465,20 @@ def test_class_embeddings_are_means_of_projected_features(model, variables):
     ({'source': Pictures([], CLASSES[1:])}, 'shapes has no images'),
     ({'source': Pictures(ORDINARY, CLASSES[:9])}, 'the source labels 9 classes .background'),
     ({'text_embeds': np.ones((8, 8), np.float32)}, 'asks for 9 classes but 8 are embedded'),
-    ({'benchmark': WITH_BACKGROUND}, 'set protocol.threshold'),
     ({'mesh': 'all', 'batch_size': 12}, 'batch_size=12 is not a positive multiple of the 8 devices'),
   ],
 )
 def test_mistakes_are_named(changes, message, model, variables, text_embeds):
-  arguments = {
-    'source': Pictures(ORDINARY, CLASSES[1:]),
-    'text_embeds': text_embeds,
-    'benchmark': WITHOUT,
-    'protocol': PROTOCOL,
-    'batch_size': 8,
-  }
-  arguments |= changes
+  arguments = {'source': Pictures(ORDINARY, CLASSES[1:]), 'batch_size': 8, 'text_embeds': text_embeds} | changes
   if 'mesh' in arguments:
     arguments['mesh'] = sharding.make_mesh()
+  scorings = [score_by(arguments.pop('text_embeds'), WITHOUT, PROTOCOL)]
   with pytest.raises(ValueError, match=message):
-    evaluator.evaluate(model, variables, **arguments)
+    evaluator.evaluate(model, variables, scorings=scorings, **arguments)
 
 
 def test_a_label_that_is_no_class_is_named(evaluate):
   fewer = make_benchmark('shapes', CLASSES[1:4])
   source = Pictures([(32, 32)], CLASSES)
   with pytest.raises(ValueError, match="label map of '0: 32 x 32' holds [3-9], but shapes has .* 2"):
-    evaluator.cut_labelled(source, 0, benchmark=fewer, protocol=PROTOCOL, patch_size=PATCH)
+    evaluator.cut_labelled(source, 0, scorings=[score_by(np.ones((3, 8)), fewer, PROTOCOL)], patch_size=PATCH)

@@ -14,6 +14,7 @@ from groupvit_jax.eval import protocols
 def test_groupvit_is_the_published_procedure():
   assert protocols.GROUPVIT.to_json() == {
     'name': 'groupvit',
+    'resize': 'short_side',
     'short_side': 448,
     'max_long_side': 2048,
     'antialias': False,
@@ -61,6 +62,7 @@ def test_overrides_are_named_in_the_result():
 
 def test_every_part_can_be_changed_on_the_command_line():
   texts = dict(
+    resize='square',
     short_side='224',
     max_long_side='1024',
     antialias='true',
@@ -80,17 +82,18 @@ def test_every_part_can_be_changed_on_the_command_line():
   found = protocols.parse_protocol('groupvit', (32, 32), texts).to_json()
   assert found['changed'] == list(texts) == list(protocols.PARAMETERS)
   assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
-  values = [224, 1024, True, 224, 112, None, False, False, 0.9, 'global', 'pamr', 3, (1, 2), 'full', 'benchmark']
-  assert [found[key] for key in texts] == values
+  values = ['square', 224, 1024, True, 224, 112, None, False, False, 0.9, 'global', 'pamr', 3, (1, 2), 'full']
+  assert [found[key] for key in texts] == [*values, 'benchmark']
   command = [sys.executable, 'eval.py', '--help']
   said = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True).stdout
-  assert all(f'--protocol.{key}:' in said for key in texts) and '--protocol:' in said
+  flags = ['class_names' if key == 'class_names' else f'protocol.{key}' for key in (*texts, 'threshold')]
+  assert all(f'--{flag}:' in said for flag in flags) and '--protocol:' in said
 
 
 @pytest.mark.parametrize(
   'changes, message',
   [
-    ({'strides': 2}, "a protocol has no 'strides'; it has short_side"),
+    ({'strides': 2}, "a protocol has no 'strides'; it has resize"),
     ({'name': 'mine'}, "no 'name'"),
     ({'stride': 449}, 'stride=449 leaves gaps between windows of 448 px'),
     ({'stride': 0}, 'stride=0: use a whole number from 1 up'),
@@ -99,7 +102,8 @@ def test_every_part_can_be_changed_on_the_command_line():
     ({'threshold': 1.5}, 'threshold=1.5: use a number from 0 to 1'),
     ({'threshold': True}, 'threshold=True'),
     ({'threshold_mode': 'both'}, "threshold_mode='both': use 'window' or 'global'"),
-    ({'class_names': 'imagenet'}, "class_names='imagenet'"),
+    ({'class_names': None}, 'class_names=None: name a set'),
+    ({'resize': 'long_side'}, "resize='long_side': use 'short_side' or 'square'"),
     ({'refine': 'crf'}, "refine='crf': use None or 'pamr'"),
     ({'refine_dilations': 4}, 'refine_dilations=4: use whole numbers, as in 1,2,4'),
     ({'refine_dilations': (1, 0)}, 'refine_dilations=0: use a whole number from 1 up'),
@@ -119,7 +123,7 @@ def test_bad_overrides_are_refused_in_one_line(changes, message):
 def test_unknown_protocol():
   assert protocols.find_protocol('tcl', (64, 64)) is protocols.TCL
   assert protocols.find_protocol('native', (64, 96)) == protocols.native_protocol((64, 96))
-  with pytest.raises(ValueError, match="'voc'; choose one of native, groupvit, tcl, tcl\\+pamr, plain"):
+  with pytest.raises(ValueError, match="'voc'; choose one of native, groupvit, tcl, tcl\\+pamr, tcl-336, "):
     protocols.find_protocol('voc', (64, 64))
 
 
@@ -132,3 +136,4 @@ def test_most_windows():
   assert protocols.GROUPVIT.max_windows == 9
   square = dataclasses.replace(protocols.GROUPVIT, short_side=896, max_long_side=896)
   assert square.max_windows == 9
+  assert protocols.WHOLE.max_windows == 1 and protocols.TCL_336.max_windows == 2 * 13

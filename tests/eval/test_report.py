@@ -8,6 +8,7 @@ import pytest
 
 from groupvit_jax.eval import protocols, report
 from groupvit_jax.eval.benchmarks import find_benchmark
+from groupvit_jax.eval.class_names import find_names
 from groupvit_jax.eval.draw import Row
 from groupvit_jax.eval.result import Result
 from tests import browser
@@ -26,6 +27,7 @@ def make_result(thresholds=(0.1, 0.5, 0.9)) -> Result:
   return Result(
     BENCHMARK,
     BENCHMARK.fix_threshold(protocols.GROUPVIT),
+    find_names(BENCHMARK, 'groupvit'),
     7,
     counts,
     np.diag(counts.sum(axis=1)),
@@ -53,7 +55,8 @@ def page() -> str:
 def test_figures_stand_beside_the_published_ones(page):
   result = make_result()
   assert f'{100 * result.scores.miou:.1f}' in page and '<td class="number">52.3</td>' in page
-  assert 'published: protocol groupvit, GroupViT-S/16 of gcc_redcaps (here 7 of 1,449 images)' in page
+  assert 'published: GroupViT-S/16 of gcc_redcaps, protocol groupvit (here 7 of 1,449 images)' in page
+  assert 'published: SimSeg, protocol unknown, refinement densecrf (another protocol; ' in page
   assert '<b>groupvit</b>' in page and 'the 5 best classes of a window, double softmax' in page
   assert 'background threshold 0.95 in each window' in page
   rows = re.findall(r'<tr><td>(.*?)</td><td>(.*?)</td><td class="number">(.*?)</td><td class="number">(.*?)</td>', page)
@@ -76,10 +79,13 @@ def test_a_changed_protocol_is_not_called_by_its_name_alone():
   result = dataclasses.replace(make_result(), protocol=BENCHMARK.fix_threshold(protocol), num_images=1449)
   page = report.make_page(result, {}, None, '')
   assert 'this checkpoint, protocol groupvit with stride=112, class_filter=None</td>' in page
-  assert page.count('(changed here: stride, class_filter)') == 2 and 'all classes, double softmax' in page
+  assert (
+    page.count('protocol groupvit (changed here: stride, class_filter)') == 2 and 'all classes, double softmax' in page
+  )
   assert result.table().splitlines()[0].endswith('1,449 images, protocol groupvit with stride=112, class_filter=None')
   as_published = dataclasses.replace(make_result(), num_images=1449)
-  assert [as_published.unlike(row) for row in BENCHMARK.published] == ['', '']
+  unlike = [as_published.unlike(row) for row in BENCHMARK.published]
+  assert unlike == ['', ''] + ['another protocol'] * (len(unlike) - 2)
 
 
 def test_what_people_wrote_is_text(page):

@@ -13,7 +13,7 @@ import tensorflow_datasets as tfds
 from groupvit_jax.commands import score
 from groupvit_jax.commands.score import Request
 from groupvit_jax.data import prompts
-from groupvit_jax.eval import class_embeddings, labelled, zero_shot
+from groupvit_jax.eval import class_names, labelled, zero_shot
 from groupvit_jax.running import sharding
 from tests import photos
 from tests.tars import write_tar
@@ -57,7 +57,7 @@ def test_top1_and_top5_are_those_of_a_plain_loop():
     model, Letters(), mesh, Pictures(), NAMES, 'simple', size, num_threads=2
   )
   found = build(mesh, 8).evaluate(jax.device_put(variables, sharding.replicated(mesh)))
-  texts = class_embeddings.embed_classes(model, variables, Letters(), NAMES, 'simple')
+  texts = class_names.embed_classes(model, variables, Letters(), NAMES, 'simple')
   top1 = top5 = 0
   for i in range(11):
     pixels = zero_shot.crop_image(picture(i), (16, 16))
