@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import evaluation, our_side, processes
-from groupvit_jax.eval import evaluator, labelled, prefetch, protocols
+from groupvit_jax.eval import evaluator, labelled, protocols
 from groupvit_jax.eval.benchmarks import find_benchmark
 from groupvit_jax.eval.class_names import find_names
 from groupvit_jax.interop import huggingface, state_dicts
@@ -74,7 +74,7 @@ def main() -> None:
       [scoring],
       batch_size=batch_size,
       mesh=mesh,
-      num_threads=prefetch.decode_threads(),
+      num_threads=labelled.decode_threads(),
       **options,
     )
     return result.num_images

@@ -21,8 +21,7 @@ from groupvit_jax.eval.class_names import ClassName, parse_class_names
 from groupvit_jax.eval.evaluator import windows_per_batch
 from groupvit_jax.eval.labeller import Labeller
 from groupvit_jax.eval.protocols import find_protocol, NATIVE, Protocol
-from groupvit_jax.eval.window_encoder import EncodedWindows, group_maps, WindowEncoder
-from groupvit_jax.eval.windows import cut_image, CutImage
+from groupvit_jax.eval.window_encoder import cut_image, CutImage, EncodedWindows, group_maps, WindowEncoder
 from groupvit_jax.interop import hub, read, stablehlo
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.prediction import Prediction

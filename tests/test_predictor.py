@@ -61,7 +61,8 @@ def test_everything_is_there_and_of_the_pictures_size(prediction, image):
   best = prediction.scores[prediction.labels]
   assert (prediction.pixel_scores <= best + 1e-5).all() and prediction.pixel_scores.min() > 0
   # A segment that no pixel belongs to has no say.
-  nowhere, scores = [np.zeros_like(one) for one in prediction.windows.segments], prediction.class_scores.copy()
+  nowhere = {None: [np.zeros_like(one) for one in prediction.windows.segments[None]]}
+  scores = prediction.class_scores.copy()
   scores[:, 0], scores[:, 1] = (0.48, 0.01, 0.5), (0, 0.84, 0)
   windows = dataclasses.replace(prediction.windows, segments=nowhere)
   replaced = dataclasses.replace(prediction, windows=windows, class_scores=scores)

@@ -18,7 +18,6 @@ from groupvit_jax.eval.draw import Row
 from groupvit_jax.eval.evaluator import Evaluator, image_miou
 from groupvit_jax.eval.labeller import LabelMap
 from groupvit_jax.eval.output_folder import OutputFolder
-from groupvit_jax.eval.prefetch import decode_threads
 from groupvit_jax.eval.result import Result, SCORES
 from groupvit_jax.eval.window_encoder import EncodedWindows
 from groupvit_jax.running import processes
@@ -231,7 +230,7 @@ def _build(
     (benchmark, source), num_threads = open_scenes(run, request), 0
   else:
     benchmark, source = opened
-    num_threads = decode_threads()
+    num_threads = labelled.decode_threads()
   name, size = request.protocol or labelled.default_protocol(benchmark), run.model.vision.image_size
   protocol = protocols.parse_protocol(name, size, request.changes)
   if request.class_names:

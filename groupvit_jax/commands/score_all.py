@@ -16,7 +16,6 @@ from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, load_publish
 from groupvit_jax.eval.class_names import find_names, NameSet, POOLING
 from groupvit_jax.eval.evaluator import build_scoring, evaluate, windows_per_batch
 from groupvit_jax.eval.output_folder import OutputFolder
-from groupvit_jax.eval.prefetch import decode_threads
 from groupvit_jax.eval.protocols import Protocol
 from groupvit_jax.running import processes
 from groupvit_jax.train import open_run
@@ -207,7 +206,7 @@ def _score(
     raw = {} if source.classes else {'train_labels': benchmark.train_labels}
     scorings.append(build_scoring(run.model, run.variables, run.tokenizer, benchmark, protocol, **raw))
   batch_size = windows_per_batch(run.mesh, scorings[0].protocol.window)
-  options = dict(batch_size=batch_size, mesh=run.mesh, num_threads=decode_threads(), provenance=run.provenance)
+  options = dict(batch_size=batch_size, mesh=run.mesh, num_threads=labelled.decode_threads(), provenance=run.provenance)
   return [result.to_json() for result in evaluate(run.model, run.variables, source, scorings, **options)]
 
 

@@ -12,15 +12,22 @@ import numpy as np
 from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval import draw, windows
+from groupvit_jax.eval import draw
 from groupvit_jax.eval.benchmarks import Benchmark, IGNORE_LABEL
 from groupvit_jax.eval.class_names import embed_synonyms, find_names, NameSet
-from groupvit_jax.eval.labelled import LabelledSource, open_scenes, spread_indices, subset, VALIDATION
+from groupvit_jax.eval.labelled import (
+  BadImages,
+  LabelledSource,
+  open_scenes,
+  prefetch,
+  spread_indices,
+  subset,
+  VALIDATION,
+)
 from groupvit_jax.eval.labeller import CountingLabeller, LabelMap
-from groupvit_jax.eval.prefetch import BadImages, prefetch
 from groupvit_jax.eval.protocols import native_protocol, Protocol
 from groupvit_jax.eval.result import Result
-from groupvit_jax.eval.window_encoder import EncodedWindows, group_maps, WindowEncoder
+from groupvit_jax.eval.window_encoder import cut_image, CutImage, EncodedWindows, group_maps, WindowEncoder
 from groupvit_jax.model import metrics
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.metrics import GroupingHealth
@@ -190,9 +197,7 @@ def _check(source: LabelledSource, scoring: Scoring) -> None:
     )
 
 
-def cut_labelled(
-  source: LabelledSource, index: int, *, scorings: Sequence[Scoring], patch_size: int
-) -> windows.CutImage:
+def cut_labelled(source: LabelledSource, index: int, *, scorings: Sequence[Scoring], patch_size: int) -> CutImage:
   """Reads, checks and cuts the image of an index.
 
   Raises:
@@ -209,7 +214,7 @@ def cut_labelled(
         f'{benchmark.num_classes - 1} and {IGNORE_LABEL}'
       )
   image = read_image(record['image'], key)
-  return windows.cut_image(image, scorings[0].protocol, patch_size, key=key, index=index, label=label)
+  return cut_image(image, scorings[0].protocol, patch_size, key=key, index=index, label=label)
 
 
 def image_miou(truth: np.ndarray, labels: np.ndarray, num_classes: int) -> float:

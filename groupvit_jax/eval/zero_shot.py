@@ -23,8 +23,7 @@ from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import load_published, Published
 from groupvit_jax.eval.class_names import embed_classes
-from groupvit_jax.eval.labelled import IMAGENET, LabelledSource
-from groupvit_jax.eval.prefetch import BadImages, decode_threads, prefetch
+from groupvit_jax.eval.labelled import BadImages, decode_threads, IMAGENET, LabelledSource, prefetch
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding

@@ -17,7 +17,7 @@ from groupvit_jax.eval import draw as visualize
 from groupvit_jax.eval import labelled, protocols, zero_shot
 from groupvit_jax.eval.class_names import find_names
 from groupvit_jax.eval.evaluator import build_scene_evaluator, Evaluator
-from groupvit_jax.eval.prefetch import BadImage, decode_threads
+from groupvit_jax.eval.labelled import BadImage, decode_threads
 from groupvit_jax.eval.result import METRICS, Result
 from groupvit_jax.eval.window_encoder import group_maps
 from groupvit_jax.eval.zero_shot import ZeroShotEvaluator

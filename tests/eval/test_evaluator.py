@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from groupvit_jax.data.tokenizer import Tokenizer
-from groupvit_jax.eval import class_names, evaluator, labeller, protocols, window_encoder, windows
+from groupvit_jax.eval import class_names, evaluator, labeller, protocols, window_encoder
 from groupvit_jax.eval.benchmarks import make_benchmark
 from groupvit_jax.eval.class_names import find_names, NameSet, parse_class_names
 from groupvit_jax.eval.evaluator import Evaluator, Scoring
@@ -372,7 +372,7 @@ def test_each_window_is_encoded_once_in_full_batches(evaluate, monkeypatch):
   monkeypatch.setattr(window_encoder, 'encode_windows', encode)
   monkeypatch.setattr(labeller.Labeller, '_fetch', lambda *_: fetched.append(1))
   evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1), thresholds=(0.02, 0.3), on_image=None)
-  sizes = [windows.resized_size(*size, PROTOCOL, PATCH) for size in ORDINARY]
+  sizes = [window_encoder.resized_size(*size, PROTOCOL, PATCH) for size in ORDINARY]
   whole, rest = divmod(sum(PROTOCOL.windows_along(h) * PROTOCOL.windows_along(w) for h, w in sizes), 8)
   assert batches == [8] * whole + [rest] * bool(rest) and whole > 5 and not fetched
 

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from groupvit_jax.eval import prefetch, protocols, windows
+from groupvit_jax.eval import labelled, protocols, window_encoder
 
 GROUPVIT = protocols.GROUPVIT
 
@@ -30,18 +30,18 @@ def rng():
   ],
 )
 def test_resized_size(size, want):
-  assert windows.resized_size(*size, GROUPVIT, 16) == want
+  assert window_encoder.resized_size(*size, GROUPVIT, 16) == want
 
 
 def test_last_window_is_moved_back_inside():
-  assert windows.window_starts(597, GROUPVIT) == [0, 149]
-  assert windows.window_starts(896, GROUPVIT) == [0, 224, 448]
-  assert windows.window_starts(300, GROUPVIT) == [0]
+  assert window_encoder.window_starts(597, GROUPVIT) == [0, 149]
+  assert window_encoder.window_starts(896, GROUPVIT) == [0, 224, 448]
+  assert window_encoder.window_starts(300, GROUPVIT) == [0]
 
 
 def test_windows_are_cut_from_opencvs_resize(rng):
   image = rng.integers(0, 256, (60, 100, 3), np.uint8)
-  picture = windows.cut_image(image, GROUPVIT, 16, key='a')
+  picture = window_encoder.cut_image(image, GROUPVIT, 16, key='a')
   resized = cv2.resize(image, (747, 448), interpolation=cv2.INTER_LINEAR)
   assert picture.original == (60, 100) and picture.resized == (448, 747)
   assert (picture.tops, picture.lefts) == ((0, 0, 0), (0, 224, 299))
@@ -52,18 +52,18 @@ def test_windows_are_cut_from_opencvs_resize(rng):
 def test_antialiasing_averages_where_a_picture_shrinks(rng):
   protocol = dataclasses.replace(GROUPVIT, short_side=4, window=4, stride=4, antialias=True)
   image = rng.integers(0, 256, (16, 16, 3), np.uint8)
-  window = windows.cut_image(image, protocol, 2, key='a').windows[0]
+  window = window_encoder.cut_image(image, protocol, 2, key='a').windows[0]
   want = image.reshape(4, 4, 4, 4, 3).mean(axis=(1, 3))
   np.testing.assert_allclose(window, want, atol=0.51)
   # Where it grows there is nothing to average.
   small = image[:2, :2]
   want = cv2.resize(small, (4, 4), interpolation=cv2.INTER_LINEAR)
-  assert np.array_equal(windows.cut_image(small, protocol, 2, key='a').windows[0], want)
+  assert np.array_equal(window_encoder.cut_image(small, protocol, 2, key='a').windows[0], want)
 
 
 def test_a_picture_smaller_than_a_window_is_one_window(rng):
   image = rng.integers(0, 256, (40, 300, 3), np.uint8)
-  picture = windows.cut_image(image, GROUPVIT, 16, key='a')
+  picture = window_encoder.cut_image(image, GROUPVIT, 16, key='a')
   assert picture.window_size == (273, 448) and len(picture.windows) == GROUPVIT.max_windows
 
 
@@ -78,12 +78,12 @@ def test_a_picture_smaller_than_a_window_is_one_window(rng):
 )
 def test_bad_pictures_are_refused(image, label, message):
   with pytest.raises(ValueError, match=message):
-    windows.cut_image(image, GROUPVIT, 16, key='a', label=label)
+    window_encoder.cut_image(image, GROUPVIT, 16, key='a', label=label)
 
 
 @pytest.mark.parametrize('num_threads', [0, 3])
 def test_prefetch_keeps_the_order(num_threads):
-  assert list(prefetch.prefetch(str, range(50), num_threads=num_threads)) == [*map(str, range(50))]
+  assert list(labelled.prefetch(str, range(50), num_threads=num_threads)) == [*map(str, range(50))]
 
 
 def test_prefetch_works_ahead_but_not_without_bound():
@@ -95,7 +95,7 @@ def test_prefetch_works_ahead_but_not_without_bound():
       third.set()
     return i
 
-  results = prefetch.prefetch(make, range(1000), num_threads=2)
+  results = labelled.prefetch(make, range(1000), num_threads=2)
   next(results)
   assert third.wait(10)  # made without being asked for
   results.close()
@@ -104,4 +104,4 @@ def test_prefetch_works_ahead_but_not_without_bound():
 
 def test_prefetch_passes_errors_on():
   with pytest.raises(ZeroDivisionError):
-    list(prefetch.prefetch(lambda i: 1 // i, [1, 0, 1], num_threads=2))
+    list(labelled.prefetch(lambda i: 1 // i, [1, 0, 1], num_threads=2))
