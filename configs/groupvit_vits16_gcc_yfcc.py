@@ -76,6 +76,7 @@ def build(variant: str) -> ml_collections.ConfigDict:
       multi_label_loss='pooled',  # the paper's
       init_from='',
       ema_decay=0.0,
+      freeze='',
     )
   )
 

@@ -70,6 +70,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.text_budget = 0  # tokens per image in packed rows; 0 pads: docs/performance.md
   config.multi_label_loss = 'best_segment'  # the paper's is 'pooled': groupvit_jax/model/losses.py
   config.ema_decay = 0.0  # above 0: keeps a moving average of the weights, which evaluation and export use
+  config.freeze = ''  # parameters that stay as they are, as in 'text|text_projector': docs/train.md
 
   config.log_every = 50
   # Panels of scenes are drawn with each evaluation, and after these steps: commands/animate.py makes a film of them.

@@ -124,6 +124,7 @@ ENTRIES = {
     choice('pooled', 'pooled_distinct', 'best_segment'), 'what prompts are contrasted with: docs/design.md'
   ),
   'ema_decay': Entry(number(0, 1, below=True), 'of the moving average of the weights; 0 keeps none'),
+  'freeze': Entry(_TEXT, "regular expression of parameters that stay as they are: docs/train.md; '' for none"),
   'log_every': Entry(_STEPS, 'steps between lines of the log'),
   'eval.every_steps': Entry(_STEPS_OR_NEVER, 'steps between evaluations of held-out scenes, or panels; 0 for never'),
   'eval.panel_steps': Entry(

@@ -86,7 +86,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   )
   choice = choose_attention(model.vision, config.batch_size // config.grad_accum_steps, mesh, train=True)
   model = model.with_attention(choice.implementation)
-  tx = optim.build_optimizer(config.optim, schedule)
+  tx = optim.build_optimizer(config.optim, schedule, config.freeze)
   run = Run(config, mesh, model, tx, schedule)
   state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)
   step = jit_step(run, state)

@@ -1,5 +1,8 @@
-"""AdamW with the paper's schedule, clipping and decay mask."""
+"""AdamW with the paper's schedule, clipping and decay mask; and which parameters are frozen."""
 
+import re
+
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -78,6 +81,40 @@ def cosine_of_run(step: jax.Array, total_steps: int, peak: float, end: float) ->
   return end + (peak - end) / 2 * (1 + jnp.cos(jnp.pi * jnp.minimum(step - 1, total_steps) / total_steps))
 
 
+def split_frozen(tree: dict[str, object], freeze: str) -> tuple[dict[str, object], dict[str, object]]:
+  """Splits parameters, statistics or both into trainable and frozen ones.
+
+  Args:
+    tree: nested dicts with paths such as 'vision/stage0_block0/mlp/fc1/kernel'.
+    freeze: a regular expression of the frozen paths, or of what they start with before a '/'; '' freezes nothing.
+
+  Returns:
+    Two trees, which `merge` puts together again.
+  """
+  flat = traverse_util.flatten_dict(tree, sep='/')
+  frozen = {path for path in flat if freeze and re.match(f'(?:{freeze})(?:/|$)', path)}
+  parts = {path: leaf for path, leaf in flat.items() if path not in frozen}, {path: flat[path] for path in frozen}
+  return tuple(traverse_util.unflatten_dict(part, sep='/') for part in parts)
+
+
+def merge(trainable: dict[str, object], frozen: dict[str, object]) -> dict[str, object]:
+  """The tree that `split_frozen` has split."""
+  flat = (traverse_util.flatten_dict(tree, sep='/') for tree in (trainable, frozen))
+  return traverse_util.unflatten_dict({path: leaf for part in flat for path, leaf in part.items()}, sep='/')
+
+
+def check_freeze(freeze: str, params: dict[str, object]) -> None:
+  """Raises UserError for an expression that is none, that freezes none of the parameters, or all of them."""
+  try:
+    trainable, frozen = split_frozen(params, freeze)
+  except re.error as error:
+    raise UserError(f'freeze={freeze!r} is no regular expression: {error}') from error
+  if freeze and not frozen:
+    raise UserError(f'freeze={freeze!r} matches no parameter; at the top there are {", ".join(sorted(params))}')
+  if not trainable:
+    raise UserError(f'freeze={freeze!r} matches every parameter; leave one to train')
+
+
 def select(chosen: jax.Array, new: object, old: object) -> object:
   """The new tree if `chosen`, bool [], else the old one."""
   return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), new, old)
@@ -137,16 +174,18 @@ def keep_unless_finite(tx: optax.GradientTransformation) -> optax.GradientTransf
 
 
 def build_optimizer(
-  config: ml_collections.ConfigDict, schedule: optax.Schedule
+  config: ml_collections.ConfigDict, schedule: optax.Schedule, freeze: str = ''
 ) -> optax.GradientTransformationExtraArgs:
   """`optax.adamw` after clipping by global norm, once per optimiser step.
 
   Its update takes `finite`, bool []: whether the gradients are. If not, its state stays as it was, and the updates are
-  not to be applied.
+  not to be applied. It starts from all parameters, keeps a state of the trainable ones (see `split_frozen`), and
+  updates those.
   """
   adamw = optax.chain(
     scale_by_adam(config.beta1, config.beta2, config.eps),
     optax.add_decayed_weights(config.weight_decay, decay_mask),
     keep_unless_finite(optax.scale_by_learning_rate(schedule)),
   )
-  return optax.chain(clip_by_global_norm(config.clip_norm), adamw)
+  tx = optax.chain(clip_by_global_norm(config.clip_norm), adamw)
+  return optax.GradientTransformationExtraArgs(lambda params: tx.init(split_frozen(params, freeze)[0]), tx.update)

@@ -18,6 +18,7 @@ from groupvit_jax.data.sources import build_source
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence as licence_lib
+from groupvit_jax.interop import state_dicts
 from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import processes, sharding
@@ -73,7 +74,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   pipeline.check_batch_size(source, config.batch_size)
   config = optim.steps_from_pairs(config, len(source))
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
-  tx = optim.build_optimizer(config.optim, schedule)
+  tx = optim.build_optimizer(config.optim, schedule, config.freeze)
   benchmarks = evals.open_benchmarks(config.benchmarks, image_size)
   scenes = config.data.source == 'scenes' and config.eval.every_steps > 0
   evals.check_best(config.checkpoint.best, benchmarks, (evals.SCENES,) if scenes else ())
@@ -85,6 +86,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     remat=config.remat,
     scan_layers=config.scan_layers,
   )
+  optim.check_freeze(config.freeze, state_dicts.abstract_variables(model)['params'])
   changed = workdir_lib.check_config(workdir, config)
   workdir_lib.check_data(workdir, source.metadata())
   weights = None
@@ -137,6 +139,7 @@ def jit_step(run: Run, state: TrainState) -> Callable[..., tuple[TrainState, tra
     batch_sharding=sharding.batch_sharding(run.mesh),
     ema_decay=run.config.ema_decay,
     multi_label_loss=run.config.multi_label_loss,
+    freeze=run.config.freeze,
   )
   return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), None))
 

@@ -127,8 +127,9 @@ def loss_and_grads(
   random_erasing: RandomErasing | None,
   batch_sharding: NamedSharding | None,
   multi_label_loss: MultiLabel = 'pooled',
+  freeze: str = '',
 ) -> tuple[LossOutput, object]:
-  """Loss, metrics and updated BatchNorm statistics of a batch, and the gradient of the loss.
+  """Loss, metrics and updated BatchNorm statistics of a batch, and the gradient for the trainable parameters.
 
   The towers see the batch in `grad_accum_steps` micro-batches, projectors and losses see it whole; so neither result
   depends on their number. Arguments as in `train_step`.
@@ -159,7 +160,10 @@ def loss_and_grads(
 
   words = batch['words'] if multi_label_loss != 'pooled' and model.multi_label else None
 
-  def loss_fn(params):
+  trainable, frozen = optim.split_frozen(state.params, freeze)
+
+  def loss_fn(trainable):
+    params = optim.merge(trainable, frozen)
     (*features, in_use), (health, load) = map_micro_batches(
       functools.partial(encode, params), batch | {'keys': keys}, grad_accum_steps
     )
@@ -173,13 +177,14 @@ def loss_and_grads(
       out = out._replace(image_embeds=out.image_embeds[:, 0])
     loss, logged = total_loss(out, multi_label_weight, batch_sharding, stages, words)
     logged |= {'text_tokens': load.tokens / len(batch['image']), 'text_turns': load.turns}
-    return loss, LossOutput(updated['batch_stats'], StepMetrics(logged, health))
+    stats = optim.split_frozen(updated['batch_stats'], freeze)[0], optim.split_frozen(state.batch_stats, freeze)[1]
+    return loss, LossOutput(optim.merge(*stats), StepMetrics(logged, health))
 
-  grads, out = jax.grad(loss_fn, has_aux=True)(state.params)
+  grads, out = jax.grad(loss_fn, has_aux=True)(trainable)
   return out, grads
 
 
-def average_variables(state: TrainState, decay: float) -> dict[str, object]:
+def average_variables(state: TrainState, decay: float, freeze: str = '') -> dict[str, object]:
   """The moving average after an update: `d * average + (1 - d) * variables`.
 
   After n updates d is min(decay, (1 + n) / (10 + n)), so that the average soon forgets where the run started. A
@@ -188,11 +193,16 @@ def average_variables(state: TrainState, decay: float) -> dict[str, object]:
   Args:
     state: after the update, with the average from before it.
     decay: the d of a long run.
+    freeze: what of it stays, as in `train_step`.
   """
   updates = (state.step - state.skipped).astype(jnp.float32)
   rate = jnp.minimum(decay, (1 + updates) / (10 + updates))
   weight = jnp.where(state.skipped_in_a_row > 0, 0, 1 - rate)
-  return optax.incremental_update(state.variables, state.ema, weight)
+  average = {}
+  for name, variables in state.variables.items():
+    (new, _), (old, frozen) = (optim.split_frozen(tree, freeze) for tree in (variables, state.ema[name]))
+    average[name] = optim.merge(optax.incremental_update(new, old, weight), frozen)
+  return average
 
 
 def train_step(
@@ -208,6 +218,7 @@ def train_step(
   batch_sharding: NamedSharding | None,
   ema_decay: float = 0.0,
   multi_label_loss: MultiLabel = 'pooled',
+  freeze: str = '',
 ) -> tuple[TrainState, StepMetrics]:
   """Applies one update.
 
@@ -226,6 +237,8 @@ def train_step(
     batch_sharding: how B is divided over devices (static); None when there is but one.
     ema_decay: of the moving average, in a state that has one (static).
     multi_label_loss: how prompts are contrasted with images (static); all but 'pooled' need the batch's words.
+    freeze: parameters, and running statistics, that stay as they are (static); see `optim.split_frozen`. The
+      optimiser's state holds none of them.
 
   Returns:
     The next state and the step's metrics.
@@ -240,13 +253,16 @@ def train_step(
     random_erasing=random_erasing,
     batch_sharding=batch_sharding,
     multi_label_loss=multi_label_loss,
+    freeze=freeze,
   )
   with jax.named_scope('optimizer'):
+    trainable, frozen = optim.split_frozen(state.params, freeze)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(out.metrics.scalars['loss']) & jnp.isfinite(grad_norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, finite=finite)
-    updated = (optax.apply_updates(state.params, updates), out.batch_stats)
-    params, batch_stats = optim.select(finite, updated, (state.params, state.batch_stats))
+    updates, opt_state = tx.update(grads, state.opt_state, trainable, finite=finite)
+    updated = (optax.apply_updates(trainable, updates), out.batch_stats)
+    trainable, batch_stats = optim.select(finite, updated, (trainable, state.batch_stats))
+    params = optim.merge(trainable, frozen)
     bad_parameters = sum(jnp.sum(~jnp.isfinite(leaf)) for leaf in jax.tree.leaves((params, batch_stats)))
 
   bad = 1 - finite.astype(jnp.int32)
@@ -259,7 +275,7 @@ def train_step(
     skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
   )
   if state.ema is not None:
-    state = state.replace(ema=average_variables(state, ema_decay))
+    state = state.replace(ema=average_variables(state, ema_decay, freeze))
   scalars = out.metrics.scalars | {
     'grad_norm': grad_norm,
     'skipped': state.skipped,

@@ -25,7 +25,7 @@ _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
 # Entries of earlier configs, and the value that replaced them.
 _BUILT_IN = {'multi_label_weight': 1.0, 'max_skipped_in_a_row': 10}
 # Entries that earlier configs and those of imported weights lack, and what they did; and those of `data`.
-_ADDED = {'multi_label_loss': 'pooled', 'init_from': ''}
+_ADDED = {'multi_label_loss': 'pooled', 'init_from': '', 'freeze': ''}
 _ADDED_DATA = {'prompt_templates': 'full', 'skipped_words': (), 'lowercase_prompts': False}
 
 _CONFIG_FILE = 'config.json'  # written last: what a start prepares is complete with it
@@ -35,7 +35,7 @@ _PREPARED = (licence_lib.FILE, 'attention.json', 'tokenizer', _DATA_FILE)
 _WRITTEN = (*_PREPARED, 'panels', _CONFIG_FILE, 'checkpoints', 'best', 'metrics.jsonl', 'tensorboard', 'programs')
 
 # Parts of the config that decide whether a checkpoint fits; others may change from one start to the next.
-_FITTING = ('model', 'tokenizer')
+_FITTING = ('model', 'tokenizer', 'freeze')
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:

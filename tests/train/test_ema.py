@@ -1,4 +1,4 @@
-"""The moving average of the weights: its values, its place in checkpoints, and who uses it."""
+"""The moving average of the weights: its values, its place in checkpoints, and who uses it; and frozen parameters."""
 
 import pathlib
 import shutil
@@ -22,9 +22,9 @@ from tests.tiny import tiny_config
 
 
 def config():
-  """A tiny run over all devices, with parameters divided over two, that keeps an average."""
+  """A tiny run over all devices, with parameters divided over two, that keeps an average and trains no text tower."""
   result = tiny_config()
-  result.ema_decay, result.mesh.fsdp = 0.6, 2
+  result.ema_decay, result.mesh.fsdp, result.freeze = 0.6, 2, 'text|text_projector'
   return result
 
 
@@ -84,6 +84,41 @@ def test_a_run_averages_what_it_trains(run):
   assert moved > 1e-3
 
 
+def test_frozen_parameters_stay_and_have_no_moments(run):
+  """Bit for bit, also their average and running statistics, in spite of weight decay."""
+  opened = [open_run.open_run(run, weights=weights) for weights in ('trained', 'ema')]
+  start = to_flat(open_run.untrained_variables(opened[0]))
+  frozen = {name for name in start if '/text/' in name or '/text_projector/' in name}
+  assert any(name.startswith('batch_stats/') for name in frozen)
+  for found in (to_flat(each.variables) for each in opened):
+    assert {name for name in found if np.array_equal(found[name], start[name])} == frozen
+  set_up = run_lib.set_up(config(), run)
+  abstract = train_state.abstract_state(set_up.model, set_up.tx, set_up.text_shape, set_up.mesh, average=True)
+  trained = len(jax.tree.leaves(abstract.params)) - sum(name.startswith('params/') for name in frozen)
+  moments = [leaf for leaf in jax.tree.leaves(abstract.opt_state) if leaf.shape]
+  assert len(moments) == 2 * (trained - 2)  # the temperatures are scalars
+
+
+@pytest.mark.parametrize(
+  'freeze, message',
+  [
+    (
+      'txt',
+      "freeze='txt' matches no parameter; at the top there are image_projector, logit_scale, multi_label_logit_sc",
+    ),
+    ('texts?/block7', 'matches no parameter; at the top'),
+    ('.*', 'matches every parameter; leave one to train'),
+    ('text(', "freeze='text.' is no regular expression"),
+  ],
+)
+def test_mistakes_about_freezing(freeze, message, tmp_path):
+  changed = config()
+  changed.freeze = freeze
+  with pytest.raises(ValueError, match=message) as error:
+    run_lib.set_up(changed, tmp_path / 'run')
+  assert '\n' not in str(error.value) and not (tmp_path / 'run').exists()
+
+
 def test_resumes_exactly(run, tmp_path):
   shutil.copytree(run, tmp_path / 'again')
   shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '6')
@@ -112,6 +147,10 @@ def test_mistakes(run, tmp_path):
   without.ema_decay = 0.0
   with pytest.raises(ValueError, match='ema_decay is 0.0 here and 0.6 there'):
     workdir_lib.open_workdir(run, without)
+  other = config()
+  other.freeze = ''
+  with pytest.raises(ValueError, match=r"freeze is '' here and 'text\|text_projector' there; use another --workdir"):
+    workdir_lib.open_workdir(run, other)
   other = config()
   other.ema_decay = 0.7
   assert workdir_lib.open_workdir(run, other) == ['ema_decay is 0.7 here and 0.6 there']

@@ -1,11 +1,14 @@
 """One update: what a step that is not finite leaves alone, and what it counts."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
 import pytest
 
 from groupvit_jax.errors import UserError
+from groupvit_jax.interop.native import to_flat
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.train import loop, optim
 from groupvit_jax.train import state as train_state
@@ -94,3 +97,29 @@ def test_a_parameter_that_is_not_finite_ends_the_run_though_loss_and_gradient_ar
   assert [int(figures.scalars['bad_parameters']) for _, figures in history[1:]] == [0, 0, 0, 0, 8]
   with pytest.raises(UserError, match='8 parameters are not finite after step 5; lower optim.peak_lr'):
     loop._log_step(None, None, None, 5, figures, None)
+
+
+def test_gradients_of_frozen_parameters_are_not_computed():
+  """Those of the others are what they were, in micro-batches too; fewer FLOPs are executed."""
+  model = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0)))
+  zero, batch = np.int32(0), random_batch(8)
+  state = train_state.TrainState(
+    zero, **random_variables(model), opt_state=(), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero
+  )
+  options = dict(model=model, text_budget=0, random_erasing=None, batch_sharding=None)
+
+  def run(freeze, steps):
+    step = functools.partial(train_step.loss_and_grads, grad_accum_steps=steps, freeze=freeze, **options)
+    compiled = jax.jit(step).lower(state, batch).compile(EFFORTLESS)
+    return to_flat(compiled(state, batch)[1]), compiled.cost_analysis()['flops']
+
+  every, all_flops = run('', 1)
+  tokens = {'vision/stage0_group_tokens'}
+  for freeze, steps, left, share in (
+    ('text|text_projector', 2, {name for name in every if not name.startswith(('text/', 'text_projector/'))}, 1),
+    (r'(?!vision/stage\d_group_tokens).*', 1, tokens, 0.8),
+  ):
+    grads, flops = run(freeze, steps)
+    assert grads.keys() == left and flops < share * all_flops
+    for name, grad in grads.items():
+      np.testing.assert_allclose(grad, every[name], atol=1e-5, err_msg=name)
