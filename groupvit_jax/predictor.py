@@ -22,7 +22,7 @@ from groupvit_jax.eval.evaluator import windows_per_batch
 from groupvit_jax.eval.labeller import Labeller
 from groupvit_jax.eval.protocols import find_protocol, NATIVE, Protocol
 from groupvit_jax.eval.window_encoder import cut_image, CutImage, EncodedWindows, group_maps, WindowEncoder
-from groupvit_jax.interop import hub, read, stablehlo
+from groupvit_jax.interop import bundle, hub, onnx, read
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.prediction import Prediction
 from groupvit_jax.running import sharding
@@ -103,30 +103,37 @@ class Predictor:
     protocol: Protocol | str | None = None,
     weights: open_run.Weights = 'best',
     checkpoint: str = open_run.NEWEST,
+    runtime: onnx.Runtime | None = None,
   ) -> 'Predictor':
     """Opens a model; nothing is written.
 
     Args:
       path: a workdir, a Hugging Face folder, or a folder that `export` wrote in any of its formats; or the id of one
-        on the Hub (see `hub.fetch`). One of `--format=stablehlo` runs on one device.
+        on the Hub (see `hub.fetch`). One of `--format=stablehlo` runs on one device, one of `--format=onnx` on a CPU.
       protocol: as for `Predictor`.
       weights: which of a workdir's, as for `open_run.open_run`.
       checkpoint: likewise.
+      runtime: of an ONNX export: 'onnxruntime' (None), 'openvino', or 'openvino-bfloat16', the fastest where the
+        processor has bfloat16.
 
     Raises:
       ValueError: there is no model, it cannot be read, or a choice of weights was asked of another folder than a
         workdir.
     """
     name, path = path, hub.fetch(path)
-    is_bundle = (path / 'bundle.json').exists()
+    is_bundle = (path / bundle.FILE).exists()
+    if runtime is not None and not is_bundle:
+      raise UserError(
+        f'{name} is no ONNX export, which runtime={runtime!r} needs; leave it out, and JAX runs the model'
+      )
     if not is_bundle and (not path.is_dir() or (path / 'checkpoints').is_dir()):
       return cls.of_run(open_run.open_run(path, checkpoint, weights=weights), protocol=protocol)
     if weights != 'best' or checkpoint != open_run.NEWEST:
       raise UserError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
     if is_bundle:
-      model, variables, tokenizer = stablehlo.read_bundle(path)
-      mesh = sharding.make_mesh(devices=jax.devices()[:1])
-      return cls(model, variables, tokenizer, mesh, protocol=protocol, source=str(name))
+      model, variables, tokenizer = bundle.read_bundle(path, runtime)
+      mesh, source = sharding.make_mesh(devices=jax.devices()[:1]), f'{name}' + f' on {runtime}' * (runtime is not None)
+      return cls(model, variables, tokenizer, mesh, protocol=protocol, source=source)
     found, mesh, tokenizer = read.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
     read.check_tokenizer(
       tokenizer, vocab_size=found.spec.vocab_size, eos_id=found.spec.eos_id, remedy=f'put that into {path}'

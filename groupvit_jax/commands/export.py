@@ -1,13 +1,15 @@
-"""Exports a run's model as a Hugging Face folder, StableHLO or safetensors.
+"""Exports a run's model as a Hugging Face folder, StableHLO, ONNX, a static page or safetensors.
 
   python -m groupvit_jax.commands.export --workdir=runs/quickstart --format=huggingface --output=exported
 
 Formats: huggingface (a folder that `transformers` loads), stablehlo (both towers for jax alone, see
-examples/run_exported.py), safetensors (groupvit_jax's own names, and the config as JSON).
+examples/run_exported.py), onnx (both towers for ONNX Runtime and OpenVINO), web (the same
+with a static page that segments in the browser), safetensors (groupvit_jax's own names, and the config as JSON).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 import os
+import time
 from typing import Any, get_args, Literal
 
 from absl import flags
@@ -18,20 +20,24 @@ import numpy as np
 import safetensors.numpy
 
 from groupvit_jax import cli
-from groupvit_jax.commands import model_card
+from groupvit_jax.commands import model_card, web_folder
 from groupvit_jax.commands.huggingface_folder import describe_use, TAGS, write_folder, write_json
+from groupvit_jax.data.scenes.scenes import ALL_STUFF, ALL_THINGS, Scenes
 from groupvit_jax.errors import UserError
-from groupvit_jax.interop import hub, native, stablehlo, state_dicts
+from groupvit_jax.interop import bundle, hub, native, onnx, stablehlo, state_dicts
 from groupvit_jax.interop.licence import Licence, read_kept
+from groupvit_jax.model import segmentation
 from groupvit_jax.model.losses import clamped_scale
 from groupvit_jax.storage import atomic_folder, check_free
 from groupvit_jax.train import open_run
 from groupvit_jax.train.open_run import TrainedRun
 
-Form = Literal['huggingface', 'stablehlo', 'safetensors']
-Dtype = Literal['float32', 'bfloat16']
+Form = Literal['huggingface', 'stablehlo', 'onnx', 'web', 'safetensors']
+Dtype = Literal['float32', 'bfloat16', 'float16', 'int8']
 
-_WEIGHTS = ('.safetensors', '.stablehlo')
+_ONNX = ('onnx', 'web')
+_WEIGHTS = ('.safetensors', '.stablehlo', '.onnx')
+_TRIAL_IMAGES = 16
 _TRIAL_TEXTS = ('a dog', 'grass')  # their ids are in bundle.json, to try the text tower with
 
 _FLAT_USE = """\
@@ -57,6 +63,19 @@ out = tower.call(pixels)  # uint8 [b, H, W, 3], H and W multiples of the patch s
 `bundle.json` has the sizes and the special tokens. `groupvit_jax.Predictor.from_pretrained('FOLDER')` opens the folder.
 """
 
+_ONNX_USE = """\
+Both towers run with ONNX Runtime, OpenVINO and whatever else reads ONNX:
+
+```python
+import onnxruntime
+tower = onnxruntime.InferenceSession('image.onnx')
+image_embeds, segment_embeds, *assignments = tower.run(None, {{'images': pixels}})  # uint8 [b, {window}, {window}, 3]
+```
+
+`bundle.json` has the sizes and the special tokens.
+`groupvit_jax.Predictor.from_pretrained('FOLDER', runtime='openvino')` opens the folder.
+"""
+
 
 def export(
   workdir: str,
@@ -64,6 +83,7 @@ def export(
   output: str,
   *,
   dtype: Dtype = 'float32',
+  window: int | None = None,
   scores: Sequence[str] | None = None,
   weights: open_run.Weights = 'best',
   checkpoint: str = open_run.NEWEST,
@@ -76,7 +96,8 @@ def export(
     workdir: of the run.
     form: of the folder.
     output: folder to create; must not exist, or be empty.
-    dtype: of the weights, and of the computation of stablehlo.
+    dtype: of the weights, and of the computation of stablehlo; of onnx as for `onnx.export_towers`.
+    window: of onnx, side of the square images that its towers take; None for that of training.
     scores: results.json files of `eval.py`, of this checkpoint, which go into the model card; None for the one in
       WORKDIR/eval, if it is of this checkpoint.
     weights: as for `open_run.open_run`.
@@ -96,6 +117,10 @@ def export(
   for name, value, choices in (('format', form, get_args(Form)), ('dtype', dtype, get_args(Dtype))):
     if value not in choices:
       raise UserError(f'{name}={value!r}: use {", ".join(choices)}')
+  if dtype not in (get_args(onnx.Dtype) if form in _ONNX else ('float32', 'bfloat16')):
+    raise UserError(f'--format={form} has no dtype={dtype!r}; leave it out for float32')
+  if window is not None and form not in _ONNX:
+    raise UserError(f'window={window} is of --format=onnx and web; leave it out')
   check_free('--output', output)
   run = open_run.open_run(workdir, checkpoint, weights=weights)
   granted = _choose_licence(run, licence)
@@ -104,6 +129,9 @@ def export(
   if push_to_hub:
     hub.create(push_to_hub)  # first of all: may we?
   number_format = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
+  window = window or min(spec.config.vision.image_size)
+  if window % spec.config.vision.patch_size:
+    raise UserError(f'window={window} is no multiple of the patch size, {spec.config.vision.patch_size}')
   with open_run.complete_config(run.workdir), atomic_folder('--output', output) as folder:
     notes = {}
     use, tags = _FLAT_USE, ''
@@ -113,6 +141,11 @@ def export(
     elif form == 'stablehlo':
       notes = _write_stablehlo(folder, run, spec, number_format)
       use = _BUNDLE_USE
+    elif form in _ONNX:
+      notes = _write_onnx(folder, run, spec, dtype, window)
+      if form == 'web':
+        web_folder.add_page(folder, run, window)
+      use = _ONNX_USE.format(window=window)
     else:
       _write_flat(folder, run, spec, number_format)
     use = use.replace("'FOLDER'", repr(push_to_hub or 'FOLDER'))
@@ -167,16 +200,56 @@ def _write_stablehlo(
   }
   for name, exported in towers.items():
     (folder / name).write_bytes(exported.serialize())
+  calls = {name: jax.jit(exported.call) for name, exported in towers.items()}
+  metadata = dict(dtype=dtype.name, platforms=list(stablehlo.PLATFORMS))
+  return _write_bundle(folder, run, spec, calls, spec.config.vision.image_size, metadata)
+
+
+def _write_onnx(
+  folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: onnx.Dtype, window: int
+) -> dict[str, str]:
+  """Writes both towers, the tokenizer and bundle.json; returns the latency of each file and its agreement as text."""
+  calls = {}
+  for side, data in onnx.export_towers(spec, run.variables, window, dtype).items():
+    (folder / f'{side}.onnx').write_bytes(data)
+    calls[f'{side}.onnx'] = onnx.load(data, 'onnxruntime')
+  agreement = _agreement(run, calls['image.onnx'], window)
+  notes = _write_bundle(folder, run, spec, calls, (window, window), dict(dtype=dtype, window=window, **agreement))
+  notes['image.onnx'] += f', {agreement["same_segment"]:.2%} of patches in the same segment as with JAX'
+  return notes
+
+
+def _agreement(run: TrainedRun, tower: Callable, window: int) -> dict[str, float]:
+  """On some scenes: the share of patches in the same final segment as with JAX, and the least cosine of a segment."""
+  scenes = Scenes(window, ALL_THINGS, ALL_STUFF, seed=0, length=_TRIAL_IMAGES, split='test')
+  images = np.stack([scenes[index]['image'] for index in range(_TRIAL_IMAGES)])
+  ours = run.model.apply(run.variables, images, method='encode_pixels')
+  _, segments, *assignments = tower(images)
+  patches = [segmentation.token_affinity(each).argmax(axis=-1) for each in (ours.assignments, assignments)]
+  cosines = np.sum(segmentation.normalize(ours.segment_embeds) * segmentation.normalize(segments), axis=-1)
+  return dict(same_segment=float(np.mean(patches[0] == patches[1])), least_cosine=float(cosines.min()))
+
+
+def _write_bundle(
+  folder: epath.Path,
+  run: TrainedRun,
+  spec: state_dicts.ModelSpec,
+  calls: Mapping[str, Callable],
+  image_size: tuple[int, int],
+  metadata: Mapping[str, Any],
+) -> dict[str, str]:
+  """Writes the tokenizer and bundle.json beside two towers; returns the latency of each file as text."""
   run.tokenizer.save(folder / 'tokenizer')
   length = spec.config.text.context_length
-  inputs = {'image.stablehlo': (1, *spec.config.vision.image_size, 3), 'text.stablehlo': (1, length)}
-  seconds = {name: stablehlo.measure_latency(exported, inputs[name]) for name, exported in towers.items()}
+  image, text = calls
+  inputs = {image: np.zeros((1, *image_size, 3), np.uint8), text: np.zeros((1, length), np.int32)}
+  seconds = {name: _latency(call, inputs[name]) for name, call in calls.items()}
   files = {
-    name: dict(bytes=size, input=list(inputs[name]), milliseconds=round(1000 * seconds[name], 2))
+    name: dict(bytes=size, input=list(inputs[name].shape), milliseconds=round(1000 * seconds[name], 2))
     for name, size in _sizes(folder).items()
   }
   write_json(
-    folder / 'bundle.json',
+    folder / bundle.FILE,
     dict(
       image_size=list(spec.config.vision.image_size),
       patch_size=spec.config.vision.patch_size,
@@ -185,16 +258,26 @@ def _write_stablehlo(
       eos_id=run.tokenizer.eos_id,
       pad_id=run.tokenizer.pad_id,
       vocab_size=spec.vocab_size,
-      dtype=dtype.name,
-      platforms=list(stablehlo.PLATFORMS),
       logit_scale=float(clamped_scale(run.variables['params']['logit_scale'])),
       files=files,
       measured_on=_describe_machine(),
       trial_texts=dict(zip(_TRIAL_TEXTS, run.tokenizer.encode(_TRIAL_TEXTS, length).tolist())),
+      **metadata,
       **run.provenance,
     ),
   )
   return {name: f', {1000 * each:.1f} ms for one on this machine' for name, each in seconds.items()}
+
+
+def _latency(call: Callable, x: np.ndarray, repeats: int = 5) -> float:
+  """Median seconds of a call, compiled before."""
+  jax.block_until_ready(call(x))
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(call(x))
+    seconds.append(time.perf_counter() - start)
+  return float(np.median(seconds))
 
 
 def _describe_machine() -> dict[str, Any]:
@@ -204,11 +287,15 @@ def _describe_machine() -> dict[str, Any]:
 
 if __name__ == '__main__':
   WORKDIR = flags.DEFINE_string('workdir', None, 'The run.')
-  FORMAT = flags.DEFINE_enum('format', None, ['huggingface', 'stablehlo', 'safetensors'], 'What to write.')
+  FORMAT = flags.DEFINE_enum('format', None, get_args(Form), 'What to write.')
   OUTPUT = flags.DEFINE_string('output', None, 'Folder to create.')
   DTYPE = flags.DEFINE_enum(
-    'dtype', 'float32', ['float32', 'bfloat16'], 'Of the weights; of stablehlo also of the computation.'
+    'dtype',
+    'float32',
+    get_args(Dtype),
+    'Of the weights; of stablehlo also of the computation. float16 and int8 are of onnx, bfloat16 of the others.',
   )
+  WINDOW = flags.DEFINE_integer('window', None, "Of onnx: side of the images that it takes, by default training's.", 1)
   SCORES = flags.DEFINE_list(
     'scores', None, 'results.json files of eval.py for the model card; by default WORKDIR/eval/results.json.'
   )
@@ -228,6 +315,7 @@ if __name__ == '__main__':
         FORMAT.value,
         OUTPUT.value,
         dtype=DTYPE.value,
+        window=WINDOW.value,
         scores=SCORES.value,
         weights=WEIGHTS.value,
         checkpoint=CHECKPOINT.value,

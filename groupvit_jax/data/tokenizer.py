@@ -120,6 +120,11 @@ class SentencePieceTokenizer(Tokenizer):
     self.eos_id = model.eos_id()
     self.pad_id = model.pad_id() if model.pad_id() >= 0 else model.eos_id()
 
+  @property
+  def model(self) -> sentencepiece.SentencePieceProcessor:
+    """The SentencePiece model."""
+    return self._model
+
   @functools.cached_property
   def _model(self) -> sentencepiece.SentencePieceProcessor:
     data = self._files[SENTENCEPIECE_FILE]
@@ -158,9 +163,13 @@ class ClipTokenizer(Tokenizer):
     self.vocab_size = self._model.get_vocab_size()
     self.pad_id = self.eos_id
 
+  def bpe(self) -> clip_bpe.Bpe:
+    """The vocabulary and the merges, best first."""
+    return clip_bpe.read_bpe(self._files)
+
   @functools.cached_property
   def _model(self) -> tokenizers.Tokenizer:
-    return clip_bpe.build_pipeline(*clip_bpe.read_bpe(self._files))
+    return clip_bpe.build_pipeline(*self.bpe())
 
   def _text_ids(self, text: str) -> list[int]:
     # One text a call: a batch starts threads, which do not survive a fork.

@@ -349,8 +349,9 @@ def test_what_transformers_cannot_represent_is_refused(tmp_path):
 
 def test_choices_that_there_are_not(clip_run, tmp_path):
   for options, message in (
-    (dict(form='onnx'), "format='onnx': use huggingface, stablehlo, safetensors"),
-    (dict(dtype='float16'), "dtype='float16': use float32, bfloat16"),
+    (dict(form='pt'), "format='pt': use huggingface, stablehlo, onnx, web, safetensors"),
+    (dict(dtype='float64'), "dtype='float64': use float32, bfloat16, float16, int8"),
+    (dict(dtype='float16'), "--format=safetensors has no dtype='float16'"),
     (dict(checkpoint='best'), 'kept no best checkpoint'),
     (dict(output='gs://bucket/out'), 'gs://bucket/out is in a bucket'),
   ):

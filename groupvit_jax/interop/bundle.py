@@ -1,0 +1,121 @@
+"""Bundles: both towers with their weights inside, as StableHLO or ONNX, behind the methods that evaluation calls."""
+
+from collections.abc import Callable
+import json
+import math
+from typing import Any, NamedTuple
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
+from groupvit_jax.errors import UserError
+from groupvit_jax.interop import onnx
+from groupvit_jax.model.image_text import SegmentOutput
+
+FILE = 'bundle.json'  # sizes, special tokens, temperature, provenance
+
+
+class Sizes(NamedTuple):
+  """Sizes of a vision or a text tower that evaluation asks for."""
+
+  image_size: tuple[int, int]
+  patch_size: int
+  context_length: int
+
+
+class ExportedTowers:
+  """Both towers of a bundle behind the two methods of `ImageTextModel` that evaluation calls."""
+
+  def __init__(
+    self, image: Callable[[jax.Array], SegmentOutput], text: Callable[[jax.Array], jax.Array], sizes: Sizes, pad_id: int
+  ):
+    self._image, self._text, self._pad_id = image, text, pad_id
+    self.vision = self.text = sizes
+
+  def apply(self, variables: Any, inputs: jax.Array, *, method: str) -> Any:
+    """`ImageTextModel.apply` for 'encode_pixels' and 'encode_text'; the weights are in the towers.
+
+    Args:
+      variables: ignored.
+      inputs: uint8 images [B, H, W, 3], or tokens [B, L].
+      method: which of the two.
+    """
+    if method == 'encode_text':
+      padding = self.text.context_length - inputs.shape[1]  # nothing after the end of a text matters
+      return self._text(jnp.pad(inputs, ((0, 0), (0, padding)), constant_values=self._pad_id))
+    if method != 'encode_pixels':
+      raise UserError(f'an exported bundle has no {method!r}')
+    height, width = (size - size % self.vision.patch_size for size in inputs.shape[1:3])
+    return self._image(inputs[:, :height, :width])
+
+
+def read_bundle(
+  folder: epath.PathLike, runtime: onnx.Runtime | None = None
+) -> tuple[ExportedTowers, dict[str, Any], Tokenizer]:
+  """Reads a folder that `export` wrote with --format=stablehlo or --format=onnx.
+
+  Args:
+    folder: the bundle.
+    runtime: of an ONNX bundle; None for ONNX Runtime.
+
+  Returns:
+    The towers, the variables that are not in them (the temperature), and the tokenizer.
+
+  Raises:
+    UserError: a file is missing or damaged, or the runtime is not there.
+  """
+  folder = epath.Path(folder)
+  try:
+    metadata = json.loads((folder / FILE).read_text())
+    sizes = Sizes(tuple(metadata['image_size']), metadata['patch_size'], metadata['context_length'])
+    variables = {'params': {'logit_scale': math.log(metadata['logit_scale'])}}
+    is_onnx = 'window' in metadata
+    image, text = (_read_onnx if is_onnx else _read_stablehlo)(folder, metadata, runtime)
+    towers = ExportedTowers(image, text, sizes, metadata['pad_id'])
+  except UserError:
+    raise
+  except Exception as error:  # which one depends on what is missing or damaged
+    raise UserError(f'{folder} is no whole bundle ({type(error).__name__}: {error}); export it again') from error
+  return towers, variables, build_tokenizer(folder / 'tokenizer')
+
+
+def _read_stablehlo(folder: epath.Path, metadata: dict, runtime: str | None) -> tuple[Callable, Callable]:
+  if runtime is not None:
+    raise UserError(f'{folder} is StableHLO, which JAX runs; leave out runtime={runtime!r}')
+  image, text = (
+    jax.export.deserialize(bytearray((folder / f'{side}.stablehlo').read_bytes())) for side in ('image', 'text')
+  )
+
+  def encode(images: jax.Array) -> SegmentOutput:
+    out = image.call(images)
+    return SegmentOutput(out['image_embeds'], out['segment_embeds'], tuple(out['assignments']))
+
+  return encode, text.call
+
+
+def _read_onnx(folder: epath.Path, metadata: dict, runtime: onnx.Runtime | None) -> tuple[Callable, Callable]:
+  image, text = (
+    onnx.load((folder / f'{side}.onnx').read_bytes(), runtime or 'onnxruntime') for side in ('image', 'text')
+  )
+  window, pixels = metadata['window'], np.zeros((1, metadata['window'], metadata['window'], 3), np.uint8)
+  rows = [array.shape[1:] for array in image(pixels)]  # of one image
+  embed_dim = rows[0][0]
+
+  def call(run: Callable, x: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+    results = [jax.ShapeDtypeStruct((len(x), *shape), jnp.float32) for shape in shapes]
+    return jax.pure_callback(lambda array: run(np.asarray(array)), results, x)
+
+  def encode(images: jax.Array) -> SegmentOutput:
+    if images.shape[1:3] != (window, window):
+      height, width = images.shape[1:3]
+      raise UserError(
+        f'{folder} takes windows of {window} x {window} px and an image or a protocol asks for {height} x {width}; '
+        'export it with --window, or choose another protocol'
+      )
+    image_embeds, segment_embeds, *assignments = call(image, images, rows)
+    return SegmentOutput(image_embeds, segment_embeds, tuple(assignments))
+
+  return encode, lambda tokens: call(text, tokens, [(embed_dim,)])[0]

@@ -1,0 +1,112 @@
+"""Both towers as ONNX files, and their use by ONNX Runtime or OpenVINO."""
+
+from collections.abc import Callable, Mapping, Sequence
+import importlib
+import logging
+import pathlib
+import sys
+import tempfile
+from typing import Any, get_args, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from groupvit_jax.errors import UserError
+from groupvit_jax.interop import state_dicts
+
+Runtime = Literal['onnxruntime', 'openvino', 'openvino-bfloat16']
+Dtype = Literal['float32', 'float16', 'int8']
+_REMEDY = 'pip install "groupvit_jax[onnx]"'
+
+
+def export_towers(spec: state_dicts.ModelSpec, variables: Mapping, window: int, dtype: Dtype) -> dict[str, bytes]:
+  """Converts both towers, weights inside, for any batch.
+
+  Args:
+    spec: of the model.
+    variables: its weights.
+    window: side of the square images that the image tower takes: the converter knows no free sizes.
+    dtype: 'float32'; 'float16' stores and computes in it; 'int8' stores the weights of matmuls in it, and scales
+      activations when it runs.
+
+  Returns:
+    'image': uint8 `images` [b, window, window, 3] -> `image_embeds` [b, E] and `segment_embeds` [b, S, E], projected
+    and not normalised, and `assignments_1`, ..., the soft assignment [b, S, N] of each grouping stage.
+    'text': int32 `tokens` [b, L] -> `text_embeds` [b, E], likewise.
+
+  Raises:
+    UserError: a package is missing, or the converter does not know an operation.
+  """
+  model = spec.build().with_attention('xla')
+  num_stages = sum(stage.num_segments > 0 for stage in model.vision.stages)
+
+  def image(images: jax.Array) -> tuple[jax.Array, ...]:
+    out = model.apply(variables, images, method='encode_pixels')
+    return out.image_embeds, out.segment_embeds, *out.assignments
+
+  text = lambda tokens: model.apply(variables, tokens, method='encode_text')
+  assignments = [f'assignments_{stage}' for stage in range(1, num_stages + 1)]
+  shapes = ('b', window, window, 3), ('b', spec.config.text.context_length)
+  return {
+    'image': _convert(image, shapes[0], jnp.uint8, 'images', ['image_embeds', 'segment_embeds', *assignments], dtype),
+    'text': _convert(text, shapes[1], jnp.int32, 'tokens', ['text_embeds'], dtype),
+  }
+
+
+def load(data: bytes, runtime: Runtime) -> Callable[[np.ndarray], list[np.ndarray]]:
+  """A function that runs an ONNX file on the CPU, or on what ONNX Runtime finds.
+
+  Args:
+    data: the file.
+    runtime: 'openvino-bfloat16' computes in bfloat16 where the processor can.
+
+  Raises:
+    UserError: there is no such runtime, or its package is missing.
+  """
+  if runtime not in get_args(Runtime):
+    raise UserError(f'runtime={runtime!r}: use {", ".join(get_args(Runtime))}')
+  if runtime == 'onnxruntime':
+    ort = _import('onnxruntime')
+    session = ort.InferenceSession(data, providers=ort.get_available_providers())
+    (name,) = (each.name for each in session.get_inputs())
+    return lambda x: session.run(None, {name: x})
+  sys.modules.setdefault('openvino_telemetry', None)  # it reports each import to its makers, from a forked process
+  ov = _import('openvino')
+  core, precision = ov.Core(), 'bf16' if runtime == 'openvino-bfloat16' else 'f32'
+  compiled = core.compile_model(core.read_model(data), 'CPU', {'INFERENCE_PRECISION_HINT': precision})
+  return lambda x: [array.copy() for array in compiled(x).values()]  # the next call writes into the same memory
+
+
+def _convert(
+  function: Callable, shape: Sequence[int | str], dtype: jnp.dtype, name: str, outputs: list[str], stored: Dtype
+) -> bytes:
+  """An ONNX file of a function of one array."""
+  jax2onnx, disabled = _import('jax2onnx'), logging.root.manager.disable
+  logging.disable(logging.WARNING)  # of plug-ins for packages that are not there, and of every shape with a free size
+  try:
+    model = jax2onnx.to_onnx(
+      function, [jax.ShapeDtypeStruct(shape, dtype)], input_names=[name], output_names=outputs, model_name='GroupViT'
+    )
+    _import('onnx').checker.check_model(model)
+    if stored == 'float16':
+      model = _import('onnxruntime.transformers.float16').convert_float_to_float16(model, keep_io_types=True)
+    return _quantize(model) if stored == 'int8' else model.SerializeToString()
+  except NotImplementedError as error:
+    raise UserError(f'this model cannot be converted: {" ".join(str(error).split())}') from error
+  finally:
+    logging.disable(disabled)
+
+
+def _quantize(model: Any) -> bytes:
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'model.onnx'
+    _import('onnxruntime.quantization').quantize_dynamic(model, path)
+    return path.read_bytes()
+
+
+def _import(name: str) -> Any:
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise UserError(f'{name.partition(".")[0]} is not installed: {_REMEDY}') from error
