@@ -424,6 +424,11 @@ def _print_all_but_closed_loops(unraisable: object) -> None:
 
 
 def _is_not_raised_anyway(record: python_logging.LogRecord) -> bool:
-  """Filters logs: of one save or restore that fails, Orbax's threads and tasks log hundreds of tracebacks."""
+  """Filters logs: of one save or restore that fails, Orbax's threads and tasks log hundreds of tracebacks.
+
+  That a folder is opened to be read it warns of as well, and we ask for that.
+  """
   source = record.pathname if record.name == 'absl' else record.getMessage()
-  return record.levelno < python_logging.ERROR or not _BY_ORBAX.search(source)
+  if not _BY_ORBAX.search(source):
+    return True
+  return record.levelno < python_logging.ERROR and not re.search('read[_ ]only', record.getMessage())
