@@ -21,6 +21,7 @@ from groupvit_jax.data import bad_records, pipeline
 from groupvit_jax.errors import UserError
 from groupvit_jax.model import text_packing
 from groupvit_jax.running import processes, sharding
+from groupvit_jax.train import optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
@@ -63,8 +64,8 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   config = workdir_lib.keep_recipe(workdir, config.copy_and_resolve_references())
   config.dry_run = False
   report = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
-  changed = workdir_lib.check_config(workdir, config)
   run = _set_up(config, workdir)
+  changed = workdir_lib.check_config(workdir, run.config)
   workdir_lib.check_data(workdir, run.source.metadata())
   for line in _data_lines(run):
     report(line)
@@ -134,7 +135,7 @@ def _set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     run = set_up(probe, scratch)
   if not probe.tokenizer.path and not probe.init_from:  # the run's own may find more pieces
     run = run._replace(model=with_vocabulary(run.model, config.tokenizer.vocab_size, run.tokenizer.eos_id))
-  return run._replace(config=config)
+  return run._replace(config=optim.steps_from_pairs(config, len(run.source)))
 
 
 def _holds_run(workdir: epath.PathLike) -> bool:

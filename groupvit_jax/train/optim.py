@@ -62,7 +62,8 @@ def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_si
     ValueError: the warm-up is as long as the run or longer.
   """
   if not 0 <= config.warmup_steps < total_steps:
-    raise UserError(f'optim.warmup_steps={config.warmup_steps} must be less than total_steps={total_steps}')
+    hint = '' if total_steps else '; without data both must be named'
+    raise UserError(f'optim.warmup_steps={config.warmup_steps} must be less than total_steps={total_steps}{hint}')
   factor = batch_size / REFERENCE_BATCH
   warmup, peak, end = config.warmup_lr * factor, config.peak_lr * factor, config.end_lr * factor
   if config.cosine == 'after_warmup':

@@ -16,7 +16,7 @@ from groupvit_jax.data import pairs
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.errors import UserError
-from groupvit_jax.train import loop, optim, workdir
+from groupvit_jax.train import dry_run, loop, optim, workdir
 from tests.tars import encode, write_set
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -141,6 +141,8 @@ def test_a_run_trains_and_goes_on(name, folder, tmp_path, capsys):
   assert loop.train(config, run) == 0
   recorded = workdir.read_config(run)
   assert (recorded.total_steps, recorded.optim.warmup_steps) == (3, 0)
+  lines = dry_run._data_lines(dry_run._set_up(config, run))
+  assert lines[1].startswith('data       3 steps of 8 pairs: 1 epochs of 24 records; ')
   if not name:
     before = (run / 'metrics.jsonl').read_text().splitlines()
     shutil.rmtree(run / 'checkpoints' / '3')
