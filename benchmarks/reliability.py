@@ -9,10 +9,12 @@ the same steps in memory, without checkpoints.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import copy
 import datetime
 import functools
 import importlib.metadata
 import json
+import operator
 import os
 import pathlib
 import platform
@@ -32,14 +34,17 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from benchmarks.processes import ROOT
-from groupvit_jax import cli
+from configs import quickstart
+from groupvit_jax import cli, config_entries
 from groupvit_jax.commands import export, score
 from groupvit_jax.data import pipeline
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.running import folder_lock, processes, sharding
 from groupvit_jax.train import loop
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train.checkpoint import Checkpoints
+from tests.test_config_entries import ODD
 from tests.tiny import tiny_config
 
 _PAGE = ROOT / 'docs' / 'reliability.md'
@@ -284,6 +289,42 @@ def interrupt_results(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, 
   return found
 
 
+def soak(folder: pathlib.Path, seconds: float) -> dict[str, float]:
+  """Trains for some time; the growth of its resident memory, fitted to all but the first third of the looks."""
+  given, log, looks = config(10**6), folder / 'log', []
+  given.checkpoint.every_steps, given.log_every = 1000, 10
+  workdir = folder / 'soak'
+  child = Child(functools.partial(train, given, workdir), 1, log)
+  while not losses(workdir) and child.is_running():
+    time.sleep(0.5)
+  began = time.monotonic()
+  while time.monotonic() - began < seconds and child.is_running():
+    time.sleep(2)
+    pages = int(pathlib.Path(f'/proc/{child.pid}/statm').read_text().split()[1])
+    looks.append((max(losses(workdir)), pages * os.sysconf('SC_PAGE_SIZE') / 2**20))
+  child.end(signal.SIGTERM)
+  child.check(cli.EXIT_PREEMPTED)
+  steps, memory = np.array(looks[len(looks) // 3 :]).T
+  growth = 1000 * np.polyfit(steps, memory, 1)[0]
+  return {'minutes': seconds / 60, 'steps': int(steps[-1]), 'mib': memory[-1], 'mib_per_1000_steps': float(growth)}
+
+
+def bad_entries() -> dict[str, int]:
+  """How many odd values of config entries were tried, and refused; `tests/test_config_entries.py` checks which."""
+  refused, base = [], quickstart.get_config().to_dict()
+  for _, path, _ in config_entries.flatten(quickstart.get_config()):
+    *sections, key = path.split('.')
+    for value in ODD:
+      values = copy.deepcopy(base)
+      functools.reduce(operator.getitem, sections, values)[key] = value
+      try:
+        config_entries.check(ml_collections.ConfigDict(values))
+        refused.append(False)
+      except UserError:
+        refused.append(True)
+  return {'tried': len(refused), 'refused': sum(refused)}
+
+
 def table(found: dict[str, object]) -> Iterator[str]:
   """The lines of the page's table."""
   preempted, phases = found['preemptions'], found['phases']
@@ -300,13 +341,28 @@ def table(found: dict[str, object]) -> Iterator[str]:
   for name, results in phases.items():
     yield f'| training, in every phase | {name} | {count(results)} |'
   yield f'| evaluation, export | SIGKILL before the results | {count(found["results"])} |'
+  yield from more_rows(found)
   yield ''
   yield found['made']
+
+
+def more_rows(found: dict[str, object]) -> Iterator[str]:
+  """The lines about bad values and memory."""
+  entries, long = found['entries'], found['soak']
+  yield (
+    f'| config entries of the quickstart | {entries["tried"]:,} odd values '
+    f'| {entries["refused"]:,} refused in one line; the others are in range |'
+  )
+  yield (
+    f'| nothing: a soak of {long["minutes"]:g} minutes | {long["steps"]:,} steps '
+    f'| resident memory {long["mib"]:.0f} MiB, growing by {long["mib_per_1000_steps"]:+.2f} MiB per 1,000 steps |'
+  )
 
 
 def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('--preemptions', type=int, default=24)
+  parser.add_argument('--soak_minutes', type=float, default=2)
   parser.add_argument('--seed', type=int, default=0)
   args = parser.parse_args()
   # Eight devices share few cores: threads for all, and time to wait for each other.
@@ -318,7 +374,8 @@ def main() -> int:
   jax.config.update('jax_platforms', 'cpu')
   began, folder = time.monotonic(), pathlib.Path(tempfile.mkdtemp(prefix='groupvit-reliability-'))
   try:
-    found = {'phases': interrupt_phases(folder), 'results': interrupt_results(folder, folder / 'whole')}
+    found = {'entries': bad_entries(), 'soak': soak(folder, args.soak_minutes * 60)}
+    found |= {'phases': interrupt_phases(folder), 'results': interrupt_results(folder, folder / 'whole')}
     found['preemptions'] = preempt(folder, args.preemptions, random.Random(args.seed))
   finally:
     shutil.rmtree(folder, ignore_errors=True)

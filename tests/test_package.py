@@ -93,7 +93,9 @@ def test_types_reach_a_users_script(tmp_path):
 def test_help_shows_the_commands_own_flags_and_an_example():
   listed = subprocess.run([sys.executable, '-m', 'groupvit_jax'], capture_output=True, text=True, cwd=ROOT)
   assert listed.returncode == 0 and all(f'  {name} ' in listed.stdout for name in COMMANDS), listed
-  said = subprocess.run([sys.executable, 'train.py', '--config=quickstart', '--help'], capture_output=True, text=True, cwd=ROOT)
+  said = subprocess.run(
+    [sys.executable, 'train.py', '--config=quickstart', '--help'], capture_output=True, text=True, cwd=ROOT
+  )
   assert said.returncode == 0 and len(said.stdout.splitlines()) < 60
   assert '--workdir:' in said.stdout and 'configs/quickstart.py' in said.stdout
 
