@@ -48,9 +48,9 @@ class Entry:
     _, protocol, names = self.scored
     return f'{_SCORES}/{self.benchmark}/{protocol.name}/{score.mask_name(names.name)}.json'
 
-  def is_of(self, found: dict[str, Any]) -> bool:
+  def is_of(self, found: object) -> bool:
     """Whether a file's content is this entry's result."""
-    return all(found.get(key) == value for key, value in self.settings.items())
+    return isinstance(found, dict) and all(found.get(key) == value for key, value in self.settings.items())
 
 
 class Unit(NamedTuple):
@@ -191,7 +191,7 @@ def _make_entry(
 def _read_done(folder: OutputFolder, entries: Sequence[Entry]) -> dict[str, dict[str, Any]]:
   """The finished entries in a folder, by path."""
   found = {entry.path: folder.read_json(entry.path) for entry in entries}
-  return {entry.path: found[entry.path] for entry in entries if found[entry.path] and entry.is_of(found[entry.path])}
+  return {entry.path: found[entry.path] for entry in entries if entry.is_of(found[entry.path])}
 
 
 def _score(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import functools
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,13 +97,15 @@ def find_names(benchmark: Benchmark, name: str) -> NameSet:
     ValueError: there is no such set, or it does not fit the benchmark.
   """
   path = _BUNDLED / name if name in bundled_sets() else Path(name)
-  path = path / f'{benchmark.name}.txt' if path.is_dir() else path
-  if name == OWN or name == PUBLISHED and not path.exists():
+  path = path / f'{benchmark.name}.txt' if os.path.isdir(path) else path
+  if name == OWN or name == PUBLISHED and not os.path.exists(path):
     return _parse_lines(name, benchmark, benchmark.own_names or benchmark.classes)
-  if not path.is_file():
+  try:
+    text = path.read_text('utf-8')
+  except (OSError, ValueError) as error:
     known = ', '.join([OWN, *bundled_sets()])
-    raise UserError(f'class_names={name!r}: there is no {path}; choose {known}, or write that file')
-  lines = [line.strip() for line in path.read_text().splitlines() if line.strip() and not line.startswith('#')]
+    raise UserError(f'class_names={name!r}: there is no text file {path}; choose {known}, or write it') from error
+  lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith('#')]
   if len(lines) != benchmark.num_classes:
     wanted = f'{benchmark.num_classes}: one a line' + ', the background first' * benchmark.background
     raise UserError(f'{path} names {len(lines)} classes; {benchmark.name} has {wanted}')

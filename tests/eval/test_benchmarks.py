@@ -64,8 +64,12 @@ def test_names_of_files_and_folders(tmp_path):
     (tmp_path / 'mine.txt').write_text(text)
     with pytest.raises(ValueError, match=message):
       find_names(mine, str(tmp_path))
-  with pytest.raises(ValueError, match="'synonyms': there is no .*mine.txt; choose benchmark, groupvit, syn"):
+  with pytest.raises(ValueError, match="'synonyms': there is no text file .*mine.txt; choose benchmark, groupvit, syn"):
     find_names(mine, 'synonyms')
+  (tmp_path / 'mine.txt').write_bytes(b'background\ncat\n\xff\n')
+  for name in (str(tmp_path), 'x' * 5000, 'a\0b'):
+    with pytest.raises(ValueError, match='there is no text file'):
+      find_names(mine, name)
 
 
 def test_thresholds_are_those_of_benchmark_and_protocol():
