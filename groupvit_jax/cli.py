@@ -22,9 +22,6 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, with nothing saved (as of a shell)
 # device waits in takes one: with few cores they wait for ever. XLA takes the size of the pool from NPROC.
 _THREADS_PER_CPU_DEVICE = 8
 
-# Orbax warns of what we ask it for, in the first lines of each command.
-_NOISE = ('CheckpointManagerOptions.read_only=True', 'Given directory is read only')
-
 _OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE}
 
 
@@ -40,7 +37,6 @@ def run(main: Callable[[], int | None]) -> None:
 
   def guarded(_: Sequence[str]) -> int | None:
     logging.set_verbosity(logging.WARNING)
-    logging.get_absl_logger().addFilter(lambda record: not record.getMessage().startswith(_NOISE))
     try:
       return main()
     except (UserError, OSError) as error:

@@ -1,12 +1,14 @@
 """One's own pairs: a folder, a table or tars, and the run over them."""
 
 import csv
+import functools
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 
+import jax
 import pyarrow
 from pyarrow import parquet
 import pytest
@@ -16,6 +18,7 @@ from groupvit_jax.data import pairs
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.errors import UserError
+from groupvit_jax.running import sharding
 from groupvit_jax.train import dry_run, loop, optim, workdir
 from tests.tars import encode, write_set
 
@@ -135,7 +138,8 @@ def test_steps_follow_from_the_pairs():
 
 
 @pytest.mark.parametrize('name', ['', 'all.csv', 'all.jsonl'])
-def test_a_run_trains_and_goes_on(name, folder, tmp_path, capsys):
+def test_a_run_trains_and_goes_on(name, folder, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
   config, run = small(), tmp_path / 'run'
   config.data.path, config.data.epochs, config.checkpoint.every_steps = str(folder / name), 1.0, 1
   assert loop.train(config, run) == 0
