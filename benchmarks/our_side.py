@@ -18,10 +18,10 @@ from benchmarks import caption_lengths, processes
 from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax.aot.flops import matmul_flops
 from groupvit_jax.eval import window_encoder
+from groupvit_jax.interop import bundle, onnx, state_dicts
 from groupvit_jax.interop.state_dicts import abstract_variables
 from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.image_text import ImageTextModel
-from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import choose_attention
 from groupvit_jax.train import optim
@@ -178,18 +178,24 @@ def training(args: argparse.Namespace) -> Work:
   return Work(facts, dispatch, compiled)
 
 
-def encoder(args: argparse.Namespace) -> tuple[ImageTextModel, dict[str, str], dict]:
-  """The model of 224-pixel images for inference, facts about it, and variables."""
-  model, facts = with_attention(make_model(paper_config(args.batch, args.dtype)), args.batch, one_device(), train=False)
-  return model, facts, init_state(model, optax.identity(), (1, CONTEXT), one_device()).variables
+def encoder(args: argparse.Namespace) -> tuple[ImageTextModel | bundle.ExportedTowers, dict[str, str], dict]:
+  """The model of 224-pixel images for inference, or its ONNX export, facts about it, and variables."""
+  config = paper_config(args.batch, args.dtype)
+  model, facts = with_attention(make_model(config), args.batch, one_device(), train=False)
+  variables = init_state(model, optax.identity(), (1, CONTEXT), one_device()).variables
+  if args.runtime is None:
+    return model, facts, variables
+  spec = state_dicts.ModelSpec(config.model, config.tokenizer.vocab_size, 1, config.data.num_prompts > 0)
+  calls = bundle.open_onnx(onnx.export_towers(spec, variables, args.size, 'float32'), args.size, args.runtime)
+  sizes = bundle.Sizes((224, 224), config.model.vision.patch_size, CONTEXT)
+  return bundle.ExportedTowers(*calls, sizes, 0), {'runtime': args.runtime}, variables
 
 
 def encoding(args: argparse.Namespace) -> Work:
-  """The image encoder: images in, embeddings out."""
+  """The image encoder: images in, embeddings and assignments out."""
   model, facts, variables = encoder(args)
-  images = normalize_images(draw_images(args.batch, args.size, args.size, 3))
-  images = jax.device_put(images, sharding.batch_sharding(one_device()))
-  compiled, seconds = compile_timed(jax.jit(functools.partial(model.apply, method='encode_image')), variables, images)
+  images = jax.device_put(draw_images(args.batch, args.size, args.size, 3), sharding.batch_sharding(one_device()))
+  compiled, seconds = compile_timed(jax.jit(functools.partial(model.apply, method='encode_pixels')), variables, images)
   return Work(facts | {'compile_s': seconds}, lambda: compiled(variables, images), compiled)
 
 
@@ -255,6 +261,7 @@ def main() -> None:
   for name, kind in dict(batch=int, size=int, text_budget=int, device=str, dtype=str, remat=str).items():
     parser.add_argument(f'--{name}', type=kind, required=True)
   parser.add_argument('--trace', type=pathlib.Path)
+  parser.add_argument('--runtime')
   args = parser.parse_args()
   jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda,cpu'}[args.device])
   jax.config.update('jax_enable_compilation_cache', False)

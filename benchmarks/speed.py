@@ -3,6 +3,7 @@
   python -m benchmarks training --growth --rounds=5 --output=docs/speed_train.json
   python -m benchmarks encoding --growth --output=docs/speed_inference.json
   python -m benchmarks windows --growth --output=docs/speed_windows.json
+  python -m benchmarks windows --runtime=openvino-bfloat16 --dtype=bfloat16 --output=docs/speed_openvino.json
   python -m benchmarks training --device=gpu --dtype=bfloat16 --batch=256 --output=gpu_train.json
 
 Each side, and each mode of the peer, is a process of its own on all cores. On a CPU they take turns.
@@ -13,9 +14,10 @@ from collections.abc import Mapping
 import pathlib
 import statistics
 import sys
-from typing import NamedTuple
+from typing import get_args, NamedTuple
 
 from benchmarks import caption_lengths, our_side, processes
+from groupvit_jax.interop import onnx
 
 COMPILE, LONGEST = '--compile=default', '--longest'
 HUGE = 'huge pages'  # not an argument: it matters how the process is started
@@ -63,6 +65,7 @@ def main(work: str) -> None:
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
   parser.add_argument('--remat', choices=('none', 'dots', 'blocks'), default='none', help='of ours')
   parser.add_argument('--text_budget', type=int, default=64, help='of ours')
+  parser.add_argument('--runtime', choices=get_args(onnx.Runtime), help='of ours, from its ONNX export; else JAX')
   parser.add_argument('--peer_modes', nargs='*', choices=list(PEER_MODES[work]))
   parser.add_argument('--growth', action='store_true', help='Ours at other batches and sizes as well.')
   parser.add_argument('--trace', type=pathlib.Path, help='Folder for a profile of ours: python -m benchmarks trace.')
@@ -131,6 +134,7 @@ def start(work: str, args: argparse.Namespace, name: str) -> processes.Side:
     options = PEER_MODES[work][name]
     return processes.Side('peer_side', [*arguments, *(o for o in options if o != HUGE)], huge=HUGE in options)
   options = [f'--remat={args.remat}', f'--text_budget={args.text_budget}']
+  options += [f'--runtime={args.runtime}'] * bool(args.runtime)
   return processes.Side('our_side', arguments + options + [f'--trace={args.trace}'] * bool(args.trace), huge=True)
 
 

@@ -1,6 +1,6 @@
 """Bundles: both towers with their weights inside, as StableHLO or ONNX, behind the methods that evaluation calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import json
 import math
 from typing import Any, NamedTuple
@@ -96,12 +96,10 @@ def _read_stablehlo(folder: epath.Path, metadata: dict, runtime: str | None) -> 
   return encode, text.call
 
 
-def _read_onnx(folder: epath.Path, metadata: dict, runtime: onnx.Runtime | None) -> tuple[Callable, Callable]:
-  image, text = (
-    onnx.load((folder / f'{side}.onnx').read_bytes(), runtime or 'onnxruntime') for side in ('image', 'text')
-  )
-  window, pixels = metadata['window'], np.zeros((1, metadata['window'], metadata['window'], 3), np.uint8)
-  rows = [array.shape[1:] for array in image(pixels)]  # of one image
+def open_onnx(towers: Mapping[str, bytes], window: int, runtime: onnx.Runtime) -> tuple[Callable, Callable]:
+  """What `ExportedTowers` takes, from the files that `onnx.export_towers` made for windows of that side."""
+  image, text = (onnx.load(towers[side], runtime) for side in ('image', 'text'))
+  rows = [array.shape[1:] for array in image(np.zeros((1, window, window, 3), np.uint8))]  # of one image
   embed_dim = rows[0][0]
 
   def call(run: Callable, x: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
@@ -112,10 +110,15 @@ def _read_onnx(folder: epath.Path, metadata: dict, runtime: onnx.Runtime | None)
     if images.shape[1:3] != (window, window):
       height, width = images.shape[1:3]
       raise UserError(
-        f'{folder} takes windows of {window} x {window} px and an image or a protocol asks for {height} x {width}; '
+        f'this export takes windows of {window} x {window} px and an image or a protocol asks for {height} x {width}; '
         'export it with --window, or choose another protocol'
       )
     image_embeds, segment_embeds, *assignments = call(image, images, rows)
     return SegmentOutput(image_embeds, segment_embeds, tuple(assignments))
 
   return encode, lambda tokens: call(text, tokens, [(embed_dim,)])[0]
+
+
+def _read_onnx(folder: epath.Path, metadata: dict, runtime: onnx.Runtime | None) -> tuple[Callable, Callable]:
+  towers = {side: (folder / f'{side}.onnx').read_bytes() for side in ('image', 'text')}
+  return open_onnx(towers, metadata['window'], runtime or 'onnxruntime')
