@@ -18,15 +18,12 @@ NAMES = {
       'tables',
       'step',
       'variants',
-      'largest_batch',
       'loss_memory',
       'caption_lengths',
       'input_pipeline',
       'remote',
       'soak',
       'reliability',
-      'scenes',
-      'photo_tars',
     )
   },
 }
