@@ -232,7 +232,8 @@ def score_all_of(data_dir, output, **options):
 
 @pytest.fixture
 def encoded(monkeypatch) -> list[int]:
-  """Windows in each batch that is encoded."""
+  """Windows in each batch that is encoded; not those of the run's own evaluations."""
+  trained_workdir()
   found, encode = [], window_encoder.encode_windows
 
   def count(variables, windows, mask, **options):
