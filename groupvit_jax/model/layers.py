@@ -9,6 +9,7 @@ from typing import Literal
 from flax import linen as nn
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from groupvit_jax.model import tpu_attention
@@ -24,6 +25,9 @@ Remat = Literal['none', 'dots', 'blocks']
 
 # torch's epsilon; Flax's default is 1e-6.
 LAYER_NORM_EPS = 1e-5
+
+# A norm's mean and rate, by their names in checkpoint policies: two numbers a row, for two passes over it.
+_SAVED = 'mean', 'rate'
 
 
 def _from_its_input(function: Activation, slope: Activation) -> Activation:
@@ -84,7 +88,9 @@ def normalize(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
 def _normalize_forward(x, scale, bias):
   rows = _rows(x).astype(jnp.float32)
   mean = rows.mean(axis=1, keepdims=True)
-  rate = lax.rsqrt(jnp.square(rows - mean).mean(axis=1, keepdims=True) + LAYER_NORM_EPS)
+  # Both means in one pass, which compilers fuse into what computes x.
+  variance = jnp.maximum(jnp.square(rows).mean(axis=1, keepdims=True) - jnp.square(mean), 0)
+  mean, rate = map(checkpoint_name, (mean, lax.rsqrt(variance + LAYER_NORM_EPS)), _SAVED)
   return ((rows - mean) * rate * scale[None] + bias[None]).reshape(x.shape), (x, mean, rate, scale)
 
 
@@ -196,7 +202,7 @@ def rematerialized(module: type[nn.Module], remat: Remat) -> type[nn.Module]:
   if remat == 'none':
     return module
   policies = jax.checkpoint_policies
-  names = policies.save_only_these_names(*tpu_attention.SAVED)
+  names = policies.save_only_these_names(*_SAVED, *tpu_attention.SAVED)
   dots = policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, names)
   return nn.remat(module, policy=dots if remat == 'dots' else None)
 
