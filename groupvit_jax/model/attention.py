@@ -4,6 +4,7 @@ It is normalised after the values are summed, and only the weights are kept for 
 over arrays of the size of the weights.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -39,14 +40,37 @@ def self_attend(
   batch, tokens, width = qkv.shape
   mask, shards = None if texts is None else causal_mask(texts)[:, None], 1
   if isinstance(implementation, TpuAttention):
-    if implementation.fits(qkv, num_heads):
-      return implementation.attend(qkv, bias, num_heads, texts)
-    seen = jnp.arange(tokens)[None, None, None] < tokens - implementation.padding
+    if implementation.fits(num_heads, qkv):
+      return implementation.attend([qkv], [bias], num_heads, texts)
+    seen = implementation.seen(tokens)
     mask = seen if mask is None else mask & seen
     shards, implementation = implementation.shards(num_heads), 'xla'
   by_shard = (qkv + bias[None, None]).reshape(batch, tokens, shards, 3, num_heads // shards, width // 3 // num_heads)
   fused = by_shard.swapaxes(2, 3).reshape(batch, tokens, 3, num_heads, -1)
   return attend(*unfuse(fused), mask, implementation).reshape(batch, tokens, width // 3)
+
+
+def cross_attend(
+  arrays: Sequence[jax.Array], biases: Sequence[jax.Array], num_heads: int, implementation: Implementation = 'xla'
+) -> jax.Array:
+  """Multi-head attention of some tokens on others, with a float32 softmax.
+
+  Args:
+    arrays: query [B, S, D], key and value [B, N, D].
+    biases: [D], to be added to them.
+    num_heads: h.
+    implementation: XLA's, but where it is the TPU kernel's.
+
+  Returns:
+    Attended values [B, S, D].
+  """
+  mask = None
+  if isinstance(implementation, TpuAttention):
+    if implementation.fits(num_heads, *arrays):
+      return implementation.attend(arrays, biases, num_heads)
+    mask = implementation.seen(arrays[1].shape[1])
+  heads = [(x + bias[None, None]).reshape(*x.shape[:2], num_heads, -1) for x, bias in zip(arrays, biases)]
+  return attend(*heads, mask).reshape(arrays[0].shape)
 
 
 def causal_mask(texts: jax.Array) -> jax.Array:

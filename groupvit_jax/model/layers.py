@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from groupvit_jax.model import tpu_attention
-from groupvit_jax.model.attention import attend, Implementation, self_attend
+from groupvit_jax.model.attention import cross_attend, Implementation, self_attend
 from groupvit_jax.model.tpu_attention import TpuAttention
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -120,16 +120,19 @@ def project(
   kernel: jax.Array,
   dimension_numbers: lax.DotDimensionNumbers | None = None,
   precision: lax.PrecisionLike = None,
+  saved: str | None = None,
 ) -> jax.Array:
   """A `dot_general` for dense layers: x [..., K] and kernel [K, F] -> [..., F].
 
   Its gradients are matmuls of two-dimensional arrays, in layouts that suit CPUs.
+  `saved` names x in checkpoint policies.
   """
   del dimension_numbers  # those of Flax's dense layers
-  return _project(x, kernel, precision)
+  return _project(x, kernel, precision, saved)
 
 
-def _multiply(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
+def _multiply(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike, saved: str | None = None) -> jax.Array:
+  del saved
   return lax.dot(_rows(x), kernel, precision=precision).reshape(*x.shape[:-1], -1)
 
 
@@ -138,14 +141,15 @@ def _rows(x: jax.Array) -> jax.Array:
   return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-_project = jax.custom_vjp(_multiply, nondiff_argnums=(2,))
+_project = jax.custom_vjp(_multiply, nondiff_argnums=(2, 3))
 
 
-def _project_forward(x, kernel, precision):
-  return _multiply(x, kernel, precision), (x, kernel)  # a matmul in sight of checkpoint policies
+def _project_forward(x, kernel, precision, saved):
+  out = _multiply(x, kernel, precision)  # a matmul in sight of checkpoint policies
+  return out, (x if saved is None else checkpoint_name(x, saved), kernel)
 
 
-def _project_backward(precision, saved, grad):
+def _project_backward(precision, _, saved, grad):
   x, kernel = saved
   # Two matmuls read the gradient. On CPUs each would recompute, with strides, what produces it.
   grad = _rows(lax.platform_dependent(grad, cpu=lax.optimization_barrier, default=lambda grad: grad))
@@ -246,6 +250,7 @@ class HeadsDense(nn.Module):
   kernel_init: Initializer
   dtype: jnp.dtype = jnp.float32
   arrange: Callable[[jax.Array], jax.Array] = lambda x: x  # reorders features of a parameter [..., *features]
+  saved: str | None = None  # names its input in checkpoint policies
 
   def __call__(self, x: jax.Array) -> jax.Array:
     product, bias = self.parts(x)
@@ -259,7 +264,7 @@ class HeadsDense(nn.Module):
     kernel = self.param('kernel', init, (*self.inputs, *self.features), jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, self.features, jnp.float32)
     kernel, bias = self.arrange(kernel).reshape(flat), self.arrange(bias).reshape(-1)
-    return project(x.astype(self.dtype), kernel.astype(self.dtype)), bias.astype(self.dtype)
+    return project(x.astype(self.dtype), kernel.astype(self.dtype), saved=self.saved), bias.astype(self.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -277,7 +282,8 @@ class SelfAttention(nn.Module):
     heads = self.num_heads, width // self.num_heads
     dense = HeadsDense((width,), (3, *heads), self.kernel_in, self.dtype, self._by_shard, name='qkv')
     out = self_attend(*dense.parts(x), self.num_heads, texts, self.attention)
-    return HeadsDense(heads, (width,), self.kernel_out, self.dtype, name='out')(out)
+    saved = tpu_attention.saved_output(self.attention)
+    return HeadsDense(heads, (width,), self.kernel_out, self.dtype, saved=saved, name='out')(out)
 
   def _by_shard(self, param: jax.Array) -> jax.Array:
     """[..., 3, h, k] with query, key and value of each device's heads together, where devices divide heads."""
@@ -296,17 +302,18 @@ class CrossAttention(nn.Module):
   num_heads: int
   kernel: Initializer
   dtype: jnp.dtype = jnp.float32
+  attention: Implementation = 'xla'
 
   @nn.compact
   def __call__(self, queries: jax.Array, tokens: jax.Array) -> jax.Array:
     width = queries.shape[-1]
     heads = self.num_heads, width // self.num_heads
 
-    def project_heads(name: str, x: jax.Array) -> jax.Array:
-      return HeadsDense((width,), heads, self.kernel, self.dtype, name=name)(x).reshape(*x.shape[:-1], *heads)
-
-    out = attend(project_heads('query', queries), project_heads('key', tokens), project_heads('value', tokens))
-    return HeadsDense(heads, (width,), self.kernel, self.dtype, name='out')(out.reshape(queries.shape))
+    dense = lambda name: HeadsDense((width,), heads, self.kernel, self.dtype, name=name)
+    parts = [dense(name).parts(x) for name, x in (('query', queries), ('key', tokens), ('value', tokens))]
+    out = cross_attend(*zip(*parts), self.num_heads, self.attention)
+    saved = tpu_attention.saved_output(self.attention)
+    return HeadsDense(heads, (width,), self.kernel, self.dtype, saved=saved, name='out')(out)
 
 
 class Block(nn.Module):

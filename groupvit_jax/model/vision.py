@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
 from groupvit_jax.errors import UserError
+from groupvit_jax.model import tpu_attention
 from groupvit_jax.model.assignment import AssignmentMode
 from groupvit_jax.model.attention import Implementation
 from groupvit_jax.model.grouping import GroupingBlock
@@ -74,12 +76,14 @@ def resize_positions(positions: jax.Array, height: int, width: int) -> jax.Array
 class PatchEmbed(nn.Module):
   """Patches of p x p pixels, each projected: [B, H, W, C] -> [B, H // p, W // p, D].
 
-  The same as a convolution of stride p, with its parameters; compilers multiply matrices faster.
+  A convolution of stride p. Compilers for CPUs and GPUs multiply matrices faster; those for TPUs, which keep samples in
+  the lanes of images, would move every pixel four times.
   """
 
   patch_size: int
   width: int
   dtype: jnp.dtype = jnp.float32
+  convolve: bool = False  # or multiply matrices
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -88,10 +92,14 @@ class PatchEmbed(nn.Module):
     kernel = self.param('kernel', nn.initializers.lecun_normal(), (size, size, channels, self.width), jnp.float32)
     bias = self.param('bias', nn.initializers.zeros, (self.width,), jnp.float32)
     pixels = images[:, : rows * size, : columns * size].astype(self.dtype)
-    patches = pixels.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
-    patches = patches.reshape(batch, rows, columns, size * size * channels)
-    kernel = kernel.reshape(-1, self.width).astype(self.dtype)
-    out = project(patches, kernel)
+    kernel = kernel.astype(self.dtype)
+    if self.convolve:
+      numbers = 'NHWC', 'HWIO', 'NHWC'
+      out = lax.conv_general_dilated(pixels, kernel, (size, size), 'VALID', dimension_numbers=numbers)
+    else:
+      patches = pixels.reshape(batch, rows, size, columns, size, channels).swapaxes(2, 3)
+      patches = patches.reshape(batch, rows, columns, size * size * channels)
+      out = project(patches, kernel.reshape(-1, self.width))
     return out + bias.reshape(1, 1, 1, -1).astype(self.dtype)
 
 
@@ -147,12 +155,22 @@ class VisionTower(nn.Module):
       if stage.num_group_tokens:
         groups = self._group_tokens(i, stage.num_group_tokens, groups, x.shape[0])
       with jax.named_scope(f'stage{i}'):
-        x, groups = self._blocks(i, x, groups if stage.num_group_tokens else None, rate, stage_keys)
-        if stage.num_group_tokens:
+        num_tokens, num_groups, attention = x.shape[1], stage.num_group_tokens, self.attention
+        if isinstance(attention, TpuAttention):
+          attention = attention.padded(num_groups + num_tokens)
+          x = jnp.pad(x, ((0, 0), (0, attention.padding), (0, 0)))
+        if num_groups:  # first, so that tokens begin with a tile of memory
+          x = jnp.concatenate([groups, x], axis=1)
+        x = self._blocks(i, tpu_attention.row_major(x, attention), rate, stage_keys, attention)
+        if num_groups:
+          groups, x = (tpu_attention.row_major(part, attention) for part in (x[:, :num_groups], x[:, num_groups:]))
           if assignments:
-            earlier_segments.append(norm(x))
-          x, soft = self._grouping(i, stage.num_segments)(x, groups, keys=fold_keys(stage_keys, stage.depth))
+            earlier_segments.append(norm(x[:, :num_tokens]))
+          grouping = self._grouping(i, stage.num_segments, attention)
+          x, soft = grouping(x, groups, keys=fold_keys(stage_keys, stage.depth))
           assignments.append(soft)
+        else:
+          x = x[:, :num_tokens]
     segments = norm(x)
     return VisionOutput(segments.mean(axis=1), segments, tuple(assignments), tuple(earlier_segments))
 
@@ -164,7 +182,8 @@ class VisionTower(nn.Module):
         f'({self.patch_size} px); enlarge it first'
       )
     grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
-    x = PatchEmbed(self.patch_size, self.width, self.dtype, name='patch_embed')(images)
+    convolve = isinstance(self.attention, TpuAttention)
+    x = PatchEmbed(self.patch_size, self.width, self.dtype, convolve, name='patch_embed')(images)
     x = LayerNorm(name='patch_norm')(x)
     positions = self.param('positions', self.init.positions, (*grid, self.width), jnp.float32)
     x = x + resize_positions(positions, *x.shape[1:3])[None]
@@ -181,16 +200,9 @@ class VisionTower(nn.Module):
     return tokens + projector(previous)
 
   def _blocks(
-    self, i: int, x: jax.Array, groups: jax.Array | None, rates: list[float], keys: jax.Array | None
-  ) -> tuple[jax.Array, jax.Array | None]:
-    """Runs stage i's blocks over tokens and group tokens together; returns both, apart again."""
-    num_tokens, num_groups, attention = x.shape[1], 0, self.attention
-    if groups is not None:
-      num_groups = groups.shape[1]
-      x = jnp.concatenate([x, groups], axis=1)
-    if isinstance(attention, TpuAttention):
-      attention = attention.padded(x.shape[1])
-      x = jnp.pad(x, ((0, 0), (0, attention.padding), (0, 0)))
+    self, i: int, x: jax.Array, rates: list[float], keys: jax.Array | None, attention: Implementation
+  ) -> jax.Array:
+    """Runs stage i's blocks over group tokens and tokens together, [B, G + N, D]."""
     make_block = functools.partial(
       rematerialized(Block, self.remat),
       self.num_heads,
@@ -201,15 +213,14 @@ class VisionTower(nn.Module):
     )
     names = [f'stage{i}_block{j}' for j in range(len(rates))]
     if self.scan_layers and len(names) > 1 and not self.is_initializing():
-      x = scan_blocks(
+      return scan_blocks(
         make_block(parent=None), [self.variables['params'][name] for name in names], x, keys=keys, drop_rates=rates
       )
-    else:
-      for j, (name, rate) in enumerate(zip(names, rates)):
-        x = make_block(drop_rate=float(rate), name=name)(x, keys=fold_keys(keys, j))
-    return x[:, :num_tokens], None if groups is None else x[:, num_tokens : num_tokens + num_groups]
+    for j, (name, rate) in enumerate(zip(names, rates)):
+      x = make_block(drop_rate=float(rate), name=name)(x, keys=fold_keys(keys, j))
+    return x
 
-  def _grouping(self, i: int, num_segments: int) -> GroupingBlock:
+  def _grouping(self, i: int, num_segments: int, attention: Implementation) -> GroupingBlock:
     return rematerialized(GroupingBlock, self.remat)(
       num_segments,
       self.num_heads,
@@ -219,5 +230,6 @@ class VisionTower(nn.Module):
       self.init.assign_kernel,
       self.init.value_kernel,
       self.dtype,
+      attention,
       name=f'stage{i}_grouping',
     )

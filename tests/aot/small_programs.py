@@ -35,7 +35,7 @@ def attention(topology: str, dtype: jnp.dtype, masked: bool) -> dict[str, object
   texts = array(4, 24, spec=PartitionSpec('data'), dtype=jnp.int32) if masked else None
 
   def both(qkv, grad, texts):
-    out, pull = jax.vjp(lambda qkv: how.attend(qkv, jnp.zeros(768, dtype), 4, texts), qkv)
+    out, pull = jax.vjp(lambda qkv: how.attend([qkv], [jnp.zeros(768, dtype)], 4, texts), qkv)
     return out, pull(grad)
 
   compiled = jax.jit(both).lower(array(4, 24, 768), array(4, 24, 256), texts).compile()

@@ -7,6 +7,7 @@ import pytest
 
 from groupvit_jax.model import tpu_attention
 from groupvit_jax.model.attention import self_attend
+from groupvit_jax.model.layers import sample_keys
 from groupvit_jax.model.tpu_attention import TpuAttention
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
@@ -40,7 +41,7 @@ def test_kernel_is_plain_attention(batch, tokens, heads, size, texts, dtype, tol
   def kernel(qkv, bias):
     padded = jnp.pad(qkv, ((0, 0), (0, how.padding), (0, 0)), constant_values=9)
     text_of = None if texts is None else jnp.pad(texts, ((0, 0), (0, how.padding)))
-    assert how.fits(padded, heads)
+    assert how.fits(heads, padded)
     return self_attend(padded, bias, heads, text_of, how)[:, :tokens]
 
   def outcome(function):
@@ -55,14 +56,32 @@ def test_kernel_is_plain_attention(batch, tokens, heads, size, texts, dtype, tol
     np.testing.assert_allclose(ours, plain, atol=tolerance * np.abs(plain).max(), rtol=0)
 
 
+def test_model_is_the_same_with_the_kernel():
+  """Features, assignments and gradients: padded tokens, grouping with noise, heads over two devices."""
+  model = tiny_model('dots')
+  params, keys = random_variables(model)['params'], sample_keys(jax.random.key(1), 4)
+  images = jax.random.normal(jax.random.key(0), (4, 12, 20, 3))
+
+  def outcome(model):
+    def loss(params):
+      out = model.apply({'params': params}, images, keys=keys, method='vision_features')
+      return jnp.sin(out.segments).sum(), out
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  kernel = model.with_attention(interpreted(data=2, fsdp=2, model=2))
+  found, wanted = jax.jit(lambda: (outcome(kernel), outcome(model)))()
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max() + 1e-6), found, wanted)
+
+
 @pytest.mark.parametrize('remat, kernels', [('none', 2), ('dots', 2), ('blocks', 3)])
 def test_what_blocks_keep_spares_the_kernel(remat, kernels):
-  """With 'dots' the backward pass runs no forward kernel again; two blocks, of which one is padded."""
+  """With 'dots' the backward pass runs no forward kernel again; two blocks, of which one is padded, and grouping."""
   stages = (StageSpec(1, 4, 4), StageSpec(1, 0, 0))
   model = tiny_model(remat, stages=stages).with_attention(interpreted())
   images, params = jnp.zeros((2, 16, 16, 3)), jax.eval_shape(lambda: random_variables(model))['params']
   loss = lambda params: model.apply({'params': params}, images, method='vision_features').pooled.sum()
-  assert str(jax.make_jaxpr(jax.grad(loss))(params)).count('name=forward_head') == 2 * (kernels - 1)
+  assert str(jax.make_jaxpr(jax.grad(loss))(params)).count('name=forward_head') == 3 * (kernels - 1)
 
 
 def test_what_does_not_fit_is_left_to_xla(monkeypatch):
@@ -71,7 +90,7 @@ def test_what_does_not_fit_is_left_to_xla(monkeypatch):
   qkv = jax.random.normal(jax.random.key(0), (4, 16, 3 * 8))
   kernel = self_attend(qkv, jnp.ones(24), 2, None, how)
   monkeypatch.setattr(tpu_attention, '_VMEM_BYTES', 0)
-  assert not how.fits(qkv, 2)
+  assert not how.fits(2, qkv)
   np.testing.assert_allclose(self_attend(qkv, jnp.ones(24), 2, None, how)[:, :13], kernel[:, :13], atol=1e-6)
 
 
