@@ -137,7 +137,7 @@ def test_steps_follow_from_the_pairs():
   assert optim.steps_from_pairs(config, 10).optim.warmup_steps == 10
 
 
-@pytest.mark.parametrize('name', ['', 'all.csv', 'all.jsonl'])
+@pytest.mark.parametrize('name', ['', 'all.jsonl'])
 def test_a_run_trains_and_goes_on(name, folder, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
   config, run = small(), tmp_path / 'run'
