@@ -8,12 +8,14 @@ import sys
 import tempfile
 from typing import Any, get_args, Literal
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import state_dicts
+from groupvit_jax.model.vision import resize_positions
 
 Runtime = Literal['onnxruntime', 'openvino', 'openvino-bfloat16']
 Dtype = Literal['float32', 'float16', 'int8']
@@ -38,7 +40,10 @@ def export_towers(spec: state_dicts.ModelSpec, variables: Mapping, window: int, 
   Raises:
     UserError: a package is missing, or the converter does not know an operation.
   """
-  model = spec.build().with_attention('xla')
+  config = spec.config.copy_and_resolve_references()
+  config.dtype, config.vision.image_size = 'float32', (window, window)
+  model = spec._replace(config=config).build().with_attention('xla')
+  variables = _resize_positions(variables, window // config.vision.patch_size)
   num_stages = sum(stage.num_segments > 0 for stage in model.vision.stages)
 
   def image(images: jax.Array) -> tuple[jax.Array, ...]:
@@ -52,6 +57,13 @@ def export_towers(spec: state_dicts.ModelSpec, variables: Mapping, window: int, 
     'image': _convert(image, shapes[0], jnp.uint8, 'images', ['image_embeds', 'segment_embeds', *assignments], dtype),
     'text': _convert(text, shapes[1], jnp.int32, 'tokens', ['text_embeds'], dtype),
   }
+
+
+def _resize_positions(variables: Mapping, side: int) -> Mapping:
+  """The same weights for square images of side x side patches: the converter knows no bicubic interpolation."""
+  flat = traverse_util.flatten_dict(variables)
+  path = ('params', 'vision', 'positions')
+  return traverse_util.unflatten_dict(flat | {path: resize_positions(flat[path], side, side)})
 
 
 def load(data: bytes, runtime: Runtime) -> Callable[[np.ndarray], list[np.ndarray]]:
