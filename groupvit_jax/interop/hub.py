@@ -13,7 +13,7 @@ from groupvit_jax.errors import Unavailable, UserError
 
 _ID = re.compile(r'([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w-][\w./-]*))?')
 # What a folder of weights holds; torch's weights only where there are no others.
-_FILES = ['*.json', '*.txt', '*.md', '*.model', '*.safetensors', '*.stablehlo', 'tokenizer/*']
+_FILES = ['*.json', '*.txt', '*.md', '*.model', '*.safetensors', '*.stablehlo', '*.onnx', 'tokenizer/*']
 _TORCH_FILES = 'pytorch_model*.bin'
 
 
@@ -56,7 +56,7 @@ def _download(name: str, revision: str | None) -> str:
   hub = _hub(name)
   with _explain(name, revision, f'there is no folder {name}, and from the Hub'):
     folder = epath.Path(hub.snapshot_download(name, revision=revision, allow_patterns=_FILES))
-    if not any(path.suffix in ('.safetensors', '.stablehlo') for path in folder.iterdir()):
+    if not any(path.suffix in ('.safetensors', '.stablehlo', '.onnx') for path in folder.iterdir()):
       # Of the same commit, by which its folder is named.
       hub.snapshot_download(name, revision=folder.name, allow_patterns=[*_FILES, _TORCH_FILES])
   return str(folder)
