@@ -1,11 +1,13 @@
 """What the commands share: flags from a config file, one line for a user's mistake, exit codes."""
 
+import _thread
 from collections.abc import Callable, Sequence
 import errno
 import os
 import pathlib
 import re
 import sys
+import threading
 
 from absl import app, flags, logging
 
@@ -47,7 +49,20 @@ def run(main: Callable[[], int | None]) -> None:
       fail('interrupted')
       return EXIT_INTERRUPTED
 
+  _repeat_lost_interrupts()
   app.run(guarded, flags_parser=_parse_flags)
+
+
+def _repeat_lost_interrupts() -> None:
+  """Interrupts again where Ctrl-C came while Python called a destructor or the like, whose errors it drops."""
+  previous = sys.unraisablehook
+
+  def repeat_interrupt(unraisable: object) -> None:
+    if unraisable.exc_type is not KeyboardInterrupt:
+      return previous(unraisable)
+    threading.Timer(0.1, _thread.interrupt_main).start()
+
+  sys.unraisablehook = repeat_interrupt
 
 
 def is_mistake(error: BaseException) -> bool:

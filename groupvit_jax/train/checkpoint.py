@@ -35,7 +35,6 @@ BEST_FOLDER = 'best'  # in the workdir; best.json beside it holds the metric and
 _ATTEMPTS = 2  # at reading a checkpoint: a disk or a network may be busy once
 _COMPLETE = 'complete'  # the last object of a step in s3://
 _BY_ORBAX = re.compile('/orbax/|OCDBT|tensorstore')  # in the path of a log's call, or in what asyncio logs of a task
-_previous_hook = sys.unraisablehook
 
 
 class Restored(NamedTuple):
@@ -63,7 +62,7 @@ class Checkpoints:
     """
     for name in ('absl', 'asyncio'):
       python_logging.getLogger(name).addFilter(_is_not_raised_anyway)
-    sys.unraisablehook = _print_all_but_closed_loops
+    _hide_closed_loops()
     self._read_only = read_only
     self.folder = epath.Path(workdir) / folder
     self._remote = '://' in str(workdir)
@@ -417,10 +416,17 @@ def _shorten(error: Exception) -> str:
   return line if len(line) < 300 else f'{line[:100]} ... {line[-200:]}'
 
 
-def _print_all_but_closed_loops(unraisable: object) -> None:
-  """Python's unraisablehook, without what each write of TensorStore reports that ends after a save has failed."""
-  if str(unraisable.exc_value) != 'Event loop is closed':
-    _previous_hook(unraisable)
+def _hide_closed_loops() -> None:
+  """Keeps Python from printing what each write of TensorStore reports that ends after a save has failed."""
+  previous = sys.unraisablehook
+  if getattr(previous, '__name__', '') == 'print_all_but_closed_loops':
+    return
+
+  def print_all_but_closed_loops(unraisable: object) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      previous(unraisable)
+
+  sys.unraisablehook = print_all_but_closed_loops
 
 
 def _is_not_raised_anyway(record: python_logging.LogRecord) -> bool:

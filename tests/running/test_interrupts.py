@@ -29,3 +29,22 @@ def test_ctrl_c_says_at_once_what_will_happen_and_a_second_one_ends():
   _, rest = process.communicate(timeout=20)
   assert process.returncode == cli.EXIT_INTERRUPTED
   assert rest == 'ended by the second Ctrl-C; the same command resumes from the last checkpoint\n'
+
+
+LOST = """
+import signal
+from groupvit_jax import cli
+class Destroyed:
+  def __del__(self):
+    signal.raise_signal(signal.SIGINT)
+def main():
+  Destroyed()  # Python drops what is raised in there
+  while True:
+    pass
+cli.run(main)
+"""
+
+
+def test_ctrl_c_in_a_destructor_is_not_lost():
+  done = subprocess.run([sys.executable, '-c', LOST], capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stderr) == (cli.EXIT_INTERRUPTED, 'error: interrupted\n')
