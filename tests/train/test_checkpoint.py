@@ -129,7 +129,7 @@ def test_what_fails_once_is_tried_again(state, tmp_path, monkeypatch):
 
 
 def test_no_cut_file_ever_gives_wrong_numbers(state, tmp_path):
-  """Whichever file is cut (half of them are tried): the checkpoint is passed over, or what is read is what was saved."""
+  """Whichever file is cut, of every second one: the checkpoint is passed over, or what is read is what was saved."""
   save_steps(tmp_path, state, 1, 2)
   expected, outcomes = raw(state.replace(step=state.step + 2)), []
   for path in sorted(p for p in (tmp_path / 'checkpoints' / '2').rglob('*') if p.is_file())[::2]:
