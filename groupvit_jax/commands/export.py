@@ -38,6 +38,7 @@ Dtype = Literal['float32', 'bfloat16', 'float16', 'int8']
 _ONNX = ('onnx', 'web')
 _WEIGHTS = ('.safetensors', '.stablehlo', '.onnx')
 _TRIAL_IMAGES = 16
+_LARGEST_WINDOW = 2048  # pixels
 _TRIAL_TEXTS = ('a dog', 'grass')  # their ids are in bundle.json, to try the text tower with
 
 _FLAT_USE = """\
@@ -130,8 +131,9 @@ def export(
     hub.create(push_to_hub)  # first of all: may we?
   number_format = np.dtype(ml_dtypes.bfloat16 if dtype == 'bfloat16' else dtype)
   window = window or min(spec.config.vision.image_size)
-  if window % spec.config.vision.patch_size:
-    raise UserError(f'window={window} is no multiple of the patch size, {spec.config.vision.patch_size}')
+  if window % spec.config.vision.patch_size or window > _LARGEST_WINDOW:
+    patch = spec.config.vision.patch_size
+    raise UserError(f'window={window} is no multiple of the patch size, {patch}, or above {_LARGEST_WINDOW}')
   with open_run.complete_config(run.workdir), atomic_folder('--output', output) as folder:
     notes = {}
     use, tags = _FLAT_USE, ''

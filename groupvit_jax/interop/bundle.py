@@ -78,7 +78,8 @@ def read_bundle(
   except UserError:
     raise
   except Exception as error:  # which one depends on what is missing or damaged
-    raise UserError(f'{folder} is no whole bundle ({type(error).__name__}: {error}); export it again') from error
+    reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+    raise UserError(f'{folder} is no whole bundle ({reason}); export it again') from error
   return towers, variables, build_tokenizer(folder / 'tokenizer')
 
 

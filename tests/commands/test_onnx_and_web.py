@@ -105,12 +105,26 @@ def test_mistakes(site, tmp_path):
     (lambda: Predictor.from_pretrained(site, runtime='tensorrt'), "runtime='tensorrt': use onnxruntime, openvino"),
     (lambda: Predictor.from_pretrained(run, runtime='openvino'), 'is no ONNX export'),
     (lambda: export(run, 'onnx', str(tmp_path / 'out'), window=9), 'window=9 is no multiple of the patch size'),
+    (lambda: export(run, 'web', str(tmp_path / 'out'), window=8 * 10**6), 'window=8000000 is no multiple .* or above'),
     (lambda: export(run, 'onnx', str(tmp_path / 'out'), dtype='bfloat16'), "--format=onnx has no dtype='bfloat16'"),
     (lambda: export(run, 'stablehlo', str(tmp_path / 'out'), window=64), 'window=64 is of --format=onnx and web'),
   ):
     with pytest.raises(ValueError, match=message):
       call()
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('runtime', ['onnxruntime', 'openvino'])
+@pytest.mark.parametrize('damage', [b'', b'cut', None])
+def test_a_damaged_export_takes_one_line(damage, runtime, site, tmp_path):
+  for path in site.iterdir():
+    if path.name != 'text.onnx':
+      (tmp_path / path.name).symlink_to(path)
+    elif damage is not None:
+      (tmp_path / path.name).write_bytes(path.read_bytes()[:2000] if damage else b'')
+  with pytest.raises(ValueError, match=r'is no whole bundle .*; export it again$') as error:
+    Predictor.from_pretrained(tmp_path, runtime=runtime)
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'int8'])

@@ -107,7 +107,9 @@ def test_the_first_process_decides_whether_weights_are_read(first, tmp_path, mon
 
 
 def test_the_first_process_alone_writes_the_licence(tmp_path, monkeypatch):
-  run_lib.set_up(tiny_config(), tmp_path)
-  monkeypatch.setattr(run_lib.jax, 'process_index', lambda: 1)
-  monkeypatch.setattr(run_lib.licence_lib, 'keep', lambda *_: pytest.fail('another process writes'))
-  run_lib.set_up(tiny_config(), tmp_path)
+  writes = []
+  monkeypatch.setattr(run_lib.licence_lib, 'keep', lambda *_: writes.append(run_lib.jax.process_index()))
+  for index in (0, 1):
+    monkeypatch.setattr(run_lib.jax, 'process_index', lambda index=index: index)
+    run_lib.set_up(tiny_config(), tmp_path)
+  assert writes == [0]
