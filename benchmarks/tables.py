@@ -86,15 +86,12 @@ def _memory(report: Mapping) -> str:
 
 def growth_table(reports: Sequence[Mapping]) -> str:
   """Markdown: ours at other batches and sizes, one row each."""
-  lines = [
-    _row('', 'batch', 'pixels', 'images/s', 'GFLOP/s', 'peak memory', 'compiled in'),
-    _row(':--', *['--:'] * 6),
-  ]
+  lines = [_row('', 'batch', 'pixels', 'images/s', 'GFLOP/s', 'GiB'), _row(':--', *['--:'] * 5)]
   for report in reports:
     for point in report.get('growth', []):
       rate, flops = point['pictures_per_s'], point['model_gflop'] / point['batch']
-      sizes = WORKS[report['work']], str(point['batch']), str(point['size']), _rate(rate), f'{rate * flops:,.0f}'
-      lines.append(_row(*sizes, f'{point["peak_mb"] / 1024:.1f} GiB', f'{point["compile_s"]:.0f} s'))
+      sizes = WORKS[report['work']], str(point['batch']), str(point['size'])
+      lines.append(_row(*sizes, _rate(rate), f'{rate * flops:,.0f}', f'{point["peak_mb"] / 1024:.1f}'))
   return '\n'.join(lines)
 
 
