@@ -5,28 +5,9 @@ import importlib
 import pathlib
 import sys
 
+_MODULES = 'evaluation predictor step loss_memory caption_lengths input_pipeline remote reliability tables'.split()
 # Name on the command line -> module here.
-NAMES = {
-  **dict.fromkeys(('training', 'encoding', 'windows'), 'speed'),
-  **{
-    name: name
-    for name in (
-      'evaluation',
-      'predictor',
-      'gpu',
-      'trace',
-      'tables',
-      'step',
-      'variants',
-      'loss_memory',
-      'caption_lengths',
-      'input_pipeline',
-      'remote',
-      'soak',
-      'reliability',
-    )
-  },
-}
+NAMES = dict.fromkeys(('training', 'encoding', 'windows'), 'speed') | dict(zip(_MODULES, _MODULES))
 
 
 def summary(module: str) -> str:

@@ -50,13 +50,11 @@ def _encode(index: int) -> tuple[bytes, bytes]:
 def main() -> None:
   """Serves rounds, with the weights that the peer left in a folder."""
   parser = argparse.ArgumentParser()
-  parser.add_argument('--folder', type=pathlib.Path, required=True)
-  evaluation.add_side_flags(parser)
+  parser.add_argument('folder', type=pathlib.Path)
   args = parser.parse_args()
-  jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda'}[args.device])
+  jax.config.update('jax_platforms', 'cpu')
   mesh = our_side.one_device()
   spec = huggingface.from_huggingface_config({'model_type': 'groupvit'})
-  spec.config.dtype = args.dtype
   model, batch_size = spec.build(), evaluator.windows_per_batch(mesh, evaluation.WINDOW)
   model = with_fastest_attention(model, mesh)
   with np.load(args.folder / 'weights.npz') as weights:
@@ -89,18 +87,13 @@ def main() -> None:
     score = lambda encoded, found: evaluator.image_miou(encoded.image.label, found.labels, num_classes)
     return evaluate(Images(number, in_files=True), oracle=True, on_image=score)
 
-  multiply = our_side.matmul(args.dtype)
+  multiply = our_side.matmul('float32')
   works = {
     'labels': lambda number: evaluate(Images(number), oracle=False),
     'as_eval_py': as_eval_py,
     'multiply': lambda number: sum(multiply(1) for _ in range(number)),
   }
-  facts = {
-    'jax': jax.__version__,
-    'kind': jax.devices()[0].device_kind,
-    'windows_a_batch': batch_size,
-    'product_flop': our_side.matmul_flop(),
-  }
+  facts = {'jax': jax.__version__, 'windows_a_batch': batch_size, 'product_flop': our_side.matmul_flop()}
   processes.serve(facts, works, our_side.device_peak_mb)
 
 

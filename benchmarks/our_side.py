@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable
 import functools
 import itertools
-import pathlib
 import time
 from typing import NamedTuple
 
@@ -29,7 +28,6 @@ from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 
 VOCAB, CONTEXT = 49_408, 77
-TRACED_STEPS = 3
 # Size and number of the square matmuls that say what a machine can do.
 SQUARES = {'cpu': (2048, 1), 'gpu': (8192, 10)}
 
@@ -152,7 +150,6 @@ class Work(NamedTuple):
 
   facts: dict[str, object]
   dispatch: Callable[[], object]  # starts it once; returns what to wait for
-  compiled: jax.stages.Compiled
 
 
 def training(args: argparse.Namespace) -> Work:
@@ -175,7 +172,7 @@ def training(args: argparse.Namespace) -> Work:
     state, metrics = compiled(state, next(batches))
     return metrics
 
-  return Work(facts, dispatch, compiled)
+  return Work(facts, dispatch)
 
 
 def encoder(args: argparse.Namespace) -> tuple[ImageTextModel | bundle.ExportedTowers, dict[str, str], dict]:
@@ -196,7 +193,7 @@ def encoding(args: argparse.Namespace) -> Work:
   model, facts, variables = encoder(args)
   images = jax.device_put(draw_images(args.batch, args.size, args.size, 3), sharding.batch_sharding(one_device()))
   compiled, seconds = compile_timed(jax.jit(functools.partial(model.apply, method='encode_pixels')), variables, images)
-  return Work(facts | {'compile_s': seconds}, lambda: compiled(variables, images), compiled)
+  return Work(facts | {'compile_s': seconds}, lambda: compiled(variables, images))
 
 
 def windows(args: argparse.Namespace) -> Work:
@@ -207,7 +204,7 @@ def windows(args: argparse.Namespace) -> Work:
   started = time.perf_counter()
   compiled = window_encoder.encode_windows.lower(variables, *inputs, model=model, mesh=one_device()).compile()
   facts['compile_s'] = time.perf_counter() - started
-  return Work(facts, lambda: compiled(variables, *inputs), compiled)
+  return Work(facts, lambda: compiled(variables, *inputs))
 
 
 def compile_timed(function: Callable, *args: object) -> tuple[jax.stages.Compiled, float]:
@@ -240,14 +237,6 @@ def matmul_flop() -> float:
   return 2 * size**3 * count
 
 
-def profile(work: Work, folder: pathlib.Path) -> None:
-  """Writes a trace of a few steps, and the program whose operations it names: see `python -m benchmarks trace`."""
-  repeat(work.dispatch, 2)
-  with jax.profiler.trace(str(folder), create_perfetto_trace=True):
-    repeat(work.dispatch, TRACED_STEPS)
-  (folder / 'program.txt').write_text(work.compiled.as_text(), encoding='utf-8')
-
-
 def device_peak_mb() -> float:
   """The most memory that was in use: of the device, or of the process where that is the device's."""
   stats = jax.devices()[0].memory_stats()
@@ -260,7 +249,6 @@ def main() -> None:
   parser.add_argument('work', choices=('training', 'encoding', 'windows'))
   for name, kind in dict(batch=int, size=int, text_budget=int, device=str, dtype=str, remat=str).items():
     parser.add_argument(f'--{name}', type=kind, required=True)
-  parser.add_argument('--trace', type=pathlib.Path)
   parser.add_argument('--runtime')
   args = parser.parse_args()
   jax.config.update('jax_platforms', {'cpu': 'cpu', 'gpu': 'cuda,cpu'}[args.device])
@@ -273,8 +261,6 @@ def main() -> None:
     if 'first_s' not in facts:
       repeat(work.dispatch, 1)
       facts['first_s'] = facts['compile_s'] + time.perf_counter() - started
-      if args.trace:
-        profile(work, args.trace)
     repeat(work.dispatch, steps)
     return steps * args.batch
 

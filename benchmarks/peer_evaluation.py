@@ -20,19 +20,16 @@ _PATCH, _SIDE, _STRIDE = 16, evaluation.WINDOW, evaluation.STRIDE
 def main() -> None:
   """Serves rounds; leaves the weights in a folder for our side."""
   parser = argparse.ArgumentParser()
-  parser.add_argument('--folder', type=pathlib.Path, required=True)
-  evaluation.add_side_flags(parser)
+  parser.add_argument('folder', type=pathlib.Path)
   args = parser.parse_args()
-  device = {'cpu': 'cpu', 'gpu': 'cuda'}[args.device]
   model = peer_side.make_model(224).eval()
   with torch.no_grad():  # an untrained assignment is a tie: make it decisive, as a trained one is
     for name, value in model.named_parameters():
       if 'group_token' in name or '.assign.q_proj.weight' in name or '.assign.k_proj.weight' in name:
         value.normal_(0, 0.15)
   np.savez(args.folder / 'weights.npz', **{name: value.numpy() for name, value in model.state_dict().items()})
-  enlarged = enlarge(model).to(device)
-  text = torch.from_numpy(evaluation.class_embeds()).to(device)
-  label = lambda image: label_image(enlarged, image, text, getattr(torch, args.dtype))
+  enlarged, text = enlarge(model), torch.from_numpy(evaluation.class_embeds())
+  label = lambda image: label_image(enlarged, image, text)
   counts = np.zeros((21, 21), np.int64)
 
   def evaluate(number: int) -> int:
@@ -60,24 +57,22 @@ def enlarge(model: transformers.GroupViTModel) -> transformers.GroupViTModel:
 
 
 @torch.no_grad()
-def label_image(
-  model: transformers.GroupViTModel, image: np.ndarray, text: torch.Tensor, dtype: torch.dtype
-) -> np.ndarray:
+def label_image(model: transformers.GroupViTModel, image: np.ndarray, text: torch.Tensor) -> np.ndarray:
   """Label map [H, W] of an image uint8 [H, W, 3]."""
-  scale, device = min(_SIDE / min(image.shape[:2]), 2048 / max(image.shape[:2])), text.device
+  scale = min(_SIDE / min(image.shape[:2]), 2048 / max(image.shape[:2]))
   rows, columns = (int(length * scale + 0.5) for length in image.shape[:2])
-  resized = torch.from_numpy(cv2.resize(image, (columns, rows))).to(device).permute(2, 0, 1)[None].float() / 255
-  mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (peer_side.MEAN, peer_side.STD))
+  resized = torch.from_numpy(cv2.resize(image, (columns, rows))).permute(2, 0, 1)[None].float() / 255
+  mean, std = (torch.tensor(values)[:, None, None] for values in (peer_side.MEAN, peer_side.STD))
   resized = (resized - mean) / std
-  scores = torch.zeros(1, len(text) + 1, rows, columns, device=device)
-  overlap = torch.zeros(1, 1, rows, columns, device=device)
+  scores = torch.zeros(1, len(text) + 1, rows, columns)
+  overlap = torch.zeros(1, 1, rows, columns)
   for top in _starts(rows):
     for left in _starts(columns):
       part = (slice(None), slice(None), slice(top, top + _SIDE), slice(left, left + _SIDE))
-      scores[part] += _window_scores(model, resized[part], text, dtype)
+      scores[part] += _window_scores(model, resized[part], text)
       overlap[part] += 1
   scores = functional.interpolate(scores / overlap, image.shape[:2], mode='bilinear', align_corners=False)
-  return scores.argmax(dim=1)[0].cpu().numpy()
+  return scores.argmax(dim=1)[0].numpy()
 
 
 def _starts(length: int) -> list[int]:
@@ -85,20 +80,17 @@ def _starts(length: int) -> list[int]:
   return [min(i * _STRIDE, last) for i in range(-(-last // _STRIDE) + 1)]
 
 
-def _window_scores(
-  model: transformers.GroupViTModel, window: torch.Tensor, text: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
+def _window_scores(model: transformers.GroupViTModel, window: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
   """Scores [1, 1 + C, h, w] of a window, the background first."""
-  with torch.autocast(window.device.type, dtype, enabled=dtype != torch.float32):
-    # Once for the pooled feature ...
-    pooled = model.visual_projection(model.vision_model(window).pooler_output)
-    # ... and once more for the assignments.
-    out = model.vision_model(window, output_attentions=True)
-    segments = model.visual_projection(out.last_hidden_state[0])
-  pooled, segments = (functional.normalize(embeds.float(), dim=-1) for embeds in (pooled, segments))
-  affinity = out.attentions[0][0].float().T
+  # Once for the pooled feature ...
+  pooled = model.visual_projection(model.vision_model(window).pooler_output)
+  # ... and once more for the assignments.
+  out = model.vision_model(window, output_attentions=True)
+  segments = model.visual_projection(out.last_hidden_state[0])
+  pooled, segments = (functional.normalize(embeds, dim=-1) for embeds in (pooled, segments))
+  affinity = out.attentions[0][0].T
   for soft in out.attentions[1:]:
-    affinity = affinity @ soft[0].float().T
+    affinity = affinity @ soft[0].T
   grid = affinity.T.reshape(1, -1, window.shape[2] // _PATCH, window.shape[3] // _PATCH)
   segment = functional.interpolate(grid, window.shape[2:], mode='bilinear', align_corners=False).argmax(dim=1)[0]
   temperature = model.logit_scale.exp().clamp(max=100)

@@ -4,15 +4,12 @@ Its texts take the same functions as ours, so that the difference lies in images
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-import io
-import itertools
+from collections.abc import Iterator
 import random
 
 import braceexpand
 import numpy as np
 import PIL
-from PIL import Image
 import torch
 
 # torchvision registers shapes for operators of its compiled half, which does not load beside another build of torch.
@@ -31,14 +28,6 @@ from groupvit_jax.data import prompts as text_ops
 from groupvit_jax.data.tokenizer import build_tokenizer
 
 BATCH, LENGTH, PROMPTS = 64, 77, 3
-
-
-def open_image(data: bytes) -> Image.Image:
-  """As webdataset's decoder does it."""
-  with io.BytesIO(data) as stream:
-    image = Image.open(stream)
-    image.load()
-    return image.convert('RGB')
 
 
 def main() -> None:
@@ -80,30 +69,8 @@ def main() -> None:
     .batched(BATCH, partial=False)
   )
   full = lambda images: sum(len(next(batches)[0]) for _ in range(-(-images // BATCH)))
-  endless, some = iter(samples()), list(itertools.islice(samples(), 512))
-  stages = {'read': lambda count: sum(1 for _ in itertools.islice(endless, count))}
-  stages |= _stages([sample['jpg'] for sample in some], augment)
-  stages['tag and tokenise'] = processes.over([sample['txt'].decode() for sample in some], tokens)
   versions = {module.__name__: module.__version__ for module in (PIL, timm, torch, torchvision, webdataset)}
-  processes.serve(versions | {'stages': list(stages)}, {'full': full} | stages)
-
-
-def _stages(data: list[bytes], augment: Callable) -> dict[str, Callable[[int], int]]:
-  """Each stage of an image alone, on what the stage before it made."""
-  images = [open_image(one) for one in data]
-  stages: dict[str, Callable[[int], int]] = {'decode': processes.over(data, open_image)}
-  for step in augment.transforms:
-    stages[type(step).__name__] = processes.over(images, lambda image, step=step: _apply(step, image))
-    images = [_apply(step, image) for image in images]
-  stages['batch'] = lambda count: sum(len(torch.stack(images[i : i + BATCH])) for i in range(0, count, BATCH))
-  return stages
-
-
-def _apply(step: Callable, image: object) -> object:
-  try:
-    return step(image)
-  except ValueError:  # see above
-    return image
+  processes.serve(versions, {'full': full})
 
 
 if __name__ == '__main__':

@@ -109,7 +109,7 @@ def inference(
 
 
 def compiled(function: Callable, args: argparse.Namespace) -> Callable:
-  return torch.compile(function, mode=args.compile) if args.compile else function
+  return torch.compile(function) if args.compile else function
 
 
 def precision(args: argparse.Namespace) -> contextlib.AbstractContextManager:
@@ -123,7 +123,7 @@ def main() -> None:
   for name, kind in dict(batch=int, size=int, device=str, dtype=str).items():
     parser.add_argument(f'--{name}', type=kind, required=True)
   parser.add_argument('--longest', action='store_true')
-  parser.add_argument('--compile', choices=('default', 'reduce-overhead'))
+  parser.add_argument('--compile', action='store_true')
   args = parser.parse_args()
   args.device = {'cpu': 'cpu', 'gpu': 'cuda'}[args.device]
   on_gpu = args.device == 'cuda'

@@ -1,13 +1,11 @@
 """Processes that work in turns, so that both sides of a comparison meet the same machine."""
 
 from collections.abc import Callable, Mapping, Sequence
-import itertools
 import json
 import os
 import pathlib
 import platform
 import resource
-import select
 import statistics
 import subprocess
 import sys
@@ -60,13 +58,9 @@ class Side:
     os.sched_setaffinity(self._process.pid, cores or available)
     self.facts, self.peak_mb = {}, 0.0
 
-  def wait(self, seconds: float | None = None) -> 'Side':
-    """Returns once the process is ready; raises SystemExit when it ends, or is not ready in time."""
-    if not self.facts:
-      if not select.select([self._process.stdout], [], [], seconds and max(0, seconds))[0]:
-        self._process.kill()
-        sys.exit('not ready in time')
-      self.facts = self._answer()
+  def wait(self) -> 'Side':
+    """Returns once the process is ready; raises SystemExit when it ends."""
+    self.facts = self.facts or self._answer()
     return self
 
   def run(self, work: str, images: int, before: int = 0) -> Rate:
@@ -124,11 +118,6 @@ def take_turns(
       rate = sides[side].run(work, images, before)
       found[side, work] += [rate] * (number > 0)
   return found
-
-
-def over(items: Sequence, function: Callable) -> Callable[[int], int]:
-  """Work that applies a function to the first items."""
-  return lambda count: sum(function(item) is not None for item in itertools.islice(items, count))
 
 
 def machine() -> dict[str, object]:

@@ -9,12 +9,10 @@ the same steps in memory, without checkpoints.
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
-import copy
 import datetime
 import functools
 import importlib.metadata
 import json
-import operator
 import os
 import pathlib
 import platform
@@ -34,17 +32,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from benchmarks.processes import ROOT
-from configs import quickstart
-from groupvit_jax import cli, config_entries
+from groupvit_jax import cli
 from groupvit_jax.commands import export, score
 from groupvit_jax.data import pipeline
-from groupvit_jax.errors import UserError
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.running import folder_lock, processes, sharding
 from groupvit_jax.train import loop
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train.checkpoint import Checkpoints
-from tests.test_config_entries import ODD
 from tests.tiny import tiny_config
 
 _PAGE = ROOT / 'docs' / 'reliability.md'
@@ -177,7 +172,7 @@ def preempt(folder: pathlib.Path, preemptions: int, rng: random.Random) -> dict[
   for number in range(preemptions + 1):
     devices = _DEVICES[number % len(_DEVICES)]
     before = max(losses(workdir), default=0)
-    child = Child(functools.partial(train, given, workdir), devices, log)
+    child = Child(lambda: train(given, workdir), devices, log)
     if number < preemptions:
       target = before + rng.randrange(2, 8)
       while child.is_running() and max(losses(workdir), default=0) < target:
@@ -189,9 +184,9 @@ def preempt(folder: pathlib.Path, preemptions: int, rng: random.Random) -> dict[
       child.check(0)
     resumed = re.search(r'goes on after step (\d+)', log.read_text())
     segments.append((int(resumed[1]) if resumed else 0, devices))
-  Child(functools.partial(final_numbers, given, workdir, folder / 'preempted.npz'), 1, log).check(0)
+  Child(lambda: final_numbers(given, workdir, folder / 'preempted.npz'), 1, log).check(0)
   reference = folder / 'reference'
-  Child(functools.partial(undisturbed, given, reference, segments), max(_DEVICES), log).check(0)
+  Child(lambda: undisturbed(given, reference, segments), max(_DEVICES), log).check(0)
   return {
     'sigkill': codes.count(-signal.SIGKILL),
     'sigterm': codes.count(cli.EXIT_PREEMPTED),
@@ -200,8 +195,8 @@ def preempt(folder: pathlib.Path, preemptions: int, rng: random.Random) -> dict[
   }
 
 
-def at_call(owner: object, name: str, act: Callable[[], None]) -> None:
-  """Acts when a function is called for the first time, in this process."""
+def acting(owner: object, name: str, act: Callable[[], None], command: Callable[[], int]) -> int:
+  """Runs a command that acts when it first calls a function."""
   original = getattr(owner, name)
 
   def replaced(*args, **kwargs):
@@ -210,11 +205,6 @@ def at_call(owner: object, name: str, act: Callable[[], None]) -> None:
     return original(*args, **kwargs)
 
   setattr(owner, name, replaced)
-
-
-def acting(owner: object, name: str, act: Callable[[], None], command: Callable[[], int]) -> int:
-  """Runs a command that acts when it first calls a function."""
-  at_call(owner, name, act)
   return command()
 
 
@@ -223,41 +213,39 @@ def signal_self(number: int) -> None:
   os.kill(os.getpid(), number)
 
 
-def wait_for_kill(reached: pathlib.Path) -> None:
-  """Reports that a process came here, and waits."""
-  reached.touch()
-  time.sleep(600)
-
-
 def interrupt_phases(folder: pathlib.Path) -> dict[str, dict[str, bool]]:
   """SIGTERM and SIGKILL at the start of every phase of training; whether the resumed run equals the undisturbed one."""
-  given, log = config(6), folder / 'log'
+  given, log, whole = config(6), folder / 'log', folder / 'whole'
   given.eval.every_steps = 3
-  whole = folder / 'whole'
-  Child(functools.partial(train, given, whole), 1, log).check(0)
-  found = {}
-  for phase, (owner, name) in _PHASES.items():
-    for number in (signal.SIGTERM, signal.SIGKILL):
-      workdir = folder / f'{phase}-{number.name}'
+  Child(lambda: train(given, whole), 1, log).check(0)
 
-      command = functools.partial(train, given, workdir)
-      Child(functools.partial(acting, owner, name, functools.partial(signal_self, number), command), 1, log).check(
-        cli.EXIT_PREEMPTED, -signal.SIGKILL
-      )
-      Child(functools.partial(train, given, workdir), 1, log).check(0)
-      found.setdefault(number.name, {})[phase] = losses(workdir) == losses(whole)
-  for pause, (owner, name) in _PAUSES.items():
-    workdir, reached = folder / pause.replace(' ', '-'), folder / 'reached'
-    reached.unlink(missing_ok=True)
-    pause_once = functools.partial(at_call, owner, name, functools.partial(wait_for_kill, reached))
-    command = functools.partial(train, given, workdir)
-    child = Child(functools.partial(acting, Checkpoints, 'save', pause_once, command), 1, log)
+  def resume(workdir: pathlib.Path) -> bool:
+    Child(lambda: train(given, workdir), 1, log).check(0)
+    return losses(workdir) == losses(whole)
+
+  def interrupt(workdir: pathlib.Path, owner: object, name: str, number: int) -> bool:
+    command = lambda: acting(owner, name, lambda: signal_self(number), lambda: train(given, workdir))
+    Child(command, 1, log).check(cli.EXIT_PREEMPTED, -signal.SIGKILL)
+    return resume(workdir)
+
+  def kill_in_save(workdir: pathlib.Path, owner: object, name: str) -> bool:
+    reached = folder / f'{workdir.name}-reached'
+    pause = lambda: acting(owner, name, lambda: (reached.touch(), time.sleep(600)), lambda: 0)
+    child = Child(lambda: acting(Checkpoints, 'save', pause, lambda: train(given, workdir)), 1, log)
     while child.is_running() and not reached.exists():
       time.sleep(0.01)
     child.end(signal.SIGKILL)
     child.check(-signal.SIGKILL)
-    Child(functools.partial(train, given, workdir), 1, log).check(0)
-    found['SIGKILL'][f'saving, {pause}'] = losses(workdir) == losses(whole)
+    return resume(workdir)
+
+  found = {
+    number.name: {
+      phase: interrupt(folder / f'{phase}-{number.name}', *place, number) for phase, place in _PHASES.items()
+    }
+    for number in (signal.SIGTERM, signal.SIGKILL)
+  }
+  for pause, place in _PAUSES.items():
+    found['SIGKILL'][f'saving, {pause}'] = kill_in_save(folder / pause.replace(' ', '-'), *place)
   return found
 
 
@@ -269,24 +257,20 @@ def interrupt_results(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, 
     with folder_lock.hold(str(output), '--output'):
       return score.evaluate_benchmark(str(workdir), score.Request(score.SCENES, output=str(output)))
 
-  commands = {
-    'evaluation': (evaluate, 'results.json', (Evaluator, 'evaluate')),
-    'export': (
-      lambda output: export.export(str(workdir), 'safetensors', str(output)) and 0,
-      'model.safetensors',
-      (type(epath.Path()), 'rename'),
-    ),
-  }
-  found = {}
-  for name, (command, result, (owner, function)) in commands.items():
+  def kill(name: str, command: Callable[[pathlib.Path], int], result: str, owner: object, function: str) -> bool:
     whole, disturbed = folder / f'{name}-whole', folder / f'{name}-disturbed'
-    Child(functools.partial(command, whole), 1, log).check(0)
-    kill, again = functools.partial(signal_self, signal.SIGKILL), functools.partial(command, disturbed)
-    Child(functools.partial(acting, owner, function, kill, again), 1, log).check(-signal.SIGKILL)
+    Child(lambda: command(whole), 1, log).check(0)
+    again = lambda: command(disturbed)
+    Child(lambda: acting(owner, function, lambda: signal_self(signal.SIGKILL), again), 1, log).check(-signal.SIGKILL)
     claimed = (disturbed / result).exists() and '"complete": false' not in (disturbed / result).read_text()
     Child(again, 1, log).check(0)
-    found[name] = not claimed and (whole / result).read_bytes() == (disturbed / result).read_bytes()
-  return found
+    return not claimed and (whole / result).read_bytes() == (disturbed / result).read_bytes()
+
+  write = lambda output: export.export(str(workdir), 'safetensors', str(output)) and 0
+  return {
+    'evaluation': kill('evaluation', evaluate, 'results.json', Evaluator, 'evaluate'),
+    'export': kill('export', write, 'model.safetensors', type(epath.Path()), 'rename'),
+  }
 
 
 def soak(folder: pathlib.Path, seconds: float) -> dict[str, float]:
@@ -294,7 +278,7 @@ def soak(folder: pathlib.Path, seconds: float) -> dict[str, float]:
   given, log, looks = config(10**6), folder / 'log', []
   given.checkpoint.every_steps, given.log_every = 1000, 10
   workdir = folder / 'soak'
-  child = Child(functools.partial(train, given, workdir), 1, log)
+  child = Child(lambda: train(given, workdir), 1, log)
   while not losses(workdir) and child.is_running():
     time.sleep(0.5)
   began = time.monotonic()
@@ -309,26 +293,9 @@ def soak(folder: pathlib.Path, seconds: float) -> dict[str, float]:
   return {'minutes': seconds / 60, 'steps': int(steps[-1]), 'mib': memory[-1], 'mib_per_1000_steps': float(growth)}
 
 
-def bad_entries() -> dict[str, int]:
-  """How many odd values of config entries were tried, and refused; `tests/test_config_entries.py` checks which."""
-  refused, base = [], quickstart.get_config().to_dict()
-  for _, path, _ in config_entries.flatten(quickstart.get_config()):
-    *sections, key = path.split('.')
-    for value in ODD:
-      values = copy.deepcopy(base)
-      functools.reduce(operator.getitem, sections, values)[key] = value
-      try:
-        config_entries.check(ml_collections.ConfigDict(values))
-        refused.append(False)
-      except UserError:
-        refused.append(True)
-  return {'tried': len(refused), 'refused': sum(refused)}
-
-
 def table(found: dict[str, object]) -> Iterator[str]:
   """The lines of the page's table."""
-  preempted, phases = found['preemptions'], found['phases']
-  verdict = lambda good: 'equal' if good else '**different**'
+  preempted, long = found['preemptions'], found['soak']
   count = lambda results: f'{sum(results.values())} of {len(results)} equal ({", ".join(results)})'
   yield '| what is interrupted | how | result |'
   yield '|:--|:--|:--|'
@@ -336,27 +303,18 @@ def table(found: dict[str, object]) -> Iterator[str]:
     '| training, on 1, 2, 4 and 8 devices in turn '
     f'| {preempted["sigkill"]} x SIGKILL, {preempted["sigterm"]} x SIGTERM, '
     f'{preempted["device_changes"]} changes of the device count '
-    f'| state {verdict(preempted["equal"])}, bit for bit, to that of one process that changes devices likewise |'
+    f'| state {"equal" if preempted["equal"] else "**different**"}, bit for bit, to that of one process that changes '
+    'devices likewise |'
   )
-  for name, results in phases.items():
+  for name, results in found['phases'].items():
     yield f'| training, in every phase | {name} | {count(results)} |'
   yield f'| evaluation, export | SIGKILL before the results | {count(found["results"])} |'
-  yield from more_rows(found)
-  yield ''
-  yield found['made']
-
-
-def more_rows(found: dict[str, object]) -> Iterator[str]:
-  """The lines about bad values and memory."""
-  entries, long = found['entries'], found['soak']
-  yield (
-    f'| config entries of the quickstart | {entries["tried"]:,} odd values '
-    f'| {entries["refused"]:,} refused in one line; the others are in range |'
-  )
   yield (
     f'| nothing: a soak of {long["minutes"]:g} minutes | {long["steps"]:,} steps '
     f'| resident memory {long["mib"]:.0f} MiB, growing by {long["mib_per_1000_steps"]:+.2f} MiB per 1,000 steps |'
   )
+  yield ''
+  yield found['made']
 
 
 def main() -> int:
@@ -374,7 +332,7 @@ def main() -> int:
   jax.config.update('jax_platforms', 'cpu')
   began, folder = time.monotonic(), pathlib.Path(tempfile.mkdtemp(prefix='groupvit-reliability-'))
   try:
-    found = {'entries': bad_entries(), 'soak': soak(folder, args.soak_minutes * 60)}
+    found = {'soak': soak(folder, args.soak_minutes * 60)}
     found |= {'phases': interrupt_phases(folder), 'results': interrupt_results(folder, folder / 'whole')}
     found['preemptions'] = preempt(folder, args.preemptions, random.Random(args.seed))
   finally:

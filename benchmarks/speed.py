@@ -19,7 +19,7 @@ from typing import get_args, NamedTuple
 from benchmarks import caption_lengths, our_side, processes
 from groupvit_jax.interop import onnx
 
-COMPILE, LONGEST = '--compile=default', '--longest'
+COMPILE, LONGEST = '--compile', '--longest'
 HUGE = 'huge pages'  # not an argument: it matters how the process is started
 _TRAINING_MODES = {
   'eager': [],
@@ -32,7 +32,6 @@ _TRAINING_MODES = {
 _INFERENCE_MODES = {
   'eager': [],
   'torch.compile': [COMPILE],
-  'torch.compile, reduce-overhead': ['--compile=reduce-overhead'],
   'eager, huge pages': [HUGE],
   'torch.compile, huge pages': [COMPILE, HUGE],
 }
@@ -68,11 +67,12 @@ def main(work: str) -> None:
   parser.add_argument('--runtime', choices=get_args(onnx.Runtime), help='of ours, from its ONNX export; else JAX')
   parser.add_argument('--peer_modes', nargs='*', choices=list(PEER_MODES[work]))
   parser.add_argument('--growth', action='store_true', help='Ours at other batches and sizes as well.')
-  parser.add_argument('--trace', type=pathlib.Path, help='Folder for a profile of ours: python -m benchmarks trace.')
   parser.add_argument('--output', type=pathlib.Path, help='JSON file.')
   args = parser.parse_args()
-  if args.peer_modes is None:
-    args.peer_modes = usual_modes(work, args.device)
+  if args.peer_modes is None:  # pages matter on CPUs alone
+    args.peer_modes = [
+      mode for mode, options in PEER_MODES[work].items() if args.device == 'cpu' or HUGE not in options
+    ]
   machine = processes.machine()
   written = report(work, args, compare(work, args), machine)
   if args.growth:
@@ -80,15 +80,6 @@ def main(work: str) -> None:
     points = dict.fromkeys([(batch, args.size) for batch in batches] + [(args.batch, size) for size in sizes])
     written['growth'] = [grow(work, args, *point) for point in points]
   processes.write(written, args.output)
-
-
-def usual_modes(work: str, device: str) -> list[str]:
-  """Modes of the peer where none are asked for; pages matter on CPUs alone."""
-  return [
-    mode
-    for mode, options in PEER_MODES[work].items()
-    if 'reduce-overhead' not in mode and (device == 'cpu' or HUGE not in options)
-  ]
 
 
 class Comparison(NamedTuple):
@@ -135,7 +126,7 @@ def start(work: str, args: argparse.Namespace, name: str) -> processes.Side:
     return processes.Side('peer_side', [*arguments, *(o for o in options if o != HUGE)], huge=HUGE in options)
   options = [f'--remat={args.remat}', f'--text_budget={args.text_budget}']
   options += [f'--runtime={args.runtime}'] * bool(args.runtime)
-  return processes.Side('our_side', arguments + options + [f'--trace={args.trace}'] * bool(args.trace), huge=True)
+  return processes.Side('our_side', arguments + options, huge=True)
 
 
 def report(work: str, args: argparse.Namespace, found: Comparison, machine: Mapping[str, object]) -> dict[str, object]:
@@ -174,7 +165,7 @@ def report(work: str, args: argparse.Namespace, found: Comparison, machine: Mapp
 
 def grow(work: str, args: argparse.Namespace, batch: int, size: int) -> dict[str, object]:
   """Ours alone at another batch or size."""
-  args = argparse.Namespace(**vars(args) | dict(batch=batch, size=size, trace=None))
+  args = argparse.Namespace(**vars(args) | dict(batch=batch, size=size))
   side = start(work, args, 'ours').wait()
   found = processes.take_turns({'ours': side}, [('ours', work)], args.rounds, args.steps * batch, before=batch)
   side.close()

@@ -79,8 +79,8 @@ def picture() -> str:
       f'<text x="120" y="{y + 18}" font-size="12" fill="#345">{html.escape(shorten(describe(room)))}</text>',
       f'<text transform="translate({x + CELL / 2 + 4} {top - 8}) rotate(-60)">{room}</text>',
     ]
-  for row, room in enumerate(rooms):
-    for column in sorted(map(rooms.index, imports()[room])):
+  for row, imported in enumerate(imports().values()):
+    for column in sorted(map(rooms.index, imported)):
       x, y = left + CELL * (column + 0.5), top + CELL * (row + 0.5)
       parts.append(f'<circle cx="{x:.0f}" cy="{y:.0f}" r="6" fill="#246"/>')
   parts.append(
