@@ -39,7 +39,7 @@ def _predictor() -> Predictor:
   paper.tokenizer.vocab_size = tokenizer.vocab_size
   model = our_side.make_model(paper)
   variables = our_side.init_state(model, optax.identity(), (1, model.text.context_length), mesh).variables
-  protocol = protocols.find_protocol('groupvit', model.vision.image_size)
+  protocol = protocols.GROUPVIT
   return Predictor(with_fastest_attention(model, mesh), variables, tokenizer, mesh, protocol=protocol)
 
 

@@ -255,7 +255,7 @@ def interrupt_results(folder: pathlib.Path, workdir: pathlib.Path) -> dict[str, 
 
   def evaluate(output: pathlib.Path) -> int:
     with folder_lock.hold(str(output), '--output'):
-      return score.evaluate_benchmark(str(workdir), score.Request(score.SCENES, output=str(output)))
+      return score.evaluate_benchmark(str(workdir), score.Request('scenes', output=str(output)))
 
   def kill(name: str, command: Callable[[pathlib.Path], int], result: str, owner: object, function: str) -> bool:
     whole, disturbed = folder / f'{name}-whole', folder / f'{name}-disturbed'

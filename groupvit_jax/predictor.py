@@ -83,7 +83,7 @@ class Predictor:
     if jax.process_count() > 1:
       raise UserError(f'images are segmented by one process and there are {jax.process_count()}; start only one')
     if not isinstance(protocol, Protocol):
-      protocol = find_protocol(NATIVE if protocol is None else protocol, model.vision.image_size)
+      protocol = find_protocol(protocol or NATIVE, model.vision.image_size, model.vision.patch_size)
     self.protocol = protocol
     self.source = source
     self._model, self._variables, self._tokenizer, self._mesh = model, variables, tokenizer, mesh

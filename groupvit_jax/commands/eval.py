@@ -21,6 +21,7 @@ def main() -> int:
   if mistake := _find_mistake():
     return cli.fail(mistake)
   from groupvit_jax.commands import score, score_all, segment
+  from groupvit_jax.eval import labelled
   from groupvit_jax.running import processes
 
   options = dict(
@@ -33,7 +34,7 @@ def main() -> int:
   )
   if IMAGES.value is None:
     options |= dict(
-      benchmark=BENCHMARK.value or score.SCENES,
+      benchmark=BENCHMARK.value or labelled.SCENES,
       data_dir=DATA_DIR.value,
       num_pictures=NUM_PICTURES.value,
       thresholds=THRESHOLDS.value,
@@ -88,8 +89,8 @@ if __name__ == '__main__':
   PROTOCOL = flags.DEFINE_string(
     'protocol',
     '',
-    f'native or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, or native. a,b,c scores '
-    'several, in one pass where they cut images alike.',
+    f'native, shifted or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, shifted for '
+    'scenes, else native. a,b,c scores several, in one pass where they cut images alike.',
   )
   WEIGHTS = flags.DEFINE_enum(
     'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'

@@ -24,8 +24,7 @@ from groupvit_jax.running import processes
 from groupvit_jax.train import open_run
 from groupvit_jax.train.open_run import TrainedRun
 
-SCENES = 'scenes'
-BENCHMARKS = (*labelled.STORED_IN, labelled.FOLDER, SCENES, labelled.IMAGENET)
+BENCHMARKS = (*labelled.STORED_IN, labelled.FOLDER, labelled.SCENES, labelled.IMAGENET)
 _SHOWN_SCENES = 6
 _GALLERY = 3  # images of each kind on a page
 _MAX_THRESHOLDS = 200  # each has a confusion matrix of its own on the devices
@@ -40,8 +39,7 @@ class Request:
     data_dir: where TFDS data sets are kept, of 'folder' the folder itself, of 'imagenet' perhaps a pattern of tars; see
       `labelled.open_benchmark` and `labelled.open_imagenet`. 'scenes' have none.
     num_pictures: so many images, spread evenly; 0 for all.
-    protocol: its name; '' for that of the benchmark's first published result, or where there is none 'native'. Of
-      'imagenet' always ''.
+    protocol: its name; '' for `labelled.default_protocol`. Of 'imagenet' always ''.
     class_names: see `class_names.find_names`; '' for those of the protocol. Of 'imagenet' always ''.
     changes: protocol parameters as people write them; of 'imagenet' `templates` alone.
     thresholds: further background thresholds, see `parse_thresholds`; not of 'imagenet'.
@@ -93,7 +91,7 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
     raise UserError('--masks needs --output: the folder that label maps go to')
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   page = None if request.report is None else page_path(request)
-  opened = open_images(request) if request.benchmark != SCENES else None
+  opened = open_images(request) if request.benchmark != labelled.SCENES else None
   run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)
   evaluator = _build(run, request, opened, thresholds)
   if folder:
@@ -231,8 +229,8 @@ def _build(
   else:
     benchmark, source = opened
     num_threads = labelled.decode_threads()
-  name, size = request.protocol or labelled.default_protocol(benchmark), run.model.vision.image_size
-  protocol = protocols.parse_protocol(name, size, request.changes)
+  name, vision = request.protocol or labelled.default_protocol(benchmark), run.model.vision
+  protocol = protocols.parse_protocol(name, vision.image_size, vision.patch_size, request.changes)
   if request.class_names:
     protocol = protocols.override(protocol, {'class_names': request.class_names})
   protocol = benchmark.fix_threshold(protocol)

@@ -118,7 +118,7 @@ def _find_units(run: TrainedRun, request: Request) -> tuple[list[Unit], list[str
   if request.benchmark == labelled.IMAGENET:
     raise UserError(zero_shot.NO_PROTOCOL)
   if request.benchmark != ALL:
-    opened = score.open_scenes(run, request) if request.benchmark == score.SCENES else score.open_images(request)
+    opened = score.open_scenes(run, request) if request.benchmark == labelled.SCENES else score.open_images(request)
     benchmark, source = opened
     return _split(run, request, source, [(benchmark, (labelled.default_protocol(benchmark),))]), []
   score.check_data_dir(request)
@@ -151,7 +151,8 @@ def _split(
   units: dict[tuple, Unit] = {}
   for benchmark, default in benchmarks:
     for name in _listed(request.protocol) or default:
-      protocol = protocols.parse_protocol(name, run.model.vision.image_size, request.changes)
+      vision = run.model.vision
+      protocol = protocols.parse_protocol(name, vision.image_size, vision.patch_size, request.changes)
       for names in _listed(request.class_names) or [protocol.class_names]:
         chosen = benchmark.fix_threshold(protocols.override(protocol, {'class_names': names}))
         found = find_names(benchmark, names)

@@ -63,7 +63,7 @@ def segment_images(
   paths = _find_images(images)
   folder = OutputFolder(output, overwrite=overwrite)
   run = open_run.open_run(workdir, checkpoint, weights=weights)
-  chosen = protocols.parse_protocol(protocol, run.model.vision.image_size, changes)
+  chosen = protocols.parse_protocol(protocol, run.model.vision.image_size, run.model.vision.patch_size, changes)
   predictor = Predictor.of_run(run, protocol=chosen)
   names, failures, done = _unique_names(paths), {}, {}
   predictions = predictor.stream(_read_all(paths, failures), class_names, threshold=chosen.threshold)

@@ -27,7 +27,7 @@ from groupvit_jax.data.tars import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, IGNORE_LABEL, make_benchmark
 from groupvit_jax.eval.draw import class_palette
-from groupvit_jax.eval.protocols import NATIVE
+from groupvit_jax.eval.protocols import NATIVE, SHIFTED
 from groupvit_jax.running import processes
 
 # Benchmark -> the data set that holds its images and labels; see groupvit_jax/prepare.
@@ -42,6 +42,7 @@ STORED_IN = {
   'cityscapes': 'cityscapes_fine',
 }
 FOLDER = 'folder'
+SCENES = 'scenes'  # those that a run itself holds out
 IMAGENET = 'imagenet'
 SPLIT = 'validation'
 VALIDATION, TEST = 'validation', 'test'  # of held-out scenes; no choice may depend on the score of TEST
@@ -145,8 +146,9 @@ def open_benchmark(name: str, data_dir: epath.PathLike, num_images: int = 0) -> 
 
 
 def default_protocol(benchmark: Benchmark) -> str:
-  """The protocol of the first published result; the native one where there is none."""
-  return benchmark.published[0].protocol if benchmark.published else NATIVE
+  """The protocol of the first published result; where there is none, 'shifted' for scenes and 'native' for a folder."""
+  own = SHIFTED if benchmark.name == SCENES else NATIVE
+  return benchmark.published[0].protocol if benchmark.published else own
 
 
 def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> Source:
@@ -231,7 +233,7 @@ def open_scenes(config: ml_collections.ConfigDict, split: str) -> tuple[Benchmar
     ValueError: the config's scenes have a mistake.
   """
   source = build_scenes(config.data.scenes, tuple(config.model.vision.image_size), split).labelled()
-  benchmark = make_benchmark('scenes', source.classes)
+  benchmark = make_benchmark(SCENES, source.classes)
   return dataclasses.replace(benchmark, palette=class_palette(benchmark.classes)), source
 
 

@@ -12,7 +12,8 @@ from groupvit_jax.errors import UserError
 Resize = Literal['short_side', 'square']
 Refinement = Literal['pamr']
 ThresholdMode = Literal['window', 'global']
-NATIVE = 'native'  # the protocol that `native_protocol` makes for a model
+# Protocols that are made for a model, by `native_protocol` and `shifted_protocol`.
+NATIVE, SHIFTED = 'native', 'shifted'
 
 
 class Pamr(NamedTuple):
@@ -170,25 +171,36 @@ def native_protocol(image_size: tuple[int, int]) -> Protocol:
   )
 
 
-def find_protocol(name: str, image_size: tuple[int, int]) -> Protocol:
-  """The protocol of that name, one of `PROTOCOLS` or 'native', for a model trained on images of (H, W).
+def shifted_protocol(image_size: tuple[int, int], patch_size: int) -> Protocol:
+  """The native protocol for a square image in four windows, half a patch apart down and across.
+
+  A mask of one window has steps of a whole patch. The mean of four that are shifted by half a patch has steps of half.
+  """
+  native, half = native_protocol(image_size), max(patch_size // 2, 1)
+  side = native.window + half
+  return dataclasses.replace(native, name=SHIFTED, resize='square', short_side=side, stride=half)
+
+
+def find_protocol(name: str, image_size: tuple[int, int], patch_size: int) -> Protocol:
+  """The protocol of that name, one of `PROTOCOLS`, 'native' or 'shifted', for a model trained on images of (H, W).
 
   Raises:
     ValueError: there is none.
   """
-  protocols = {NATIVE: native_protocol(image_size)} | PROTOCOLS
+  own = {NATIVE: native_protocol(image_size), SHIFTED: shifted_protocol(image_size, patch_size)}
+  protocols = own | PROTOCOLS
   if name not in protocols:
     raise UserError(f'there is no protocol {name!r}; choose one of {", ".join(protocols)}')
   return protocols[name]
 
 
-def parse_protocol(name: str, image_size: tuple[int, int], changes: Mapping[str, str]) -> Protocol:
+def parse_protocol(name: str, image_size: tuple[int, int], patch_size: int, changes: Mapping[str, str]) -> Protocol:
   """`find_protocol` with parameters changed as people write them: numbers, True, False, None (in any case), or text.
 
   Raises:
     ValueError: there is no such protocol or parameter, or it cannot have that value.
   """
-  return override(find_protocol(name, image_size), {key: _parse(text) for key, text in changes.items()})
+  return override(find_protocol(name, image_size, patch_size), {key: _parse(text) for key, text in changes.items()})
 
 
 def _parse(text: str) -> object:

@@ -195,18 +195,22 @@ class RunEvals:
     self._log.message(f'step {step}  {name}  ' + '  '.join(shown))
 
 
-def open_benchmarks(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> tuple[OpenedBenchmark, ...]:
+def open_benchmarks(
+  config: ml_collections.ConfigDict, image_size: tuple[int, int], patch_size: int
+) -> tuple[OpenedBenchmark, ...]:
   """Finds the images of every benchmark that a config's `benchmarks` part lists.
 
   Args:
     config: name -> `benchmark` and `data_dir` as eval.py takes them, `every_steps` (0 for never), `num_pictures` (so
       many, spread evenly; 0 for all), `protocol` ('' for that of the published figure) and `changes` to it.
     image_size: (H, W) of the training images.
+    patch_size: the model's, in pixels.
 
   Raises:
     ValueError: an entry has a mistake, or its images are not there.
   """
-  return tuple(_open(name, config[name], image_size) for name in sorted(config) if _check(name, config[name]))
+  scheduled = [name for name in sorted(config) if _check(name, config[name])]
+  return tuple(_open(name, config[name], image_size, patch_size) for name in scheduled)
 
 
 def check_best(metric: str, benchmarks: Sequence[OpenedBenchmark], others: Sequence[str]) -> None:
@@ -244,7 +248,7 @@ def _check(name: str, entry: Mapping[str, object]) -> bool:
   return entry['every_steps'] > 0
 
 
-def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -> OpenedBenchmark:
+def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int], patch_size: int) -> OpenedBenchmark:
   try:
     if entry['benchmark'] == labelled.IMAGENET:
       if entry['protocol'] or set(entry['changes']) - {'templates'}:
@@ -253,7 +257,8 @@ def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int]) -
       templates = dict(entry['changes']).get('templates', zero_shot.TEMPLATES)
       return OpenedBenchmark(name, entry['every_steps'], None, source, None, templates)
     benchmark, source = labelled.open_benchmark(entry['benchmark'], entry['data_dir'], entry['num_pictures'])
-    protocol = protocols.find_protocol(entry['protocol'] or labelled.default_protocol(benchmark), image_size)
+    chosen = entry['protocol'] or labelled.default_protocol(benchmark)
+    protocol = protocols.find_protocol(chosen, image_size, patch_size)
     protocol = benchmark.fix_threshold(protocols.override(protocol, dict(entry['changes'])))
     find_names(benchmark, protocol.class_names)
   except ValueError as error:

@@ -75,7 +75,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   config = optim.steps_from_pairs(config, len(source))
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
   tx = optim.build_optimizer(config.optim, schedule, config.freeze)
-  benchmarks = evals.open_benchmarks(config.benchmarks, image_size)
+  benchmarks = evals.open_benchmarks(config.benchmarks, image_size, config.model.vision.patch_size)
   scenes = config.data.source == 'scenes' and config.eval.every_steps > 0
   evals.check_best(config.checkpoint.best, benchmarks, (evals.SCENES,) if scenes else ())
   model = build_model(

@@ -1,5 +1,6 @@
 """eval.py: scores of held-out scenes, anyone's pictures, and one line for every mistake."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -16,7 +17,8 @@ import pytest
 import groupvit_jax
 from groupvit_jax import cli
 from groupvit_jax.commands import score, segment
-from groupvit_jax.commands.score import Request, SCENES
+from groupvit_jax.commands.score import Request
+from groupvit_jax.eval import protocols
 from groupvit_jax.eval.evaluator import build_scene_evaluator
 from groupvit_jax.train import open_run, state
 from tests.tiny import tiny_config
@@ -26,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def scenes(workdir=None, output=None, overwrite=False, protocol='', **changes):
-  request = Request(SCENES, protocol=protocol, changes=changes, output=output and str(output), overwrite=overwrite)
+  request = Request('scenes', protocol=protocol, changes=changes, output=output and str(output), overwrite=overwrite)
   return score.evaluate_benchmark(str(workdir or trained_workdir()), request)
 
 
@@ -54,7 +56,7 @@ def test_scores_name_everything_they_depend_on(evaluated):
   report = json.loads((evaluated / 'results.json').read_text())
   assert report['complete'] and report['split'] == 'test' and report['num_images'] == 8
   protocol = report['protocol']
-  assert (protocol['name'], protocol['window'], protocol['stride']) == ('native', 32, 16)
+  assert (protocol['name'], protocol['short_side'], protocol['window'], protocol['stride']) == ('shifted', 36, 32, 4)
   assert protocol['changed'] == [] and protocol['threshold'] is None
   assert report['checkpoint'] == {'step': 6, 'damaged_newer_steps': []}
   assert re.fullmatch('[0-9a-f]{12}(-dirty)?|' + groupvit_jax.__version__, report['provenance']['code'])
@@ -71,6 +73,8 @@ def test_baselines_of_the_same_run(evaluated):
   baselines = json.loads((evaluated / 'results.json').read_text())['baselines']
   run = open_run.open_run(trained_workdir())
   evaluator = build_scene_evaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
+  shifted = protocols.shifted_protocol(run.model.vision.image_size, run.model.vision.patch_size)
+  evaluator = dataclasses.replace(evaluator, protocol=shifted)
   truth = np.concatenate([evaluator.source[i]['label'].ravel() for i in range(8)])
   shares = np.bincount(truth, minlength=18) / truth.size
   assert baselines['constant']['class'] == evaluator.source.classes[shares.argmax()]

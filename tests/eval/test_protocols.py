@@ -50,6 +50,14 @@ def test_native_fits_the_models_own_pictures():
   assert native.class_filter == protocols.GROUPVIT.class_filter
 
 
+def test_shifted_is_a_square_in_four_windows_half_a_patch_apart():
+  shifted = protocols.shifted_protocol((64, 64), 8)
+  assert (shifted.resize, shifted.short_side, shifted.window, shifted.stride) == ('square', 68, 64, 4)
+  assert shifted.max_windows == 4
+  assert protocols.shifted_protocol((224, 224), 16).short_side == 232
+  assert protocols.shifted_protocol((16, 16), 1).stride == 1
+
+
 def test_overrides_are_named_in_the_result():
   protocol = protocols.override(protocols.GROUPVIT, {'stride': 448, 'class_filter': None})
   found = json.loads(json.dumps(protocol.to_json()))
@@ -79,7 +87,7 @@ def test_every_part_can_be_changed_on_the_command_line():
     templates='full',
     class_names='benchmark',
   )
-  found = protocols.parse_protocol('groupvit', (32, 32), texts).to_json()
+  found = protocols.parse_protocol('groupvit', (32, 32), 8, texts).to_json()
   assert found['changed'] == list(texts) == list(protocols.PARAMETERS)
   assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
   values = ['square', 224, 1024, True, 224, 112, None, False, False, 0.9, 'global', 'pamr', 3, (1, 2), 'full']
@@ -121,10 +129,11 @@ def test_bad_overrides_are_refused_in_one_line(changes, message):
 
 
 def test_unknown_protocol():
-  assert protocols.find_protocol('tcl', (64, 64)) is protocols.TCL
-  assert protocols.find_protocol('native', (64, 96)) == protocols.native_protocol((64, 96))
-  with pytest.raises(ValueError, match="'voc'; choose one of native, groupvit, tcl, tcl\\+pamr, tcl-336, "):
-    protocols.find_protocol('voc', (64, 64))
+  assert protocols.find_protocol('tcl', (64, 64), 8) is protocols.TCL
+  assert protocols.find_protocol('native', (64, 96), 8) == protocols.native_protocol((64, 96))
+  assert protocols.find_protocol('shifted', (64, 96), 8) == protocols.shifted_protocol((64, 96), 8)
+  with pytest.raises(ValueError, match="'voc'; choose one of native, shifted, groupvit, tcl, tcl\\+pamr, tcl-336, "):
+    protocols.find_protocol('voc', (64, 64), 8)
 
 
 @pytest.mark.parametrize('length, count', [(448, 1), (100, 1), (449, 2), (672, 2), (673, 3), (2048, 9)])

@@ -225,12 +225,12 @@ def train_state_of(workdir):
 def test_a_mistake_shows_before_the_first_step(changes, message, tmp_path):
   layouts.folder(tmp_path)
   with pytest.raises(ValueError, match=message):
-    evals.open_benchmarks(ml_collections.ConfigDict(dict(mine=entry(tmp_path, **changes))), (32, 32))
+    evals.open_benchmarks(ml_collections.ConfigDict(dict(mine=entry(tmp_path, **changes))), (32, 32), 8)
 
 
 def test_the_best_of_what_is_not_measured(tmp_path):
   layouts.folder(tmp_path)
-  benchmarks = evals.open_benchmarks(ml_collections.ConfigDict(dict(mine=entry(tmp_path))), (32, 32))
+  benchmarks = evals.open_benchmarks(ml_collections.ConfigDict(dict(mine=entry(tmp_path))), (32, 32), 8)
   evals.check_best('eval/mine/miou', benchmarks, ())
   evals.check_best('eval/validation/oracle_miou', benchmarks, ('validation',))
   evals.check_best('', (), ())
