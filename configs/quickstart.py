@@ -94,9 +94,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
       prefetch_batches=4,
       augment=dict(name='none'),  # scenes have the model's size and vary without it
       max_fault_share=0.05,  # a larger share of bad records ends the run
-      scenes=dict(
-        seed=0, things=THINGS[variant], stuff=STUFF, min_things=1, max_things=3, partial_captions=0.5, num_heldout=512
-      ),
+      scenes=dict(seed=0, things=THINGS[variant], stuff=STUFF, min_things=1, max_things=3, num_heldout=512),
     )
   )
   config.tokenizer = ml_collections.ConfigDict(

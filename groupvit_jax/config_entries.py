@@ -182,7 +182,6 @@ ENTRIES = {
   'data.scenes.stuff': Entry(_NAMES, 'their backgrounds'),
   'data.scenes.min_things': Entry(whole(1, 16), 'fewest things in a scene'),
   'data.scenes.max_things': Entry(whole(1, 16), 'most things in a scene'),
-  'data.scenes.partial_captions': Entry(_SHARE, 'share of captions that omit something'),
   'data.scenes.num_heldout': Entry(whole(1, 10**6), 'scenes of the validation split, and of the test split'),
   'tokenizer.path': Entry(_TEXT, "a tokenizer's file or folder; '' trains one on the captions"),
   'tokenizer.vocab_size': Entry(whole(260, 10**6), 'tokens of one that is trained'),

@@ -75,7 +75,6 @@ def build_scenes(config: ml_collections.ConfigDict, image_size: tuple[int, int],
     split=split,
     min_things=config.min_things,
     max_things=config.max_things,
-    partial_captions=config.partial_captions,
   )
 
 

@@ -91,6 +91,8 @@ def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
       config[key] = config.get(key, value)
     for key, value in _ADDED_DATA.items() if _has_section(config, 'data') else ():
       config.data[key] = config.data.get(key, value)
+    if _has_section(config, 'data') and 'partial_captions' in config.data.get('scenes', {}):
+      del config.data.scenes.partial_captions  # resuming such a run is refused: its data have another digest
     if _has_section(config, 'data') and config.data.get('source') == 'sets':
       config.data.clean_captions = config.data.get('clean_captions', False)
     if _has_section(config, 'eval'):

@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from groupvit_jax.errors import UserError
-
-# {things} is 'a dog and a banana', {place} is 'on the grass' or nothing. No verb agrees with the things, so every
+# {things} is 'a dog and a banana', {place} is 'on the grass'. No verb agrees with the things, so every
 # template but one fits one thing and several.
 TEMPLATES = (
   'a photo of {things} {place}',
@@ -36,23 +34,16 @@ def name_thing(name: str) -> str:
   return _PHRASES.get(name, f'{article} {name}')
 
 
-def write_caption(things: Sequence[str], place: str | None, template: float) -> str:
+def write_caption(things: Sequence[str], place: str, template: float) -> str:
   """A caption in lower case without a full stop.
 
   Args:
-    things: names of the things; a repeated name occurs once.
-    place: where they are, as in 'on the grass'; None to omit it.
+    things: names of the things, at least one; a repeated name occurs once.
+    place: where they are, as in 'on the grass'.
     template: number in [0, 1) that picks the sentence.
-
-  Raises:
-    UserError: there is nothing to name.
   """
   phrases = [name_thing(name) for name in dict.fromkeys(things)]
-  if not phrases and place is None:
-    raise UserError('a caption needs a thing or a place to name')
-  if not phrases:
-    phrases, place = [place.split(' ', 1)[1]], None  # 'on the grass' without the preposition
   listed = ' and '.join(filter(None, (', '.join(phrases[:-1]), phrases[-1])))
   sentences = TEMPLATES if len(phrases) > 1 else _ONE_THING_TEMPLATES
   sentence = sentences[int(template * len(sentences))]
-  return sentence.format(things=listed, place=place or '').strip(' ,')
+  return sentence.format(things=listed, place=place)

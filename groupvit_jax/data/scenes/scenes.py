@@ -91,8 +91,6 @@ class Scenes:
       with many large things a scene may have fewer than `min_things`, never none.
     min_scale: shortest long side of a thing, in scene sides.
     max_scale: longest.
-    partial_captions: share of captions that name one thing, or the things, or the stuff alone. Without them the text
-      tower never reads a name alone.
     max_degrees: largest turn of a thing either way.
     min_visible: share of each thing's pixels that must be inside the image and not covered.
     poses: number of (size, turn) pairs kept per glyph; mirroring doubles them.
@@ -110,7 +108,6 @@ class Scenes:
   max_things: int = 3
   min_scale: float = 0.35
   max_scale: float = 0.65
-  partial_captions: float = 0.5
   max_degrees: float = 40.0
   min_visible: float = 0.5
   poses: int = 64
@@ -129,7 +126,6 @@ class Scenes:
     _check_range('max_things', self.max_things, 1, 16)
     _check_range('min_scale', self.min_scale, 0.1, self.max_scale)
     _check_range('max_scale', self.max_scale, 0.1, 0.7)  # turned by 45 degrees, 0.7 just fits
-    _check_range('partial_captions', self.partial_captions, 0, 1)
     _check_range('max_degrees', self.max_degrees, 0, 180)
     _check_range('min_visible', self.min_visible, 0, 0.9)  # more may be lost to rounding alone
     _check_range('poses', self.poses, 1, 4096)
@@ -187,13 +183,11 @@ class Scenes:
     noise = composition.cut_window(draws, self._bank.noise, self.size)
     place = kind.places[pick(draws, len(kind.places))]
     template, backwards = next(draws), next(draws) < 0.5
-    partial, left_out, kept = next(draws), pick(draws, 3), next(draws)
+    for _ in range(3):  # spent on captions once: a seed's scenes stay as they are
+      next(draws)
     owner = np.zeros((self.size, self.size), np.uint8)
     placed = self._place_things(draws, owner)
     names = [self.things[thing.name] for thing in placed][:: -1 if backwards else 1]
-    if partial < self.partial_captions:
-      one = names[int(kept * len(names))]
-      names, place = (((one,), None), (names, None), ((), place))[left_out]
     caption = captions.write_caption(names, place, template)
     return composition.Layout(stuff, texture, light, noise, placed, owner, caption)
 
