@@ -1,4 +1,4 @@
-"""The installed package, outside of the checkout: commands, configs by name, training, evaluation and export."""
+"""The installed package, outside of the checkout and without torch and TensorFlow: what its commands do."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import tomllib
 import pytest
 
 from groupvit_jax.__main__ import COMMANDS
+from tests import official_layouts
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """\
@@ -34,8 +35,20 @@ TINY = (
   '--config.eval.every_steps=0',
   '--config.eval.panel_steps=()',
   '--config.data.scenes.num_heldout=8',
+  '--config.data.num_workers=1',
   '--config.tokenizer.num_captions=500',
 )
+# What a command may not import before it needs it; nor may OpenCV's threads depend on what is imported.
+LATE = """
+import sys, cv2
+threads = cv2.getNumThreads()
+import groupvit_jax
+from groupvit_jax.data import prompts
+prompts.nouns('a dog')
+assert not {'jax', 'nltk', 'scipy', 'sklearn', 'textblob'} & set(sys.modules)
+from groupvit_jax.commands import score, segment
+assert cv2.getNumThreads() == threads
+"""
 
 
 @pytest.fixture(scope='module')
@@ -49,26 +62,38 @@ def command(tmp_path_factory):
       shutil.copy(path, source)
   pip = [sys.executable, '-m', 'pip', '--quiet', '--disable-pip-version-check', 'install', '--no-deps']
   subprocess.run([*pip, f'--target={folder}', str(source)], check=True)
+  noted = folder / 'imported'
+  for name in ('tensorflow', 'torch'):  # an attempt is noted where it is caught, too
+    (folder / name).mkdir()
+    note = f'import traceback\nopen({str(noted)!r}, "a").write("".join(traceback.format_stack()))\n'
+    (folder / name / '__init__.py').write_text(note + f'raise ImportError("{name} is not for run time")\n')
 
   def run(name, *args, code=0):
     done = subprocess.run(
-      [sys.executable, str(folder / 'bin' / f'groupvit-{name}'), *args],
+      [sys.executable, *([str(folder / 'bin' / f'groupvit-{name}')] if name else ['-c']), *args],
       cwd=folder.parent,
       env=os.environ | {'PYTHONPATH': str(folder), 'JAX_NUM_CPU_DEVICES': '1'},
       text=True,
       capture_output=True,
     )
     assert done.returncode == code, done.stderr
+    assert not noted.exists(), noted.read_text()
     return done.stdout + done.stderr
 
   return run
 
 
-def test_train_evaluate_export(command, tmp_path):
+def test_train_evaluate_segment_export_prepare(command, tmp_path):
+  command('', LATE)
   command('train', '--config=quickstart', f'--workdir={tmp_path}/run', *TINY)
   assert 'mIoU' in command('eval', f'--workdir={tmp_path}/run', '--num_pictures=2')
+  official_layouts.folder(tmp_path / 'mine'), official_layouts.ade20k(tmp_path / 'ade')
+  images = f'--images={tmp_path}/mine/images/a.jpg', '--classes=dog,grass', f'--output={tmp_path}/out'
+  command('eval', f'--workdir={tmp_path}/run', *images)
+  assert (tmp_path / 'out' / 'a.overlay.png').exists()
   command('export', f'--workdir={tmp_path}/run', '--format=safetensors', f'--output={tmp_path}/exported')
   assert (tmp_path / 'exported' / 'model.safetensors').exists()
+  command('prepare', 'ade20k', f'--manual_dir={tmp_path}/ade', f'--data_dir={tmp_path}/data')
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert (config['total_steps'], config['data']['source']) == (2, 'scenes')
   said = command('train', '--config=quickstat', f'--workdir={tmp_path}/other', code=2)

@@ -38,15 +38,7 @@ class Gate:
   """An ASGI middleware that lets through what the page itself sends."""
 
   def __init__(self, app: ASGIApp, *, host: str, uploads: pathlib.Path, max_upload: int, page: gr.Blocks):
-    """Guards an app.
-
-    Args:
-      app: Gradio's.
-      host: address that the server listens at; of the names of this machine, those it answers to.
-      uploads: folder of visitors' files.
-      max_upload: bytes that one may have.
-      page: whose events may be called.
-    """
+    """Guards Gradio's app at an address (see `check_origin`), with a folder of visitors' files of so many bytes."""
     self._app, self._host, self._uploads, self._max_upload, self._page = app, host, uploads, max_upload, page
     gets = (
       r'(?:/|/config|/theme\.css|/favicon\.ico|/manifest\.json|/(?:static|assets|svelte)(?:/[\w+-][\w.+-]*)+)\?[\w=&.-]*',
@@ -141,18 +133,10 @@ def check_origin(host: str, hosts: Sequence[str], origins: Sequence[str]) -> Non
 
 
 def check_call(body: bytes, page: gr.Blocks, uploads: pathlib.Path) -> bytes:
-  """Checks a call of an event of the page.
-
-  Args:
-    body: JSON.
-    page: with the event.
-    uploads: folder of the files that a call may name.
+  """Checks a call of an event of the page, which may name files in `uploads`; raises Refused with 422.
 
   Returns:
     JSON that holds what was checked and nothing else.
-
-  Raises:
-    Refused: 422.
   """
   try:
     call = json.loads(body)

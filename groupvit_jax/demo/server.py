@@ -26,16 +26,7 @@ _ANY_PORT = 0
 def serve(
   workdir: epath.PathLike, *, protocol: str, checkpoint: str, host: str, port: int, max_upload_mb: int, max_pixels: int
 ) -> None:
-  """Opens a run and serves the page until it is interrupted.
-
-  Args:
-    workdir: of the run.
-    protocol: name of the protocol that labels images.
-    checkpoint: as for `open_run.open_run`.
-    host: address to listen at.
-    port: to listen at; 0 for one that is free.
-    max_upload_mb: megabytes that an uploaded file may have.
-    max_pixels: that an image may have.
+  """Opens a run and serves the page until it is interrupted; arguments are the command's flags.
 
   Raises:
     ValueError: there is no such run or protocol, or the address cannot be listened at.
@@ -71,11 +62,9 @@ def launch(page: gr.Blocks, uploads: pathlib.Path, *, host: str, port: int, max_
   """Starts a server of the page on a thread; returns its address.
 
   Args:
-    page: built with `uploads` as GRADIO_TEMP_DIR.
-    uploads: folder of visitors' files, an absolute path.
-    host: as for `serve`.
-    port: likewise.
-    max_upload_mb: likewise.
+    page: built with `uploads`, an absolute path, as GRADIO_TEMP_DIR.
+    uploads: folder of visitors' files.
+    host, port, max_upload_mb: the command's flags.
 
   Raises:
     UserError: the address cannot be listened at.

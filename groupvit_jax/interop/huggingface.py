@@ -142,18 +142,7 @@ _KINDS = {
 
 
 def from_huggingface(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
-  """Variables from the state dict of `transformers.GroupViTModel`.
-
-  Args:
-    state: name -> array.
-    abstract: shapes of our variables, from `state_dicts.abstract_variables`.
-
-  Returns:
-    {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
-
-  Raises:
-    UserError: lists every missing, unexpected, misshapen or non-floating name.
-  """
+  """`state_dicts.from_state_dict` of the state dict of `transformers.GroupViTModel`."""
   return state_dicts.from_state_dict(state, abstract, RULES, _IGNORE)
 
 
@@ -270,19 +259,6 @@ def to_huggingface_config(
       intermediate_size=int(text.width * text.mlp_ratio),
     ),
   )
-
-
-def check_agrees(config: Mapping[str, Any], spec: state_dicts.ModelSpec) -> None:
-  """Raises UserError unless a parsed `config.json` describes the model of `spec`, which an export of ours wrote."""
-  read, written = _parts(config), _parts(to_huggingface_config(spec, bos_id=None, pad_id=0, dtype=''))
-  odd = [
-    f'{part}.{key}={read[part][key]} is {written[part][key]} there'.lstrip('.')
-    for part, kinds in _KINDS.items()
-    for key in kinds
-    if _pair(read[part][key]) != _pair(written[part][key])
-  ]
-  if odd:
-    raise UserError(f'config.json and groupvit_jax.json disagree: {"; ".join(odd)}; export the model again')
 
 
 def _parts(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import json
 from typing import Any
 
-import jax
+from flax import traverse_util
 import ml_collections
 import numpy as np
 
@@ -19,23 +19,14 @@ _KEYS = ('model', 'vocab_size', 'eos_id', 'multi_label')
 
 def to_flat(variables: Mapping) -> state_dicts.StateDict:
   """Variables by path, as in 'params/vision/positions'."""
-  return state_dicts.to_state_dict(variables, _rules(variables))
+  return {path: np.asarray(x, order='C') for path, x in traverse_util.flatten_dict(variables, sep='/').items()}
 
 
 def from_flat(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
-  """Variables from `to_flat`.
-
-  Args:
-    state: path -> array.
-    abstract: shapes of our variables, from `state_dicts.abstract_variables`.
-
-  Returns:
-    {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
-
-  Raises:
-    UserError: lists every missing, unexpected, misshapen or non-floating name.
-  """
-  return state_dicts.from_state_dict(state, abstract, _rules(abstract))
+  """The inverse of `to_flat`; raises as `state_dicts.from_state_dict` does."""
+  paths = traverse_util.flatten_dict(abstract, sep='/')
+  rules = [state_dicts.Rule(path, (path,), state_dicts.SAME) for path in paths]
+  return state_dicts.from_state_dict(state, abstract, rules)
 
 
 def spec_to_json(spec: state_dicts.ModelSpec) -> dict[str, Any]:
@@ -57,10 +48,3 @@ def spec_from_json(values: Mapping[str, Any]) -> state_dicts.ModelSpec:
     config_entries.check_value(key, values[key], config_entries.whole(0, 10**7))
   config_entries.check_value('multi_label', values['multi_label'], config_entries.SWITCH)
   return spec
-
-
-def _rules(variables: Mapping) -> list[state_dicts.Rule]:
-  paths = (
-    jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in jax.tree_util.tree_leaves_with_path(variables)
-  )
-  return [state_dicts.Rule(path, (path,), state_dicts.SAME) for path in paths]

@@ -69,23 +69,10 @@ _SIZE_ARRAYS = {
   'text_encoder.transformer.resblocks.0.mlp.c_fc.weight': 2,
 }
 _SIZE_ARRAYS_OF_A_STAGE = {'group_token': 3, 'downsample.mlp_inter.fc2.weight': 2}
-# Placeholders for an unknown size: squares, and multiples of a head's width.
-_STAND_INS = (64, 256)
 
 
 def from_nvlabs(state: Mapping[str, np.ndarray], abstract: Mapping) -> dict:
-  """Variables from the state dict in an authors' checkpoint.
-
-  Args:
-    state: name -> array.
-    abstract: shapes of our variables, from `state_dicts.abstract_variables`.
-
-  Returns:
-    {'params': ..., 'batch_stats': ...} of float32 numpy arrays.
-
-  Raises:
-    UserError: lists every missing, unexpected, misshapen or non-floating name.
-  """
+  """`state_dicts.from_state_dict` of the state dict in an authors' checkpoint."""
   return state_dicts.from_state_dict(_without_kernel_axes(state), abstract, RULES, _IGNORE)
 
 
@@ -93,31 +80,15 @@ def spec_from_shapes(state: Mapping[str, np.ndarray]) -> state_dicts.ModelSpec:
   """The model that a state dict belongs to, by the shapes of its arrays.
 
   Raises:
-    UserError: arrays that sizes follow from are missing or have another number of axes (then all misfits are listed),
-      or the sizes are not those of a square image and heads of 64.
+    UserError: lists the arrays that sizes follow from and that are missing or have another number of axes, or the sizes
+      are not those of a square image and heads of 64.
   """
-  state = _without_kernel_axes(state)
-  shapes = {name: x.shape for name, x in state.items()}
-  if not _SIZE_ARRAYS.keys() & shapes.keys():
-    raise UserError(f"these are no weights of the authors' GroupViT: they lack {', '.join(_SIZE_ARRAYS)}")
-  unknown = {name: axes for name, axes in _size_arrays(shapes).items() if len(shapes.get(name, ())) != axes}
-  if unknown:
-    specs = [_spec(shapes | {name: (size,) * axes for name, axes in unknown.items()}) for size in _STAND_INS]
-    one, other = (state_dicts.expected_shapes(state_dicts.abstract_variables(spec.build()), RULES) for spec in specs)
-    # A size that differs between the placeholders is unknown.
-    expected = {name: tuple(a if a == b else None for a, b in zip(one[name], other[name])) for name in one}
-    state_dicts.check_names({name: x for name, x in state.items() if not re.fullmatch(_IGNORE, name)}, expected)
-  return _spec(shapes)
-
-
-def _size_arrays(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-  """The arrays that all sizes follow from, with their number of axes."""
+  shapes = {name: x.shape for name, x in _without_kernel_axes(state).items()}
   grouping = r'(img_encoder\.layers\.\d+)\.(?:group_token|downsample\.)'
   stages = sorted({match[1] for name in shapes if (match := re.match(grouping, name))})
-  return _SIZE_ARRAYS | {f'{stage}.{name}': axes for stage in stages for name, axes in _SIZE_ARRAYS_OF_A_STAGE.items()}
-
-
-def _spec(shapes: Mapping[str, tuple[int, ...]]) -> state_dicts.ModelSpec:
+  axes = _SIZE_ARRAYS | {f'{stage}.{name}': n for stage in stages for name, n in _SIZE_ARRAYS_OF_A_STAGE.items()}
+  if odd := [f'{name} with {n} axes' for name, n in axes.items() if len(shapes.get(name, ())) != n]:
+    raise UserError(f"these are no weights of the authors' GroupViT: they lack {', '.join(odd)}")
   config = ml_collections.ConfigDict(
     dict(
       dtype='float32',

@@ -83,8 +83,6 @@ def _from_huggingface(
 ) -> Weights:
   """`side` comes with an export of ours: the rest of the config and the prompts' temperature."""
   spec = huggingface.from_huggingface_config(config) if side is None else native.spec_from_json(side)
-  if side is not None:
-    huggingface.check_agrees(config, spec)
   without_prompts = spec._replace(multi_label=False)
   variables = huggingface.from_huggingface(state, state_dicts.abstract_variables(without_prompts.build()))
   if spec.multi_label:

@@ -148,7 +148,7 @@ def from_state_dict(
 
   Args:
     state: name -> array, of any floating dtype.
-    abstract: our variables' shapes, from `abstract_variables`.
+    abstract: shapes of our variables, from `abstract_variables`.
     rules: the table of names.
     ignore: regular expression of names to ignore.
 
@@ -158,26 +158,20 @@ def from_state_dict(
   Raises:
     UserError: names are missing, unexpected, misshapen or not floating point, or values not finite; all are listed.
   """
-  check_names(
-    {name: x for name, x in state.items() if not re.fullmatch(ignore, name)}, expected_shapes(abstract, rules)
-  )
-  flat, leaves, bad = {}, traverse_util.flatten_dict(abstract, sep='/'), []
-  for path, entry in name_map(abstract, rules).items():
+  leaves, entries = traverse_util.flatten_dict(abstract, sep='/'), name_map(abstract, rules)
+  expected = {}
+  for path, entry in entries.items():
+    saved = jax.eval_shape(entry.layout.save, jax.ShapeDtypeStruct(leaves[path].shape, jnp.float32))
+    expected |= {name: leaf.shape for name, leaf in zip(entry.names, saved, strict=True)}
+  check_names({name: x for name, x in state.items() if not re.fullmatch(ignore, name)}, expected)
+  flat, bad = {}, []
+  for path, entry in entries.items():
     arrays = [np.asarray(state[name], np.float32) for name in entry.names]
     bad += [name for name, x in zip(entry.names, arrays) if not np.isfinite(x).all()]
     flat[path] = np.asarray(entry.layout.load(arrays, leaves[path].shape), order='C')
   if bad:
     raise UserError(f'{len(bad)} arrays hold values that are not finite: {", ".join(bad)}; download the weights again')
   return traverse_util.unflatten_dict(flat, sep='/')
-
-
-def expected_shapes(abstract: Mapping, rules: Sequence[Rule]) -> dict[str, tuple[int, ...]]:
-  """Name -> shape of the state dict that holds our variables, given by their shapes."""
-  leaves, expected = traverse_util.flatten_dict(abstract, sep='/'), {}
-  for path, entry in name_map(abstract, rules).items():
-    saved = jax.eval_shape(entry.layout.save, jax.ShapeDtypeStruct(leaves[path].shape, jnp.float32))
-    expected.update({name: leaf.shape for name, leaf in zip(entry.names, saved, strict=True)})
-  return expected
 
 
 def to_state_dict(variables: Mapping, rules: Sequence[Rule]) -> StateDict:
@@ -199,21 +193,16 @@ def cast(state: Mapping[str, np.ndarray], dtype: np.dtype) -> StateDict:
   return {name: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x for name, x in state.items()}
 
 
-def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int | None, ...]]) -> None:
-  """Raises one UserError that lists all misfits.
-
-  Args:
-    state: name -> array.
-    expected: name -> shape; None for an unknown size.
-  """
+def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
+  """Raises one UserError that lists all misfits between arrays and expected shapes, both by name."""
   common = [name for name in expected if name in state]
   problems = {
     'missing': [name for name in expected if name not in state],
     'unexpected': [name for name in state if name not in expected],
     'misshapen': [
-      f'{name} {tuple(state[name].shape)} instead of {_describe(expected[name])}'
+      f'{name} {tuple(state[name].shape)} instead of {tuple(expected[name])}'
       for name in common
-      if not _fits(state[name].shape, expected[name])
+      if tuple(state[name].shape) != tuple(expected[name])
     ],
     'not floating point': [
       f'{name} ({state[name].dtype})' for name in common if not jnp.issubdtype(state[name].dtype, jnp.floating)
@@ -222,11 +211,3 @@ def check_names(state: Mapping[str, np.ndarray], expected: Mapping[str, tuple[in
   found = [f'{len(names)} {kind}: ' + ', '.join(names) for kind, names in problems.items() if names]
   if found:
     raise UserError('the weights do not fit the model; ' + '; '.join(found))
-
-
-def _fits(shape: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-  return len(shape) == len(expected) and all(want is None or size == want for size, want in zip(shape, expected))
-
-
-def _describe(shape: tuple[int | None, ...]) -> str:
-  return str(tuple(shape)).replace('None', '?')

@@ -21,6 +21,7 @@ from groupvit_jax.demo.server import launch
 from groupvit_jax.demo.viewer import Viewer
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.running import sharding
+from tests.demo import test_demo
 from tests.fuzz.mutations import mutate
 from tests.photos import encode, photo
 from tests.tiny import tiny_model
@@ -166,6 +167,29 @@ def test_requests_that_no_page_sends(server):
   ):
     assert server.ask('POST', '/gradio_api/upload', body, **FORM)[0] == 400, body
   assert server.ask('POST', '/gradio_api/upload', form(b'x', 'a'))[0] == 400
+
+
+# What dragging a file from elsewhere onto the page does.
+DROP = """data => {
+  const files = new DataTransfer();
+  files.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], 'dropped.png', {type: 'image/png'}));
+  return files;
+}"""
+
+
+def test_a_dropped_image_and_its_stages_in_a_browser(server):
+  with test_demo.opened(f'http://{server.address}/') as page:
+    page.locator('#words textarea').fill('dog, cat, grass')
+    files = page.evaluate_handle(DROP, test_demo.encoded(photo(60, 90)))
+    page.locator('#picture button:has(input[type=file])').dispatch_event('drop', {'dataTransfer': files})
+    test_demo.changed(page, '')
+    final = page.locator('#groups img').get_attribute('src')
+    page.locator('#stage input[type=number]').fill('1')
+    page.wait_for_function("old => document.querySelector('#groups img').src !== old", arg=final)
+    with page.expect_download() as download:
+      page.locator('#report').click()
+    report = json.loads(download.value.path().read_text())
+    assert report['picture'] == 'dropped.png' and {row['name'] for row in report['classes']} == {'dog', 'cat', 'grass'}
 
 
 def test_a_random_request_breaks_nothing(server):

@@ -4,7 +4,6 @@ import functools
 import io
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 import pytest
@@ -14,6 +13,7 @@ from groupvit_jax.model import segmentation
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding
 from tests.tiny import tiny_model
+from tests.weights import random_variables
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
@@ -146,7 +146,7 @@ def test_group_maps_are_those_of_the_windows(rng):
   """At the window's size: the same as upsampling each stage's assignments on the device."""
   model = tiny_model()
   images = rng.integers(0, 256, (2, 16, 16, 3), np.uint8)
-  variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 1, 6), jnp.int32))
+  variables = random_variables(model)
   mesh = sharding.make_mesh(devices=jax.devices()[:1])
   maps = window_encoder.group_maps(model, variables, list(images), 16, mesh)
   encode = jax.jit(functools.partial(model.apply, method='encode_segments'))

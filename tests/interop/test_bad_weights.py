@@ -26,11 +26,10 @@ def hub(tmp_path_factory) -> pathlib.Path:
   return write_folder(tmp_path_factory.mktemp('hub'), random_model(small_config()))
 
 
-@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
-def test_weights_that_are_not_finite_are_named(value, hub, tmp_path):
+def test_weights_that_are_not_finite_are_named(hub, tmp_path):
   folder = shutil.copytree(hub, tmp_path / 'hub')
   state = safetensors.numpy.load_file(folder / 'model.safetensors')
-  for name in ('vision_model.layernorm.weight', 'text_projection.1.running_var'):
+  for name, value in (('vision_model.layernorm.weight', math.nan), ('text_projection.1.running_var', -math.inf)):
     state[name] = np.full_like(state[name], value)
   safetensors.numpy.save_file(state, folder / 'model.safetensors')
   with pytest.raises(UserError) as caught:
@@ -99,21 +98,19 @@ def exported(hub, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.mark.parametrize(
-  'file, part, change, message',
+  'change, message',
   [
-    ('config.json', 'vision_config', dict(hidden_size=18), 'disagree: vision_config.hidden_size=18 is 24 there'),
-    ('config.json', 'text_config', dict(num_hidden_layers=7), 'disagree: text_config.num_hidden_layers=7 is 2 there'),
-    ('groupvit_jax.json', '', dict(model=[]), r'has model=\[\]; it must be an object'),
-    ('groupvit_jax.json', '', dict(model={}), 'config.model.dtype is missing; config.model.embed_dim is missing'),
-    ('groupvit_jax.json', '', dict(vocab_size=-1), 'vocab_size=-1: must be a whole number'),
-    ('groupvit_jax.json', '', dict(multi_label='yes'), "multi_label='yes': must be True or False"),
-    ('groupvit_jax.json', '', dict(multi_label_logit_scale=math.nan), 'multi_label_logit_scale=nan: must be a finite'),
-    ('groupvit_jax.json', '', dict(multi_label_logit_scale=None), 'multi_label_logit_scale=None: must be a finite'),
+    (dict(model=[]), r'has model=\[\]; it must be an object'),
+    (dict(model={}), 'config.model.dtype is missing; config.model.embed_dim is missing'),
+    (dict(vocab_size=-1), 'vocab_size=-1: must be a whole number'),
+    (dict(multi_label='yes'), "multi_label='yes': must be True or False"),
+    (dict(multi_label_logit_scale=math.nan), 'multi_label_logit_scale=nan: must be a finite'),
+    (dict(multi_label_logit_scale=None), 'multi_label_logit_scale=None: must be a finite'),
   ],
 )
-def test_a_description_of_ours_is_checked_and_must_agree(file, part, change, message, exported, tmp_path):
+def test_a_description_of_ours_is_checked(change, message, exported, tmp_path):
   folder = shutil.copytree(exported, tmp_path / 'hub')
-  edit_config(folder / file, part, **change)
+  edit_config(folder / read.SIDE_FILE, '', **change)
   with pytest.raises(UserError, match=message) as caught:
     read.read_weights(folder)
   assert '\n' not in str(caught.value)

@@ -3,8 +3,6 @@
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -22,11 +20,11 @@ from groupvit_jax.train import open_run
 from tests import huggingface_models
 from tests.huggingface_models import authors_config, authors_state, small_config, write_clip_folder
 
-SIZES = ((224, 224), (448, 672))
 VARIANTS = {
-  'two groupings': small_config(),
-  'one grouping, patch 32': small_config(
-    depths=[2, 1], num_hidden_layers=3, num_group_tokens=[5, 0], num_output_groups=[4, 4], patch_size=32
+  'two groupings': (small_config(), ((224, 224), (448, 672))),
+  'one grouping, patch 32': (
+    small_config(depths=[2, 1], num_hidden_layers=3, num_group_tokens=[5, 0], num_output_groups=[4, 4], patch_size=32),
+    ((224, 224),),
   ),
 }
 
@@ -85,12 +83,12 @@ def assert_equal_features(run: open_run.TrainedRun, model: transformers.GroupViT
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize('config', VARIANTS.values(), ids=VARIANTS.keys())
-def test_features_and_assignments_are_those_of_transformers_at_any_size(config, tmp_path):
+@pytest.mark.parametrize('config, sizes', VARIANTS.values(), ids=VARIANTS.keys())
+def test_features_and_assignments_are_those_of_transformers_at_any_size(config, sizes, tmp_path):
   model = huggingface_models.random_model(config)
   import_weights(str(write_folder(tmp_path / 'hub', model)), str(tmp_path / 'run'))
   run = open_run.open_run(tmp_path / 'run')
-  for size in SIZES:
+  for size in sizes:
     assert_equal_features(run, model, size)
   texts = ['a dog', 'snow']
   theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path / 'hub')
@@ -102,18 +100,6 @@ def test_features_and_assignments_are_those_of_transformers_at_any_size(config, 
   with jax.default_matmul_precision('highest'):
     embeds = jax.jit(lambda variables: run.model.apply(variables, tokens, method='encode_text'))(run.variables)
   np.testing.assert_allclose(embeds, expected, rtol=0, atol=1e-4)
-
-
-@pytest.mark.long
-def test_released_sizes_come_through(tmp_path):
-  model = huggingface_models.random_model(transformers.GroupViTConfig())
-  folder = write_folder(tmp_path / 'hub', model)
-  write_clip_folder(folder, model.config.text_config.vocab_size)
-  said = import_weights(str(folder), str(tmp_path / 'run'))
-  assert '55,726,609 parameters' in said
-  run = open_run.open_run(tmp_path / 'run')
-  for size in (224, 224), (448, 448), (448, 672):
-    assert_equal_features(run, model, size)
 
 
 @pytest.mark.parametrize('form', ['sharded safetensors', 'sharded pytorch_model.bin'])
@@ -191,18 +177,12 @@ def test_all_that_does_not_fit_is_listed_by_the_authors_names(tmp_path):
     'text_encoder.ln_final.bias; 1 unexpected: extra; 1 misshapen: img_encoder.norm.weight (3,) instead of (64,); '
     '1 not floating point: img_encoder.norm.bias (int32)'
   )
-  # Arrays that tell sizes are listed with the others, whose sizes are known as far as something else tells them.
-  state['img_encoder.layers.0.group_token'] = torch.zeros(3)
+  state['img_encoder.layers.0.group_token'] = torch.zeros(3)  # of those that tell sizes
   del state['text_encoder.token_embedding.weight'], state['img_encoder.layers.1.downsample.mlp_inter.fc2.weight']
   assert message() == (
-    'the weights do not fit the model; 4 missing: img_projector.linear_hidden.1.running_mean, '
-    'text_encoder.ln_final.bias, text_encoder.token_embedding.weight, '
-    'img_encoder.layers.1.downsample.mlp_inter.fc2.weight; 1 unexpected: extra; 2 misshapen: img_encoder.norm.weight '
-    '(3,) instead of (64,), img_encoder.layers.0.group_token (3,) instead of (1, ?, 64); 1 not floating point: '
-    'img_encoder.norm.bias (int32)'
+    "these are no weights of the authors' GroupViT: they lack text_encoder.token_embedding.weight with 2 axes, "
+    'img_encoder.layers.0.group_token with 3 axes, img_encoder.layers.1.downsample.mlp_inter.fc2.weight with 2 axes'
   )
-  state = {'conv.weight': torch.zeros(3)}
-  assert message().startswith("these are no weights of the authors' GroupViT: they lack img_encoder.pos_embed, ")
 
 
 def cut(path: pathlib.Path) -> None:
@@ -235,10 +215,6 @@ def write_index(folder: pathlib.Path) -> None:
   'damage, message',
   [
     (lambda folder: cut(folder / 'model.safetensors'), 'model.safetensors cannot be read: .*; download it again'),
-    (
-      lambda folder: (folder / 'model.safetensors').write_text('version https://git-lfs.github.com/spec/v1\n'),
-      'model.safetensors cannot be read: .*; download it again',
-    ),
     (write_index, 'lacks b.safetensors, c.safetensors, which model.safetensors.index.json lists; download them'),
     (
       lambda folder: (folder / 'model.safetensors').unlink(),
@@ -263,10 +239,6 @@ def write_index(folder: pathlib.Path) -> None:
     (
       lambda folder: edit_config(folder / 'config.json', 'vision_config', assign_mlp_ratio=[0.5, 4]),
       r'assign_mlp_ratio=\[0.5, 4\]; only half the width',
-    ),
-    (
-      lambda folder: ((folder / 'config.json').unlink(), (folder / 'config.json').mkdir()),
-      'config.json cannot be read: Is a directory',
     ),
     (lambda folder: (folder / 'merges.txt').unlink(), 'holds no tokenizer.model'),
     (lambda folder: edit_config(folder / 'vocab.json', '', extra=514), 'vocab_size=515 and the weights have 514'),
@@ -305,22 +277,6 @@ def test_a_tokenizer_of_other_weights_is_refused_by_the_predictor_too(released, 
     Predictor.from_pretrained(folder)
   with pytest.raises(ValueError, match='is no workdir and has one set of weights; leave out weights'):
     Predictor.from_pretrained(released[0], weights='ema')
-
-
-def test_the_command(released, tmp_path):
-  command = [sys.executable, '-m', 'groupvit_jax.commands.import_weights', f'--workdir={tmp_path}/run']
-  done = subprocess.run([*command, f'--from={released[0]}'], capture_output=True, text=True, check=True)
-  count = sum(parameter.numel() for parameter in released[1].parameters())
-  assert done.stdout == (
-    f'{tmp_path}/run: {count:,} parameters, imported from {released[0]} (a Hugging Face folder)\n'
-    'licence of the weights: cc-by-nc-4.0\n'
-  )
-  config = json.loads((tmp_path / 'run' / 'config.json').read_text())
-  assert done.stderr == ''
-  assert 'licence' not in config['imported']
-  failed = subprocess.run([*command, f'--from={tmp_path}/absent'], capture_output=True, text=True)
-  assert (failed.returncode, failed.stdout) == (2, '')
-  assert failed.stderr == f'error: {tmp_path}/run exists already and is left alone; name another --workdir\n'
 
 
 def test_old_configs_pool_at_the_largest_id():
