@@ -5,10 +5,11 @@ import dataclasses
 import functools
 import itertools
 import os
-from typing import NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 from etils import epath
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from groupvit_jax.data.images import AnyImage, is_one_image, read_image
@@ -104,6 +105,7 @@ class Predictor:
     weights: open_run.Weights = 'best',
     checkpoint: str = open_run.NEWEST,
     runtime: onnx.Runtime | None = None,
+    dtype: Literal['float32', 'bfloat16'] | None = None,
   ) -> 'Predictor':
     """Opens a model; nothing is written.
 
@@ -115,19 +117,24 @@ class Predictor:
       checkpoint: likewise.
       runtime: of an ONNX export: 'onnxruntime' (None), 'openvino', or 'openvino-bfloat16', the fastest where the
         processor has bfloat16.
+      dtype: of matmuls; None for the model's own. 'bfloat16' is faster on accelerators and on processors that have it.
 
     Raises:
-      ValueError: there is no model, it cannot be read, or a choice of weights was asked of another folder than a
-        workdir.
+      ValueError: there is no model, it cannot be read, or a choice was asked that this kind of folder does not offer.
     """
     name, path = path, hub.fetch(path)
     is_bundle = (path / bundle.FILE).exists()
+    if dtype not in (None, 'float32', 'bfloat16') or (dtype and is_bundle):
+      has = 'an export has its own, leave it out' if is_bundle else 'use float32 or bfloat16'
+      raise UserError(f'dtype={dtype!r}: {has}')
     if runtime is not None and not is_bundle:
       raise UserError(
         f'{name} is no ONNX export, which runtime={runtime!r} needs; leave it out, and JAX runs the model'
       )
     if not is_bundle and (not path.is_dir() or (path / 'checkpoints').is_dir()):
-      return cls.of_run(open_run.open_run(path, checkpoint, weights=weights), protocol=protocol)
+      run = open_run.open_run(path, checkpoint, weights=weights)
+      model = run.model.with_dtype(jnp.dtype(dtype)) if dtype else run.model
+      return cls.of_run(run._replace(model=model), protocol=protocol)
     if weights != 'best' or checkpoint != open_run.NEWEST:
       raise UserError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
     if is_bundle:
@@ -139,7 +146,8 @@ class Predictor:
       tokenizer, vocab_size=found.spec.vocab_size, eos_id=found.spec.eos_id, remedy=f'put that into {path}'
     )
     variables = jax.device_put(found.variables, sharding.replicated(mesh))
-    model = with_fastest_attention(found.spec.build(), mesh)
+    model = found.spec.build()
+    model = with_fastest_attention(model.with_dtype(jnp.dtype(dtype)) if dtype else model, mesh)
     return cls(model, variables, tokenizer, mesh, protocol=protocol, source=str(name))
 
   def __repr__(self) -> str:

@@ -112,6 +112,10 @@ class ImageTextModel(nn.Module):
     in_text = implementation if isinstance(implementation, TpuAttention) else 'xla'
     return self.clone(vision=self.vision.clone(attention=implementation), text=self.text.clone(attention=in_text))
 
+  def with_dtype(self, dtype: jnp.dtype) -> 'ImageTextModel':
+    """The same model with matmuls of another dtype."""
+    return self.clone(vision=self.vision.clone(dtype=dtype), text=self.text.clone(dtype=dtype), dtype=dtype)
+
   def vision_features(self, images: jax.Array, *, keys: jax.Array | None = None) -> VisionOutput:
     """Output of the image tower for images [B, H, W, 3]; `keys` [B] from `sample_keys`, None for no noise."""
     return self.vision(images, keys=keys)

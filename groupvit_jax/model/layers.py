@@ -132,8 +132,11 @@ def project(
 
 
 def _multiply(x: jax.Array, kernel: jax.Array, precision: lax.PrecisionLike, saved: str | None = None) -> jax.Array:
+  """The matmul where there is no backward pass."""
   del saved
-  return lax.dot(_rows(x), kernel, precision=precision).reshape(*x.shape[:-1], -1)
+  # Processors with bfloat16 instructions use them only where the result is float32.
+  out = lax.dot(_rows(x), kernel, precision=precision, preferred_element_type=jnp.float32)
+  return out.astype(x.dtype).reshape(*x.shape[:-1], -1)
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -145,7 +148,7 @@ _project = jax.custom_vjp(_multiply, nondiff_argnums=(2, 3))
 
 
 def _project_forward(x, kernel, precision, saved):
-  out = _multiply(x, kernel, precision)  # a matmul in sight of checkpoint policies
+  out = lax.dot(_rows(x), kernel, precision=precision).reshape(*x.shape[:-1], -1)  # in sight of checkpoint policies
   return out, (x if saved is None else checkpoint_name(x, saved), kernel)
 
 
