@@ -6,6 +6,7 @@ python docs/rooms.py --check   # exits with 1 where they are out of date
 
 import ast
 from collections.abc import Iterator
+import functools
 import html
 import pathlib
 import re
@@ -39,6 +40,7 @@ def describe(room: str) -> str:
   return first_line(one if one.exists() else PACKAGE / room / '__init__.py')
 
 
+@functools.cache
 def table() -> str:
   """A Markdown table of the modules' first lines, under each room's."""
   rows = ['| module | |', '|:--|:--|']
@@ -51,6 +53,7 @@ def table() -> str:
   return '\n'.join(row.replace('****', '') for row in rows)
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
   """The rooms that each room imports."""
   found: dict[str, set[str]] = {room: set() for floor in FLOORS for room in floor}
