@@ -20,8 +20,8 @@ from groupvit_jax.data.tars import open_webdataset
 from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 
 BATCH, LENGTH, PROMPTS = 64, 77, 3
-PLAIN = Augment((224, 224), (0.08, 1.0), (3 / 4, 4 / 3), flip=0.5, rand_augment=None, min_side=16, max_pixels=10**8)
-FULL = dataclasses.replace(PLAIN, rand_augment=RandAugment(2, 0.5, 9.0, 0.5))
+PLAIN = Augment((224, 224), (0.08, 1.0), (3 / 4, 4 / 3), flip=0.5, rand_augment=None)
+FULL = dataclasses.replace(PLAIN, rand_augment=RandAugment(0.5, 9.0, 0.5))
 
 
 def open_mixture(pattern: str) -> Mixture:

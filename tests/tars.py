@@ -73,7 +73,7 @@ def data_config(**sets: dict[str, object]) -> ml_collections.ConfigDict:
       clean_captions=False,
       num_prompts=1,
       max_fault_share=0.5,
-      augment=dict(name='plain', area=(0.5, 1.0), ratio=(0.75, 4 / 3), flip=0.5, min_side=8, max_pixels=10_000),
+      augment=dict(name='plain', area=(0.5, 1.0), ratio=(0.75, 4 / 3), flip=0.5),
       num_threads=0,
       num_workers=0,
       prefetch_batches=2,

@@ -62,7 +62,7 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
 
 def _write(folder: epath.Path, weights: Weights, tokenizer: Tokenizer, source: str) -> None:
   """Writes config, tokenizer and a checkpoint at step 0, without an optimiser's state."""
-  workdir_lib.open_workdir(
+  workdir_lib.write_config(
     folder,
     ml_collections.ConfigDict(
       dict(

@@ -56,15 +56,9 @@ class RecordStats:
 
 
 def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int) -> dict[str, object]:
-  """Audits a config's data.
+  """Audits a config's data; returns the report, which it writes into a folder with the pages.
 
-  Args:
-    config: an experiment.
-    output: folder for the report and the pages.
-    samples: records read in each set, spread evenly; 0 for all.
-
-  Returns:
-    The report, as it is written.
+  `samples` are the records read in each set, spread evenly; 0 reads all.
   """
   config_entries.check(config)
   source = build_source(config.data, tuple(config.model.vision.image_size))
@@ -137,43 +131,30 @@ def draw_sheet(images: Sequence[np.ndarray], texts: Sequence[Sequence[str]], col
   Returns:
     uint8 [height, width, 3].
   """
-  font = ImageFont.load_default(_FONT)
-  cells = [_Cell(image, lines) for image, lines in zip(images, texts, strict=True)]
+  cells = [_draw_cell(image, lines) for image, lines in zip(images, texts, strict=True)]
   rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
   heights = [max(cell.height for cell in row) for row in rows]
-  sheet = Image.new('RGB', (columns * (_WIDTH + _MARGIN) + _MARGIN, sum(heights) + _MARGIN), 'white')
-  draw, top = ImageDraw.Draw(sheet), _MARGIN
-  for row, height in zip(rows, heights, strict=True):
+  sheet = Image.new('RGB', (columns * (_WIDTH + _MARGIN), sum(heights)), 'white')
+  for row, top in zip(rows, np.cumsum([0, *heights[:-1]]).tolist()):
     for column, cell in enumerate(row):
-      cell.draw(sheet, draw, _MARGIN + column * (_WIDTH + _MARGIN), top, font)
-    top += height
+      sheet.paste(cell, (column * cell.width, top))
   return np.asarray(sheet)
 
 
-class _Cell:
-  """An image and the lines below it."""
-
-  def __init__(self, image: np.ndarray, texts: Sequence[str]):
-    height = round(_WIDTH * image.shape[0] / image.shape[1])
-    self._image = Image.fromarray(image).resize((_WIDTH, height))
-    self._lines = [
-      (line, _FAINT if n else _INK)
-      for n, text in enumerate(texts)
-      for line in textwrap.wrap(text, _LETTERS, max_lines=4) or ['']
-    ]
-
-  @property
-  def height(self) -> int:
-    return self._image.height + _LINE * len(self._lines) + 2 * _MARGIN
-
-  def draw(
-    self, sheet: Image.Image, draw: ImageDraw.ImageDraw, left: int, top: int, font: ImageFont.FreeTypeFont
-  ) -> None:
-    sheet.paste(self._image, (left, top))
-    top += self._image.height + 2
-    for line, colour in self._lines:
-      draw.text((left, top), line, colour, font)
-      top += _LINE
+def _draw_cell(image: np.ndarray, texts: Sequence[str]) -> Image.Image:
+  """An image and its texts below it, with a margin to the left and above."""
+  height = round(_WIDTH * image.shape[0] / image.shape[1])
+  lines = [
+    (line, _FAINT if n else _INK)
+    for n, text in enumerate(texts)
+    for line in textwrap.wrap(text, _LETTERS, max_lines=4) or ['']
+  ]
+  cell = Image.new('RGB', (_WIDTH + _MARGIN, height + _LINE * len(lines) + 2 * _MARGIN), 'white')
+  cell.paste(Image.fromarray(image).resize((_WIDTH, height)), (_MARGIN, _MARGIN))
+  draw, font = ImageDraw.Draw(cell), ImageFont.load_default(_FONT)
+  for row, (line, colour) in enumerate(lines):
+    draw.text((_MARGIN, _MARGIN + height + 2 + row * _LINE), line, colour, font)
+  return cell
 
 
 def _look_at(examples: pipeline.Examples, count: int) -> Iterator[RecordStats]:
@@ -192,7 +173,7 @@ def _look_at(examples: pipeline.Examples, count: int) -> Iterator[RecordStats]:
 def _look(examples: pipeline.Examples, index: int) -> RecordStats:
   try:
     record = examples.source[index]
-    examples.make(record, position=index)
+    examples.image(record, position=index)
   except bad_records.BadRecord as error:
     return RecordStats(error.key, error.cause)
   text, image = record['text'], record['image']
@@ -208,26 +189,19 @@ def _rate(examples: pipeline.Examples) -> float:
   """Examples that one core makes in a second, reading left out and nothing else running in this process."""
   seconds, count = 0.0, min(_TIMED, len(examples.source))
   for number in range(count):
-    record = _readable(examples.source, number * len(examples.source) // count)
-    if record is None:
-      continue
-    started = time.thread_time()
     with contextlib.suppress(bad_records.BadRecord):
-      examples.make(record, position=number)
-    seconds += time.thread_time() - started
+      record = examples.source[number * len(examples.source) // count]
+      started = time.thread_time()
+      examples.image(record, position=number)
+      examples.texts(record['text'], position=number)
+      seconds += time.thread_time() - started
   return count / seconds if seconds else 0.0
 
 
-def _readable(source: Mixture, index: int) -> dict[str, object] | None:
-  try:
-    return source[index]
-  except bad_records.BadRecord:
-    return None
-
-
 def _write_sheet(path: pathlib.Path, examples: pipeline.Examples) -> None:
-  shown = [examples.preview(number) for number in range(min(_SHEET, len(examples)))]
-  sheet = draw_sheet([example.image for example in shown], [example.texts for example in shown], _COLUMNS)
+  shown = [examples.load(number) for number in range(min(_SHEET, len(examples)))]
+  texts = [examples.texts(example.caption, example.position) for example in shown]
+  sheet = draw_sheet([example.image for example in shown], texts, _COLUMNS)
   buffer = io.BytesIO()
   Image.fromarray(sheet).save(buffer, 'PNG')
   write_atomic(str(path), buffer.getvalue())

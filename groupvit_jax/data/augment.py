@@ -17,6 +17,7 @@ from groupvit_jax.data import images
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.rand_augment import RandAugment
 
+MIN_SIDE = 16  # pixels
 _ATTEMPTS = 10
 _REDUCTIONS = (8, 4, 2)
 
@@ -39,19 +40,13 @@ class Augment:
   ratio: tuple[float, float]  # the crop's width / height
   flip: float  # probability of a horizontal flip
   rand_augment: RandAugment | None
-  min_side: int  # pixels; smaller images are bad records
-  max_pixels: int  # larger ones are, before they are decoded
+  min_side: int = MIN_SIDE  # smaller images are bad records
+  max_pixels: int = images.LARGEST  # larger ones are, before they are decoded
 
   def __call__(self, image: bytes | np.ndarray, rng: np.random.Generator, key: str) -> np.ndarray:
-    """Augments an image: uint8 [H, W, 3].
+    """Augments an image, uint8 [H, W, 3]: a file (JPEG, PNG, WebP, ...) or its pixels, uint8 [h, w, 3].
 
-    Args:
-      image: a file (JPEG, PNG, WebP, ...) or its pixels, uint8 [h, w, 3].
-      rng: decides everything.
-      key: the image's name in errors.
-
-    Raises:
-      BadRecord: the image is corrupt, truncated, tiny or huge.
+    `key` is its name in errors. Raises BadRecord for one that is corrupt, truncated, tiny or huge.
     """
     pixels, box = self.read_crop(image, rng, key)
     pixels = resize_box(pixels, box, self.size)
@@ -76,8 +71,7 @@ class Augment:
     """Decodes what `images.read_jpeg_header` leaves alone."""
     try:
       with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-      self._check_size(height, width, key)
+        self._check_size(image.height, image.width, key)
       return images.decode_image(data, key)
     except BadRecord:
       raise
@@ -95,21 +89,17 @@ class Augment:
 
 
 def build_augment(config: ml_collections.ConfigDict, image_size: tuple[int, int]) -> Augment | None:
-  """Builds what a config's `data.augment` names.
+  """Builds what a config's `data.augment` names, for a model of images of (H, W).
 
-  Args:
-    config: `name` is 'none' for pixels that have the model's size already; 'plain' for crops and flips, with `area`,
-      `ratio`, `flip`, `min_side` and `max_pixels` (see `Augment`); 'rand_augment' for RandAugment on top, with
-      `num_ops`, `op_probability`, `magnitude` and `magnitude_std`.
-    image_size: (H, W) of the model.
+  'none' is for pixels that have the model's size already, 'plain' for crops and flips, 'rand_augment' for RandAugment
+  on top.
   """
   if config.name == 'none':
     return None
   rand_augment = None
   if config.name == 'rand_augment':
-    rand_augment = RandAugment(config.num_ops, config.op_probability, config.magnitude, config.magnitude_std)
-  area, ratio = tuple(config.area), tuple(config.ratio)
-  return Augment(tuple(image_size), area, ratio, config.flip, rand_augment, config.min_side, config.max_pixels)
+    rand_augment = RandAugment(config.op_probability, config.magnitude, config.magnitude_std)
+  return Augment(tuple(image_size), tuple(config.area), tuple(config.ratio), config.flip, rand_augment)
 
 
 def random_box(

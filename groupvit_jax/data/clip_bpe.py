@@ -27,16 +27,9 @@ Bpe = tuple[dict[str, int], list[tuple[str, str]]]
 
 
 def find_files(path: epath.Path) -> dict[str, epath.Path]:
-  """Returns the files of a vocabulary by the names they have in `FORMS`.
+  """Returns the files of one whole form of `FORMS`, by their names there.
 
-  Args:
-    path: a folder, a `tokenizer.json`, or OpenAI's file under any name that ends in `.gz`.
-
-  Returns:
-    Name to path, one whole form.
-
-  Raises:
-    ValueError: the folder holds no form.
+  `path` is a folder, a `tokenizer.json`, or OpenAI's file under any name that ends in `.gz`.
   """
   if not path.is_dir():
     return {OPENAI_FILE if path.suffix == '.gz' else 'tokenizer.json': path}
@@ -48,16 +41,9 @@ def find_files(path: epath.Path) -> dict[str, epath.Path]:
 
 
 def read_bpe(files: Mapping[str, bytes]) -> Bpe:
-  """Returns the vocabulary (token to id) and the merges, best first, of one form.
+  """Returns the vocabulary (token to id) and the merges, best first, of the contents of one form's files.
 
-  Args:
-    files: contents by name, as `find_files` names them.
-
-  Returns:
-    (vocabulary, merges).
-
-  Raises:
-    Exception: of any type, where a file is not what its name says.
+  Raises any exception where a file is not what its name says.
   """
   if OPENAI_FILE in files:
     return _read_openai(files[OPENAI_FILE])
@@ -72,17 +58,9 @@ def read_bpe(files: Mapping[str, bytes]) -> Bpe:
 
 
 def build_pipeline(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-  """Returns what turns a text into ids, without bos and eos.
+  """Returns what turns a text into ids, without bos and eos: NFC and lower case, words, bytes, BPE.
 
-  Args:
-    vocab: token to id, `BOS` and `EOS` among them.
-    merges: pairs of tokens, best first.
-
-  Returns:
-    A `tokenizers` pipeline: NFC and lower case, words, bytes, BPE.
-
-  Raises:
-    Exception: of any type, where these are no CLIP vocabulary.
+  Raises any exception where these are no CLIP vocabulary.
   """
   if not {BOS, EOS} <= vocab.keys():
     raise UserError(f'{BOS} or {EOS} is missing')
@@ -101,12 +79,8 @@ def _read_openai(data: bytes) -> Bpe:
   """Reads OpenAI's merges; the vocabulary follows from them."""
   _, *lines = gzip.decompress(data).decode().split('\n')
   merges = [tuple(line.split()) for line in lines[:OPENAI_MERGES] if line]
-  letters = _byte_letters()
+  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  # The characters that stand for the 256 bytes, in CLIP's order of ids.
+  letters = [*map(chr, printable), *(chr(0x100 + i) for i in range(0x100 - len(printable)))]
   tokens = [*letters, *(letter + '</w>' for letter in letters), *map(''.join, merges), BOS, EOS]
   return {token: i for i, token in enumerate(tokens)}, merges
-
-
-def _byte_letters() -> list[str]:
-  """Returns the printable characters that stand for the 256 bytes, in CLIP's order of ids."""
-  printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-  return [*map(chr, printable), *(chr(0x100 + i) for i in range(0x100 - len(printable)))]

@@ -112,13 +112,8 @@ def decode_image(data: bytes, key: str) -> np.ndarray:
 def pixels_of_array(array: np.ndarray, key: str) -> np.ndarray:
   """Pixels uint8 [H, W, 3] of an array that holds an image.
 
-  Args:
-    array: grey [H, W] or [H, W, 1], RGB [H, W, 3] or RGBA [H, W, 4]; uint8, uint16 (all 16 bits in use) or bool. What
-      is uint8 RGB already is not copied.
-    key: its name in errors.
-
-  Raises:
-    UserError: another shape or type, no pixels, or too many.
+  It is grey [H, W] or [H, W, 1], RGB [H, W, 3] or RGBA [H, W, 4]; uint8, uint16 (all 16 bits in use) or bool. What is
+  uint8 RGB already is not copied. `key` is its name in errors.
   """
   plane = array[:, :, None] if array.ndim == 2 else array
   if plane.ndim != 3 or plane.shape[2] not in (1, 3, 4) or not plane.size:
@@ -146,14 +141,10 @@ class JpegHeader(NamedTuple):
 
 
 def read_jpeg_header(data: bytes, key: str) -> JpegHeader | None:
-  """Reads a JPEG's header in a few microseconds.
+  """Reads a JPEG's header in a few microseconds. Raises BadRecord where the file ends before the image does.
 
-  Returns:
-    None for what `decode_jpeg_rows` does not read: other formats, CMYK, arithmetic coding, lossless, images that their
-    EXIF turns.
-
-  Raises:
-    BadRecord: the file ends before the image does.
+  Returns None for what `decode_jpeg_rows` does not read: other formats, CMYK, arithmetic coding, lossless, images that
+  their EXIF turns.
   """
   if data[:2] != b'\xff\xd8':
     return None
@@ -187,9 +178,6 @@ def decode_jpeg_rows(data: bytes, header: JpegHeader, bottom: int, reduction: in
 
   Returns:
     uint8 [at least bottom / reduction, ceil(W / reduction), 3], RGB.
-
-  Raises:
-    BadRecord: it is damaged.
   """
   height = header.height
   if header.one_scan:
@@ -207,13 +195,8 @@ def decode_jpeg_rows(data: bytes, header: JpegHeader, bottom: int, reduction: in
 def _decode_strictly(data: bytes, size: tuple[int, int], is_cut: bool) -> np.ndarray:
   """Decodes a JPEG whose data libjpeg does not doubt; Pillow and OpenCV show noise where it does.
 
-  Args:
-    data: a JPEG.
-    size: (H', W') of the result: H / r and W / r, rounded up, where r is 1, 2, 4 or 8.
-    is_cut: whether its header claims fewer rows than there are.
-
-  Raises:
-    ValueError: it is damaged.
+  `size` is (H', W') of the result: H / r and W / r, rounded up, where r is 1, 2, 4 or 8. `is_cut` tells that the header
+  claims fewer rows than there are. Raises ValueError where it is damaged.
   """
   pixels = np.empty((*size, 3), np.uint8)
   try:  # the scale is the smallest that gives this size

@@ -68,17 +68,7 @@ class Order:
   def __init__(
     self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int, *, consecutive_epochs: bool = False
   ):
-    """Sets up an order; see this module.
-
-    Args:
-      sizes: records of each set.
-      weights: positive shares of the sets, of any sum; None mixes by size.
-      seed: of all permutations.
-      consecutive_epochs: see `Mixture`.
-
-    Raises:
-      ValueError: a set's share is less than one record in a block.
-    """
+    """Sets up an order (see this module) of sets of some sizes; weights are of any sum, None mixes by size."""
     self._starts = _starts(sizes)
     if weights is None:
       later = seed if consecutive_epochs else int(np.random.SeedSequence(seed).generate_state(1)[0])

@@ -25,13 +25,7 @@ class Pairs:
   """Random access to pairs; captions of a folder are read when they are needed."""
 
   def __init__(self, folder: str, paths: Sequence[str], captions: Sequence[str] | None):
-    """Holds the pairs in two arrays, which processes share.
-
-    Args:
-      folder: that the paths are relative to.
-      paths: of the images.
-      captions: of each; None where each has a .txt file.
-    """
+    """Holds pairs in two arrays, which processes share; captions are None where each image has a .txt."""
     rows = [path if captions is None else path + _END + captions[row] for row, path in enumerate(paths)]
     encoded = [row.encode('utf-8', 'surrogatepass') for row in rows]  # paths may not be UTF-8
     self.folder, self._in_files = folder, captions is None
@@ -72,14 +66,9 @@ class Pairs:
 
 
 def open_pairs(path: str, what: str) -> Pairs:
-  """Opens a folder, with those in it, or a table.
+  """Opens a folder, with those in it; or a CSV, JSONL or Parquet file with columns `path` and `caption`.
 
-  Args:
-    path: of a folder; or of a CSV, JSONL or Parquet file with columns `path`, relative to its folder, and `caption`.
-    what: the entry that named it, for errors.
-
-  Raises:
-    UserError: it holds no pairs, or cannot be read.
+  Paths are relative to the table's folder. `what` is the entry that named it, for errors.
   """
   if not is_local(path):
     raise UserError(f'{what}={path!r}: folders and tables are read from disks; pack the pairs into tars for a bucket')

@@ -16,12 +16,10 @@ import numpy as np
 from groupvit_jax.data import augment as image_ops
 from groupvit_jax.data import bad_records, workers
 from groupvit_jax.data import prompts as text_ops
-from groupvit_jax.data.mixture import Mixture, Source
+from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.running import sharding
-
-__all__ = ['Batches', 'Example', 'Examples', 'Source', 'build_examples', 'check_batch_size', 'iterate', 'to_devices']
 
 # Streams of randomness of an example: a word of the generator's counter, so that none overlap.
 _WORDS, _AUGMENT = range(2)
@@ -30,29 +28,13 @@ _READ_AHEAD = 2  # batches being made in each process: the second fills in while
 
 
 class Example(NamedTuple):
-  """An example as people can look at it.
+  """An example before its texts are encoded."""
 
-  Attributes:
-    image: uint8 [H, W, 3], as the model sees it.
-    texts: the caption and the M prompts.
-    key: of the record.
-    bad_records: int32 [causes], records that this one replaces, by cause.
-  """
-
-  image: np.ndarray
-  texts: list[str]
-  key: str
-  bad_records: np.ndarray
-
-
-class _Loaded(NamedTuple):
-  """An example before its prompts are drawn."""
-
-  image: np.ndarray
+  image: np.ndarray  # uint8 [H, W, 3], as the model sees it
   caption: str
-  key: str
+  key: str  # of the record
   position: int
-  bad_records: np.ndarray
+  bad_records: np.ndarray  # int32 [causes], records that this one replaces, by cause
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,42 +70,36 @@ class Examples:
     return max(self.num_batches - self.first_batch, 0) * len(self.rows)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    """Makes an example.
-
-    Returns:
-      'image' uint8 [H, W, 3], 'tokens' int32 [T, L], 'bad_records' int32 [causes]; 'words' int32 [M, 2]
-      if `word_ids`.
-
-    Raises:
-      TooManyBadRecords: neither the record nor any neighbour can be used.
-      OSError: a shard cannot be read.
-    """
+    """Makes an example; see `make_some`."""
     return self.make_some((index,))[0]
 
   def make_some(self, indices: Sequence[int]) -> list[dict[str, np.ndarray]]:
-    """Makes examples, all images before all texts; see `__getitem__`.
+    """Makes examples, all images before all texts.
 
     Alternating, images would drive the tables of tagger and tokenizer out of the processor's caches each time.
+
+    Returns:
+      Of each 'image' uint8 [H, W, 3], 'tokens' int32 [T, L], 'bad_records' int32 [causes]; 'words' int32 [M, 2] if
+      `word_ids`.
+
+    Raises:
+      TooManyBadRecords: neither a record nor any neighbour can be used.
+      OSError: a shard cannot be read.
     """
     rows = []
-    for loaded in [self._load(index) for index in indices]:
+    for loaded in [self.load(index) for index in indices]:
       prompts = self._prompts(loaded.caption, loaded.position)
       tokens = self.tokenizer.encode([loaded.caption, *prompts.texts], self.text_length)
       words = {'words': text_ops.word_ids(prompts.words)} if self.word_ids else {}
       rows.append({'image': loaded.image, 'tokens': tokens, 'bad_records': loaded.bad_records} | words)
     return rows
 
-  def preview(self, index: int) -> Example:
-    """Makes an example with its texts instead of tokens; see `__getitem__`."""
-    loaded = self._load(index)
-    return Example(loaded.image, self._texts(loaded.caption, loaded.position), loaded.key, loaded.bad_records)
+  def texts(self, caption: str, position: int) -> list[str]:
+    """A caption and the M prompts that it has at a position."""
+    return [caption, *self._prompts(caption, position).texts]
 
-  def make(self, record: dict[str, object], position: int) -> tuple[np.ndarray, list[str], str]:
-    """A record as seen at a position: its image uint8 [H, W, 3], its caption and prompts, its key. Raises BadRecord."""
-    return self._image(record, position), self._texts(record['text'], position), record['key']
-
-  def _load(self, index: int) -> _Loaded:
-    """The record to use, and its image."""
+  def load(self, index: int) -> Example:
+    """The record to use, and its image; see `make_some`."""
     batch, row = divmod(index, len(self.rows))
     position = (self.first_batch + batch) * self.batch_size + self.rows[row]
     drawn = self._order[position]
@@ -132,8 +108,7 @@ class Examples:
     for candidate in bad_records.replacement_order(drawn, start, len(part.source)):
       try:
         record = self.source[candidate]
-        image = self._image(record, position)
-        return _Loaded(image, record['text'], record['key'], position, bad_records.count(bad))
+        return Example(self.image(record, position), record['text'], record['key'], position, bad_records.count(bad))
       except bad_records.BadRecord as error:
         bad_records.report(error)
         bad.append(error)
@@ -142,15 +117,13 @@ class Examples:
       f'{bad[0]}; look at the set with python -m groupvit_jax.data.audit'
     )
 
-  def _image(self, record: dict[str, object], position: int) -> np.ndarray:
+  def image(self, record: dict[str, object], position: int) -> np.ndarray:
+    """The image of a record as seen at a position, uint8 [H, W, 3]. Raises BadRecord."""
     if not record['text'].strip():
       raise bad_records.BadRecord('caption_empty', record['key'])
     if self.augment is None:
       return record['image']
     return self.augment(record['image'], self._rng(position, _AUGMENT), record['key'])
-
-  def _texts(self, caption: str, position: int) -> list[str]:
-    return [caption, *self._prompts(caption, position).texts]
 
   def _prompts(self, caption: str, position: int) -> text_ops.Prompts:
     return text_ops.noun_prompts(
@@ -206,8 +179,8 @@ class Batches:
     return concurrent.futures.ThreadPoolExecutor(self._num_threads, 'examples')
 
 
-def check_batch_size(source: Source, batch_size: int) -> None:
-  """Raises ValueError unless the data fill a batch."""
+def check_batch_size(source: Mixture, batch_size: int) -> None:
+  """Raises UserError unless the data fill a batch."""
   if len(source) < batch_size:
     raise UserError(
       f'the data have {len(source)} records, fewer than batch_size={batch_size}; add data, or use smaller batches'
@@ -222,18 +195,7 @@ def build_examples(
   first_batch: int,
   rows: Sequence[int] | None = None,
 ) -> Examples:
-  """Builds a run's examples.
-
-  Args:
-    config: of the run.
-    source: its data; see `sources.build_source`.
-    tokenizer: its tokenizer.
-    first_batch: batches consumed before.
-    rows: of each global batch, that are made; None for all.
-
-  Raises:
-    ValueError: the data are fewer than a batch.
-  """
+  """Builds the examples of a run that has consumed `first_batch` batches; `rows` of each global batch, None for all."""
   augment = image_ops.build_augment(config.data.augment, tuple(config.model.vision.image_size))
   return Examples(
     source,
@@ -262,7 +224,7 @@ def iterate(
   Memory is bounded: about 2 * (`prefetch_batches` + the number of processes) batches.
 
   Args:
-    examples: the run's examples.
+    examples: of the run.
     num_threads: threads that make examples, in each process; 0 makes them in the caller.
     num_workers: processes that do so; 0 for none but this one.
     prefetch_batches: how many batches are kept ready, in all processes together.
@@ -270,9 +232,6 @@ def iterate(
   Yields:
     {'image': uint8 [b, H, W, 3], 'tokens': int32 [b, T, L], 'bad_records': int32 [b, causes]} with b the host's rows,
     and 'words' int32 [b, M, 2] where examples hold them.
-
-  Raises:
-    TooManyBadRecords, OSError: see `Examples`; or a worker died.
   """
   batches = grain.MapDataset.source(Batches(examples, num_threads))
   if not num_threads and not num_workers:

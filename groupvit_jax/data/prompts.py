@@ -52,26 +52,17 @@ def clean_caption(caption: str) -> str:
 def nouns(caption: str) -> list[str]:
   """Returns the nouns and verbs of a caption, in order, as they are written there.
 
-  A word that occurs twice is listed twice. Tokens without a letter and the remains of
-  contractions, which the tagger calls nouns, are left out.
-
-  Args:
-    caption: English text; only its first `LONGEST_CAPTION` characters are read.
-
-  Returns:
-    The words whose tag is in `WORD_TAGS`.
+  A word that occurs twice is listed twice. Tokens without a letter and the remains of contractions, which the tagger
+  calls nouns, are left out. Only the first `LONGEST_CAPTION` characters are read.
   """
   return [word for sentence in _tag(caption) for word, tag in sentence if tag in WORD_TAGS]
 
 
 def noun_phrases(caption: str) -> list[str]:
-  """Returns the noun phrases of a caption: adjacent adjectives and nouns that end in a noun.
+  """Returns the noun phrases of a caption in order: adjacent adjectives and nouns that end in a noun.
 
-  Args:
-    caption: English text; only its first `LONGEST_CAPTION` characters are read.
-
-  Returns:
-    The phrases in order: 'a small black dog on wet grass' gives 'small black dog', 'wet grass'.
+  'a small black dog on wet grass' gives 'small black dog', 'wet grass'. Only the first `LONGEST_CAPTION` characters are
+  read.
   """
   phrases, run, length = [], [], 0  # length: up to and including the run's last noun
   for word, tag in [pair for sentence in _tag(caption) for pair in (*sentence, ('', ''))]:
@@ -116,9 +107,6 @@ def noun_prompts(
     lowercase: picks from the caption in lower case: the tagger takes most words in capitals for nouns.
     templates: name of a template set, see `template_set`.
     skipped_words: never picked, whatever their case, such as 'photo'.
-
-  Returns:
-    `count` texts and words.
   """
   if count == 0:
     return Prompts([], [])
@@ -139,18 +127,7 @@ def word_ids(words: Sequence[str]) -> np.ndarray:
 
 
 def class_prompts(names: Sequence[str], templates: str) -> list[list[str]]:
-  """Returns every class name in every template of a set, for zero-shot evaluation.
-
-  Args:
-    names: C class names.
-    templates: name of a template set, see `template_set`.
-
-  Returns:
-    [C][T] texts.
-
-  Raises:
-    ValueError: there is no such template set.
-  """
+  """Returns C class names in the T templates of a set (see `template_set`), [C][T], for zero-shot evaluation."""
   return [[template.format(name) for template in template_set(templates)] for name in names]
 
 
@@ -158,14 +135,7 @@ def class_prompts(names: Sequence[str], templates: str) -> list[list[str]]:
 def template_set(name: str) -> tuple[str, ...]:
   """Returns the T templates of a set, each with one `{}` for the class name.
 
-  Args:
-    name: 'full' (the 80 of ImageNet), 'subset' (7 of them), 'simple' or 'identity' (one each).
-
-  Returns:
-    The templates.
-
-  Raises:
-    ValueError: there is no such set.
+  Sets are 'full' (the 80 of ImageNet), 'subset' (7 of them), 'simple' and 'identity' (one each).
   """
   sets = json.loads(_TEMPLATES.read_text(encoding='utf-8'))['templates']
   if name not in sets:

@@ -1,6 +1,6 @@
 """RandAugment as timm's `rand-m9-mstd0.5-inc1` defines it (Cubuk et al. 2020; timm's parameters).
 
-Of the 15 operations `num_ops` are drawn, with replacement; each is applied with a probability, at a strength drawn
+Of the 15 operations two are drawn, with replacement; each is applied with a probability, at a strength drawn
 around `magnitude`. All work on uint8. Operations on single pixels, and sharpness, match Pillow exactly. Those that move
 pixels round to the nearest level, where Pillow rounds down, and fade into the fill colour over one pixel, where Pillow
 cuts.
@@ -16,6 +16,7 @@ import numpy as np
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: what geometric operations show outside the image
 
+NUM_OPS = 2
 _FULL_MAGNITUDE = 10
 _LEVELS = np.arange(256)
 _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
@@ -25,10 +26,10 @@ _SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 class RandAugment:
   """uint8 [H, W, 3] -> uint8 [H, W, 3]; a pure function of (pixels, rng)."""
 
-  num_ops: int
   probability: float  # of applying an operation that was drawn
   magnitude: float  # 0 to 10
   magnitude_std: float  # in the same units
+  num_ops: int = NUM_OPS
 
   def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for _ in range(self.num_ops):

@@ -37,9 +37,6 @@ def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int])
       - 'tfds': `path`, the folder of a prepared TFDS data set in ArrayRecord files, its `split`, and the names of its
         features `image` and `caption`.
     image_size: (H, W) of the model.
-
-  Raises:
-    UserError: a description has a mistake, a set cannot be read, or scenes cannot have `image_size`.
   """
   if config.source == 'sets':
     if not config.get('sets'):
@@ -54,16 +51,7 @@ def build_source(config: ml_collections.ConfigDict, image_size: tuple[int, int])
 
 
 def build_scenes(config: ml_collections.ConfigDict, image_size: tuple[int, int], split: str) -> Scenes:
-  """Builds embedded scenes: endless for training, `num_heldout` of them otherwise.
-
-  Args:
-    config: the `data.scenes` part of a config.
-    image_size: (H, W) of the model; scenes are square.
-    split: 'train', 'validation' or 'test'.
-
-  Raises:
-    UserError: the model's images are not square, or the config asks for what the scenes do not offer.
-  """
+  """Builds embedded scenes of a config's `data.scenes`: endless for split 'train', `num_heldout` of them otherwise."""
   if image_size[0] != image_size[1]:
     raise UserError(f'model.vision.image_size={image_size}: scenes are square; use equal height and width')
   return Scenes(

@@ -72,14 +72,9 @@ class WebDataset:
     return int(self._ends[-1])
 
   def __getitem__(self, number: int) -> dict[str, object]:
-    """Reads a sample in one request.
+    """Reads a sample in one request: 'image' the encoded image, 'text' the caption, 'key' as 'FOLDER/SHARD/KEY'.
 
-    Returns:
-      'image' the encoded image, 'text' the caption, 'key' as 'FOLDER/SHARD/KEY'.
-
-    Raises:
-      BadRecord: a part is missing, or the caption is not text.
-      OSError: the shard cannot be read.
+    Raises BadRecord where a part is missing or the caption is not text, OSError where the shard cannot be read.
     """
     path, row, key = self._find(number)
     image, text = _read_both(path, _extent(row, 'image', key), _extent(row, 'text', key))
@@ -137,9 +132,6 @@ def open_webdataset(patterns: Sequence[str], caption: str, index_dir: str, what:
     index_dir: folder for the index of each shard; '' for beside local shards where that folder can be written,
       otherwise in the cache folder.
     what: names the set in errors.
-
-  Raises:
-    UserError: a shard is missing, is no tar, is cut short, or has no samples of this kind.
   """
   kind = caption.split(':', 1)[0]
   if kind not in ('txt', 'cls', 'json') or (kind == 'json') != (len(caption) > len('json:')):
@@ -183,12 +175,8 @@ def index_tar(read: Read, size: int, window: int, text_kind: str) -> np.ndarray:
     if not row[column]:  # of a sample's images, the first
       row[column : column + 2] = block, length
   keys = [key.encode('utf-8', 'surrogateescape') for key in samples]
-  rows = np.zeros(len(keys), [*_ROW, ('key', f'S{max(map(len, keys), default=0) or 1}')])
-  if keys:
-    for column, (field, _) in enumerate(_ROW):
-      rows[field] = [row[column] for row in samples.values()]
-    rows['key'] = keys
-  return rows
+  dtype = [*_ROW, ('key', f'S{max(map(len, keys), default=0) or 1}')]
+  return np.array([(*row, key) for row, key in zip(samples.values(), keys)], dtype)
 
 
 def tar_members(read: Read, size: int, window: int) -> Iterator[Member]:
@@ -196,9 +184,6 @@ def tar_members(read: Read, size: int, window: int) -> Iterator[Member]:
 
   `tarfile` ends without a word at a damaged header and at the first end mark; here the first is an error, and what
   follows the second is read.
-
-  Raises:
-    UserError: it is no tar, or it is cut short.
   """
   file = _WindowedFile(read, size, window)
   at, ended = 0, False
@@ -259,7 +244,7 @@ class _WindowedFile:
 
 
 def _find_index(shards: Sequence[storage.Shard], kind: str, index_dir: str, what: str) -> Index:
-  """The index of some shards; `kind` is the extension of the members that hold captions. See `open_webdataset`."""
+  """The index of some shards; `kind` is the extension of the members that hold captions."""
   stamps = [_stamp(shard, kind) for shard in shards]
   merged = storage.cache_folder() / f'{hashlib.sha256("".join(stamps).encode()).hexdigest()[:32]}.npy'
   summary = merged.with_suffix('.json')
@@ -275,11 +260,10 @@ def _index_shards(
   shards: Sequence[storage.Shard], stamps: Sequence[str], kind: str, index_dir: str, what: str
 ) -> list[np.ndarray]:
   """The index of each shard, from its file or else from the shard; many at a time."""
-  homes = {folder: _index_folder(folder, index_dir) for folder in {shard.path.rpartition('/')[0] for shard in shards}}
 
   def load_or_build(pair: tuple[storage.Shard, str]) -> np.ndarray:
     shard, stamp = pair
-    path = f'{homes[shard.path.rpartition("/")[0]]}/{stamp}.npy'
+    path = f'{_index_folder(shard.path.rpartition("/")[0], index_dir)}/{stamp}.npy'
     rows = _load(path, shard)
     if rows is None:
       rows = _index_shard(shard, kind)
@@ -341,7 +325,7 @@ def _merge(parts: Sequence[np.ndarray], path: pathlib.Path) -> tuple[list[int], 
 
 
 def _index_folder(folder: str, index_dir: str) -> str:
-  """The folder for the index of the shards in `folder`."""
+  """The folder for the index of the shards in `folder`: see `open_webdataset`."""
   if index_dir:
     return os.path.expanduser(index_dir)
   if storage.is_local(folder) and os.access(folder or '.', os.W_OK):

@@ -38,14 +38,7 @@ class TfdsSource:
     return self.length
 
   def __getitem__(self, number: int) -> dict[str, object]:
-    """Reads a record.
-
-    Returns:
-      'image' the encoded image, 'text' the caption, 'key' as 'FOLDER/SPLIT[NUMBER]'.
-
-    Raises:
-      BadRecord: the image or the caption is empty, or the caption is not UTF-8.
-    """
+    """A record: 'image' the encoded image, 'text' the caption, 'key' as 'FOLDER/SPLIT[NUMBER]'. Raises BadRecord."""
     record = self._records[number]
     key = f'{self.path}/{self.split}[{number}]'
     if not record[self.image]:
@@ -72,9 +65,6 @@ def open_tfds(path: str, split: str, image: str, caption: str, what: str) -> Tfd
     image: name of the image's feature.
     caption: name of the caption's feature.
     what: names the set in errors.
-
-  Raises:
-    UserError: there is no such data set, split or feature, or a file of it is missing.
   """
   tfds = _import_tfds()
   try:
@@ -101,16 +91,7 @@ def open_tfds(path: str, split: str, image: str, caption: str, what: str) -> Tfd
 
 
 def open_records(path: epath.PathLike, split: str, encoded: Sequence[str]) -> Sequence[dict[str, object]]:
-  """All features of the records of a split.
-
-  Args:
-    path: folder of the data set's version, on a disk.
-    split: as TFDS names it.
-    encoded: names of the features that are left as the bytes of a file.
-
-  Raises:
-    UserError: it is no data set with that split in ArrayRecord files, or a file is missing.
-  """
+  """All features of the records of a split, in a data set's version on a disk; `encoded` ones are left as bytes."""
   tfds = _import_tfds()
   try:
     builder = tfds.builder_from_directory(str(path))
@@ -131,9 +112,6 @@ def newest_version(data_dir: epath.PathLike, name: str) -> epath.Path | None:
     data_dir: the folder of all TFDS data sets: local, or a store that `fsspec` can list. A remote set is copied to
       the cache folder; files that have not changed since the last copy stay as they are.
     name: of the data set.
-
-  Raises:
-    UserError: the store cannot be reached.
   """
   if not storage.is_local(str(data_dir)):
     found = storage.list_files(f'{str(data_dir).rstrip("/")}/{name}/*/dataset_info.json')

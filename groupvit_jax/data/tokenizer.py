@@ -23,7 +23,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from groupvit_jax import storage
+from groupvit_jax import cli, storage
 from groupvit_jax.data import clip_bpe
 from groupvit_jax.errors import UserError
 
@@ -54,17 +54,9 @@ class Tokenizer(abc.ABC):
     self._files = files
 
   def encode(self, texts: Sequence[str], length: int) -> np.ndarray:
-    """Returns token ids: bos if there is one, the text, eos, padding.
+    """Returns token ids, int32 [B, L], of B texts: bos if there is one, the text, eos, padding.
 
-    Args:
-      texts: B texts of any length; a text too long is cut so that eos is its last token.
-      length: L, tokens per text.
-
-    Returns:
-      int32 [B, L].
-
-    Raises:
-      ValueError: `texts` is a single string, or `length` leaves no room for a text.
+    A text too long for `length` (L) is cut so that eos is its last token.
     """
     if isinstance(texts, str):
       raise UserError(f'encode takes a list of texts, not one: put it in a list, [{texts[:40]!r}]')
@@ -79,11 +71,7 @@ class Tokenizer(abc.ABC):
     return tokens
 
   def save(self, folder: os.PathLike | str) -> None:
-    """Writes the tokenizer's files to a folder, from which `build_tokenizer` loads it again.
-
-    Args:
-      folder: made if it is not there.
-    """
+    """Writes the tokenizer's files to a folder, from which `build_tokenizer` loads it again."""
     for name, data in self._files.items():
       storage.write_atomic(str(epath.Path(folder) / name), data)
 
@@ -92,7 +80,7 @@ class Tokenizer(abc.ABC):
     """Returns the ids of a text alone."""
 
   def __getstate__(self) -> dict[str, Any]:
-    return {name: value for name, value in vars(self).items() if name != '_model'}
+    return {name: value for name, value in vars(self).items() if name != 'model'}
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -101,17 +89,10 @@ class SentencePieceTokenizer(Tokenizer):
   bos_id = None
 
   def __init__(self, path: os.PathLike | str):
-    """Reads a model.
-
-    Args:
-      path: the model file.
-
-    Raises:
-      ValueError: there is no such file, or it is not a SentencePiece model with an eos piece.
-    """
+    """Reads a model file. Raises UserError where it is not a SentencePiece model with an eos piece."""
     super().__init__({SENTENCEPIECE_FILE: _read(epath.Path(path))})
     try:
-      model = self._model
+      model = self.model
     except (RuntimeError, UnicodeDecodeError) as error:  # the second, where its message quotes damaged bytes
       raise UserError(f'{path} is not a SentencePiece model') from error
     if model.eos_id() < 0:
@@ -120,13 +101,9 @@ class SentencePieceTokenizer(Tokenizer):
     self.eos_id = model.eos_id()
     self.pad_id = model.pad_id() if model.pad_id() >= 0 else model.eos_id()
 
-  @property
+  @functools.cached_property
   def model(self) -> sentencepiece.SentencePieceProcessor:
     """The SentencePiece model."""
-    return self._model
-
-  @functools.cached_property
-  def _model(self) -> sentencepiece.SentencePieceProcessor:
     data = self._files[SENTENCEPIECE_FILE]
     if not data:
       raise RuntimeError('an empty file parses, as a model without pieces')
@@ -134,7 +111,7 @@ class SentencePieceTokenizer(Tokenizer):
 
   def _text_ids(self, text: str) -> list[int]:
     # One text a call: a list costs ten times as much, in threads.
-    return self._model.encode(text)
+    return self.model.encode(text)
 
 
 class ClipTokenizer(Tokenizer):
@@ -150,17 +127,14 @@ class ClipTokenizer(Tokenizer):
     Args:
       path: a Hugging Face tokenizer folder (`tokenizer.json`, or `vocab.json` and
         `merges.txt`), a `tokenizer.json`, or OpenAI's `bpe_simple_vocab_16e6.txt.gz`.
-
-    Raises:
-      ValueError: a file is missing, or does not hold a CLIP vocabulary.
     """
     files = clip_bpe.find_files(epath.Path(path))
     super().__init__({name: _read(file) for name, file in files.items()})
     try:
-      self.bos_id, self.eos_id = map(self._model.token_to_id, (clip_bpe.BOS, clip_bpe.EOS))
+      self.bos_id, self.eos_id = map(self.model.token_to_id, (clip_bpe.BOS, clip_bpe.EOS))
     except Exception as error:  # `tokenizers` raises no narrower type
       raise UserError(f'{path} is not a CLIP vocabulary (BPE with {clip_bpe.EOS})') from error
-    self.vocab_size = self._model.get_vocab_size()
+    self.vocab_size = self.model.get_vocab_size()
     self.pad_id = self.eos_id
 
   def bpe(self) -> clip_bpe.Bpe:
@@ -168,26 +142,20 @@ class ClipTokenizer(Tokenizer):
     return clip_bpe.read_bpe(self._files)
 
   @functools.cached_property
-  def _model(self) -> tokenizers.Tokenizer:
+  def model(self) -> tokenizers.Tokenizer:
+    """The pipeline of `tokenizers`, without bos and eos."""
     return clip_bpe.build_pipeline(*self.bpe())
 
   def _text_ids(self, text: str) -> list[int]:
     # One text a call: a batch starts threads, which do not survive a fork.
-    return self._model.encode(text).ids
+    return self.model.encode(text).ids
 
 
 def build_tokenizer(path: os.PathLike | str) -> Tokenizer:
-  """Returns the tokenizer that lies at a path.
-
-  Args:
-    path: a SentencePiece model, anything that `ClipTokenizer` takes, or a folder that
-      `Tokenizer.save` wrote.
-
-  Returns:
-    The tokenizer.
+  """Returns the tokenizer at a path: a SentencePiece model, or a folder with one, or what `ClipTokenizer` takes.
 
   Raises:
-    ValueError: there is none, it is not readable, or there are two.
+    UserError: there is none, it is not readable, or there are two.
   """
   path = epath.Path(path)
   if not path.is_dir():
@@ -217,15 +185,13 @@ def train_sentencepiece(
       where the captions hold no more.
     max_captions: trains on a random sample of this many, which bounds memory.
 
-  Returns:
-    The trained tokenizer.
-
   Raises:
-    ValueError: there are no captions, or `vocab_size` is below what their characters need.
+    UserError: there are no captions, or `vocab_size` is below what their characters need.
   """
   if vocab_size < 1:
     raise UserError(f'vocab_size={vocab_size} is too small; use 300 or more')
-  lines = _sample(filter(None, map(_training_line, captions)), max_captions)
+  lines = (_encodable(' '.join(caption[:_LONGEST_CAPTION].split())) for caption in captions)
+  lines = _sample(filter(None, lines), max_captions)
   if not lines:
     raise UserError(_NO_CAPTIONS)
   model = io.BytesIO()
@@ -259,11 +225,7 @@ def read_captions(path: str, column: int) -> Iterator[str]:
     path: a file, whose lines are split at tabs if its name ends in `.tsv`, or '-' for stdin.
     column: which column of a `.tsv` holds the captions, counted from 0.
 
-  Yields:
-    Captions; bytes that are not UTF-8 are replaced.
-
-  Raises:
-    ValueError: there is no such file, or a line has too few columns.
+  Bytes that are not UTF-8 are replaced.
   """
   data = sys.stdin.buffer if path == '-' else _open(epath.Path(path))
   with data:
@@ -279,14 +241,7 @@ def read_captions(path: str, column: int) -> Iterator[str]:
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the command line.
-
-  Args:
-    arguments: without the program's name.
-
-  Returns:
-    The exit code: 0, or 2 after one line on stderr that names the mistake.
-  """
+  """Runs the command of some arguments; returns its exit code."""
   parser = argparse.ArgumentParser(prog='python -m groupvit_jax.data.tokenizer')
   train = parser.add_subparsers(dest='command', required=True).add_parser(
     'train', help='train a SentencePiece model on captions'
@@ -301,8 +256,7 @@ def main(arguments: Sequence[str]) -> int:
   try:
     tokenizer = train_sentencepiece(captions, flags.output, flags.vocab_size)
   except (ValueError, OSError) as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 2
+    return cli.fail(error)
   print(f'{flags.output}: {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s')
   return 0
 
@@ -310,10 +264,6 @@ def main(arguments: Sequence[str]) -> int:
 def _encodable(text: str) -> str:
   """Replaces lone surrogates, which JSON captions can hold and neither library takes."""
   return text.encode('utf-8', 'replace').decode('utf-8')
-
-
-def _training_line(caption: str) -> str:
-  return _encodable(' '.join(caption[:_LONGEST_CAPTION].split()))
 
 
 def _sample(lines: Iterable[str], count: int) -> list[str]:
@@ -337,16 +287,16 @@ def _training_error(message: str, vocab_size: int) -> ValueError:
   return ValueError(f'no tokenizer can be trained on these captions: {" ".join(message.split())}')
 
 
+def _read(path: epath.Path) -> bytes:
+  with _open(path) as file:
+    return file.read()
+
+
 def _open(path: epath.Path) -> BinaryIO:
   try:
     return path.open('rb')
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
     raise UserError(f'there is no file {path}') from error
-
-
-def _read(path: epath.Path) -> bytes:
-  with _open(path) as file:
-    return file.read()
 
 
 if __name__ == '__main__':

@@ -22,17 +22,10 @@ _T = TypeVar('_T')
 
 
 def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterator[_T]:
-  """Yields what a dataset yields, made by worker processes.
+  """Yields what a dataset yields, made by worker processes, of which each keeps `buffer` elements ready.
 
-  Worker w makes elements w, w + num_workers, ..., so their number does not change the order.
-
-  Args:
-    dataset: of any elements.
-    num_workers: processes; 0 iterates in this one.
-    buffer: elements each of them keeps ready.
-
-  Raises:
-    OSError: a worker died.
+  Worker w makes elements w, w + num_workers, ..., so their number does not change the order. Without workers this
+  process iterates. Raises ResourceError when a worker died.
   """
   if num_workers:
     options = grain.MultiprocessingOptions(num_workers, max(buffer, 1))

@@ -21,6 +21,7 @@ import time
 import traceback
 
 from etils import epath
+from flax import traverse_util
 import jax
 from jax.experimental import multihost_utils
 from jax.experimental.compilation_cache import compilation_cache
@@ -219,26 +220,17 @@ def _code_digest() -> str:
 
 def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
   """Returns a phrase for each entry in which two processes' metadata differ."""
-  found = []
-  for name in first | other:
-    here, there = (_flatten(name, metadata.get(name)) for metadata in (first, other))
-    found += [
-      f'{key} is {here.get(key)} in one and {there.get(key)} in the other'
-      for key in sorted(here.keys() | there.keys())
-      if here.get(key) != there.get(key)
-    ]
-  return found
-
-
-def _flatten(name: str, value: object) -> dict[str, object]:
-  """Returns the leaves of a JSON object by dotted path; {name: value} for other values, {} for None."""
-  if value is None:
-    return {}
-  if isinstance(value, str) and value.startswith('{'):
-    value = json.loads(value)
-  if not isinstance(value, dict):
-    return {name: value}
-  return {path: leaf for key, child in value.items() for path, leaf in _flatten(f'{name}.{key}', child).items()}
+  here, there = (
+    traverse_util.flatten_dict(
+      {name: json.loads(value) if value.startswith('{') else value for name, value in metadata.items()}, sep='.'
+    )
+    for metadata in (first, other)
+  )
+  return [
+    f'{key} is {here.get(key)} in one and {there.get(key)} in the other'
+    for key in sorted(here.keys() | there.keys())
+    if here.get(key) != there.get(key)
+  ]
 
 
 def _table(everyone: list[dict[str, object]]) -> str:

@@ -167,7 +167,8 @@ def _first_batch(run: Run, report: Callable[[str], None]) -> dict[str, np.ndarra
   report(f'batch      {shapes} of this host after {time.perf_counter() - started:.1f} s; records replaced: {replaced}')
   examples = pipeline.build_examples(run.config, run.source, run.tokenizer, first_batch=0)
   for number in range(2):
-    report(f'example    {examples.preview(number).texts}')
+    example = examples.load(number)
+    report(f'example    {examples.texts(example.caption, example.position)}')
   return batch
 
 

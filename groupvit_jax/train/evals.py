@@ -276,7 +276,7 @@ class _TrainingPictures:
   def draw(self, variables: dict) -> np.ndarray:
     """A panel of images, cropped as in the run's first batch; the same ones at every call, on every host."""
     if not self._images:
-      self._images = [self._examples.preview(i).image for i in range(min(_SHOWN, len(self._examples)))]
+      self._images = [self._examples.load(i).image for i in range(min(_SHOWN, len(self._examples)))]
     window = protocols.native_protocol(tuple(self._model.vision.image_size)).window
     maps = group_maps(self._model, variables, self._images, window, self._mesh)
     rows = [visualize.Row(image, None, None, stages) for image, stages in zip(self._images, maps, strict=True)]

@@ -100,7 +100,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
       workdir_lib.record_data(workdir, source.metadata())
       licence_lib.keep(workdir, weights.licence if weights else licence_lib.Licence())
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
-    workdir_lib.open_workdir(workdir, config)
+    workdir_lib.write_config(workdir, config)
   model = with_vocabulary(model, tokenizer.vocab_size, tokenizer.eos_id)
   samples = config.batch_size // config.grad_accum_steps
   attention = workdir_lib.prepare_attention(

@@ -7,11 +7,13 @@ import importlib.util
 import json
 
 from etils import epath
+from flax import traverse_util
 import fsspec
 import jax
 import ml_collections
 
 from groupvit_jax import storage
+from groupvit_jax.data import augment, images, rand_augment
 from groupvit_jax.data.mixture import Mixture
 from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tokenizer, train_sentencepiece
@@ -23,10 +25,24 @@ from groupvit_jax.running.attention_choice import AttentionChoice
 _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
 
 # Entries of earlier configs, and the value that replaced them.
-_BUILT_IN = {'multi_label_weight': 1.0, 'max_skipped_in_a_row': 10}
-# Entries that earlier configs and those of imported weights lack, and what they did; and those of `data`.
-_ADDED = {'multi_label_loss': 'pooled', 'init_from': '', 'freeze': ''}
-_ADDED_DATA = {'prompt_templates': 'full', 'skipped_words': (), 'lowercase_prompts': False}
+_BUILT_IN = {
+  'multi_label_weight': 1.0,
+  'max_skipped_in_a_row': 10,
+  'data.augment.num_ops': rand_augment.NUM_OPS,
+  'data.augment.min_side': augment.MIN_SIDE,
+  'data.augment.max_pixels': images.LARGEST,
+}
+# Entries that earlier configs and those of imported weights lack, and what they did.
+_ADDED = {
+  'multi_label_loss': 'pooled',
+  'init_from': '',
+  'freeze': '',
+  'data.prompt_templates': 'full',
+  'data.skipped_words': (),
+  'data.lowercase_prompts': False,
+  'eval.panel_steps': (),
+  'optim.cosine': 'after_warmup',
+}
 
 _CONFIG_FILE = 'config.json'  # written last: what a start prepares is complete with it
 _DATA_FILE = 'data.json'  # which records the run was started on; written first
@@ -39,11 +55,7 @@ _FITTING = ('model', 'tokenizer', 'freeze')
 
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
-  """Reads the config a workdir's run was started with.
-
-  Raises:
-    ValueError: there is no such folder, no run in it, or weights of another form.
-  """
+  """Reads the config a workdir's run was started with. Raises UserError where there is none."""
   check_place(workdir)
   workdir = epath.Path(workdir)
   importing = f'make a workdir of it: python -m groupvit_jax.commands.import_weights --from={workdir} --workdir=...'
@@ -74,36 +86,40 @@ def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
 def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   """A config of an earlier version in today's form; configs of today come back as they are.
 
-  Raises:
-    ValueError: an entry that there is no more holds another value than the one that is built in.
+  Raises UserError where an entry that there is no more holds another value than the one that is built in.
   """
   config = config.copy_and_resolve_references()
   with config.unlocked():
     if 'evals' in config:
       config.benchmarks = config.evals
       del config.evals
-    for key, value in _BUILT_IN.items():
-      if key in config:
-        if config[key] != value:
-          raise UserError(f'{key}={config[key]}: there is no such entry any more; {value} is built in')
-        del config[key]
-    for key, value in _ADDED.items():
-      config[key] = config.get(key, value)
-    for key, value in _ADDED_DATA.items() if _has_section(config, 'data') else ():
-      config.data[key] = config.data.get(key, value)
-    if _has_section(config, 'data') and 'partial_captions' in config.data.get('scenes', {}):
-      del config.data.scenes.partial_captions  # resuming such a run is refused: its data have another digest
-    if _has_section(config, 'data') and config.data.get('source') == 'sets':
-      config.data.clean_captions = config.data.get('clean_captions', False)
-    if _has_section(config, 'eval'):
-      config.eval.panel_steps = config.eval.get('panel_steps', ())
-    if _has_section(config, 'optim'):
-      config.optim.cosine = config.optim.get('cosine', 'after_warmup')
+    for path, value in _BUILT_IN.items():
+      section, key = _find_section(config, path)
+      if section is not None and key in section:
+        if section[key] != value:
+          raise UserError(f'{path}={section[key]}: there is no such entry any more; {value} is built in')
+        del section[key]
+    for path, value in _ADDED.items():
+      section, key = _find_section(config, path)
+      if section is not None:
+        section[key] = section.get(key, value)
+    scenes, _ = _find_section(config, 'data.scenes.partial_captions')
+    if scenes is not None and 'partial_captions' in scenes:
+      del scenes.partial_captions  # resuming such a run is refused: its data have another digest
+    data, _ = _find_section(config, 'data.clean_captions')
+    if data is not None and data.get('source') == 'sets':
+      data.clean_captions = data.get('clean_captions', False)
   return config
 
 
-def _has_section(config: ml_collections.ConfigDict, name: str) -> bool:
-  return isinstance(config.get(name), ml_collections.ConfigDict)
+def _find_section(config: ml_collections.ConfigDict, path: str) -> tuple[ml_collections.ConfigDict | None, str]:
+  """The section of an entry, None where the config lacks it, and the entry's name there."""
+  *sections, key = path.split('.')
+  for name in sections:
+    config = config.get(name)
+    if not isinstance(config, ml_collections.ConfigDict):
+      return None, key
+  return config, key
 
 
 def keep_recipe(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
@@ -155,10 +171,7 @@ def forget_other_start(
 ) -> None:
   """Deletes what another start prepared that ended without a checkpoint: in its midst, or with another config or data.
 
-  Args:
-    workdir: of the run.
-    config: of this start.
-    metadata: of its training data, see `Mixture.metadata`.
+  `config` and `metadata` (see `Mixture.metadata`) are those of this start.
   """
   workdir = epath.Path(workdir)
   data, complete = workdir / _DATA_FILE, (workdir / _CONFIG_FILE).exists()
@@ -196,29 +209,17 @@ def _delete(path: epath.Path) -> None:
     path.rmtree() if path.is_dir() else path.unlink()
 
 
-def open_workdir(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> list[str]:
-  """Writes a run's config into a workdir, or checks that it fits the one already there.
-
-  Args:
-    workdir: created if it is not there.
-    config: of the run that starts or resumes.
-
-  Returns:
-    See `check_config`.
-
-  Raises:
-    ValueError: see `check_config`; nothing was changed.
-  """
-  workdir = epath.Path(workdir)
-  changed = check_config(workdir, config)
-  if not (workdir / _CONFIG_FILE).exists():
-    if jax.process_index():
-      raise UserError(
-        f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
-        'that all hosts share: a network disk, or a bucket'
-      )
-    storage.write_atomic(str(workdir / _CONFIG_FILE), (config.to_json(indent=2) + '\n').encode())
-  return changed
+def write_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> None:
+  """Writes the config of a run that starts into its workdir; that of a run that resumes is there already."""
+  path = epath.Path(workdir) / _CONFIG_FILE
+  if path.exists():
+    return
+  if jax.process_index():
+    raise UserError(
+      f'process {jax.process_index()} does not see what process 0 wrote in {workdir}; name a folder '
+      'that all hosts share: a network disk, or a bucket'
+    )
+  storage.write_atomic(str(path), (config.to_json(indent=2) + '\n').encode())
 
 
 def check_place(workdir: epath.PathLike) -> None:
@@ -243,7 +244,7 @@ def check_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> 
     Keys that differ from the first start without making the checkpoints unusable, with both values.
 
   Raises:
-    ValueError: `workdir` holds a run whose checkpoints this config cannot go on from, or can hold none.
+    UserError: `workdir` holds a run whose checkpoints this config cannot go on from, or can hold none.
   """
   check_place(workdir)
   if not (epath.Path(workdir) / _CONFIG_FILE).exists():
@@ -267,16 +268,7 @@ def check_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> 
 
 
 def record_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
-  """Writes metadata of the training data into a workdir, or checks that they are the ones recorded there.
-
-  Args:
-    workdir: of the run.
-    metadata: see `Mixture.metadata`.
-
-  Raises:
-    ValueError: see `check_data`.
-  """
-  check_data(workdir, metadata)
+  """Writes metadata of the training data (see `Mixture.metadata`) into a workdir, unless they are there."""
   path = epath.Path(workdir) / _DATA_FILE
   if not path.exists():
     storage.write_atomic(str(path), (json.dumps(metadata, indent=2) + '\n').encode())
@@ -292,10 +284,8 @@ def keep_order(workdir: epath.PathLike, source: Mixture) -> Mixture:
 def check_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
   """Checks that the training data are those of the run in a workdir, if there is one.
 
-  Where records lie and when they were written does not matter, only which they are, in what order.
-
-  Raises:
-    ValueError: the run was started on other data: its order of records would be another one.
+  Where records lie and when they were written does not matter, only which they are, in what order. Raises UserError
+  where the run was started on other data: its order of records would be another one.
   """
   path = epath.Path(workdir) / _DATA_FILE
   before = json.loads(path.read_text()) if path.exists() and holds_checkpoint(workdir) else metadata
@@ -320,17 +310,14 @@ def keeps_average(config: ml_collections.ConfigDict) -> bool:
 
 
 def load_tokenizer(workdir: epath.PathLike) -> Tokenizer:
-  """The tokenizer a run was trained with. Raises ValueError if it has none."""
+  """The tokenizer a run was trained with. Raises UserError if it has none."""
   return build_tokenizer(epath.Path(workdir) / 'tokenizer')
 
 
 def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict, source: Mixture) -> Tokenizer:
   """The run's tokenizer: the one in its workdir, or else a copy of the one named, or else one trained on captions.
 
-  Args:
-    workdir: of the run.
-    config: the `tokenizer` part of its config: path, or vocab_size and num_captions to train on.
-    source: where captions come from.
+  `config` is the `tokenizer` part of the run's; `source` has the captions.
   """
   folder = epath.Path(workdir) / 'tokenizer'
   if folder.exists():  # whole, for `forget_other_start` deletes one that a killed start was writing
@@ -343,13 +330,11 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
 
 
 def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], AttentionChoice]) -> AttentionChoice:
-  """How the run's attention is computed on some hardware: as when it first trained there, so that a resumed run does
-  not change its arithmetic.
+  """How the run's attention is computed: as when it first trained on this hardware, so that a resumed run does not
+  change its arithmetic.
 
-  Args:
-    workdir: of the run.
-    place: hardware and what else decides which is fastest.
-    choose: measures, by all processes together, so none writes before all have read.
+  `place` is the hardware, and what else decides which is fastest. `choose` measures, by all processes together, so none
+  writes before all have read.
   """
   path = epath.Path(workdir) / 'attention.json'
   kept = json.loads(path.read_text()) if path.exists() else {}
@@ -363,20 +348,10 @@ def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], 
 
 def _differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> dict[str, str]:
   """Keys whose values differ, with a sentence each. Compared as JSON: tuples and lists are the same thing."""
-  before, after = (_flatten(json.loads(config.to_json())) for config in (old, new))
+  before, after = (traverse_util.flatten_dict(json.loads(config.to_json()), sep='.') for config in (old, new))
   text = lambda values, key: repr(values[key]) if key in values else 'absent'
   return {
     key: f'{key} is {text(after, key)} here and {text(before, key)} there'
     for key in sorted(before.keys() | after.keys())
     if text(before, key) != text(after, key)
-  }
-
-
-def _flatten(tree: object, prefix: str = '') -> dict[str, object]:
-  if not isinstance(tree, dict):
-    return {prefix: tree}
-  return {
-    path: value
-    for key, child in tree.items()
-    for path, value in _flatten(child, f'{prefix}.{key}' if prefix else key).items()
   }

@@ -21,18 +21,7 @@ PICTURE = photo(150, 180)
 
 def config(**changes):
   return ml_collections.ConfigDict(
-    dict(
-      name='rand_augment',
-      area=AREA,
-      ratio=RATIO,
-      flip=0.5,
-      min_side=16,
-      max_pixels=10**8,
-      num_ops=2,
-      op_probability=0.5,
-      magnitude=9.0,
-      magnitude_std=0.5,
-    )
+    dict(name='rand_augment', area=AREA, ratio=RATIO, flip=0.5, op_probability=0.5, magnitude=9.0, magnitude_std=0.5)
     | changes
   )
 

@@ -42,14 +42,14 @@ def epoch(source) -> dict[str, pipeline.Example]:
   """The first epoch's examples by the key of the record that was drawn."""
   made = make_examples(source)
   order = source.order(0)
-  return {f'{order[i]:05}': made.preview(i) for i in range(len(source))}
+  return {f'{order[i]:05}': made.load(i) for i in range(len(source))}
 
 
 @pytest.mark.parametrize('cause', bad_records.CAUSES)
 def test_every_cause_is_found_replaced_counted_and_logged(tmp_path, cause, caplog):
   drawn = epoch(write_damaged(tmp_path / 'set' / 'a.tar', cause))
   assert drawn['00000'].key == 'set/a.tar/00001'  # its neighbour
-  assert drawn['00000'].texts[0] == 'a dog number 1' and drawn['00000'].image.shape == (16, 16, 3)
+  assert drawn['00000'].caption == 'a dog number 1' and drawn['00000'].image.shape == (16, 16, 3)
   assert bad_record_counts(drawn['00000'].bad_records[None]) == {cause: 1}
   assert not any(example.bad_records.any() for key, example in drawn.items() if key != '00000')
   assert [record.getMessage() for record in caplog.records] == [f'replaced a record: set/a.tar/00000: {cause}']
@@ -102,7 +102,7 @@ def test_a_replacement_comes_from_the_same_set(tmp_path):
   good = write_tar(tmp_path / 'good.tar', samples(range(100, 120)))
   source = build_source(data_config(bad=set_config(bad), good=set_config(good)), (16, 16))
   made = make_examples(source)
-  keys = [made.preview(i).key for i in range(24) if source.order(0)[i] == 3]
+  keys = [made.load(i).key for i in range(24) if source.order(0)[i] == 3]
   assert keys == [f'{tmp_path.name}/bad.tar/00000']
 
 

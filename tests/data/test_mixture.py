@@ -88,12 +88,15 @@ def test_the_examples_of_a_seed_stay(tmp_path, monkeypatch):
   write_tar(Path('set/b.tar'), samples(range(20, 28)))
   source = build_source(data_config(a=set_config('set/a.tar'), b=set_config('set/b.tar')), (16, 16))
   made = examples(source, AUGMENT, num_prompts=2)
-  seen = [made.preview(i) for i in range(6)]
+  seen = [made.load(i) for i in range(6)]
   numbers = ['a.tar/00006', 'a.tar/00007', 'a.tar/00011', 'a.tar/00008', 'b.tar/00025', 'a.tar/00006']
   assert [example.key.removeprefix('set/') for example in seen] == numbers
   assert [tuple(example.bad_records.nonzero()[0]) for example in seen] == [(1, 5), (), (), (), (), (1,)]
-  assert seen[0].texts == ['a dog number 6', 'graffiti of the dog.', 'a black and white photo of the number.']
-  assert seen[5].texts == ['a dog number 6', 'a bad photo of the dog.', 'a rendering of the number.']
+  texts = [made.texts(example.caption, example.position) for example in (seen[0], seen[5])]
+  assert texts == [
+    ['a dog number 6', 'graffiti of the dog.', 'a black and white photo of the number.'],
+    ['a dog number 6', 'a bad photo of the dog.', 'a rendering of the number.'],
+  ]
   box = image_ops.random_box(300, 400, (0.08, 1.0), (3 / 4, 4 / 3), made._rng(1, pipeline._AUGMENT))
   assert box == (30, 131, 151, 198)
   assert source.metadata()['fingerprint'] == '29014335373fc8bd'
@@ -181,15 +184,18 @@ def test_threads_and_workers_change_nothing(photographs, workers, threads):
 def test_crops_and_prompts_are_drawn_apart_and_anew_at_every_position(photographs):
   one, other = iterate(photographs, AUGMENT, num_batches=1), iterate(photographs, AUGMENT, num_batches=1, seed=4)
   assert not np.array_equal(one[0]['image'], other[0]['image'])
-  one_epoch = [examples(photographs, AUGMENT, num_batches=20).preview(i) for i in range(100)]
+  made = examples(photographs, AUGMENT, num_batches=20)
+  one_epoch = [made.load(i) for i in range(100)]
   views = {}
   for example in one_epoch:
     views.setdefault(example.key, []).append(example)
   assert all(len(twice) == 2 for twice in views.values())
-  assert sum(a.texts != b.texts for a, b in views.values()) > 40  # 80 templates
+  assert (
+    sum(made.texts(a.caption, a.position) != made.texts(b.caption, b.position) for a, b in views.values()) > 40
+  )  # 80 templates
   words, crop = (examples(photographs)._rng(5, stream).random() for stream in (pipeline._WORDS, pipeline._AUGMENT))
   assert words != crop
-  without_prompts = examples(photographs, AUGMENT, num_prompts=0).preview(5)
+  without_prompts = examples(photographs, AUGMENT, num_prompts=0).load(5)
   np.testing.assert_array_equal(without_prompts.image, one_epoch[5].image)
 
 

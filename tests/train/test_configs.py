@@ -45,7 +45,6 @@ def shrink(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collec
   config.remat, config.text_budget = 'none', 0  # quicker to compile, and tested elsewhere
   config.optim.warmup_steps, config.checkpoint.every_steps = 1, 100
   config.data.num_workers, config.data.num_threads = 0, 2
-  config.data.augment.min_side = 8
   config.data.max_fault_share = 0.5
   with config.unlocked():
     config.data.sets = dict(
@@ -106,7 +105,7 @@ def test_recipes_are_the_papers():
       [schedule(0), schedule(two_epochs - 1), schedule(config.total_steps)], [4e-6, 1.6e-3, 4e-5], rtol=1e-4
     )
     assert augment.build_augment(config.data.augment, config.model.vision.image_size) == augment.Augment(
-      (224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, rand_augment.RandAugment(2, 0.5, 9.0, 0.5), 16, 10**8
+      (224, 224), (0.08, 1.0), (3 / 4, 4 / 3), 0.5, rand_augment.RandAugment(0.5, 9.0, 0.5)
     )
     assert build_random_erasing(config.data.augment) == RandomErasing(0.25)
     assert config.model.dtype == 'bfloat16'

@@ -67,7 +67,7 @@ def test_memory_is_the_devices(config, tmp_path):
 
 def test_a_workdir_with_another_run_is_named_and_left_alone(config, tmp_path):
   run = tmp_path / 'run'
-  workdir.open_workdir(run, config)
+  workdir.write_config(run, config)
   workdir.record_data(run, build_source(config.data, (32, 32)).metadata())
   (run / 'checkpoints/3').mkdir(parents=True)
   before = contents(run)
@@ -88,7 +88,7 @@ def test_a_run_that_goes_on_needs_no_longer_what_it_began_with(config, tmp_path,
   dry_run.check(config, tmp_path / 'empty')
   assert 'empty would be new' in capsys.readouterr().out
   config.init_from = str(tmp_path / 'gone')
-  workdir.open_workdir(tmp_path / 'run', config)
+  workdir.write_config(tmp_path / 'run', config)
   with pytest.raises(ValueError, match='init_from=.*gone'):  # killed before its first checkpoint
     dry_run._set_up(config, tmp_path / 'run')
   (tmp_path / 'run/checkpoints/3').mkdir(parents=True)

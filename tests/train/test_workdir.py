@@ -29,8 +29,10 @@ def test_a_config_of_an_earlier_version_keeps_its_benchmarks():
   with config.unlocked():
     del config.benchmarks
     config.evals, config.multi_label_weight = {'mine': {'every_steps': 5}}, 1.0
+    config.data.augment.max_pixels = 100_000_000
   upgraded = workdir_lib.upgrade_config(config)
-  assert upgraded.benchmarks.mine.every_steps == 5 and not {'evals', 'multi_label_weight'} & set(upgraded)
+  assert upgraded.benchmarks.mine.every_steps == 5
+  assert not {'evals', 'multi_label_weight'} & set(upgraded) and 'max_pixels' not in upgraded.data.augment
   assert workdir_lib.upgrade_config(upgraded) == upgraded
   with config.unlocked():
     config.multi_label_weight = 0.5
@@ -47,9 +49,9 @@ def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path, monkeypatch
 
   workdir_lib.record_data(tmp_path, metadata('one', range(5)))
   (tmp_path / 'checkpoints/3').mkdir(parents=True)
-  workdir_lib.record_data(tmp_path, metadata('moved', range(5)))
+  workdir_lib.check_data(tmp_path, metadata('moved', range(5)))
   with pytest.raises(ValueError, match=r'the data changed .* started: a \(5 records then, 6 now\).*data.json'):
-    workdir_lib.record_data(tmp_path, metadata('grown', range(6)))
+    workdir_lib.check_data(tmp_path, metadata('grown', range(6)))
 
 
 def test_a_run_keeps_its_order_of_epochs(tmp_path):
