@@ -31,15 +31,7 @@ class BadRecordTally:
   """
 
   def __init__(self, workdir: epath.PathLike, step: int, *, batch_size: int, max_share: float, mesh: Mesh):
-    """Restores the counts of a step.
-
-    Args:
-      workdir: of the run.
-      step: batches consumed before.
-      batch_size: global.
-      max_share: of the examples; more bad records than this end the run.
-      mesh: of the run.
-    """
+    """Restores the counts of a step; a larger share of bad records than `max_share` ends the run."""
     self._path, self._mesh = epath.Path(workdir) / 'faults.json', mesh
     self._batch_size, self._max_share = batch_size, max_share
     self._saved = json.loads(self._path.read_text()) if self._path.exists() else {}
@@ -66,12 +58,7 @@ class BadRecordTally:
     return {cause: n for cause, n in zip(bad_records.CAUSES, values, strict=True) if n}
 
   def check(self, step: int, counts: dict[str, int]) -> None:
-    """Raises TooManyBadRecords when the share since the last check is too large.
-
-    Args:
-      step: that `counts` was taken at.
-      counts: see `counts`.
-    """
+    """Raises TooManyBadRecords when the share since the last check is too large; `counts` were taken at `step`."""
     examples = (step - self._checked.step) * self._batch_size
     if examples < _FEWEST:
       return

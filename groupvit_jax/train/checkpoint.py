@@ -49,16 +49,9 @@ class Checkpoints:
   """The checkpoints of a workdir, under `checkpoints/STEP/` (or another folder's)."""
 
   def __init__(self, workdir: epath.PathLike, *, keep: int, read_only: bool = False, folder: str = 'checkpoints'):
-    """Opens (and unless `read_only` creates) the folder.
+    """Opens the folder and keeps the newest checkpoints; `read_only` creates, deletes and renames nothing.
 
-    Args:
-      workdir: of the run.
-      keep: how many of the newest checkpoints stay.
-      read_only: deletes and renames nothing.
-      folder: in the workdir.
-
-    Raises:
-      OSError: nothing can be saved there.
+    Raises OSError where nothing can be saved.
     """
     for name in ('absl', 'asyncio'):
       python_logging.getLogger(name).addFilter(_is_not_raised_anyway)
@@ -90,8 +83,7 @@ class Checkpoints:
   def save(self, state: TrainState, config: ml_collections.ConfigDict) -> None:
     """Starts saving in the background; a checkpoint counts only once it is complete.
 
-    Raises:
-      OSError: this or the previous save failed; Unavailable where a bucket's store did, after all retries.
+    Raises OSError where this or the previous save failed; Unavailable where a bucket's store did, after all retries.
     """
     step = int(state.step)
     if step in self._manager.all_steps():
@@ -122,18 +114,13 @@ class Checkpoints:
   def restore(self, abstract_state: TrainState) -> Restored | None:
     """Restores the newest readable checkpoint onto the shardings of `abstract_state`; None where there is none.
 
-    Raises:
-      ValueError: there are checkpoints and none of them can be read.
+    Raises UserError where there are checkpoints and none of them can be read.
     """
     restored = self._restore_newest(ocp.args.StandardRestore(_present_fields(abstract_state)))
     return restored and restored._replace(state=TrainState(**restored.state))
 
   def restore_variables(self, abstract_variables: dict[str, object]) -> Restored | None:
-    """Restores only the given entries of the state (the variables, or the moving average); None where there is none.
-
-    Raises:
-      ValueError: there are checkpoints and none of them can be read.
-    """
+    """Restores only the given entries of the state (the variables, or the moving average); otherwise as `restore`."""
     restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_variables)
     return self._restore_newest(ocp.args.PyTreeRestore(abstract_variables, restore_args, partial_restore=True))
 
@@ -190,12 +177,7 @@ class BestCheckpoint:
   """Keeps the state with the highest value of one metric, in `best/` of the workdir."""
 
   def __init__(self, workdir: epath.PathLike, metric: str):
-    """Reads what an interrupted run kept.
-
-    Args:
-      workdir: of the run.
-      metric: as it is logged; '' keeps nothing.
-    """
+    """Reads what an interrupted run kept; the metric is named as it is logged, '' keeps nothing."""
     self._metric, self._path = metric, epath.Path(workdir) / 'best.json'
     self._checkpoints = Checkpoints(workdir, keep=1, folder=BEST_FOLDER) if metric else None
     self.value, self.step = -math.inf, 0
@@ -211,20 +193,9 @@ class BestCheckpoint:
     config: ml_collections.ConfigDict,
     settings: Mapping[str, object],
   ) -> bool:
-    """Saves a state if its metric is among these and higher than before.
+    """Saves a state if its metric is among these and higher than before; returns whether it was.
 
-    Args:
-      metrics: just measured, the same in every process.
-      state: that they were measured of.
-      config: of the run.
-      settings: what the metrics depend on, for best.json.
-
-    Returns:
-      Whether it was saved.
-
-    Raises:
-      ValueError: an evaluation of that name ran, and has no such metric.
-      OSError: it could not be saved.
+    `metrics` were just measured, the same in every process; `settings` are what they depend on, for best.json.
     """
     prefix = self._metric.rpartition('/')[0]
     if not self._metric or not any(name.startswith(f'{prefix}/') for name in metrics):

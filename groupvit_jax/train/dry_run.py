@@ -24,7 +24,6 @@ from groupvit_jax.running import processes, sharding
 from groupvit_jax.train import optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import workdir as workdir_lib
-from groupvit_jax.train.checkpoint import Checkpoints
 from groupvit_jax.train.run import jit_step, read_batches, Run, set_up, with_vocabulary
 
 _CAPTIONS = 2000  # to train a tokenizer on
@@ -46,19 +45,9 @@ class Memory(NamedTuple):
 
 
 def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
-  """Runs everything that precedes training, prints a report, and leaves the workdir as it is.
+  """Runs everything that precedes training, prints a report, and leaves the workdir as it is; returns exit code 0.
 
-  Indices of shards are kept for the run.
-
-  Args:
-    config: the experiment.
-    workdir: where the run would go.
-
-  Returns:
-    The exit code, 0.
-
-  Raises:
-    ValueError, OSError: the error that the run would have ended with.
+  Indices of shards are kept for the run. Raises the error that the run would have ended with.
   """
   config_entries.check(config)
   config = workdir_lib.keep_recipe(workdir, config.copy_and_resolve_references())
@@ -78,21 +67,14 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   check_memory(memory)
   for line in changed:
     report(f'workdir    changed since the first start: {line}')
-  report(f'workdir    {workdir} {"holds a run to go on with" if _holds_run(workdir) else "would be new"}')
+  holds_run = (epath.Path(workdir) / 'config.json').exists()
+  report(f'workdir    {workdir} {"holds a run to go on with" if holds_run else "would be new"}')
   report('all is well; nothing was trained, nothing written but indices of shards')
   return 0
 
 
 def measure_memory(run: Run, batch: dict[str, np.ndarray]) -> Memory:
-  """What a step needs of a device: compiles it for the run's mesh.
-
-  Args:
-    run: the run.
-    batch: this host's rows of a batch.
-
-  Raises:
-    ValueError: the compiler finds no way to fit a step in.
-  """
+  """What a step of batches such as this host's rows needs of a device: compiles it for the run's mesh."""
   state = train_state.abstract_state(run.model, run.tx, run.text_shape, run.mesh, run.averages)
   place = sharding.batch_sharding(run.mesh)
   rows = {
@@ -126,21 +108,14 @@ def _set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   kept = epath.Path(workdir) / 'tokenizer'
   if kept.exists():
     probe.tokenizer.path = str(kept)
-  if _holds_run(workdir):
-    with contextlib.closing(Checkpoints(workdir, keep=1, read_only=True)) as checkpoints:
-      if checkpoints.steps():
-        probe.init_from = ''  # what the run began with is not needed any more, and may be gone
+  if workdir_lib.holds_checkpoint(workdir):
+    probe.init_from = ''  # what the run began with is not needed any more, and may be gone
   probe.tokenizer.num_captions = min(_CAPTIONS, config.tokenizer.num_captions)
   with _scratch(workdir) as scratch:
     run = set_up(probe, scratch)
   if not probe.tokenizer.path and not probe.init_from:  # the run's own may find more pieces
     run = run._replace(model=with_vocabulary(run.model, config.tokenizer.vocab_size, run.tokenizer.eos_id))
   return run._replace(config=optim.steps_from_pairs(config, len(run.source)))
-
-
-def _holds_run(workdir: epath.PathLike) -> bool:
-  """Whether a run is there, and not just a folder."""
-  return (epath.Path(workdir) / 'config.json').exists()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Evaluations and panels of images during training, and the benchmarks of a config."""
 
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
+import functools
 import json
 from typing import NamedTuple
 
@@ -32,7 +32,6 @@ SCENES = 'validation'  # the held-out scenes, as an evaluation
 _TITLES = {'miou': 'mIoU', 'oracle_miou': 'oracle mIoU', 'top1': 'top-1 accuracy'}  # in the log, in percent
 _TRAINING = 'train/pictures'
 _SHOWN = 4  # pictures on a panel
-_ENTRIES = ('benchmark', 'data_dir', 'every_steps', 'num_pictures', 'protocol', 'changes')
 
 
 class Scheduled(NamedTuple):
@@ -51,38 +50,13 @@ class Scheduled(NamedTuple):
     return self._replace(evaluate=None) if step in self.panel_steps and self.draw is not None else None
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenedBenchmark:
-  """A benchmark whose images have been found; `build` makes its evaluator.
+class OpenedBenchmark(NamedTuple):
+  """A benchmark whose images have been found."""
 
-  Attributes:
-    name: in the config, and in the metrics' names.
-    every_steps: how often.
-    benchmark: its classes; None for ImageNet.
-    source: its images.
-    protocol: how they are labelled; None for ImageNet.
-    templates: of ImageNet's names.
-  """
-
-  name: str
+  name: str  # in the config, and in the metrics' names
   every_steps: int
-  benchmark: labelled.Benchmark | None
-  source: object
-  protocol: protocols.Protocol | None
-  templates: str = zero_shot.TEMPLATES
-
-  @property
-  def metrics(self) -> tuple[str, ...]:
-    """Names of its metrics."""
-    return zero_shot.METRICS if self.benchmark is None else METRICS
-
-  def build(
-    self, model: ImageTextModel, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
-  ) -> Evaluator | ZeroShotEvaluator:
-    """An evaluator, whose `evaluate(variables).scalars()` are the metrics; it compiles at its first call."""
-    if self.benchmark is None:
-      return zero_shot.build_evaluator(model, tokenizer, mesh, self.source, self.templates)
-    return Evaluator(model, tokenizer, mesh, self.source, self.benchmark, self.protocol, decode_threads())
+  metrics: tuple[str, ...]
+  build: Callable[[ImageTextModel, Tokenizer, jax.sharding.Mesh], Evaluator | ZeroShotEvaluator]  # it compiles later
 
 
 def schedule_evaluations(
@@ -93,24 +67,15 @@ def schedule_evaluations(
   tokenizer: Tokenizer,
   mesh: jax.sharding.Mesh,
 ) -> list[Scheduled]:
-  """The evaluations and panels that a config asks for; each compiles at its first call.
-
-  Args:
-    config: of the run.
-    source: its training data.
-    opened: its benchmarks.
-    model: its model.
-    tokenizer: its tokenizer.
-    mesh: the devices on which its variables live, each with pictures of its own.
-  """
+  """The evaluations and panels that a config asks for, on a mesh of devices that have images of their own each."""
   panel_steps = tuple(config.eval.panel_steps)
   if config.data.source == 'scenes':
     scenes = build_scene_evaluator(config, model, tokenizer, mesh)
     scheduled = [Scheduled(SCENES, config.eval.every_steps, scenes.evaluate, scenes.panel, panel_steps)]
   else:
     examples = pipeline.build_examples(config, source, tokenizer, first_batch=0)
-    drawer = _TrainingPictures(examples, model, mesh)
-    scheduled = [Scheduled(_TRAINING, config.eval.every_steps, None, drawer.draw, panel_steps)]
+    draw = functools.partial(_draw_training_images, examples, model, mesh)
+    scheduled = [Scheduled(_TRAINING, config.eval.every_steps, None, draw, panel_steps)]
   for each in opened:
     built = each.build(model, tokenizer, mesh)
     draw = built.panel if isinstance(built, Evaluator) else None
@@ -130,16 +95,7 @@ class RunEvals:
     interrupts: Interrupts,
     provenance: Callable[..., Mapping[str, str]],
   ):
-    """Keeps its arguments.
-
-    Args:
-      scheduled: see `schedule_evaluations`.
-      config: of the run.
-      log: where metrics and panels go.
-      best: is offered every metric.
-      interrupts: a signal leaves an evaluation at once.
-      provenance: (step=...) -> what metrics depend on besides their protocol.
-    """
+    """Keeps its arguments; `provenance` is (step=...) -> what metrics depend on besides their protocol."""
     self._scheduled, self._config, self._log, self._best = scheduled, config, log, best
     self._interrupts, self._provenance = interrupts, provenance
 
@@ -154,11 +110,10 @@ class RunEvals:
     return [each for each in self.due(step) if step == 0 or each.evaluate is not None and not done(each.name)]
 
   def run(self, due: Sequence[Scheduled], state: TrainState) -> bool:
-    """Runs all that is due.
+    """Runs all that is due; returns whether all evaluations were run.
 
-    Returns:
-      Whether all evaluations were run: a signal ends the one that it comes in, and skips those after it. One with a
-      bad image is skipped; the others, and the run, continue.
+    A signal ends the one that it comes in, and skips those after it. One with a bad image is skipped; the others, and
+    the run, continue.
     """
     step = int(state.step)
     for place, each in enumerate(due):
@@ -186,7 +141,7 @@ class RunEvals:
     In this order: an evaluation that is in the log is not run again.
     """
     step, scalars = int(state.step), result.scalars()
-    metrics = add_prefix(name, scalars)
+    metrics = {prefix(name) + key: value for key, value in scalars.items()}
     if self._best.offer(metrics, state, self._config, result.settings()):
       self._log.message(f'step {step}  {self._config.checkpoint.best} {self._best.value:.1%} is the best so far; kept')
     self._log.metrics(step, metrics, {f'eval/{name}/settings': result.settings()})
@@ -198,29 +153,20 @@ class RunEvals:
 def open_benchmarks(
   config: ml_collections.ConfigDict, image_size: tuple[int, int], patch_size: int
 ) -> tuple[OpenedBenchmark, ...]:
-  """Finds the images of every benchmark that a config's `benchmarks` part lists.
+  """Finds the images of every benchmark that a config's `benchmarks` part lists and that is turned on.
 
   Args:
     config: name -> `benchmark` and `data_dir` as eval.py takes them, `every_steps` (0 for never), `num_pictures` (so
       many, spread evenly; 0 for all), `protocol` ('' for that of the published figure) and `changes` to it.
     image_size: (H, W) of the training images.
     patch_size: the model's, in pixels.
-
-  Raises:
-    ValueError: an entry has a mistake, or its images are not there.
   """
-  scheduled = [name for name in sorted(config) if _check(name, config[name])]
+  scheduled = [name for name in sorted(config) if config[name].every_steps > 0]
   return tuple(_open(name, config[name], image_size, patch_size) for name in scheduled)
 
 
 def check_best(metric: str, benchmarks: Sequence[OpenedBenchmark], others: Sequence[str]) -> None:
-  """Raises ValueError unless a metric is '' or a metric of one of some evaluations.
-
-  Args:
-    metric: 'eval/NAME/FIGURE'.
-    benchmarks: that a run has.
-    others: names of further ones, of label maps.
-  """
+  """Raises UserError unless a metric is '' or one of a run's benchmarks, or of `others`, which have label maps."""
   measured = {each.name: each.metrics for each in benchmarks} | {name: METRICS for name in others}
   if metric and not any(metric == prefix(name) + figure for name, found in measured.items() for figure in found):
     known = ', '.join(f'{prefix(name)}{{{",".join(found)}}}' for name, found in measured.items())
@@ -230,54 +176,43 @@ def check_best(metric: str, benchmarks: Sequence[OpenedBenchmark], others: Seque
     )
 
 
-def add_prefix(name: str, scalars: Mapping[str, float]) -> dict[str, float]:
-  """An evaluation's metrics by the names in the log."""
-  return {prefix(name) + key: value for key, value in scalars.items()}
-
-
 def prefix(name: str) -> str:
   """The prefix of an evaluation's metrics in the log."""
   return f'eval/{name}/'
 
 
-def _check(name: str, entry: Mapping[str, object]) -> bool:
-  """Whether a benchmark is turned on; raises UserError for a mistake."""
-  if odd := sorted(set(_ENTRIES) ^ set(entry)):
-    verb = 'is missing' if odd[0] in _ENTRIES else 'is unknown'
-    raise UserError(f'benchmarks.{name}.{odd[0]} {verb}; a benchmark has {", ".join(_ENTRIES)}')
-  return entry['every_steps'] > 0
-
-
-def _open(name: str, entry: Mapping[str, object], image_size: tuple[int, int], patch_size: int) -> OpenedBenchmark:
+def _open(
+  name: str, entry: ml_collections.ConfigDict, image_size: tuple[int, int], patch_size: int
+) -> OpenedBenchmark:
+  changes = dict(entry.changes)
   try:
-    if entry['benchmark'] == labelled.IMAGENET:
-      if entry['protocol'] or set(entry['changes']) - {'templates'}:
+    if entry.benchmark == labelled.IMAGENET:
+      if entry.protocol or set(changes) - {'templates'}:
         raise UserError(zero_shot.NO_PROTOCOL)
-      source = labelled.take(labelled.open_imagenet(entry['data_dir']), entry['num_pictures'])
-      templates = dict(entry['changes']).get('templates', zero_shot.TEMPLATES)
-      return OpenedBenchmark(name, entry['every_steps'], None, source, None, templates)
-    benchmark, source = labelled.open_benchmark(entry['benchmark'], entry['data_dir'], entry['num_pictures'])
-    chosen = entry['protocol'] or labelled.default_protocol(benchmark)
+      source = labelled.take(labelled.open_imagenet(entry.data_dir), entry.num_pictures)
+      build = functools.partial(
+        zero_shot.build_evaluator, source=source, templates=changes.get('templates', zero_shot.TEMPLATES)
+      )
+      return OpenedBenchmark(name, entry.every_steps, zero_shot.METRICS, build)
+    benchmark, source = labelled.open_benchmark(entry.benchmark, entry.data_dir, entry.num_pictures)
+    chosen = entry.protocol or labelled.default_protocol(benchmark)
     protocol = protocols.find_protocol(chosen, image_size, patch_size)
-    protocol = benchmark.fix_threshold(protocols.override(protocol, dict(entry['changes'])))
+    protocol = benchmark.fix_threshold(protocols.override(protocol, changes))
     find_names(benchmark, protocol.class_names)
   except ValueError as error:
     raise UserError(f'benchmarks.{name}: {error}') from error
-  return OpenedBenchmark(name, entry['every_steps'], benchmark, source, protocol)
+  build = functools.partial(
+    Evaluator, source=source, benchmark=benchmark, protocol=protocol, num_threads=decode_threads()
+  )
+  return OpenedBenchmark(name, entry.every_steps, METRICS, build)
 
 
-class _TrainingPictures:
-  """Panels of a few training images and their groups, where nothing is labelled."""
-
-  def __init__(self, examples: pipeline.Examples, model: ImageTextModel, mesh: jax.sharding.Mesh):
-    self._examples, self._model, self._mesh = examples, model, mesh
-    self._images: list[np.ndarray] = []
-
-  def draw(self, variables: dict) -> np.ndarray:
-    """A panel of images, cropped as in the run's first batch; the same ones at every call, on every host."""
-    if not self._images:
-      self._images = [self._examples.load(i).image for i in range(min(_SHOWN, len(self._examples)))]
-    window = protocols.native_protocol(tuple(self._model.vision.image_size)).window
-    maps = group_maps(self._model, variables, self._images, window, self._mesh)
-    rows = [visualize.Row(image, None, None, stages) for image, stages in zip(self._images, maps, strict=True)]
-    return visualize.draw_panel(rows, (), ())
+def _draw_training_images(
+  examples: pipeline.Examples, model: ImageTextModel, mesh: jax.sharding.Mesh, variables: dict
+) -> np.ndarray:
+  """A panel of images and their groups, cropped as in the run's first batch; the same at every call, on every host."""
+  images = [examples.load(i).image for i in range(min(_SHOWN, len(examples)))]
+  window = protocols.native_protocol(tuple(model.vision.image_size)).window
+  maps = group_maps(model, variables, images, window, mesh)
+  rows = [visualize.Row(image, None, None, stages) for image, stages in zip(images, maps, strict=True)]
+  return visualize.draw_panel(rows, (), ())

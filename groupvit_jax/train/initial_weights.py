@@ -43,20 +43,7 @@ def initial_state(
   weights: Source | None = None,
   average: bool = False,
 ) -> TrainState:
-  """The state at step 0.
-
-  Args:
-    model: the model.
-    tx: the optimiser.
-    seed: of the run, and of the parameters unless they come from elsewhere.
-    text_shape: (T, L) of the tokens.
-    mesh: where the state lives.
-    weights: from elsewhere; None for random parameters.
-    average: whether to keep a moving average.
-
-  Raises:
-    ValueError: there are no such weights, or they do not fit the model.
-  """
+  """The state at step 0 for tokens of `text_shape` (T, L), with weights from elsewhere if there are any."""
   state = train_state.init_state(model, tx, seed, text_shape, mesh)
   if weights is not None:
     variables = fit_variables(weights.variables, state.variables)
@@ -67,12 +54,8 @@ def initial_state(
 def read_source(path: epath.PathLike) -> Source:
   """Reads weights from elsewhere.
 
-  Args:
-    path: a workdir (of which the moving average is taken, if there is one), a Hugging Face folder, a folder of
-      `export`, a `.pth` file, or an id of the Hub (see `hub.fetch`).
-
-  Raises:
-    ValueError: nothing is there, or it is damaged.
+  That is a workdir (of which the moving average is taken, if there is one), a Hugging Face folder, a folder of
+  `export`, a `.pth` file, or an id of the Hub (see `hub.fetch`).
   """
   path = hub.fetch(path)
   if _is_workdir(path):
@@ -92,11 +75,8 @@ def fit_variables(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str
     found: as read.
     like: the model's variables, or their shapes.
 
-  Returns:
-    {'params': ..., 'batch_stats': ...}.
-
   Raises:
-    ValueError: lists all names that are missing, unexpected or misshapen.
+    UserError: lists all names that are missing, unexpected or misshapen.
   """
   theirs, ours = (traverse_util.flatten_dict(tree, sep='/') for tree in (found, like))
   if _POSITIONS in theirs and theirs[_POSITIONS].shape[2:] == ours[_POSITIONS].shape[2:]:
@@ -110,11 +90,7 @@ def fit_variables(found: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str
 
 
 def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The `tokenizer` part of a config; without a path of its own it names the one that the weights came with.
-
-  Raises:
-    ValueError: the weights come without one.
-  """
+  """The `tokenizer` part of a config; without a path of its own it names the one that the weights came with."""
   tokenizer = config.tokenizer.copy_and_resolve_references()
   if not config.init_from or tokenizer.path:
     return tokenizer
@@ -126,15 +102,7 @@ def with_tokenizer(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
 
 
 def read_checked(config: ml_collections.ConfigDict, model: ImageTextModel) -> Source:
-  """Reads the weights that a config names, and checks that they and the tokenizer fit the model.
-
-  Args:
-    config: of the run.
-    model: of the run, for any vocabulary.
-
-  Raises:
-    ValueError: they cannot be read, they or the tokenizer do not fit, or the tokenizer cannot be read.
-  """
+  """Reads the weights that a config names, and checks that they and the tokenizer fit the model, of any vocabulary."""
   name = f'init_from={config.init_from!r}'
   if not hub.fetch(config.init_from).exists():
     raise UserError(f'{name}: there is no such file or folder')

@@ -72,8 +72,7 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
       one.
 
   Raises:
-    ValueError: there is no such workdir, no run in it, no checkpoint yet, none that can be read, or no average;
-      or parameters are not finite.
+    UserError: there is no such workdir, run, checkpoint or average; none can be read; or parameters are not finite.
   """
   if checkpoint not in (NEWEST, BEST):
     raise UserError(f'--checkpoint={checkpoint}: use {NEWEST} or {BEST}')
@@ -91,11 +90,8 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
   if checkpoint == BEST and not (epath.Path(workdir) / BEST_FOLDER).exists():
     raise UserError(f'the run in {workdir} kept no best checkpoint; train with --config.checkpoint.best=eval/...')
   folder = {} if checkpoint == NEWEST else {'folder': BEST_FOLDER}
-  checkpoints = Checkpoints(workdir, keep=1, read_only=True, **folder)
-  try:
+  with contextlib.closing(Checkpoints(workdir, keep=1, read_only=True, **folder)) as checkpoints:
     restored = checkpoints.restore_variables(shapes)
-  finally:
-    checkpoints.close()
   if restored is None:
     raise UserError(f'the run in {workdir} has no checkpoint yet; let train.py reach its first')
   variables = restored.state if state.ema is None else restored.state['ema']
@@ -125,11 +121,7 @@ def complete_config(workdir: epath.PathLike) -> contextlib.AbstractContextManage
 
 
 def untrained_variables(run: TrainedRun) -> dict[str, object]:
-  """The variables that the run started from.
-
-  Raises:
-    ValueError: it started from weights that are no longer where its config says.
-  """
+  """The variables that the run started from. Raises UserError where these are no longer where its config says."""
   from groupvit_jax.train import initial_weights
 
   weights = initial_weights.read_source(run.config.init_from) if run.config.init_from else None

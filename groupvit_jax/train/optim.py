@@ -31,9 +31,6 @@ def steps_from_pairs(config: ml_collections.ConfigDict, num_pairs: int) -> ml_co
 
   `total_steps` 0 becomes `data.epochs` epochs, and `optim.warmup_steps` -1 a fifteenth of all steps, as in the paper
   (2 of 30 epochs).
-
-  Raises:
-    UserError: it leaves steps to data that have no epochs.
   """
   config = config.copy_and_resolve_references()
   if not config.total_steps:
@@ -57,9 +54,6 @@ def build_schedule(config: ml_collections.ConfigDict, total_steps: int, batch_si
 
   Returns:
     step -> learning rate.
-
-  Raises:
-    ValueError: the warm-up is as long as the run or longer.
   """
   if not 0 <= config.warmup_steps < total_steps:
     hint = '' if total_steps else '; without data both must be named'

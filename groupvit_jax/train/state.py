@@ -44,19 +44,7 @@ def init_state(
   mesh: jax.sharding.Mesh,
   average: bool = False,
 ) -> TrainState:
-  """Initialises a state; its arrays are created with their shardings.
-
-  Args:
-    model: the model.
-    tx: the optimiser.
-    seed: of the parameters and of the run.
-    text_shape: (T, L) of the tokens.
-    mesh: where the state lives.
-    average: whether to keep a moving average.
-
-  Returns:
-    A state at step 0.
-  """
+  """Initialises a state at step 0 for tokens of `text_shape` (T, L); its arrays are created with their shardings."""
   init = lambda: _init(model, tx, seed, text_shape, average)
   shardings = sharding.state_shardings(jax.eval_shape(init), mesh)
   return jax.jit(init, out_shardings=shardings)()

@@ -219,7 +219,6 @@ def train_state_of(workdir):
     (dict(benchmark='imagenet', protocol='', changes={}), 'benchmarks.mine: .*holds no .*imagenet2012'),
     (dict(benchmark='imagenet', changes={}), 'benchmarks.mine: imagenet has neither label maps nor windows'),
     (dict(benchmark='imagenet', protocol=''), 'benchmarks.mine: imagenet has neither label maps nor windows'),
-    (dict(extra=1), 'benchmarks.mine.extra is unknown'),
   ],
 )
 def test_a_mistake_shows_before_the_first_step(changes, message, tmp_path):
