@@ -87,11 +87,7 @@ class Prediction:
     return self.groups[-1]
 
   def heat_map(self, name: str) -> np.ndarray:
-    """The score in [0, 1] of a class at each pixel, float32 [H, W]; a pixel's label is the class that scores highest.
-
-    Raises:
-      ValueError: the image was not segmented into such a class.
-    """
+    """The score in [0, 1] of a class at each pixel, float32 [H, W]; a pixel's label is the class of the highest."""
     names = self.classes[self.background :]
     if name not in names:
       raise UserError(f'{name!r} was not looked for; there are {", ".join(names)}')
@@ -126,12 +122,7 @@ class Prediction:
     """Writes NAME.mask.png (indexed, label values), NAME.overlay.png, NAME.final_groups.png, NAME.first_groups.png and
     NAME.json (areas and scores) into a folder, which is created; files of the same names are replaced.
 
-    Args:
-      folder: path.
-      name: NAME; None for the image's own without the suffix.
-
-    Raises:
-      OSError: they cannot be written.
+    NAME is the image's own without the suffix, unless `name` is given.
     """
     name = file_name(self.key) if name is None else name
     images = {

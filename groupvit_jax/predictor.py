@@ -77,9 +77,6 @@ class Predictor:
         None for windows of the size the model was trained on. Its threshold is not used: calls have
         their own.
       source: of the weights, for people.
-
-    Raises:
-      ValueError: there is more than one process, or no protocol of that name.
     """
     if jax.process_count() > 1:
       raise UserError(f'images are segmented by one process and there are {jax.process_count()}; start only one')
@@ -193,11 +190,7 @@ class Predictor:
   def encode(self, images: Iterable[AnyImage]) -> list[EncodedImage]: ...
 
   def encode(self, images: AnyImage | Iterable[AnyImage]) -> EncodedImage | list[EncodedImage]:
-    """Encodes an image or several, as for `__call__`, once for any classes and thresholds that `segment` is given.
-
-    Raises:
-      ValueError: an image cannot be read.
-    """
+    """Encodes an image or several, as for `__call__`, once for any classes and thresholds that `segment` is given."""
     if is_one_image(images) or not isinstance(images, Iterable):
       return self.encode([images])[0]
     images = list(images)
@@ -220,10 +213,8 @@ class Predictor:
       threshold: as for `__call__`.
 
     Returns:
-      An iterator over a prediction per image, in about the order of the images.
-
-    Raises:
-      ValueError: as for `__call__`; of class names and threshold at once, of an image when its turn comes.
+      An iterator over a prediction per image, in about the order of the images. It raises as `__call__` does: of class
+      names and threshold at once, of an image when its turn comes.
     """
     return map(self._segmenter(class_names, threshold), self._encode(images))
 

@@ -81,9 +81,6 @@ def expand_braces(pattern: str) -> list[str]:
   """The paths that a pattern stands for, in bash's order.
 
   `{0000..1243}` counts, with as many digits as its ends have; `{a,b}` lists; several multiply.
-
-  Raises:
-    UserError: braces do not close, count down, hold neither a range nor a list, or stand for too many paths.
   """
   pieces = _BRACES.split(pattern)
   if any(brace in text for text in pieces[::2] for brace in '{}'):
@@ -95,14 +92,9 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find_shards(patterns: Iterable[str], what: str) -> list[Shard]:
-  """Every shard of some patterns, in order.
+  """Every shard of some patterns, in order; `what` names the set in errors.
 
-  Args:
-    patterns: paths with braces (see `expand_braces`) and, where the store can list, `*`.
-    what: names the set in errors.
-
-  Raises:
-    UserError: a shard is missing, is listed twice or cannot be reached, or there is none.
+  Patterns are paths with braces (see `expand_braces`) and, where the store can list, `*`.
   """
   paths = [path for pattern in patterns for path in _list_paths(os.path.expanduser(pattern), what)]
   if not paths:
@@ -130,11 +122,7 @@ def list_files(pattern: str) -> list[str]:
 
 
 def read_range(path: str, start: int, size: int) -> bytes:
-  """Reads exactly `size` bytes from `start` in one request; retries where a remote store fails.
-
-  Raises:
-    OSError: the file ends earlier, or cannot be read.
-  """
+  """Reads exactly `size` bytes from `start` in one request, or raises OSError; retries where a remote store fails."""
   if is_local(path):
     return _read_local(path, start, size)
 
@@ -179,8 +167,7 @@ def read_if_exists(path: str) -> bytes | None:
 def write_atomic(path: str, data: bytes) -> None:
   """Writes a file so that no reader, and no kill, ever sees half of it.
 
-  Raises:
-    OSError: it cannot be written; Unavailable where a store fails again and again.
+  Raises ResourceError where it cannot be written, Unavailable where a store fails again and again.
   """
   if not is_local(path):
     with _remote_errors(f'cannot write {path}'):
@@ -209,12 +196,7 @@ def writing(path: object) -> Iterator[None]:
 
 
 def check_free(flag: str, path: epath.PathLike) -> None:
-  """Raises UserError unless a folder can be created: the path is local, and nothing or an empty folder is there.
-
-  Args:
-    flag: that named the path, for errors.
-    path: of the folder.
-  """
+  """Raises UserError unless the folder of a flag can be created: it is local, and nothing or an empty one is there."""
   check_local(path)
   path = epath.Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -223,17 +205,10 @@ def check_free(flag: str, path: epath.PathLike) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(flag: str, path: epath.PathLike) -> Iterator[epath.Path]:
-  """Yields a folder to fill, which is renamed to `path` at the end; after an error nothing is left of it.
+  """Yields a folder to fill, which is renamed to the path of a flag at the end; after an error nothing is left of it.
 
-  After a kill the next call for the same path on this machine deletes what is left.
-
-  Args:
-    flag: that named the path, for errors.
-    path: must not exist, or be an empty folder.
-
-  Raises:
-    UserError: something is there already.
-    OSError: it cannot be written.
+  After a kill the next call for the same path on this machine deletes what is left. Raises UserError where something
+  is there already.
   """
   check_free(flag, path)
   path = epath.Path(path)

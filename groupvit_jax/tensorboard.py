@@ -36,12 +36,7 @@ class Board:
   """
 
   def __init__(self, folder: epath.PathLike, purge_step: int | None = None):
-    """Opens a new file.
-
-    Args:
-      folder: on a local disk; made if it is not there.
-      purge_step: TensorBoard forgets what earlier files in the folder say of this step and later ones.
-    """
+    """Opens a new file in a local folder, of whose earlier files TensorBoard forgets `purge_step` and what follows."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     self._events = EventsWriter(str(folder / 'events'))

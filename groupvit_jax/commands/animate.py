@@ -39,10 +39,6 @@ def animate(workdir: epath.PathLike, output: str, *, name: str, width: int, fram
 
   Returns:
     A line about what was written.
-
-  Raises:
-    UserError: there is no run, it has fewer than two panels of that name or a damaged one, or the output has another
-      ending.
   """
   if Path(output).suffix not in FORMATS:
     raise UserError(f'--output={output}: end it in {" or ".join(FORMATS)}')

@@ -109,11 +109,6 @@ def export(
 
   Returns:
     A line for each file of weights, one about the scores, and one about the upload.
-
-  Raises:
-    ValueError: there is no such run, `output` is taken, the format cannot represent the model, or it cannot be
-      uploaded.
-    OSError: `output` cannot be written.
   """
   for name, value, choices in (('format', form, get_args(Form)), ('dtype', dtype, get_args(Dtype))):
     if value not in choices:

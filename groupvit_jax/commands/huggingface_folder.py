@@ -68,11 +68,7 @@ tags: [groupvit, zero-shot-segmentation]"""
 
 
 def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype) -> None:
-  """Writes the files of a run's model, but for the model card, into an empty folder.
-
-  Raises:
-    ValueError: `transformers` cannot represent the model.
-  """
+  """Writes the files of a run's model, but for the model card, into an empty folder."""
   config = huggingface.to_huggingface_config(
     spec, bos_id=run.tokenizer.bos_id, pad_id=run.tokenizer.pad_id, dtype=dtype.name
   )

@@ -6,6 +6,8 @@
 nvidia/groupvit-gcc-yfcc, or an authors' `.pth`; the last needs `--tokenizer`, a folder or file with CLIP's vocabulary.
 """
 
+import contextlib
+
 from absl import flags
 from etils import epath
 import jax
@@ -34,10 +36,6 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
 
   Returns:
     A line about the weights, and one about their licence.
-
-  Raises:
-    ValueError: the weights or the tokenizer are missing, damaged or do not fit, or `workdir` is taken.
-    OSError: `workdir` cannot be written.
   """
   check_free('--workdir', workdir)
   check_local(source)
@@ -54,8 +52,9 @@ def import_weights(source: str, workdir: str, tokenizer: str | None = None) -> s
   )
   with atomic_folder('--workdir', workdir) as folder:
     _write(folder, weights, loaded, source)
+  count = sum(leaf.size for leaf in jax.tree.leaves(weights.variables['params']))
   return (
-    f'{workdir}: {_count(weights):,} parameters, imported from {source} ({weights.form})\n'
+    f'{workdir}: {count:,} parameters, imported from {source} ({weights.form})\n'
     f'licence of the weights: {weights.licence}'
   )
 
@@ -86,16 +85,9 @@ def _write(folder: epath.Path, weights: Weights, tokenizer: Tokenizer, source: s
     skipped_in_a_row=zero,
     **jax.tree.map(jnp.asarray, weights.variables),
   )
-  checkpoints = Checkpoints(folder, keep=1)
-  try:
+  with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
     checkpoints.save(state, workdir_lib.read_config(folder))
     checkpoints.wait()
-  finally:
-    checkpoints.close()
-
-
-def _count(weights: Weights) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(weights.variables['params']))
 
 
 if __name__ == '__main__':

@@ -76,11 +76,7 @@ def write(
 
 
 def read_reports(run: TrainedRun, paths: Sequence[epath.PathLike]) -> list[Report]:
-  """Reads reports of evaluations of a run's opened checkpoint.
-
-  Raises:
-    ValueError: one is not there, holds no scores, or is of another checkpoint.
-  """
+  """Reads reports; raises UserError for one that is not there, holds no scores, or is of another checkpoint."""
   return [_check(_read(epath.Path(path)), run, path) for path in paths]
 
 

@@ -51,10 +51,6 @@ def segment_images(
 
   Returns:
     The exit code: `cli.EXIT_PARTIAL` if an image could not be read.
-
-  Raises:
-    ValueError: the request has a mistake; nothing was written.
-    OSError: the results cannot be written.
   """
   if jax.process_count() > 1:
     raise UserError('images are segmented by one process; start it alone, with --num_processes=1')

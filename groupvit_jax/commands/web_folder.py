@@ -29,15 +29,9 @@ _PROTOCOL = dict(class_filter=5, double_softmax=True, threshold_mode='window', r
 
 
 def add_page(folder: epath.Path, run: TrainedRun, window: int) -> None:
-  """Adds the page to a folder with image.onnx, text.onnx and bundle.json.
+  """Adds the page to the folder of an export with image.onnx, which takes images of side `window`, and text.onnx.
 
-  Args:
-    folder: of the export.
-    run: whose model it is. Of one trained on scenes some held-out ones are examples.
-    window: side of the images that the image tower takes.
-
-  Raises:
-    UserError: npm, which fetches ONNX Runtime, is missing or fails.
+  Of a run that was trained on scenes some held-out ones are examples.
   """
   protocol = protocols.native_protocol((window, window))
   assert all(getattr(protocol, name) == value for name, value in _PROTOCOL.items())

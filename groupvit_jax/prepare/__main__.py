@@ -27,31 +27,12 @@ from groupvit_jax.data.tfds import newest_version, open_records
 from groupvit_jax.errors import UserError
 from groupvit_jax.storage import is_local
 
-# Data set -> class of its builder in `segmentation_sets`.
-BUILDERS = {
-  'voc2012': 'Voc2012',
-  'pascal_context': 'PascalContext',
-  'coco_stuff': 'CocoStuff',
-  'ade20k': 'Ade20k',
-  'cityscapes_fine': 'CityscapesFine',
-}
+SEGMENTATION_SETS = ('voc2012', 'pascal_context', 'coco_stuff', 'ade20k', 'cityscapes_fine')
 CAPTION_SETS = ('cc3m', 'cc12m', 'yfcc14m', 'redcaps12m')
 
 
 def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> str:
-  """Builds a data set, unless it is there already.
-
-  Args:
-    name: one of `BUILDERS`.
-    manual_dir: folder with its archives, unpacked.
-    data_dir: folder of all TFDS data sets, on a local disk.
-
-  Returns:
-    A line about what is there.
-
-  Raises:
-    UserError: there is no such folder, it has another layout, or one of both is remote.
-  """
+  """Builds a data set from its archives, unpacked in `manual_dir`, unless it is there; returns a line about it."""
   for flag, folder in (('manual_dir', manual_dir), ('data_dir', data_dir)):
     if not is_local(str(folder)):
       raise UserError(f'--{flag}={folder} is remote; build from a disk onto a disk, then copy the folder')
@@ -66,7 +47,7 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> st
 
   from groupvit_jax.prepare import segmentation_sets
 
-  builder = getattr(segmentation_sets, BUILDERS[name])(data_dir=str(data_dir), file_format='array_record')
+  builder = segmentation_sets.make_builder(name, data_dir)
   builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=str(manual_dir)))
   return _describe(name, builder.data_dir)
 
@@ -83,18 +64,11 @@ def _describe(name: str, folder: epath.PathLike) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-  """Runs the command; see this module.
-
-  Args:
-    arguments: without the program's name.
-
-  Returns:
-    The exit code: 0, or 2 after one line on stderr that names the mistake.
-  """
+  """Runs the command of some arguments; returns its exit code."""
   parser = argparse.ArgumentParser(
     prog='python -m groupvit_jax.prepare', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument('name', choices=[*BUILDERS, *CAPTION_SETS])
+  parser.add_argument('name', choices=[*SEGMENTATION_SETS, *CAPTION_SETS])
   parser.add_argument('--manual_dir', required=True, help='the folder with the official archives, unpacked')
   parser.add_argument('--data_dir', required=True, help='where TFDS data sets are kept')
   parser.add_argument('--workers', type=int, default=os.cpu_count(), help='processes, for image-text pairs')
@@ -108,7 +82,7 @@ def main(arguments: Sequence[str]) -> int:
       return 0
     print(build(args.name, args.manual_dir, args.data_dir))
   except (ValueError, OSError) as error:
-    return cli.fail(str(error))
+    return cli.fail(error)
   return 0
 
 

@@ -8,6 +8,7 @@ import collections
 from collections.abc import Mapping
 import concurrent.futures
 import concurrent.futures.process
+import functools
 import json
 import multiprocessing
 import os
@@ -53,19 +54,9 @@ SETS = {
 
 
 def build(name: str, manual_dir: str, data_dir: str, workers: int) -> pathlib.Path:
-  """Builds a set, or the files of it that are missing.
+  """Builds a set from its download (see `caption_layouts`), or the files of it that are missing; returns its folder.
 
-  Args:
-    name: one of `SETS`.
-    manual_dir: its download; see `caption_layouts`.
-    data_dir: where TFDS data sets are kept, on a local disk.
-    workers: processes; 0 uses this one alone.
-
-  Returns:
-    The folder of the data set's version.
-
-  Raises:
-    ValueError: the download has another layout, is damaged, or is another one than the folder was begun with.
+  `workers` are processes; 0 uses this one alone.
   """
   if not is_local(data_dir):
     raise UserError(f'--data_dir={data_dir} is remote; build on a disk, then copy the folder')
@@ -135,24 +126,15 @@ def _features(texts: tuple[str, ...]) -> tfds.features.FeaturesDict:
 
 def _in_processes(jobs: list[tuple], workers: int, name: str) -> list[Mapping[str, object]]:
   """Writes all parts; the first error ends it, and leaves what is finished."""
-  with tqdm.tqdm(total=len(jobs), desc=name, unit='file') as bar:
-    if workers:
-      return _in_pool(jobs, workers, bar)
-    reports = []
-    for job in jobs:
-      reports.append(write_part(*job))
-      bar.update()
-    return reports
-
-
-def _in_pool(jobs: list[tuple], workers: int, bar: tqdm.tqdm) -> list[Mapping[str, object]]:
+  bar = functools.partial(tqdm.tqdm, total=len(jobs), desc=name, unit='file')
+  if not workers:
+    return [write_part(*job) for job in bar(jobs)]
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
     futures = [pool.submit(write_part, *job) for job in jobs]
     try:
-      for future in concurrent.futures.as_completed(futures):
+      for future in bar(concurrent.futures.as_completed(futures)):
         future.result()
-        bar.update()
     except concurrent.futures.process.BrokenProcessPool as error:
       raise ResourceError(
         'a process died (killed, or out of memory?); the same command goes on, perhaps with fewer --workers'

@@ -52,36 +52,8 @@ class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
       yield file.key, {'image': io.BytesIO(image), 'label': io.BytesIO(label), 'key': file.key}
 
 
-class Voc2012(_SegmentationSet):
-  """Of voc21 and voc20."""
-
-  name = 'voc2012'
-  find_files = staticmethod(segmentation_layouts.voc2012)
-
-
-class PascalContext(_SegmentationSet):
-  """Of context60 and context59."""
-
-  name = 'pascal_context'
-  find_files = staticmethod(segmentation_layouts.pascal_context)
-
-
-class CocoStuff(_SegmentationSet):
-  """Of coco_stuff and coco_object."""
-
-  name = 'coco_stuff'
-  find_files = staticmethod(segmentation_layouts.coco_stuff)
-
-
-class Ade20k(_SegmentationSet):
-  """Of ade20k."""
-
-  name = 'ade20k'
-  find_files = staticmethod(segmentation_layouts.ade20k)
-
-
-class CityscapesFine(_SegmentationSet):
-  """Of cityscapes."""
-
-  name = 'cityscapes_fine'
-  find_files = staticmethod(segmentation_layouts.cityscapes_fine)
+def make_builder(name: str, data_dir: epath.PathLike) -> tfds.core.DatasetBuilder:
+  """The builder of a set, in ArrayRecord files, whose layout is the function of its name."""
+  layout = getattr(segmentation_layouts, name)
+  builder = type(name, (_SegmentationSet,), {'name': name, 'find_files': staticmethod(layout)})
+  return builder(data_dir=str(data_dir), file_format='array_record')

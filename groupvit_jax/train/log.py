@@ -59,10 +59,8 @@ class RunLog:
   def __init__(self, workdir: epath.PathLike, *, first_step: int, total_steps: int, batch_size: int):
     """Opens the logs of a run that starts or resumes after `first_step`.
 
-    Lines of later steps are dropped: those steps will be logged again.
-
-    Raises:
-      OSError: nothing can be written there (so do all other methods).
+    Lines of later steps are dropped: those steps will be logged again. This and all other methods raise OSError where
+    nothing can be written.
     """
     self._silent, self.resumed_metrics = jax.process_index() != 0, frozenset()
     if self._silent:
@@ -103,12 +101,9 @@ class RunLog:
       self.message(f'step {step}/{self._total}  loss {shown["loss"]}  {shown["img/s"]} images/s  {_clock(left)} left')
 
   def metrics(self, step: int, metrics: Mapping[str, float], settings: Mapping[str, object] | None = None) -> None:
-    """Appends metrics to metrics.jsonl and TensorBoard; what is not finite is written as null.
+    """Appends metrics of a step to metrics.jsonl and TensorBoard; what is not finite is written as null.
 
-    Args:
-      step: that they were measured after.
-      metrics: by name.
-      settings: what they depend on, by name: JSON, for metrics.jsonl alone.
+    `settings` are what they depend on, by name: JSON, for metrics.jsonl alone.
     """
     if self._silent:
       return

@@ -34,12 +34,7 @@ MAX_SKIPPED_IN_A_ROW = 10  # updates that are not finite; then the run ends
 def train(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   """Trains the run in a workdir, from its start or its newest checkpoint.
 
-  Returns:
-    The exit code: 0, or `cli.EXIT_PREEMPTED` after a signal.
-
-  Raises:
-    ValueError: the config has a mistake or does not fit the workdir.
-    OSError: a checkpoint could not be saved.
+  Returns the exit code: 0, or `cli.EXIT_PREEMPTED` after a signal.
   """
   with contextlib.ExitStack() as stack:
     interrupts = stack.enter_context(Interrupts().installed())

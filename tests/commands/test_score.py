@@ -28,7 +28,7 @@ SMALL = dict(short_side='32', max_long_side='128', window='32', stride='16')  # 
 def data_dir(tmp_path_factory) -> pathlib.Path:
   """All data sets, built from official layouts."""
   data_dir = tmp_path_factory.mktemp('data')
-  for name in build.BUILDERS:
+  for name in build.SEGMENTATION_SETS:
     if name in labelled.STORED_IN.values():
       folder = tmp_path_factory.mktemp(name)
       getattr(layouts, name)(folder)
