@@ -4,6 +4,7 @@ Tests that compare with torch or transformers carry the mark `oracle`: all of a 
 take one as a fixture. Where torch is not installed they are left out.
 """
 
+from collections.abc import Iterator
 import importlib.util
 import os
 import pathlib
@@ -61,6 +62,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   for item in items:
     if any(name in item.fixturenames or hasattr(item.module, name) for name in ORACLES):
       item.add_marker('oracle')
+
+
+@pytest.fixture
+def one_device() -> Iterator[None]:
+  """See `tests.trained.on_one_device`."""
+  from tests.trained import on_one_device
+
+  with on_one_device():
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -8,7 +8,6 @@ import collections
 from collections.abc import Mapping
 import concurrent.futures
 import concurrent.futures.process
-import functools
 import json
 import multiprocessing
 import os
@@ -126,15 +125,16 @@ def _features(texts: tuple[str, ...]) -> tfds.features.FeaturesDict:
 
 def _in_processes(jobs: list[tuple], workers: int, name: str) -> list[Mapping[str, object]]:
   """Writes all parts; the first error ends it, and leaves what is finished."""
-  bar = functools.partial(tqdm.tqdm, total=len(jobs), desc=name, unit='file')
   if not workers:
-    return [write_part(*job) for job in bar(jobs)]
+    with tqdm.tqdm(jobs, name, unit='file') as bar:
+      return [write_part(*job) for job in bar]
   context = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
     futures = [pool.submit(write_part, *job) for job in jobs]
     try:
-      for future in bar(concurrent.futures.as_completed(futures)):
-        future.result()
+      with tqdm.tqdm(concurrent.futures.as_completed(futures), name, len(futures), unit='file') as bar:
+        for future in bar:
+          future.result()
     except concurrent.futures.process.BrokenProcessPool as error:
       raise ResourceError(
         'a process died (killed, or out of memory?); the same command goes on, perhaps with fewer --workers'

@@ -21,7 +21,6 @@ class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
   VERSION = tfds.core.Version('1.0.0')
   MANUAL_DOWNLOAD_INSTRUCTIONS = 'Unpack the official archives in --manual_dir.'
   url_infos = {}  # nothing is downloaded: TFDS need not look for checksums beside this file
-  skip_registration = True
   find_files: Callable[[epath.PathLike], list[segmentation_layouts.LabelledFile]]
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -55,5 +54,6 @@ class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
 def make_builder(name: str, data_dir: epath.PathLike) -> tfds.core.DatasetBuilder:
   """The builder of a set, in ArrayRecord files, whose layout is the function of its name."""
   layout = getattr(segmentation_layouts, name)
-  builder = type(name, (_SegmentationSet,), {'name': name, 'find_files': staticmethod(layout)})
+  fields = {'name': name, 'find_files': staticmethod(layout)}
+  builder = type(name, (_SegmentationSet,), fields, skip_registration=True)
   return builder(data_dir=str(data_dir), file_format='array_record')

@@ -1,6 +1,5 @@
 """Models taken elsewhere: loaded by `transformers`, by jax alone, and by ourselves, bit for bit."""
 
-import functools
 import json
 import pathlib
 import re
@@ -27,7 +26,6 @@ from groupvit_jax.interop import licence, read
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.interop.state_dicts import ModelSpec
 from groupvit_jax.model.pixels import normalize_images
-from groupvit_jax.running import sharding
 from groupvit_jax.train import open_run
 from tests.huggingface_models import write_clip_folder
 from tests.tiny import tiny_config
@@ -132,12 +130,12 @@ def test_transformers_loads_strictly_and_computes_the_same(clip_run, tmp_path):
   np.testing.assert_allclose(ours['text_embeds'], text_embeds, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures('one_device')
 @pytest.mark.parametrize('fixture, blocks', [('clip_run', 2), ('sentencepiece_run', 1)])
 def test_the_cards_lines_segment_an_image(fixture, blocks, request, tmp_path, monkeypatch):
   """With transformers, and with us: once, for the lines are the same."""
   export(request.getfixturevalue(fixture), 'huggingface', tmp_path / 'exported')
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
   PIL.Image.fromarray(pictures(1)[0].repeat(2, axis=0)).save('image.jpg')
   names: dict[str, object] = {}
   code = re.findall(r'```python\n(.*?)```', (tmp_path / 'exported' / 'README.md').read_text(), re.DOTALL)

@@ -1,14 +1,12 @@
 """One's own pairs: a folder, a table or tars, and the run over them."""
 
 import csv
-import functools
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 
-import jax
 import pyarrow
 from pyarrow import parquet
 import pytest
@@ -18,7 +16,6 @@ from groupvit_jax.data import pairs
 from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.errors import UserError
-from groupvit_jax.running import sharding
 from groupvit_jax.train import dry_run, loop, optim, workdir
 from tests.tars import encode, write_set
 
@@ -137,26 +134,22 @@ def test_steps_follow_from_the_pairs():
   assert optim.steps_from_pairs(config, 10).optim.warmup_steps == 10
 
 
-@pytest.mark.parametrize('name', ['', 'all.jsonl'])
-def test_a_run_trains_and_goes_on(name, folder, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+@pytest.mark.usefixtures('one_device')
+def test_a_run_trains_and_goes_on(folder, tmp_path, capsys):
   config, run = small(), tmp_path / 'run'
-  config.data.path, config.data.epochs, config.checkpoint.every_steps = str(folder / name), 1.0, 1
+  config.data.path, config.data.epochs, config.checkpoint.every_steps = str(folder), 1.0, 1
   assert loop.train(config, run) == 0
   recorded = workdir.read_config(run)
   assert (recorded.total_steps, recorded.optim.warmup_steps) == (3, 0)
   lines = dry_run._data_lines(dry_run._set_up(config, run))
   assert lines[1].startswith('data       3 steps of 8 pairs: 1 epochs of 24 records; ')
-  if not name:
-    before = (run / 'metrics.jsonl').read_text().splitlines()
-    shutil.rmtree(run / 'checkpoints' / '3')
-    assert loop.train(config, run) == 0
-    losses = [
-      json.loads(line)['train/loss'] for line in (before[-1], (run / 'metrics.jsonl').read_text().splitlines()[-1])
-    ]
-    assert losses[0] == losses[1]
-    assert 'goes on after step 2' in (said := capsys.readouterr().err)
-    assert said.splitlines()[-1].startswith('the run is done, at step 3; next: python -m groupvit_jax eval')
+  read_loss = lambda: json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])['train/loss']
+  before = read_loss()
+  shutil.rmtree(run / 'checkpoints' / '3')
+  assert loop.train(config, run) == 0
+  assert read_loss() == before
+  assert 'goes on after step 2' in (said := capsys.readouterr().err)
+  assert said.splitlines()[-1].startswith('the run is done, at step 3; next: python -m groupvit_jax eval')
 
 
 def test_a_set_that_the_config_lacks():

@@ -181,6 +181,7 @@ def test_unknown_keys_and_other_mistakes_take_one_line(flags, message, tmp_path)
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.usefixtures('one_device')
 def test_the_whole_recipe_trains(tmp_path, monkeypatch):
   """Tars, faults, RandAugment, prompts, random erasing and pictures in one run, which goes on exactly."""
   erasing = RandomErasing.__call__

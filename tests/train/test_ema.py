@@ -146,15 +146,15 @@ def test_mistakes(run, tmp_path):
   without = config()
   without.ema_decay = 0.0
   with pytest.raises(ValueError, match='ema_decay is 0.0 here and 0.6 there'):
-    workdir_lib.open_workdir(run, without)
+    workdir_lib.check_config(run, without)
   other = config()
   other.freeze = ''
   with pytest.raises(ValueError, match=r"freeze is '' here and 'text\|text_projector' there; use another --workdir"):
-    workdir_lib.open_workdir(run, other)
+    workdir_lib.check_config(run, other)
   other = config()
   other.ema_decay = 0.7
-  assert workdir_lib.open_workdir(run, other) == ['ema_decay is 0.7 here and 0.6 there']
-  workdir_lib.open_workdir(tmp_path / 'old', without)
+  assert workdir_lib.check_config(run, other) == ['ema_decay is 0.7 here and 0.6 there']
+  workdir_lib.write_config(tmp_path / 'old', without)
   shutil.copytree(run / 'tokenizer', tmp_path / 'old' / 'tokenizer')
   with pytest.raises(ValueError, match='keeps no moving average'):
     open_run.open_run(tmp_path / 'old', weights='ema')

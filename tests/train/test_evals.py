@@ -22,6 +22,7 @@ from groupvit_jax.train.state import TrainState
 from tests import official_layouts as layouts
 from tests.board import read_board
 from tests.tiny import tiny_config
+from tests.trained import on_one_device
 
 CHANGES = dict(short_side=32, max_long_side=128, window=32, stride=16, threshold=0.3)
 
@@ -31,6 +32,9 @@ def entry(folder, **changes):
     benchmark='folder', data_dir=str(folder), every_steps=2, num_pictures=0, protocol='groupvit', changes=CHANGES
   )
   return ml_collections.ConfigDict(described | changes)
+
+
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture(scope='module')
@@ -52,7 +56,7 @@ def run(tmp_path_factory):
     compiled.append((window_encoder.encode_windows._cache_size(), labeller.count_pixels._cache_size()))
     return result
 
-  with pytest.MonkeyPatch.context() as patch:
+  with on_one_device(), pytest.MonkeyPatch.context() as patch:
     patch.setattr(evaluator.Evaluator, 'evaluate', count)
     patch.setattr(RunLog, 'message', lambda self, line: said.append(line))
     assert loop.train(config, workdir) == 0

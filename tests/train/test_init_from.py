@@ -60,6 +60,7 @@ def test_another_size_of_pictures_over_sharded_parameters(tmp_path):
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 
+@pytest.mark.usefixtures('one_device')
 def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path, capsys):
   folder = shutil.copytree(trained_workdir(), tmp_path / 'source')
   source, changed = open_run.open_run(folder), config(init_from=str(folder))
@@ -92,6 +93,7 @@ def test_from_a_hugging_face_folder(tmp_path):
   assert_equal(state.variables, weights.variables)
 
 
+@pytest.mark.usefixtures('one_device')
 def test_fine_tuning_from_an_authors_file(tmp_path):
   """Two steps on smaller pictures than those of the weights."""
   model = random_model(

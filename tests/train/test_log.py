@@ -89,5 +89,5 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_loses_nothing(tmp_path)
       log.metrics(step, {'x': 0.5})
   log.close()
   with no_room_for(10), pytest.raises(OSError, match='cannot write .*config.json: File too large; make room'):
-    workdir_lib.open_workdir(tmp_path / 'run', tiny_config())
+    workdir_lib.write_config(tmp_path / 'run', tiny_config())
   assert not any((tmp_path / 'run').iterdir())

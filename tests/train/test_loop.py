@@ -23,7 +23,6 @@ import pytest
 
 from groupvit_jax import cli, config_entries
 from groupvit_jax.eval.evaluator import Evaluator
-from groupvit_jax.running import sharding
 from groupvit_jax.train import loop, open_run, optim
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train.checkpoint import Checkpoints
@@ -45,12 +44,7 @@ losses = functools.partial(figures, name='train/loss')
 scores = functools.partial(figures, name='eval/validation/oracle_miou')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  """Runs in this process use the first device alone."""
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
-    yield
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture(scope='module')

@@ -1,17 +1,15 @@
 """A start that ends before its first step leaves nothing that a corrected command would stumble over."""
 
-import functools
 import json
 import pathlib
 import shutil
 
 from etils import epath
-import jax
 import pytest
 
 from groupvit_jax import storage
 from groupvit_jax.interop.licence import Licence, read_kept
-from groupvit_jax.running import processes, sharding
+from groupvit_jax.running import processes
 from groupvit_jax.train import initial_weights, loop
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train import workdir as workdir_lib
@@ -23,10 +21,11 @@ def names(folder: pathlib.Path) -> list[str]:
   return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_start_that_fails_leaves_the_workdir_as_it_was(tmp_path, monkeypatch):
+pytestmark = pytest.mark.usefixtures('one_device')
+
+
+def test_a_start_that_fails_leaves_the_workdir_as_it_was(tmp_path):
   """After data, tokenizer and config were written: the log cannot be opened."""
-  one_device = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-  monkeypatch.setattr(sharding, 'make_mesh', one_device)  # compiles in a third of the time
   (tmp_path / 'metrics.jsonl').mkdir()
   (tmp_path / 'notes.txt').write_text('of the user')
   config = tiny_config()

@@ -211,8 +211,8 @@ def test_a_run_is_stopped_killed_and_finished(run, tmp_path, monkeypatch):
 
 def test_where_a_run_cannot_be_kept(monkeypatch):
   with pytest.raises(ValueError, match='--workdir=az://bucket/run: a run is kept on a disk, or in a bucket, gs://'):
-    workdir_lib.open_workdir('az://bucket/run', tiny_config())
+    workdir_lib.check_place('az://bucket/run')
   monkeypatch.setattr(workdir_lib.importlib.util, 'find_spec', lambda name: None)
   for path, package in (('gs://bucket/run', 'gcsfs'), ('s3://bucket/run', 's3fs')):
     with pytest.raises(ValueError, match=f'--workdir={path} needs {package}: pip install {package}'):
-      workdir_lib.open_workdir(path, tiny_config())
+      workdir_lib.check_place(path)
