@@ -181,9 +181,7 @@ def prefix(name: str) -> str:
   return f'eval/{name}/'
 
 
-def _open(
-  name: str, entry: ml_collections.ConfigDict, image_size: tuple[int, int], patch_size: int
-) -> OpenedBenchmark:
+def _open(name: str, entry: ml_collections.ConfigDict, image_size: tuple[int, int], patch_size: int) -> OpenedBenchmark:
   changes = dict(entry.changes)
   try:
     if entry.benchmark == labelled.IMAGENET:
