@@ -109,8 +109,15 @@ def test_one_image_or_several_of_any_kind(predictor, prediction, image, tmp_path
   Image.fromarray(image).save(path)
   for one in (path, jax.numpy.asarray(image)):
     np.testing.assert_array_equal(predictor.segment(predictor.encode(one), WORDS).labels, prediction.labels)
-  assert [each.key for each in predictor((part for part in (image, path)), WORDS)] == ['number 1', path]
+  found = predictor((part for part in (image, Image.fromarray(image), path, image[:20], image[:4, :64])), WORDS)
+  assert [each.key for each in found] == ['number 1', 'number 2', path, 'number 4', 'number 5']
+  for same in found[:3]:
+    np.testing.assert_array_equal(same.labels, prediction.labels)
+    np.testing.assert_array_equal(same.segments, prediction.segments)
+  assert [each.labels.shape for each in found[3:]] == [(20, 70), (4, 64)]
   assert predictor([], WORDS) == []
+  with pytest.raises(ValueError, match="image 'number 2' is float64"):
+    predictor([image, image / 255], WORDS)
   with pytest.raises(ValueError, match="image 'number 1' is of type int; give a path"):
     predictor(5, WORDS)
 
@@ -150,17 +157,6 @@ def test_json_has_areas_and_scores(prediction):
   assert rows['banana']['area'] == pytest.approx((prediction.labels == 1).mean())
   areas = [row['area'] for row in report['classes']]
   assert areas == sorted(areas, reverse=True)
-
-
-def test_lists_and_kinds_of_pictures_give_the_same(predictor, prediction, image, tmp_path):
-  path = tmp_path / 'a.png'
-  Image.fromarray(image).save(path)
-  found = predictor([image, Image.fromarray(image), path, image[:20], image[:4, :64]], WORDS)
-  assert [p.key for p in found] == ['number 1', 'number 2', str(path), 'number 4', 'number 5']
-  for same in found[:3]:
-    assert np.array_equal(same.labels, prediction.labels)
-    assert np.array_equal(same.segments, prediction.segments)
-  assert [p.labels.shape for p in found[3:]] == [(20, 70), (4, 64)]
 
 
 def test_same_answer_as_the_evaluation(run):
@@ -233,6 +229,9 @@ def test_threshold_makes_background(predictor, prediction, image):
   for threshold in (1.5, float('nan'), '0.5'):
     with pytest.raises(ValueError, match='threshold='):
       predictor(image, WORDS, threshold=threshold)
+  assert predictor(image, ['dog', 'background']).classes == ('dog', 'background')  # without one a name like any other
+  with pytest.raises(ValueError, match="the class 'background' is named twice"):
+    predictor(image, ['dog', 'background'], threshold=0.5)
 
 
 @contextlib.contextmanager
@@ -298,14 +297,3 @@ def test_one_cpu_device_does_not_encode_more_padding_than_it_must(total, batch_s
 def test_bad_words_are_refused(words, message, predictor, image):
   with pytest.raises(ValueError, match=message):
     predictor(image, words)
-
-
-def test_background_is_a_word_like_any_other_without_a_threshold(predictor, image):
-  assert predictor(image, ['dog', 'background']).classes == ('dog', 'background')
-  with pytest.raises(ValueError, match="the class 'background' is named twice"):
-    predictor(image, ['dog', 'background'], threshold=0.5)
-
-
-def test_a_bad_picture_is_named(predictor, image):
-  with pytest.raises(ValueError, match="image 'number 2' is float64"):
-    predictor([image, image / 255], WORDS)

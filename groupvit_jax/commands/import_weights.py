@@ -76,15 +76,8 @@ def _write(folder: epath.Path, weights: Weights, tokenizer: Tokenizer, source: s
   )
   licence.keep(folder, weights.licence)
   tokenizer.save(folder / 'tokenizer')
-  zero = jnp.zeros((), jnp.int32)
-  state = TrainState(
-    step=zero,
-    opt_state=optax.identity().init(weights.variables['params']),
-    rng=jax.random.key(0),
-    skipped=zero,
-    skipped_in_a_row=zero,
-    **jax.tree.map(jnp.asarray, weights.variables),
-  )
+  variables = jax.tree.map(jnp.asarray, weights.variables)
+  state = TrainState.start(variables, optax.identity().init(variables['params']), jax.random.key(0))
   with contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
     checkpoints.save(state, workdir_lib.read_config(folder))
     checkpoints.wait()

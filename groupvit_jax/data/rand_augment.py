@@ -65,16 +65,6 @@ def equalize(pixels: np.ndarray) -> np.ndarray:
   return _look_up(pixels, np.stack(tables, axis=-1))
 
 
-def invert(pixels: np.ndarray) -> np.ndarray:
-  """The negative."""
-  return ~pixels
-
-
-def posterize(pixels: np.ndarray, bits: int) -> np.ndarray:
-  """Keeps the highest `bits` bits."""
-  return pixels & np.uint8(256 - 2 ** (8 - bits))
-
-
 def solarize(pixels: np.ndarray, threshold: int) -> np.ndarray:
   """Inverts the values from `threshold` on."""
   return _look_up(pixels, np.where(_LEVELS < threshold, _LEVELS, 255 - _LEVELS))
@@ -97,37 +87,12 @@ def contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
   return _look_up(pixels, _blend_levels(mean, factor))
 
 
-def brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
-  """Moves values away from black: 0 is black, 1 the image itself."""
-  return _look_up(pixels, _blend_levels(0, factor))
-
-
 def sharpness(pixels: np.ndarray, factor: float) -> np.ndarray:
   """Moves values away from their neighbours' mean: 0 is smooth, 1 the image; its border stays."""
   smooth = cv2.filter2D(pixels, -1, _SMOOTH)
   sharp = _blend(smooth, pixels, factor)
   sharp[[0, -1]], sharp[:, [0, -1]] = pixels[[0, -1]], pixels[:, [0, -1]]
   return sharp
-
-
-def shear_x(pixels: np.ndarray, factor: float) -> np.ndarray:
-  """Moves each row by `factor` times its distance from the top, to the left."""
-  return _warp(pixels, [[1, factor, 0], [0, 1, 0]])
-
-
-def shear_y(pixels: np.ndarray, factor: float) -> np.ndarray:
-  """Moves each column by `factor` times its distance from the left, up."""
-  return _warp(pixels, [[1, 0, 0], [factor, 1, 0]])
-
-
-def translate_x(pixels: np.ndarray, share: float) -> np.ndarray:
-  """Moves the image by a share of its width, to the left."""
-  return _warp(pixels, [[1, 0, share * pixels.shape[1]], [0, 1, 0]])
-
-
-def translate_y(pixels: np.ndarray, share: float) -> np.ndarray:
-  """Moves the image by a share of its height, up."""
-  return _warp(pixels, [[1, 0, 0], [0, 1, share * pixels.shape[0]]])
 
 
 def rotate(pixels: np.ndarray, degrees: float) -> np.ndarray:
@@ -190,21 +155,31 @@ def _enhance(level: float, sign: int) -> float:
   return max(0.1, 1 + sign * 0.9 * level)  # 1 changes nothing
 
 
+def _shear(level: float, sign: int) -> float:
+  return sign * 0.3 * level
+
+
+def _translate(level: float, sign: int) -> float:
+  return sign * 0.45 * level
+
+
 # 'inc1': posterize, solarize and the enhancements grow stronger with the level.
 OPS = (
   Op('autocontrast', lambda level, sign: 0, lambda pixels, _: autocontrast(pixels)),
   Op('equalize', lambda level, sign: 0, lambda pixels, _: equalize(pixels)),
-  Op('invert', lambda level, sign: 0, lambda pixels, _: invert(pixels)),
+  Op('invert', lambda level, sign: 0, lambda pixels, _: ~pixels),
   Op('rotate', lambda level, sign: sign * 30 * level, rotate),
-  Op('posterize', lambda level, sign: 4 - int(4 * level), posterize),
+  Op(
+    'posterize', lambda level, sign: 4 - int(4 * level), lambda pixels, bits: pixels & np.uint8(256 - 2 ** (8 - bits))
+  ),
   Op('solarize', lambda level, sign: 256 - int(256 * level), solarize),
   Op('solarize_add', lambda level, sign: int(110 * level), solarize_add),
   Op('color', _enhance, color),
   Op('contrast', _enhance, contrast),
-  Op('brightness', _enhance, brightness),
+  Op('brightness', _enhance, lambda pixels, factor: _look_up(pixels, _blend_levels(0, factor))),
   Op('sharpness', _enhance, sharpness),
-  Op('shear_x', lambda level, sign: sign * 0.3 * level, shear_x),
-  Op('shear_y', lambda level, sign: sign * 0.3 * level, shear_y),
-  Op('translate_x', lambda level, sign: sign * 0.45 * level, translate_x),
-  Op('translate_y', lambda level, sign: sign * 0.45 * level, translate_y),
+  Op('shear_x', _shear, lambda pixels, factor: _warp(pixels, [[1, factor, 0], [0, 1, 0]])),
+  Op('shear_y', _shear, lambda pixels, factor: _warp(pixels, [[1, 0, 0], [factor, 1, 0]])),
+  Op('translate_x', _translate, lambda pixels, share: _warp(pixels, [[1, 0, share * pixels.shape[1]], [0, 1, 0]])),
+  Op('translate_y', _translate, lambda pixels, share: _warp(pixels, [[1, 0, 0], [0, 1, share * pixels.shape[0]]])),
 )

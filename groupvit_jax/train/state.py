@@ -21,6 +21,12 @@ class TrainState(flax.struct.PyTreeNode):
   skipped_in_a_row: jax.Array  # [], the same since the last good update
   ema: dict[str, object] | None = None  # moving average of `variables`; None for a run that keeps none
 
+  @classmethod
+  def start(cls, variables: dict[str, object], opt_state: object, rng: jax.Array) -> 'TrainState':
+    """A state at step 0, without a moving average."""
+    zero = jnp.zeros((), jnp.int32)
+    return cls(step=zero, **variables, opt_state=opt_state, rng=rng, skipped=zero, skipped_in_a_row=zero)
+
   @property
   def variables(self) -> dict[str, object]:
     """What `model.apply` takes."""
@@ -71,14 +77,5 @@ def _init(
 ) -> TrainState:
   init_key, root_key = jax.random.split(jax.random.key(seed))
   variables = model.init(init_key, jnp.zeros((1, *model.vision.image_size, 3)), jnp.zeros((1, *text_shape), jnp.int32))
-  zero = jnp.zeros((), jnp.int32)
-  state = TrainState(
-    step=zero,
-    params=variables['params'],
-    batch_stats=variables['batch_stats'],
-    opt_state=tx.init(variables['params']),
-    rng=root_key,
-    skipped=zero,
-    skipped_in_a_row=zero,
-  )
+  state = TrainState.start(variables, tx.init(variables['params']), root_key)
   return state.start_average() if average else state

@@ -24,6 +24,7 @@ from groupvit_jax.commands.export import export
 from groupvit_jax.data.tokenizer import ClipTokenizer, Tokenizer, train_sentencepiece
 from groupvit_jax.interop import licence, read
 from groupvit_jax.interop.licence import Licence
+from groupvit_jax.interop.native import to_flat
 from groupvit_jax.interop.state_dicts import ModelSpec
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.train import open_run
@@ -65,10 +66,6 @@ def pictures(count: int) -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, (count, 32, 24, 3), np.uint8)
 
 
-def flat(variables) -> dict[str, np.ndarray]:
-  return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
-
-
 def our_embeddings(run: open_run.TrainedRun, images: np.ndarray) -> dict[str, np.ndarray]:
   tokens = run.tokenizer.encode(TEXTS, run.model.text.context_length)
   encode = jax.jit(
@@ -82,13 +79,6 @@ def our_embeddings(run: open_run.TrainedRun, images: np.ndarray) -> dict[str, np
   return out._asdict() | {'text_embeds': text_embeds}
 
 
-def our_segments(run: open_run.TrainedRun, images: np.ndarray):
-  encode = jax.jit(
-    lambda variables, images: run.model.apply(variables, normalize_images(images), method='encode_segments')._asdict()
-  )
-  return encode(run.variables, images)
-
-
 @pytest.mark.parametrize('form', ['huggingface', 'safetensors'])
 @pytest.mark.parametrize('fixture', ['clip_run', 'sentencepiece_run'])
 def test_export_then_import_is_bitwise_the_same(form, fixture, request, tmp_path):
@@ -97,7 +87,7 @@ def test_export_then_import_is_bitwise_the_same(form, fixture, request, tmp_path
   importing.import_weights(str(tmp_path / 'out'), str(tmp_path / 'run'))
   before, after = open_run.open_run(workdir), open_run.open_run(tmp_path / 'run')
   assert before.config.model.to_json() == after.config.model.to_json()
-  mine, other = flat(before.variables), flat(after.variables)
+  mine, other = to_flat(before.variables), to_flat(after.variables)
   assert mine.keys() == other.keys()
   for path, leaf in mine.items():
     assert leaf.tobytes() == other[path].tobytes(), path
@@ -256,8 +246,8 @@ def test_bfloat16_halves_the_weights(clip_run, tmp_path):
   export(clip_run, 'huggingface', tmp_path / 'out', dtype='bfloat16')
   state = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
   assert {x.dtype.name for x in state.values()} - {'int64'} == {'bfloat16'}
-  before = flat(open_run.open_run(clip_run).variables)
-  after = flat(read.read_weights(tmp_path / 'out').variables)
+  before = to_flat(open_run.open_run(clip_run).variables)
+  after = to_flat(read.read_weights(tmp_path / 'out').variables)
   for path, leaf in before.items():
     np.testing.assert_allclose(after[path], leaf, rtol=2**-8, err_msg=path)
   assert transformers.AutoModel.from_pretrained(tmp_path / 'out', dtype='auto').dtype == torch.bfloat16
@@ -289,7 +279,9 @@ def test_stablehlo_takes_any_batch_on_any_platform(bundle, clip_run):
     np.testing.assert_allclose(text.call(tokens), ours['text_embeds'], rtol=0, atol=1e-4)
     # The positions resized when the program runs are those of the model, which torch's were compared with.
     wide = np.random.default_rng(1).integers(0, 256, (2, 64, 80, 3), np.uint8)
-    for mine, other in zip(jax.tree.leaves(image.call(wide)), jax.tree.leaves(our_segments(run, wide)), strict=True):
+    out, ours_of_wide = image.call(wide), our_embeddings(run, wide)
+    expected = jax.tree.leaves({name: ours_of_wide[name] for name in out})
+    for mine, other in zip(jax.tree.leaves(out), expected, strict=True):
       np.testing.assert_allclose(mine, other, rtol=0, atol=1e-4)
   files = {name: (facts['bytes'], facts['input']) for name, facts in meta['files'].items()}
   assert files == {

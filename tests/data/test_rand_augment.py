@@ -100,7 +100,7 @@ def test_a_flat_picture_stays(name):
 
 
 def test_no_bits_are_black():
-  assert not rand_augment.posterize(PICTURES[0], 0).any()  # magnitude 10, in 2 % of the draws
+  assert not OF_NAME['posterize'].function(PICTURES[0], 0).any()  # magnitude 10, in 2 % of the draws
 
 
 def test_strengths_are_the_recipes():

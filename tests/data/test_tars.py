@@ -209,14 +209,9 @@ def test_index_is_built_once_per_shard_and_for_what_changed(tmp_path, reads):
   assert {path for path, _, _ in reads} == {changed}
   assert len(second) == 21 and second[8]['text'] == 'a dog number 100' and second[13]['text'] == 'a dog number 16'
   assert first.index.digest != second.index.digest
-
-
-def test_a_shard_of_the_same_size_and_another_time_is_indexed_again(tmp_path):
-  path = write_tar(tmp_path / 'a.tar', samples([1, 2]))
-  open_set(path)
-  write_tar(tmp_path / 'a.tar', dict(reversed(samples([1, 2]).items())))
-  os.utime(path, ns=(0, 0))
-  assert open_set(path)[0]['text'] == 'a dog number 2'
+  write_tar(tmp_path / 'set' / '0001.tar', dict(reversed(samples(range(100, 105)).items())))  # of the same size
+  os.utime(changed, ns=(0, 0))
+  assert open_set(pattern)[8]['text'] == 'a dog number 104'
 
 
 def test_digest_knows_neither_place_nor_time(tmp_path):
@@ -268,20 +263,9 @@ def test_a_killed_build_leaves_what_it_finished(tmp_path, monkeypatch):
   assert not list(tmp_path.rglob('*.npy.*')) and len(open_set(pattern)) == 64
 
 
-@pytest.mark.parametrize(
-  'cut',
-  [
-    0,
-    100,
-    512,
-    600,  # inside the first header, at its end, inside the picture
-    1500,
-    1536,
-    1600,
-    2500,
-  ],
-)  # inside the padding, at its end, inside the next header and file
+@pytest.mark.parametrize('cut', [0, 100, 512, 600, 1500, 1536, 1600, 2500])
 def test_truncated_shard(tmp_path, cut):
+  """Inside the first header, at its end, inside the image; inside the padding, at its end, inside the next two."""
   path = write_tar(tmp_path / 'a.tar', samples(range(3)))
   os.truncate(path, cut)
   with pytest.raises(ValueError, match=f'{path} is cut short: it ends at byte {cut}.*; fetch it again'):

@@ -78,25 +78,8 @@ def odd_captions(count, seed):
     *'&amp; &lt;b&gt; &#39; &quot; &nbsp; &amp;amp; <br/> http://a.b/c?d=e&f=g #tag @name'.split(),
     *"don't it's we're I'd 'tis o'clock ''s dogs' ’s “quoted” — – … ... !!! ?! 12 3.5 2nd".split(),
     *'<|endoftext|> <|startoftext|> <|ENDOFTEXT|> <|endoftext </w> Ġ Ċ __x__ a_b'.split(),
-    '\t',
-    '\n',
-    '\r\n',
-    '\0',
-    '\x1f',
-    '\x85',
-    '\xa0',
-    '\xad',
-    '\u200b',
-    '\u200d',
-    '\u2028',
-    '\u3000',
-    '\ufeff',
-    '\ufffd',
-    'â€™',
-    'Ã©',
-    '',
-    ' ',
-    '  ',
+    *map(chr, (0, 9, 10, 0x1F, 0x85, 0xA0, 0xAD, 0x200B, 0x200D, 0x2028, 0x3000, 0xFEFF, 0xFFFD)),
+    *('\r\n', 'â€™', 'Ã©', '', ' ', '  '),
   ]
 
   def piece():
@@ -225,22 +208,17 @@ def test_clip_ids_are_those_of_transformers(clip_folder, tmp_path, transformers)
     assert (clip.eos_id, clip.pad_id) == (theirs.eos_token_id, theirs.pad_token_id)
 
 
-def test_clip_reads_the_merges_of_older_tokenizer_files(clip_folder, tmp_path, transformers):
+def test_clip_reads_older_tokenizer_files_and_openais(clip_folder, tmp_path, transformers):
+  """Of the former merges are one text each."""
   transformers.CLIPTokenizer.from_pretrained(clip_folder).save_pretrained(tmp_path)
   content = json.loads((tmp_path / 'tokenizer.json').read_text())
   content['model']['merges'] = [' '.join(merge) for merge in content['model']['merges']]
   (tmp_path / 'tokenizer.json').write_text(json.dumps(content))
-  captions = odd_captions(100, 4)
-  ours = tokenizer.ClipTokenizer(tmp_path).encode(captions, 77)
-  np.testing.assert_array_equal(ours, tokenizer.ClipTokenizer(clip_folder).encode(captions, 77))
-
-
-def test_clip_reads_openais_file(clip_folder, tmp_path):
-  ours = tokenizer.ClipTokenizer(write_openai_file(clip_folder, tmp_path / 'any_name.txt.gz'))
-  folder = tokenizer.ClipTokenizer(clip_folder)
-  assert ours.vocab_size == folder.vocab_size
-  captions = odd_captions(500, 5)
-  np.testing.assert_array_equal(ours.encode(captions, 77), folder.encode(captions, 77))
+  captions, folder = odd_captions(500, 5), tokenizer.ClipTokenizer(clip_folder)
+  for path in (tmp_path, write_openai_file(clip_folder, tmp_path / 'any_name.txt.gz')):
+    ours = tokenizer.ClipTokenizer(path)
+    assert ours.vocab_size == folder.vocab_size
+    np.testing.assert_array_equal(ours.encode(captions, 77), folder.encode(captions, 77))
 
 
 @pytest.mark.parametrize('kind', ['sentencepiece', 'clip', 'openai'])
@@ -266,7 +244,7 @@ def test_tokenizers_encode_in_a_spawned_process(trained, clip_folder):
   for ours in (trained, tokenizer.build_tokenizer(clip_folder)):
     expected = ours.encode(['a dog', '🐶'], 16)
     pickled = pickle.dumps(ours)
-    assert '_model' not in vars(pickle.loads(pickled))
+    assert 'model' not in vars(pickle.loads(pickled))
     results = context.SimpleQueue()
     process = context.Process(target=encode_elsewhere, args=(pickled, results))
     process.start()
@@ -371,12 +349,9 @@ def test_train_command_reads_text_tsv_and_stdin(tmp_path, trained):
   assert done.stdout.startswith(f'{output}: {trained.vocab_size} pieces in ')
 
 
-def test_captions_that_are_not_utf8_are_read(tmp_path):
-  (tmp_path / 'a.txt').write_bytes(b'caf\xe9\r\ndog\n')
-  assert list(tokenizer.read_captions(str(tmp_path / 'a.txt'), 0)) == ['caf\ufffd', 'dog']
-
-
 def test_train_command_ends_with_one_line_on_a_mistake(tmp_path, capsys):
+  (tmp_path / 'a.txt').write_bytes(b'caf\xe9\r\ndog\n')  # bytes that are not UTF-8 are none
+  assert list(tokenizer.read_captions(str(tmp_path / 'a.txt'), 0)) == ['caf\ufffd', 'dog']
   (tmp_path / 'b.tsv').write_text('1\ta dog\n2\n')
   (tmp_path / 'empty.txt').touch()
   for name, message in {

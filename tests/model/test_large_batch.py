@@ -46,7 +46,7 @@ def compiled_step(
   place = sharding.batch_sharding(sharding.make_mesh(devices=jax.devices()[:devices]))
 
   def step(variables, rng, batch):
-    state = train_state.TrainState(step=3, **variables, opt_state=(), rng=rng, skipped=0, skipped_in_a_row=0)
+    state = train_state.TrainState.start(variables, (), rng).replace(step=3)
     return train_step.loss_and_grads(
       state,
       batch,

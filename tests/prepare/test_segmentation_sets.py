@@ -38,6 +38,7 @@ def data_dir(raw, tmp_path_factory) -> pathlib.Path:
   data_dir = tmp_path_factory.mktemp('data')
   for name in SETS:
     build.build(name, raw[name][0], data_dir)
+  assert sorted(path.name for path in data_dir.iterdir() if path.name != 'downloads') == sorted(SETS)
   return data_dir
 
 
@@ -83,10 +84,6 @@ def test_grey_and_cmyk_pictures_are_what_they_show(name, data_dir):
     if number == 1:
       original = np.asarray(Image.fromarray(original).convert('L').convert('RGB'))
     assert abs(pixels - original).mean() < 12, record['key']  # JPEG's loss
-
-
-def test_derived_benchmarks_are_not_stored_twice(data_dir):
-  assert sorted(path.name for path in data_dir.iterdir() if path.name != 'downloads') == sorted(SETS)
 
 
 @pytest.mark.parametrize(
@@ -184,78 +181,44 @@ def empty(folder):
     path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
-# What is done to which file of a good layout, and what is said then.
+LABEL, TRAINVAL = f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png', f'{V10}/trainval_merged.json'
+NO_LABELS = 'there is no .*stuffthingmaps/val2017 nor .*annotations/val2017 nor .*; unzip .* -d .*/stuffthingmaps$'
+
+
+def rgb(path):
+  layouts.save(path, np.zeros((20, 30, 3), np.uint8))
+
+
+def replace(old, new):
+  return lambda path: path.write_text(path.read_text().replace(old, new))
+
+
+# What is done to which file of a good layout, and what is said then. All share the search for files and their sizes.
 FAULTS = [
   ('voc2012', V12, shutil.rmtree, r'there is no .*VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt nor '),
   ('voc2012', f'{V12}/ImageSets/Segmentation/val.txt', lambda p: p.write_text('\n'), 'names no images'),
-  (
-    'voc2012',
-    f'{V12}/SegmentationClass/{layouts.KEYS[1]}.png',
-    pathlib.Path.unlink,
-    rf'there is no .*SegmentationClass/{layouts.KEYS[1]}.png; ',
-  ),
+  ('voc2012', LABEL, pathlib.Path.unlink, rf'there is no .*SegmentationClass/{layouts.KEYS[0]}.png; '),
   ('voc2012', f'{V12}/JPEGImages', shutil.rmtree, rf'there is no .*JPEGImages/{layouts.KEYS[0]}.jpg, and 2 more files'),
-  ('voc2012', f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
-  (
-    'voc2012',
-    f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png',
-    lambda p: layouts.save(p, np.zeros((20, 30, 3), np.uint8)),
-    'image of mode RGB; it must be a PNG of indices',
-  ),
+  ('voc2012', LABEL, wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
+  ('voc2012', LABEL, rgb, 'image of mode RGB; it must be a PNG of indices'),
   (
     'voc2012',
     f'{V12}/JPEGImages/{layouts.KEYS[2]}.jpg',
-    lambda p: p.write_bytes(p.read_bytes()[:150]),
-    rf'image .*{layouts.KEYS[2]}.jpg. (is damaged|has no format that can be read)',
+    lambda p: p.write_bytes(b'x'),
+    'has no format that can be read',
   ),
-  (
-    'pascal_context',
-    f'{V10}/trainval_merged.json',
-    pathlib.Path.unlink,
-    'there is no .*VOCdevkit/VOC2010/trainval_merged.json nor ',
-  ),
-  ('pascal_context', f'{V10}/trainval_merged.json', lambda p: p.write_text('{"images": []}'), 'is not the trainval'),
-  (
-    'pascal_context',
-    f'{V10}/trainval_merged.json',
-    lambda p: p.write_text(p.read_text().replace('"category_id": 284', '"category_id": 285')),
-    'has the category 285',
-  ),
+  ('pascal_context', TRAINVAL, pathlib.Path.unlink, f'there is no .*{TRAINVAL} nor '),
+  ('pascal_context', TRAINVAL, lambda p: p.write_text('{"images": []}'), 'is not the trainval'),
+  ('pascal_context', TRAINVAL, replace('"category_id": 284', '"category_id": 285'), 'has the category 285'),
+  ('pascal_context', TRAINVAL, replace('"phase": "val"', '"phase": "test"'), 'names no images'),
   ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[1]}.jpg', pathlib.Path.unlink, 'there is no .*000042.jpg;'),
-  ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[0]}.jpg', wrong_size, 'is 5 x 6 px, its label map 20 x 30'),
-  (
-    'pascal_context',
-    f'{V10}/trainval_merged.json',
-    lambda p: p.write_text(p.read_text().replace('"phase": "val"', '"phase": "test"')),
-    'names no images',
-  ),
   ('coco_stuff', 'val2017', empty, 'val2017 names no images'),
-  ('coco_stuff', f'stuffthingmaps/val2017/{0:012}.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
-  (
-    'coco_stuff',
-    'stuffthingmaps',
-    shutil.rmtree,
-    'there is no .*stuffthingmaps/val2017 nor .*annotations/val2017 nor .*; unzip .* -d .*/stuffthingmaps$',
-  ),
+  ('coco_stuff', 'stuffthingmaps', shutil.rmtree, NO_LABELS),
   ('coco_stuff', f'stuffthingmaps/val2017/{1:012}.png', pathlib.Path.unlink, f'there is no .*{1:012}.png;'),
   ('ade20k', f'{ADE}/annotations', shutil.rmtree, 'there is no .*annotations/validation/ADE_val_00000000.png'),
-  (
-    'ade20k',
-    f'{ADE}/annotations/validation/ADE_val_00000001.png',
-    pathlib.Path.unlink,
-    'there is no .*annotations/validation/ADE_val_00000001.png;',
-  ),
-  ('ade20k', f'{ADE}/annotations/validation/ADE_val_00000000.png', wrong_size, 'is 20 x 30 px, its label map 5 x 6'),
   ('ade20k', f'{ADE}/images/validation', empty, 'names no images'),
   ('cityscapes_fine', 'leftImg8bit', shutil.rmtree, 'there is no .*leftImg8bit/val; unpack'),
-  (
-    'cityscapes_fine',
-    'gtFine/val/ulm/ulm_000001_000019_gtFine_labelIds.png',
-    pathlib.Path.unlink,
-    'there is no .*ulm_000001_000019_gtFine_labelIds.png',
-  ),
-  ('cityscapes_fine', 'gtFine/val/bonn/bonn_000000_000019_gtFine_labelIds.png', wrong_size, 'its label map 5 x 6'),
-  ('cityscapes_fine', 'leftImg8bit/val', empty, 'leftImg8bit/val names no images'),
+  ('cityscapes_fine', 'gtFine', shutil.rmtree, 'there is no .*bonn_000000_000019_gtFine_labelIds.png'),
 ]
 
 

@@ -42,10 +42,7 @@ def random_batch(size: int) -> dict[str, np.ndarray]:
 
 def loss_and_grads_on(mesh: jax.sharding.Mesh, attention: Implementation = 'xla'):
   model = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))).with_attention(attention)
-  zero = jnp.int32(0)
-  state = train_state.TrainState(
-    zero, **random_variables(model), opt_state=(), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero
-  )
+  state = train_state.TrainState.start(random_variables(model), (), jax.random.key(0))
   state = jax.device_put(state, sharding.state_shardings(state, mesh))
   batch = pipeline.to_devices(random_batch(32), mesh)
   step = (

@@ -1,7 +1,8 @@
-"""Saving and restoring: bit for bit, whole or not at all."""
+"""Saving and restoring: bit for bit, whole or not at all; and the best checkpoint, which best.json names."""
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import pathlib
@@ -9,15 +10,18 @@ import resource
 import signal
 import sys
 
+from etils import epath
 import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from groupvit_jax import storage
 from groupvit_jax.running import sharding
 from groupvit_jax.train import state as train_state
-from groupvit_jax.train.checkpoint import Checkpoints
+from groupvit_jax.train.checkpoint import BEST_FOLDER, BestCheckpoint, Checkpoints
+from tests import folder_bucket
 from tests.tiny import tiny_config, tiny_model
 
 TEXT_SHAPE = (2, 6)
@@ -182,3 +186,17 @@ def test_a_full_disk_is_one_line_and_leaves_the_older_checkpoint(state, tmp_path
   assert '\n' not in str(error.value)
   restored = Checkpoints(tmp_path, keep=5).restore(abstract())
   assert restored.step == 1
+
+
+@pytest.mark.parametrize('remote', [False, True])
+def test_a_better_step_than_a_newer_one_is_kept(remote, state, tmp_path, monkeypatch):
+  """As after going back behind a damaged checkpoint."""
+  if remote:
+    folder_bucket.use(monkeypatch, tmp_path)
+    monkeypatch.setattr(storage, '_systems', {})
+  workdir = 's3://bucket/run' if remote else str(tmp_path / 'run')
+  for step, value in ((500, 0.5), (450, 0.6)):
+    with contextlib.closing(BestCheckpoint(workdir, 'eval/x/miou')) as best:  # of another start
+      assert best.offer({'eval/x/miou': value}, state.replace(step=state.step + step), tiny_config(), {})
+  with contextlib.closing(Checkpoints(workdir, keep=1, read_only=True, folder=BEST_FOLDER)) as kept:
+    assert kept.steps() == [450] == [json.loads((epath.Path(workdir) / 'best.json').read_text())['step']]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from flax.traverse_util import flatten_dict
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -32,11 +33,7 @@ MACHINES = ['', '8gpu', '1gpu']
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, object]:
   """Entries by dotted key."""
-  found = {}
-  for key, value in config.items():
-    nested = isinstance(value, ml_collections.ConfigDict)
-    found |= {f'{key}.{rest}': leaf for rest, leaf in flat(value).items()} if nested else {key: value}
-  return found
+  return flatten_dict(config.to_dict(), sep='.')
 
 
 def shrink(config: ml_collections.ConfigDict, folder: pathlib.Path) -> ml_collections.ConfigDict:

@@ -37,15 +37,8 @@ def run(tmp_path_factory) -> pathlib.Path:
 
 def test_values():
   zero = jnp.zeros((), jnp.int32)
-  state = train_state.TrainState(
-    step=zero,
-    params={'w': jnp.array([1.0, 2.0])},
-    batch_stats={'m': jnp.array(8.0)},
-    opt_state=None,
-    rng=jax.random.key(0),
-    skipped=zero,
-    skipped_in_a_row=zero,
-  ).start_average()
+  variables = {'params': {'w': jnp.array([1.0, 2.0])}, 'batch_stats': {'m': jnp.array(8.0)}}
+  state = train_state.TrainState.start(variables, None, jax.random.key(0)).start_average()
   after = lambda state, step, **new: state.replace(step=zero + step, **new)
   # 1 update: d = min(0.6, 2 / 11). 90: d = 0.6 < 91 / 100.
   once = train_step.average_variables(

@@ -203,16 +203,8 @@ def test_only_what_is_better_than_ever_is_kept(run, tmp_path):
 
 def train_state_of(workdir):
   """A state with the run's variables and no optimiser, whole on one device."""
-  found = open_run.open_run(workdir)
-  zero = np.int32(0)
-  return TrainState(
-    step=zero,
-    opt_state=(),
-    rng=jax.random.key(0),
-    skipped=zero,
-    skipped_in_a_row=zero,
-    **jax.tree.map(np.asarray, found.variables),
-  )
+  variables = jax.tree.map(np.asarray, open_run.open_run(workdir).variables)
+  return TrainState.start(variables, (), jax.random.key(0))
 
 
 @pytest.mark.parametrize(

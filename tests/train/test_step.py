@@ -11,8 +11,8 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.interop.native import to_flat
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.train import loop, optim
-from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
+from groupvit_jax.train.state import TrainState
 from tests.running.test_sharding import EFFORTLESS, random_batch
 from tests.tiny import tiny_config, tiny_model
 from tests.train.test_checkpoint import raw
@@ -26,17 +26,10 @@ GOOD, BAD_LOSS, BAD_GRADIENT = 1.0, float('nan'), 1e37
 def history():
   """(state, figures) before any step and after a good one, one of each bad kind, and a good one again; and after one
   that starts with a parameter that is not finite, the embedding of a token that no text has."""
-  model, zero = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0))), np.int32(0)
+  model = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0)))
   tx = optim.build_optimizer(tiny_config().optim, optax.constant_schedule(1e-3))
   variables = random_variables(model)
-  state = train_state.TrainState(
-    step=zero,
-    opt_state=tx.init(variables['params']),
-    rng=jax.random.key(0),
-    skipped=zero,
-    skipped_in_a_row=zero,
-    **variables,
-  ).start_average()
+  state = TrainState.start(variables, tx.init(variables['params']), jax.random.key(0)).start_average()
 
   def step(state, batch, weight):
     return train_step.train_step(
@@ -62,7 +55,7 @@ def history():
   return [*found, compiled(found[-1][0].replace(params=params), batch, GOOD)]
 
 
-def learnt(state: train_state.TrainState) -> list[np.ndarray]:
+def learnt(state: TrainState) -> list[np.ndarray]:
   """Parameters, statistics, moments and averages."""
   return raw((state.params, state.batch_stats, state.opt_state, state.ema))
 
@@ -102,10 +95,7 @@ def test_a_parameter_that_is_not_finite_ends_the_run_though_loss_and_gradient_ar
 def test_gradients_of_frozen_parameters_are_not_computed():
   """Those of the others are what they were, in micro-batches too; fewer FLOPs are executed."""
   model = tiny_model(stages=(StageSpec(1, 4, 4), StageSpec(1, 0, 0)))
-  zero, batch = np.int32(0), random_batch(8)
-  state = train_state.TrainState(
-    zero, **random_variables(model), opt_state=(), rng=jax.random.key(0), skipped=zero, skipped_in_a_row=zero
-  )
+  batch, state = random_batch(8), TrainState.start(random_variables(model), (), jax.random.key(0))
   options = dict(model=model, text_budget=0, random_erasing=None, batch_sharding=None)
 
   def run(freeze, steps):
