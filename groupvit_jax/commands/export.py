@@ -257,7 +257,7 @@ def _write_bundle(
       vocab_size=spec.vocab_size,
       logit_scale=float(clamped_scale(run.variables['params']['logit_scale'])),
       files=files,
-      measured_on=_describe_machine(),
+      measured_on=dict(device=jax.devices()[0].device_kind, cores=os.cpu_count(), jax=jax.__version__),
       trial_texts=dict(zip(_TRIAL_TEXTS, run.tokenizer.encode(_TRIAL_TEXTS, length).tolist())),
       **metadata,
       **run.provenance,
@@ -275,11 +275,6 @@ def _latency(call: Callable, x: np.ndarray, repeats: int = 5) -> float:
     jax.block_until_ready(call(x))
     seconds.append(time.perf_counter() - start)
   return float(np.median(seconds))
-
-
-def _describe_machine() -> dict[str, Any]:
-  """The hardware and the version of JAX that a latency depends on."""
-  return dict(device=jax.devices()[0].device_kind, cores=os.cpu_count(), jax=jax.__version__)
 
 
 if __name__ == '__main__':

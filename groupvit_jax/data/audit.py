@@ -68,7 +68,7 @@ def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int)
     examples = _examples(config, Mixture((dataclasses.replace(part, weight=0.0),)), tokenizer)
     found = list(_look_at(examples, samples or len(part.source)))
     expected = config.data.sets[part.name].expected if config.data.source == 'sets' else 0
-    report['sets'][part.name] |= {'expected': expected} | summarize(
+    report['sets'][part.name] |= {'expected': expected, 'size': part.describe(expected)} | summarize(
       found, config.data.num_prompts, config.model.text.context_length
     )
     report['sets'][part.name]['examples_per_core_second'] = round(_rate(examples), 1)
@@ -98,16 +98,13 @@ def summarize(found: list[RecordStats], num_prompts: int, text_length: int) -> d
   }
 
 
-def describe(name: str, report: Mapping[str, object]) -> str:
+def describe(report: Mapping[str, object]) -> str:
   """A set's report in a few lines, for people."""
   causes = ', '.join(f'{cause} {n:,}' for cause, n in report['unusable'].items()) or 'none'
-  expected = (
-    f' of {report["expected"]:,} expected ({report["records"] / report["expected"]:.1%})' if report['expected'] else ''
-  )
   spread = lambda values: ' / '.join(map(str, values))
   return '\n'.join(
     [
-      f'{name}: {report["records"]:,} records{expected} in {report["shards"]:,} shards, digest {report["digest"]}',
+      f'{report["size"]}, digest {report["digest"]}',
       f'  looked at           {report["looked_at"]:,}',
       f'  unusable            {report["unusable_share"]:.2%} ({causes})',
       f'  duplicates          {report["duplicate_pictures"]:,} pictures, {report["duplicate_captions"]:,} captions',
@@ -242,8 +239,8 @@ def main() -> int:
   """Runs the command; see this module."""
   config, output = _CONFIG.value, pathlib.Path(_OUTPUT.value).expanduser()
   report = audit(config, output, _SAMPLES.value)
-  for name, part in report['sets'].items():
-    print(describe(name, part))
+  for part in report['sets'].values():
+    print(describe(part))
   print(f'fingerprint {report["fingerprint"]}; report and samples in {output}')
   worst = max(report['sets'], key=lambda name: report['sets'][name]['unusable_share'])
   share = report['sets'][worst]['unusable_share']

@@ -54,6 +54,11 @@ class DataSet:
     record = self.source[index]
     return record | {'text': clean_caption(record['text'])} if self.clean else record
 
+  def describe(self, expected: int = 0) -> str:
+    """Its size, for people, and the share of the records that it should have."""
+    share = f' of {expected:,} expected ({len(self.source) / expected:.1%})' if expected else ''
+    return f'{self.name}: {len(self.source):,} records{share} in {self.num_shards:,} shards'
+
   def caption_of(self, index: int) -> str:
     """A record's caption, without its image where the source allows that."""
     if not hasattr(self.source, 'caption_of'):

@@ -219,13 +219,11 @@ def train_sentencepiece(
 
 
 def read_captions(path: str, column: int) -> Iterator[str]:
-  """Yields the captions of a text file, one a line.
+  """Yields the captions of a text file, one a line; bytes that are not UTF-8 are replaced.
 
   Args:
     path: a file, whose lines are split at tabs if its name ends in `.tsv`, or '-' for stdin.
     column: which column of a `.tsv` holds the captions, counted from 0.
-
-  Bytes that are not UTF-8 are replaced.
   """
   data = sys.stdin.buffer if path == '-' else _open(epath.Path(path))
   with data:

@@ -40,23 +40,18 @@ class Cluster(NamedTuple):
     if self.coordinator is not None and not (host and port.isdigit()):
       raise UserError(f'--coordinator={self.coordinator} is not HOST:PORT, as in --coordinator=10.0.0.1:8476')
     count, index = self.num_processes, self.process_id
-    if count is not None and count < 1:
-      raise UserError(f'--num_processes={count} must be at least 1')
-    if index is not None and (index < 0 or (count is not None and index >= count)):
-      raise UserError(f'--process_id={index} is not one of 0 to {"--num_processes" if count is None else count} - 1')
-    for name in ('startup_timeout', 'peer_timeout'):
-      if getattr(self, name) < 1:
-        raise UserError(f'--{name}={getattr(self, name)} must be at least 1 (seconds)')
+    if None not in (count, index) and index >= count:
+      raise UserError(f'--process_id={index} is not one of 0 to {count} - 1')
 
 
 def define_flags() -> Callable[[], Cluster]:
   """Defines the flags of a cluster and returns a function that reads them once they are parsed."""
   holders = (
     flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0; launchers that JAX knows need none.'),
-    flags.DEFINE_integer('num_processes', None, 'How many processes run this command; 1 looks for no others.'),
-    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.'),
-    flags.DEFINE_integer('startup_timeout', 300, 'Seconds within which all processes must have joined.'),
-    flags.DEFINE_integer('peer_timeout', 100, 'Seconds of silence after which a process counts as gone.'),
+    flags.DEFINE_integer('num_processes', None, 'How many processes run this command; 1 looks for no others.', 1),
+    flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.', 0),
+    flags.DEFINE_integer('startup_timeout', 300, 'Seconds within which all processes must have joined.', 1),
+    flags.DEFINE_integer('peer_timeout', 100, 'Seconds of silence after which a process counts as gone.', 1),
   )
   return lambda: Cluster(*(holder.value for holder in holders))
 

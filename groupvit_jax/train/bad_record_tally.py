@@ -1,7 +1,6 @@
 """Counts bad records over all processes and restarts, and ends a run that has too many."""
 
 import json
-from typing import NamedTuple
 
 from etils import epath
 import jax
@@ -15,13 +14,6 @@ from groupvit_jax.running import sharding
 
 _FEWEST = 1000  # examples a share is taken of: a single bad record in a small batch means nothing
 _KEPT = 20  # checkpoints whose counts are kept
-
-
-class _Checked(NamedTuple):
-  """When the share was checked last."""
-
-  step: int
-  count: int
 
 
 class BadRecordTally:
@@ -39,7 +31,7 @@ class BadRecordTally:
     self._before = np.array([known.get(cause, 0) for cause in bad_records.CAUSES])
     # Since then; by row, so that it is laid out over processes as a batch is.
     self._rows = np.zeros((len(sharding.process_local_rows(batch_size, mesh)), len(bad_records.CAUSES)), np.int32)
-    self._checked = _Checked(step, int(self._before.sum()))
+    self._checked = step, int(self._before.sum())  # when the share was checked last, and the count then
     self._sum = jax.jit(lambda rows: rows.sum(0), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
   def add(self, rows: np.ndarray) -> None:
@@ -59,11 +51,12 @@ class BadRecordTally:
 
   def check(self, step: int, counts: dict[str, int]) -> None:
     """Raises TooManyBadRecords when the share since the last check is too large; `counts` were taken at `step`."""
-    examples = (step - self._checked.step) * self._batch_size
+    since, before = self._checked
+    examples = (step - since) * self._batch_size
     if examples < _FEWEST:
       return
-    found, since = sum(counts.values()) - self._checked.count, self._checked.step
-    self._checked = _Checked(step, sum(counts.values()))
+    found = sum(counts.values()) - before
+    self._checked = step, sum(counts.values())
     if found > self._max_share * examples:
       listed = ', '.join(f'{cause} {n:,}' for cause, n in counts.items())
       raise bad_records.TooManyBadRecords(

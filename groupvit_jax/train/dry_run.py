@@ -171,9 +171,8 @@ def _data_lines(run: Run) -> list[str]:
   """What the data are, set by set."""
   config, lines = run.config, []
   for part in run.source.sets if config.data.source != 'scenes' else ():
-    records, expected = len(part.source), config.data.sets[part.name].expected if 'sets' in config.data else 0
-    share = f' of {expected:,} expected ({records / expected:.1%})' if expected else ''
-    lines.append(f'data       {part.name}: {records:,} records{share} in {part.num_shards:,} shards')
+    expected = config.data.sets[part.name].expected if 'sets' in config.data else 0
+    lines.append(f'data       {part.describe(expected)}')
   pairs = config.total_steps * config.batch_size
   epochs = f'{pairs / len(run.source):.3g} epochs of ' if config.data.source != 'scenes' else ''
   lines.append(

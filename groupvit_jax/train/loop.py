@@ -161,7 +161,7 @@ def _log_start(log: RunLog, run: Run, state: TrainState) -> None:
   )
   for part in run.source.sets:
     if part.num_shards:
-      log.message(f'{part.name}: {len(part.source):,} records in {part.num_shards:,} shards, weight {part.weight:g}')
+      log.message(f'{part.describe()}, weight {part.weight:g}')
   log.message(f'attention by {run.attention.implementation}: {run.attention.reason}')
   log.message(f'goes on after step {step}' if step else 'starts at step 0')
   for line in run.changed:

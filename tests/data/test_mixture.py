@@ -186,13 +186,11 @@ def test_crops_and_prompts_are_drawn_apart_and_anew_at_every_position(photograph
   assert not np.array_equal(one[0]['image'], other[0]['image'])
   made = examples(photographs, AUGMENT, num_batches=20)
   one_epoch = [made.load(i) for i in range(100)]
-  views = {}
+  views, texts = {}, lambda example: made.texts(example.caption, example.position)
   for example in one_epoch:
     views.setdefault(example.key, []).append(example)
   assert all(len(twice) == 2 for twice in views.values())
-  assert (
-    sum(made.texts(a.caption, a.position) != made.texts(b.caption, b.position) for a, b in views.values()) > 40
-  )  # 80 templates
+  assert sum(texts(a) != texts(b) for a, b in views.values()) > 40  # 80 templates
   words, crop = (examples(photographs)._rng(5, stream).random() for stream in (pipeline._WORDS, pipeline._AUGMENT))
   assert words != crop
   without_prompts = examples(photographs, AUGMENT, num_prompts=0).load(5)

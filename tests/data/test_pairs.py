@@ -110,7 +110,7 @@ def test_images_without_captions_are_refused(tmp_path):
 def small(variant: str = 'tiny'):
   config = own_pairs.get_config(variant)
   config.batch_size, config.log_every, config.data.num_prompts = 8, 1, 1
-  config.data.num_threads, config.tokenizer.vocab_size = 0, 300
+  config.data.num_threads, config.tokenizer.vocab_size, config.eval.every_steps = 0, 300, 0
   config.model.update(embed_dim=8, projector_dim=16)
   config.model.vision.update(image_size=(32, 32), width=16, num_heads=2)
   config.model.text.update(context_length=8, width=16, num_heads=2)

@@ -6,11 +6,8 @@ import pytest
 from groupvit_jax import storage
 from groupvit_jax.data import pipeline, tars
 from groupvit_jax.data.sources import build_source
-from groupvit_jax.eval import labelled
 from groupvit_jax.eval.output_folder import OutputFolder
-from groupvit_jax.prepare import __main__ as build
 from tests import gcs
-from tests import official_layouts as layouts
 from tests.tars import data_config, encode, make_examples, set_config, write_set
 
 pytest.importorskip('aiohttp')
@@ -118,15 +115,6 @@ def test_a_bucket_holds_shards_and_their_index(bucket, tmp_path, monkeypatch):
   assert len(open_set(f'{bucket}/set/*.tar', index_dir=f'{bucket}/index')) == 20
   with pytest.raises(ValueError, match='x: 1 of 2 shards are missing, first gs://photographs/set/0007.tar'):
     open_set(f'{bucket}/set/{{0000,0007}}.tar')
-
-
-def test_a_benchmark_in_a_bucket(bucket, tmp_path):
-  layouts.voc2012(tmp_path / 'raw')
-  build.build('voc2012', tmp_path / 'raw', tmp_path / 'data')
-  storage._system(bucket).put(str(tmp_path / 'data' / 'voc2012'), f'{bucket}/data/voc2012', recursive=True)
-  _, source = labelled.open_benchmark('voc21', f'{bucket}/data')
-  _, local = labelled.open_benchmark('voc21', tmp_path / 'data')
-  assert [source[n]['image'] for n in range(3)] == [local[n]['image'] for n in range(3)]
 
 
 def test_results_in_a_bucket(bucket):

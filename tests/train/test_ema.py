@@ -24,7 +24,7 @@ from tests.tiny import tiny_config
 def config():
   """A tiny run over all devices, with parameters divided over two, that keeps an average and trains no text tower."""
   result = tiny_config()
-  result.ema_decay, result.mesh.fsdp, result.freeze = 0.6, 2, 'text|text_projector'
+  result.ema_decay, result.mesh.fsdp, result.freeze, result.eval.every_steps = 0.6, 2, 'text|text_projector', 0
   return result
 
 
@@ -140,6 +140,10 @@ def test_mistakes(run, tmp_path):
   without.ema_decay = 0.0
   with pytest.raises(ValueError, match='ema_decay is 0.0 here and 0.6 there'):
     workdir_lib.check_config(run, without)
+  other = config()
+  other.data.num_prompts = 0
+  with pytest.raises(ValueError, match='data.num_prompts is 0 here and 1 there'):
+    workdir_lib.check_config(run, other)
   other = config()
   other.freeze = ''
   with pytest.raises(ValueError, match=r"freeze is '' here and 'text\|text_projector' there; use another --workdir"):

@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import jax
@@ -79,30 +78,15 @@ def test_a_finished_run_says_so_and_what_comes_next(uninterrupted, tmp_path, cap
   assert max(map(len, lines[: total + 1])) <= 100
 
 
-def test_sigterm_saves_and_the_run_goes_on_exactly(uninterrupted, tmp_path):
-  """Bit for bit: batches, prompts, stochastic depth and Gumbel noise included."""
-  threading.Thread(target=terminate_after, args=(tmp_path / 'metrics.jsonl', 2), daemon=True).start()
-  assert loop.train(tiny_config(), tmp_path) == cli.EXIT_PREEMPTED
-  stopped = max(losses(tmp_path))
-  assert 2 <= stopped < 6
-  assert [path.name for path in (tmp_path / 'checkpoints').iterdir() if path.name == str(stopped)]
-  assert loop.train(tiny_config(), tmp_path) == 0
-  assert losses(tmp_path) == losses(uninterrupted)
-
-
-def terminate_after(log: pathlib.Path, lines: int) -> None:
-  """Sends this process SIGTERM once a log has so many lines."""
-  while not log.exists() or log.read_text().count('\n') < lines:
-    time.sleep(0.01)
-  os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.parametrize(
   'owner, phase, call',
   [(loop, 'restore_or_init', 1), (Evaluator, 'evaluate', 1), (Checkpoints, 'save', 1), (Checkpoints, 'wait', 1)],
 )
 def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted, tmp_path, monkeypatch):
-  """The signal comes when the phase begins, at its first call or at the last; the phase itself is the real one."""
+  """The signal comes when the phase begins, at its first call or at the last; the phase itself is the real one.
+
+  Then the run goes on bit for bit: batches, prompts, stochastic depth and Gumbel noise included.
+  """
   real, calls, saved = getattr(owner, phase), [], []
 
   def signalled(*args, **kwargs):
@@ -125,6 +109,8 @@ def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted,
   assert not list((tmp_path / 'checkpoints').glob('*tmp*'))
   if phase == 'evaluate':
     assert sorted(scores(tmp_path)) == [3][: call - 1]
+  if phase == 'save':  # of step 2; the signal is heeded after the step that follows
+    assert max(losses(tmp_path)) == 3 and (tmp_path / 'checkpoints' / '3').exists()
   assert loop.train(tiny_config(), tmp_path) == 0
   assert losses(tmp_path) == losses(uninterrupted)
   assert scores(tmp_path) == scores(uninterrupted) and sorted(scores(tmp_path)) == [3, 6]
@@ -238,22 +224,6 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path, monkey
   rate = optim.build_schedule(config.optim, 40, 8)(last['step'] - 3 - 1)  # of the last update that was made
   assert last['train/learning_rate'] == pytest.approx(float(rate))
   assert read_board(tmp_path / 'tensorboard')['train/skipped'] == (last['step'], 3)
-
-
-@pytest.mark.parametrize(
-  'change, message',
-  [
-    ({'model.vision.width': 32}, r'model\.vision\.width is 32 here and 16 there'),
-    ({'data.num_prompts': 0}, r'data\.num_prompts is 0 here and 1 there'),
-  ],
-)
-def test_a_config_that_does_not_fit_the_run(change, message, uninterrupted):
-  before = (uninterrupted / 'config.json').read_text()
-  config = tiny_config()
-  config.update_from_flattened_dict(change)
-  with pytest.raises(ValueError, match=message):
-    loop.train(config, uninterrupted)
-  assert (uninterrupted / 'config.json').read_text() == before
 
 
 @pytest.mark.parametrize(
