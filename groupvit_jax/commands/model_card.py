@@ -51,15 +51,10 @@ _METRICS = {
 def write(
   folder: epath.Path, run: TrainedRun, *, licence: Licence, use: str, tags: str, reports: Sequence[Report]
 ) -> None:
-  """Writes the card.
+  """Writes the card into the folder of an exported model.
 
-  Args:
-    folder: of the exported model.
-    run: whose model it is.
-    licence: of the weights.
-    use: Markdown on how to use the format.
-    tags: further lines of the header, as the Hugging Face Hub knows them.
-    reports: of evaluations of this checkpoint.
+  `use` is Markdown on how to use the format; `tags` are further lines of the header, as the Hugging Face Hub knows
+  them; `reports` are of evaluations of this checkpoint.
   """
   header = '\n'.join(line for line in (licence.header(), tags) if line)
   (folder / 'README.md').write_text(

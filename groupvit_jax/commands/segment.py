@@ -42,12 +42,7 @@ def segment_images(
     images: a path, or a pattern such as '*.png'.
     classes: class names between commas; 'dog|puppy' is one class. With a threshold in the protocol, pixels that fit
       no class are background.
-    output: folder.
-    overwrite: see `OutputFolder`.
-    protocol: name of the protocol.
-    changes: protocol parameters as people write them.
-    checkpoint: as for `open_run.open_run`.
-    weights: likewise.
+    changes: parameters of the protocol as people write them.
 
   Returns:
     The exit code: `cli.EXIT_PARTIAL` if an image could not be read.

@@ -118,16 +118,7 @@ def describe(report: Mapping[str, object]) -> str:
 
 
 def draw_sheet(images: Sequence[np.ndarray], texts: Sequence[Sequence[str]], columns: int) -> np.ndarray:
-  """Draws images with their captions and prompts underneath.
-
-  Args:
-    images: uint8 [H, W, 3] each, of any size.
-    texts: of each image: the caption, then its prompts in grey.
-    columns: images side by side.
-
-  Returns:
-    uint8 [height, width, 3].
-  """
+  """Draws images, uint8 [H, W, 3] of any size, with their captions and, in grey, prompts: uint8 [height, width, 3]."""
   cells = [_draw_cell(image, lines) for image, lines in zip(images, texts, strict=True)]
   rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
   heights = [max(cell.height for cell in row) for row in rows]

@@ -57,14 +57,9 @@ class TfdsSource:
 
 
 def open_tfds(path: str, split: str, image: str, caption: str, what: str) -> TfdsSource:
-  """Opens the image-text records of a split.
+  """Opens the records of a split, as TFDS names it ('train[:1%]'), of a data set's version, local or in `gs://`.
 
-  Args:
-    path: folder of the data set's version, local or `gs://`.
-    split: as TFDS names it: 'train', 'train[:1%]'.
-    image: name of the image's feature.
-    caption: name of the caption's feature.
-    what: names the set in errors.
+  `image` and `caption` are the names of their features; `what` names the set in errors.
   """
   tfds = _import_tfds()
   try:

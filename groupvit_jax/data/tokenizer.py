@@ -241,13 +241,11 @@ def read_captions(path: str, column: int) -> Iterator[str]:
 def main(arguments: Sequence[str]) -> int:
   """Runs the command of some arguments; returns its exit code."""
   parser = argparse.ArgumentParser(prog='python -m groupvit_jax.data.tokenizer')
-  train = parser.add_subparsers(dest='command', required=True).add_parser(
-    'train', help='train a SentencePiece model on captions'
-  )
-  train.add_argument('--input', action='append', required=True, help='text, .tsv or -; repeatable')
-  train.add_argument('--output', required=True, help='the model file to write')
-  train.add_argument('--vocab_size', type=int, default=32_000)
-  train.add_argument('--column', type=int, default=0, help="the captions' column in a .tsv")
+  parser.add_argument('command', choices=['train'], help='trains a SentencePiece model on captions')
+  parser.add_argument('--input', action='append', required=True, help='text, .tsv or -; repeatable')
+  parser.add_argument('--output', required=True, help='the model file to write')
+  parser.add_argument('--vocab_size', type=int, default=32_000)
+  parser.add_argument('--column', type=int, default=0, help="the captions' column in a .tsv")
   flags = parser.parse_args(arguments)
   start = time.monotonic()
   captions = itertools.chain.from_iterable(read_captions(p, flags.column) for p in flags.input)

@@ -38,13 +38,9 @@ class AttentionChoice(NamedTuple):
 
 
 def choose_attention(tower: VisionTower, samples: int, mesh: Mesh, *, train: bool) -> AttentionChoice:
-  """Returns the implementation that is fastest here, the same in all processes, which must all call it.
+  """Returns the fastest implementation for a global batch, the same in all processes, which must all call it.
 
-  Args:
-    tower: the blocks of all its stages are timed.
-    samples: global batch size, divisible over the devices.
-    mesh: over which samples and heads are divided.
-    train: whether the backward pass counts as well.
+  Where nothing else decides, the blocks of all stages of the tower are timed, with the backward pass if `train`.
   """
   platform = mesh.devices.flat[0].platform
   if platform == 'cpu' and mesh.size == 1 and not train:
