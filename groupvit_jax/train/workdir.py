@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import re
 
 from etils import epath
 from flax import traverse_util
@@ -88,38 +89,18 @@ def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
 
   Raises UserError where an entry that there is no more holds another value than the one that is built in.
   """
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    if 'evals' in config:
-      config.benchmarks = config.evals
-      del config.evals
-    for path, value in _BUILT_IN.items():
-      section, key = _find_section(config, path)
-      if section is not None and key in section:
-        if section[key] != value:
-          raise UserError(f'{path}={section[key]}: there is no such entry any more; {value} is built in')
-        del section[key]
-    for path, value in _ADDED.items():
-      section, key = _find_section(config, path)
-      if section is not None:
-        section[key] = section.get(key, value)
-    scenes, _ = _find_section(config, 'data.scenes.partial_captions')
-    if scenes is not None and 'partial_captions' in scenes:
-      del scenes.partial_captions  # resuming such a run is refused: its data have another digest
-    data, _ = _find_section(config, 'data.clean_captions')
-    if data is not None and data.get('source') == 'sets':
-      data.clean_captions = data.get('clean_captions', False)
-  return config
-
-
-def _find_section(config: ml_collections.ConfigDict, path: str) -> tuple[ml_collections.ConfigDict | None, str]:
-  """The section of an entry, None where the config lacks it, and the entry's name there."""
-  *sections, key = path.split('.')
-  for name in sections:
-    config = config.get(name)
-    if not isinstance(config, ml_collections.ConfigDict):
-      return None, key
-  return config, key
+  entries = traverse_util.flatten_dict(config.to_dict(), keep_empty_nodes=True, sep='.')
+  entries = {re.sub(r'^evals\b', 'benchmarks', path): value for path, value in entries.items()}
+  for path, value in _BUILT_IN.items():
+    if (found := entries.pop(path, value)) != value:
+      raise UserError(f'{path}={found}: there is no such entry any more; {value} is built in')
+  entries.pop('data.scenes.partial_captions', None)  # resuming such a run is refused: its data have another digest
+  sets = {'data.clean_captions': False} if entries.get('data.source') == 'sets' else {}
+  for path, value in (_ADDED | sets).items():
+    section = path[: path.rfind('.') + 1]
+    if any(other.startswith(section) for other in entries):
+      entries.setdefault(path, value)
+  return ml_collections.ConfigDict(traverse_util.unflatten_dict(entries, sep='.'))
 
 
 def keep_recipe(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
