@@ -3,18 +3,11 @@
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-import pytest
 
 from groupvit_jax.running import attention_choice, sharding
 from groupvit_jax.running.attention_choice import AttentionChoice, choose_attention, choose_fastest, time_attention
 from groupvit_jax.train import workdir
 from tests.tiny import tiny_model
-
-
-@pytest.fixture
-def place() -> NamedSharding:
-  """Samples and heads on eight devices, as on a GPU."""
-  return NamedSharding(sharding.make_mesh(data=2, fsdp=2, model=2), PartitionSpec(('data', 'fsdp'), None, 'model'))
 
 
 def test_the_faster_one_is_chosen():
@@ -27,8 +20,10 @@ def test_the_faster_one_is_chosen():
   assert choose_fastest({'xla': 1e-3, 'cudnn': 0.99e-3}.get, '').implementation == 'xla'  # no more than noise
 
 
-def test_what_does_not_run_is_left_alone(place):
+def test_what_does_not_run_is_left_alone():
   """cuDNN on a CPU is refused by JAX itself; where XLA's has no room, cuDNN's may."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, model=2)
+  place = NamedSharding(mesh, PartitionSpec(('data', 'fsdp'), None, 'model'))
   choice = choose_fastest(lambda name: time_attention(name, (4, 8, 2, 8), jnp.bfloat16, place, train=True), '')
   assert choice.implementation == 'xla' and choice.reason.startswith('cuDNN does not run: ')
 
