@@ -2,6 +2,7 @@
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -36,7 +37,8 @@ def test_what_decays():
   """Without gradients AdamW does nothing but decay: by rate times weight decay, or not at all."""
   params = random_variables(tiny_model())['params']
   tx = optim.build_optimizer(CONFIG, optax.constant_schedule(0.5))
-  updates, _ = tx.update(jax.tree.map(np.zeros_like, params), tx.init(params), params, finite=True)
+  update = jax.jit(lambda params: tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params, finite=True))
+  updates, _ = update(params)
   decayed = set()
   for name, update in flat(updates).items():
     if update.any():
