@@ -31,15 +31,17 @@ _SAVED = 'mean', 'rate'
 
 
 def _from_its_input(function: Activation, slope: Activation) -> Activation:
-  """The function, with x as the only residual of its backward pass.
+  """The function, computed in float32 as torch does it, with x as the only residual of its backward pass.
 
   Args:
     function: of x.
     slope: its derivative at x. It must share no expensive operation with `function`, because compilers would compute
       that once, in the forward pass, and keep its result beside x.
   """
-  activation = jax.custom_vjp(function)
-  activation.defvjp(lambda x: (function(x), x), lambda x, grad: (grad * slope(x),))
+  in_float32 = lambda f: lambda x: f(x.astype(jnp.float32)).astype(x.dtype)
+  forward, derivative = in_float32(function), in_float32(slope)
+  activation = jax.custom_vjp(forward)
+  activation.defvjp(lambda x: (forward(x), x), lambda x, grad: (grad * derivative(x),))
   return functools.wraps(function)(activation)
 
 
