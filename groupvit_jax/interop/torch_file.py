@@ -5,11 +5,9 @@ in a table of its own, whose entries only record how a tensor is stored; any oth
 library does this without torch; `torch.load(weights_only=True)` works the same way.)
 """
 
-from collections.abc import Callable, Collection
-import os
+from collections.abc import Callable
 import pickle
-import struct
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 import zipfile
 
 from etils import epath
@@ -18,7 +16,6 @@ import numpy as np
 
 from groupvit_jax.errors import UserError
 
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LFS_POINTER = b'version https://git-lfs'
 
 _DTYPES = {
@@ -60,10 +57,6 @@ class _Tensor(NamedTuple):
   offset: int
   size: tuple[int, ...]
   stride: tuple[int, ...]
-
-
-# Reads the numbers of some storages: key -> array.
-_Reader = Callable[[Collection[_Storage]], dict[str, np.ndarray]]
 
 
 class _Dict(dict):
@@ -147,14 +140,13 @@ class _Unpickler(pickle._Unpickler):
 
   def persistent_load(self, pid: object) -> _Storage:
     match pid:
-      # Legacy files end with a view onto another storage, which only ancient ones use.
-      case ('storage', _StorageType(dtype), str(key), _, int(numel), *view) if numel >= 0 and view in ([], [None]):
+      case ('storage', _StorageType(dtype), str(key), _, int(numel)) if numel >= 0:
         return _Storage(key, dtype, numel)
     raise pickle.UnpicklingError('it refers to something that is not a storage of numbers')
 
 
 def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
-  """Reads the weights of a `.pth`, `.pt` or `.bin` file of torch, of any version since 0.4.
+  """Reads the weights of a `.pth`, `.pt` or `.bin` file of torch, of any version since 1.6.
 
   Args:
     path: of a file that holds a state dict, or a dict with one under 'model'.
@@ -169,11 +161,13 @@ def read_state_dict(path: epath.PathLike) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise UserError(f'there is no file {path}')
   try:
-    with path.open('rb') as file:
-      payload, read_numbers = _read(file)
-      tensors = _state_dict(payload)
-      storages = read_numbers({tensor.storage for tensor in tensors.values()})
-    return {name: _view(tensor, storages) for name, tensor in tensors.items()}
+    with path.open('rb') as file, _open_zip(file) as archive:
+      (pickled,) = (name for name in archive.namelist() if name.endswith('/data.pkl'))
+      tensors = _state_dict(_Unpickler(archive.open(pickled)).load())
+      root = pickled.removesuffix('data.pkl')
+      storages = {tensor.storage for tensor in tensors.values()}
+      numbers = {each: _numbers(archive.read(f'{root}data/{each.key}'), each) for each in storages}
+    return {name: _view(tensor, numbers[tensor.storage]) for name, tensor in tensors.items()}
   except Exception as error:  # a damaged pickle or zip raises nearly anything
     reason = ' '.join(str(error).split()) or type(error).__name__
     raise UserError(f'{path} cannot be read: {reason}; nothing in it was run') from error
@@ -190,85 +184,26 @@ def _state_dict(payload: object) -> dict[str, _Tensor]:
   return payload
 
 
-def _read(file: BinaryIO) -> tuple[Any, _Reader]:
-  """Returns the pickled object with descriptions of its tensors, and a reader of the numbers of storages."""
+def _open_zip(file: BinaryIO) -> zipfile.ZipFile:
   start = file.read(len(_LFS_POINTER))
-  file.seek(0)
   if start == _LFS_POINTER:
     raise UserError('it is a Git LFS pointer; download the file it stands for')
-  if start.startswith(b'PK'):
-    return _read_zip(file)
   if start.startswith(b'\x80'):
-    return _read_legacy(file)
-  raise UserError('it is not a torch checkpoint')
-
-
-def _read_zip(file: BinaryIO) -> tuple[Any, _Reader]:
+    raise UserError('it is in the format before torch 1.6; save it again with a later torch')
+  if not start.startswith(b'PK'):
+    raise UserError('it is not a torch checkpoint')
   try:
     archive = zipfile.ZipFile(file)
   except zipfile.BadZipFile:
     raise UserError('it is cut short or damaged; download it again') from None
-  pickles = [name for name in archive.namelist() if name.endswith('/data.pkl')]
-  if len(pickles) != 1:
+  names = archive.namelist()
+  if sum(name.endswith('/data.pkl') for name in names) != 1:
     raise UserError('it is not a torch checkpoint')
   if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
     raise UserError('it is compressed, which torch never does')
-  root = pickles[0].removesuffix('data.pkl')
-  if root + 'byteorder' in archive.namelist() and archive.read(root + 'byteorder') != b'little':
+  if any(name.endswith('/byteorder') and archive.read(name) != b'little' for name in names):
     raise UserError('it was written by a big-endian machine')
-  with archive.open(pickles[0]) as stream:
-    payload = _RecordingUnpickler(stream, {}).load()
-  return payload, lambda wanted: {
-    storage.key: _numbers(archive.read(f'{root}data/{storage.key}'), storage) for storage in wanted
-  }
-
-
-def _read_legacy(file: BinaryIO) -> tuple[Any, _Reader]:
-  """The format before torch 1.6: three pickles of preamble, the object, the order of storages, then their numbers."""
-  described: dict[str, _Storage] = {}
-  try:
-    if _Unpickler(file).load() != _LEGACY_MAGIC:
-      raise UserError('it is not a torch checkpoint')
-    _Unpickler(file).load()
-    if _Unpickler(file).load().get('little_endian') is not True:
-      raise UserError('it was written by a big-endian machine')
-    payload = _RecordingUnpickler(file, described).load()
-    keys = _Unpickler(file).load()
-  except EOFError:
-    raise UserError('it is cut short; download it again') from None
-
-  def read(wanted: Collection[_Storage]) -> dict[str, np.ndarray]:
-    start = file.tell()
-    end = file.seek(0, os.SEEK_END)
-    storages, position = {}, start
-    for key in keys:
-      file.seek(position)
-      header = file.read(8)
-      if key not in described or len(header) < 8 or struct.unpack('<q', header)[0] != described[key].numel:
-        raise UserError('it is cut short or damaged; download it again')
-      size = described[key].numel * described[key].dtype.itemsize
-      if described[key] in wanted:
-        storages[key] = _numbers(file.read(size), described[key])
-      position += 8 + size
-    if position > end:
-      raise UserError('it is cut short; download it again')
-    return storages
-
-  return payload, read
-
-
-class _RecordingUnpickler(_Unpickler):
-  """Records the storages that a pickle describes."""
-
-  def __init__(self, file: BinaryIO, described: dict[str, _Storage]):
-    super().__init__(file)
-    self._described = described
-
-  def persistent_load(self, pid: object) -> _Storage:
-    storage = super().persistent_load(pid)
-    if self._described.setdefault(storage.key, storage) != storage:
-      raise pickle.UnpicklingError(f'it describes storage {storage.key} in two ways')
-    return storage
+  return archive
 
 
 def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
@@ -277,12 +212,11 @@ def _numbers(data: bytes, storage: _Storage) -> np.ndarray:
   return np.frombuffer(data, storage.dtype)
 
 
-def _view(tensor: _Tensor, storages: dict[str, np.ndarray]) -> np.ndarray:
+def _view(tensor: _Tensor, numbers: np.ndarray) -> np.ndarray:
   """The array of a tensor. Checks the bounds, which `as_strided` does not."""
-  numbers = storages.get(tensor.storage.key)
   last = tensor.offset + sum((n - 1) * step for n, step in zip(tensor.size, tensor.stride, strict=True))
   count = int(np.prod(tensor.size, dtype=object))
-  if numbers is None or count and (last >= numbers.size or count > numbers.size):
+  if count and (last >= numbers.size or count > numbers.size):
     raise UserError('a tensor reaches beyond its storage')
   if not count:
     return np.zeros(tensor.size, tensor.storage.dtype)

@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import io
 import os
 import pathlib
 import pickle
@@ -18,11 +17,9 @@ import torch
 from groupvit_jax.interop import torch_file
 from groupvit_jax.interop.torch_file import read_state_dict
 
-FORMATS = pytest.mark.parametrize('as_zip', [True, False], ids=['zip', 'legacy'])
 
-
-def save(payload: object, path: pathlib.Path, as_zip: bool) -> pathlib.Path:
-  torch.save(payload, path, _use_new_zipfile_serialization=as_zip)
+def save(payload: object, path: pathlib.Path) -> pathlib.Path:
+  torch.save(payload, path)
   return path
 
 
@@ -46,10 +43,9 @@ def make_state() -> collections.OrderedDict:
   return state
 
 
-@FORMATS
-def test_reads_what_torch_writes(tmp_path, as_zip):
+def test_reads_what_torch_writes(tmp_path):
   state = make_state()
-  read = read_state_dict(save(state, tmp_path / 'weights', as_zip))
+  read = read_state_dict(save(state, tmp_path / 'weights'))
   assert read.keys() == state.keys()
   for name, tensor in state.items():
     expected = tensor.detach()
@@ -59,8 +55,7 @@ def test_reads_what_torch_writes(tmp_path, as_zip):
   np.testing.assert_array_equal(read['base'], state['base'])
 
 
-@FORMATS
-def test_skips_settings_and_metrics_beside_the_weights(tmp_path, as_zip):
+def test_skips_settings_and_metrics_beside_the_weights(tmp_path):
   mark = tmp_path / 'mark'
   payload = {
     'model': make_state(),
@@ -73,13 +68,12 @@ def test_skips_settings_and_metrics_beside_the_weights(tmp_path, as_zip):
     'file': Call(np.savetxt, str(mark), [1.0]),
     'optimizer': {'state': {0: {'step': 3, 'exp_avg': torch.ones(2)}}, 'param_groups': [{'lr': 1e-3}]},
   }
-  assert read_state_dict(save(payload, tmp_path / 'weights', as_zip)).keys() == make_state().keys()
+  assert read_state_dict(save(payload, tmp_path / 'weights')).keys() == make_state().keys()
   assert not mark.exists()  # what is skipped is not called either
 
 
-@FORMATS
-def test_a_file_cut_anywhere_is_refused(tmp_path, as_zip):
-  data = save(make_state(), tmp_path / 'whole', as_zip).read_bytes()
+def test_a_file_cut_anywhere_is_refused(tmp_path):
+  data = save(make_state(), tmp_path / 'whole').read_bytes()
   path = tmp_path / 'cut'
   for length in [*range(0, len(data) - 1, 37), len(data) - 1]:
     path.write_bytes(data[:length])
@@ -97,7 +91,6 @@ class Call:
     return self.call
 
 
-@FORMATS
 @pytest.mark.parametrize(
   'call, name',
   [
@@ -109,9 +102,9 @@ class Call:
     (lambda mark: Call(pickle.loads, b''), 'pickle.loads'),
   ],
 )
-def test_hostile_pickles_are_refused_and_not_run(tmp_path, as_zip, call, name):
+def test_hostile_pickles_are_refused_and_not_run(tmp_path, call, name):
   mark = tmp_path / 'mark'
-  path = save({'model': make_state(), 'extra': call(str(mark))}, tmp_path / 'hostile', as_zip)
+  path = save({'model': make_state(), 'extra': call(str(mark))}, tmp_path / 'hostile')
   with pytest.raises(ValueError, match=f'it wants {re.escape(name)}, which no weights need; nothing in it was run'):
     read_state_dict(path)
   assert not mark.exists()
@@ -188,15 +181,14 @@ def test_what_a_pickle_notes_under_large_numbers_takes_no_memory(tmp_path):
   assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB; a list would take 1 GB
 
 
-@FORMATS
-def test_an_optimisers_numbers_are_not_read(tmp_path, as_zip, monkeypatch):
+def test_an_optimisers_numbers_are_not_read(tmp_path, monkeypatch):
   model = torch.nn.Linear(3, 2)
   payload = {
     'optimizer': {'state': {0: {'exp_avg': torch.ones(500)}}},
     'model': model.state_dict(),
     'scaler': torch.ones(300),
   }
-  path, numbers, read = save(payload, tmp_path / 'weights', as_zip), torch_file._numbers, []
+  path, numbers, read = save(payload, tmp_path / 'weights'), torch_file._numbers, []
   monkeypatch.setattr(torch_file, '_numbers', lambda data, storage: read.append(len(data)) or numbers(data, storage))
   assert read_state_dict(path).keys() == {'weight', 'bias'}
   assert sorted(read) == [8, 24]
@@ -211,7 +203,7 @@ def test_an_optimisers_numbers_are_not_read(tmp_path, as_zip, monkeypatch):
     (lambda path: None, '^there is no file '),
     (lambda path: path.write_bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n'), 'Git LFS pointer'),
     (lambda path: path.write_bytes(b'<html>not found</html>'), 'not a torch checkpoint'),
-    (lambda path: path.write_bytes(pickle.dumps({'a': 1})), 'not a torch checkpoint'),
+    (lambda path: torch.save({}, path, _use_new_zipfile_serialization=False), 'the format before torch 1.6'),
     (lambda path: zipfile.ZipFile(path, 'w').close(), 'not a torch checkpoint'),
     (lambda path: write_zip(path, state_dict(tensor()), zipfile.ZIP_DEFLATED), 'compressed'),
     (lambda path: write_zip(path, state_dict(tensor()), byteorder=b'big'), 'big-endian'),
@@ -220,14 +212,4 @@ def test_an_optimisers_numbers_are_not_read(tmp_path, as_zip, monkeypatch):
 def test_other_files_are_refused(tmp_path, write, reason):
   write(tmp_path / 'weights')
   with pytest.raises(ValueError, match=reason):
-    read_state_dict(tmp_path / 'weights')
-
-
-def test_legacy_numbers_that_are_not_those_described_are_refused(tmp_path):
-  buffer = io.BytesIO()
-  torch.save({'w': torch.arange(4.0)}, buffer, _use_new_zipfile_serialization=False)
-  data = buffer.getvalue()
-  numbers = np.arange(4, dtype='<f4').tobytes()
-  (tmp_path / 'weights').write_bytes(data.replace(b'\x04' + bytes(7) + numbers, b'\x03' + bytes(7) + numbers))
-  with pytest.raises(ValueError, match='cut short or damaged'):
     read_state_dict(tmp_path / 'weights')
