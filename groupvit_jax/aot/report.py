@@ -49,7 +49,7 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
       ),
     }
     report |= {
-      'hbm_traffic_gib': per_chip(step.traffic.hbm_bytes),
+      'hbm_traffic_gib': round(devices * step.traffic.hbm_bytes / _GIB, 6),
       'collectives': {
         kind: {'count': step.traffic.counts[kind], 'sent_mib': round(devices * size / 2**20, 2)}
         for kind, size in sorted(step.traffic.sent.items())
@@ -120,7 +120,7 @@ def describe(report: Mapping[str, object], config: ml_collections.ConfigDict) ->
   if 'gflop' in report:
     add('arithmetic', f'{report["gflop"]:,} GFLOP a chip and step')
     if 'hbm_traffic_gib' in report:
-      add('traffic', f"{report['hbm_traffic_gib']:,} GiB to and from a chip's memory")
+      add('traffic', f"{report['hbm_traffic_gib']:,.3f} GiB to and from a chip's memory")
       for kind, found in report['collectives'].items():
         add('collective', f'{kind}: {found["count"]} in which a chip sends {found["sent_mib"]:,} MiB')
       kernels = report['custom_kernels']
