@@ -28,13 +28,7 @@ class Example(NamedTuple):
 
 
 def make_examples(config: ml_collections.ConfigDict, folder: pathlib.Path) -> list[Example]:
-  """Images of the kind that a run was trained on.
-
-  Args:
-    config: of the run. Of one trained on scenes the examples are scenes that it has not seen, written to the folder;
-      of others, photographs.
-    folder: exists.
-  """
+  """Images of the kind that a run was trained on: scenes that it has not seen, in the folder, or photographs."""
   trained_on_scenes = 'source' in config.data and config.data.source == 'scenes'
   return list(_scenes(config, folder) if trained_on_scenes else _photographs())
 

@@ -113,13 +113,8 @@ def check_origin(host: str, hosts: Sequence[str], origins: Sequence[str]) -> Non
   Another site's page can send requests here, and can have its own name resolve to this machine. The first shows in
   Origin, the second in Host.
 
-  Args:
-    host: address that the server listens at. One that stands for all lets in any address and this machine's names.
-    hosts: Host headers.
-    origins: Origin headers.
-
-  Raises:
-    Refused: 403.
+  `host`, at which the server listens, may stand for all: then any address and this machine's names are let in. Raises
+  Refused with 403.
   """
   match = re.fullmatch(r'(?:\[([0-9a-f:.]+)\]|([\w.-]+))(?::\d{1,5})?', hosts[0].lower()) if len(hosts) == 1 else None
   name = match and (match[1] or match[2])

@@ -34,13 +34,7 @@ gr.Image.preprocess = lambda self, payload: payload and Upload(payload.path, pay
 
 
 def build_page(viewer: Viewer, examples: Sequence[Example], about: str) -> gr.Blocks:
-  """The page, which `launch` serves.
-
-  Args:
-    viewer: of the model.
-    examples: shown at the top.
-    about: Markdown on the model, for the fold at the bottom.
-  """
+  """The page, which `launch` serves."""
   shown = dict(interactive=False, format='png', buttons=['download', 'fullscreen'], height=_HEIGHT)
   picture = gr.Image(
     label='Image: drop, paste or click',

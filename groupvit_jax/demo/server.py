@@ -59,12 +59,7 @@ def _about(run: open_run.TrainedRun, protocol: Protocol) -> str:
 
 
 def launch(page: gr.Blocks, uploads: pathlib.Path, *, host: str, port: int, max_upload_mb: int) -> str:
-  """Starts a server of the page on a thread; returns its address.
-
-  Args:
-    page: built with `uploads`, an absolute path, as GRADIO_TEMP_DIR.
-    uploads: folder of visitors' files.
-    host, port, max_upload_mb: the command's flags.
+  """Starts a server of the page on a thread; returns its address. Visitors' files come into `uploads`.
 
   Raises:
     UserError: the address cannot be listened at.

@@ -73,11 +73,7 @@ def spread_palette(count: int, taken: tuple[tuple[int, int, int], ...] = ()) -> 
   """C colours (RGB, at most 256) as far from each other as they get, the first ones farthest; always the same.
 
   Farthest-point sampling in CIELAB, as normal and as colour-blind eyes see it, away from black, white and grey, so that
-  they show on images and under letters. A longer palette starts like a shorter one.
-
-  Args:
-    count: C.
-    taken: further colours to keep away from.
+  they show on images and under letters. A longer palette starts like a shorter one, and keeps away from `taken`.
   """
   levels = np.linspace(0, 255, 16).round().astype(np.uint8)
   rgb = np.stack(np.meshgrid(levels, levels, levels, indexing='ij'), axis=-1).reshape(-1, 3)
@@ -180,14 +176,7 @@ def draw_groups(
 
   A group's colour is that of its number, so a group token has one colour in all images.
 
-  Args:
-    image: uint8 [H, W, 3].
-    groups: numbers [H, W], below 256.
-    opacity: of the tints, 0 to 1.
-    long_side: pixels; smaller images are enlarged.
-
-  Returns:
-    uint8 [H * f, W * f, 3], f their `enlargement`.
+  Arguments and result are as for `draw_overlay`, but for the groups' numbers [H, W], below 256.
   """
   factor = enlargement(groups.shape, long_side)
   image, groups = enlarge(image, factor), enlarge(groups, factor)
@@ -200,13 +189,8 @@ def draw_panel(rows: Sequence[Row], palette: Sequence[Sequence[int]], names: Seq
 
   Truth and prediction are left out where no row has one, and the first groups where there is one grouping stage.
 
-  Args:
-    rows: the images; large ones are shown smaller.
-    palette: C colours.
-    names: C names.
-
   Returns:
-    uint8 [H', W', 3], with titles above and the colours' names below.
+    uint8 [H', W', 3], with titles above and the C colours' names below.
   """
   rows = [shrink(row, _LARGEST_TILE) for row in rows]
   shown = [kind for kind in ('truth', 'prediction') if any(getattr(row, kind) is not None for row in rows)]

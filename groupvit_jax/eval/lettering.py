@@ -29,13 +29,7 @@ def write_text(
 ) -> None:
   """Writes a text.
 
-  Args:
-    draw: on an RGB image.
-    xy: where.
-    text: one line.
-    ink: colour of its letters.
-    points: size.
-    anchor: 'mm' or 'lm': which point of the text that is, as in Pillow.
+  `xy` is its middle or the middle of its left edge, by Pillow's anchor 'mm' or 'lm'.
   """
   ascent, descent = _font(_PILLOW, points).getmetrics()
   x, y = xy[0] - (text_length(text, points) / 2 if anchor == 'mm' else 0), xy[1] + (ascent - descent) / 2

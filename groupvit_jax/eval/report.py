@@ -106,14 +106,9 @@ def _page(title: str, parts: Sequence[str]) -> str:
 
 
 def pick_images(miou: Sequence[float], each: int) -> dict[str, list[int]]:
-  """The best, median and worst images, none of them twice.
+  """'best', 'median' and 'worst' to the indices of so many images each, at most; none of them twice.
 
-  Args:
-    miou: of every image, nan where it has none.
-    each: how many of each kind, at most.
-
-  Returns:
-    'best', 'median' and 'worst' to indices; the best ones first, the worst first.
+  Without an mIoU (nan) an image is left out. The best ones come first, and the worst first.
   """
   order = [int(i) for i in np.argsort(np.negative(miou), kind='stable') if not np.isnan(miou[i])]
   each = min(each, -(-len(order) // 3))

@@ -36,12 +36,9 @@ class ExportedTowers:
     self.vision = self.text = sizes
 
   def apply(self, variables: Any, inputs: jax.Array, *, method: str) -> Any:
-    """`ImageTextModel.apply` for 'encode_pixels' and 'encode_text'; the weights are in the towers.
+    """`ImageTextModel.apply` of 'encode_pixels' to uint8 [B, H, W, 3], or of 'encode_text' to tokens [B, L].
 
-    Args:
-      variables: ignored.
-      inputs: uint8 images [B, H, W, 3], or tokens [B, L].
-      method: which of the two.
+    The weights are in the towers: `variables` are ignored.
     """
     if method == 'encode_text':
       padding = self.text.context_length - inputs.shape[1]  # nothing after the end of a text matters
@@ -55,11 +52,7 @@ class ExportedTowers:
 def read_bundle(
   folder: epath.PathLike, runtime: onnx.Runtime | None = None
 ) -> tuple[ExportedTowers, dict[str, Any], Tokenizer]:
-  """Reads a folder that `export` wrote with --format=stablehlo or --format=onnx.
-
-  Args:
-    folder: the bundle.
-    runtime: of an ONNX bundle; None for ONNX Runtime.
+  """Reads a folder that `export` wrote with --format=stablehlo or --format=onnx; `runtime` is of the latter.
 
   Returns:
     The towers, the variables that are not in them (the temperature), and the tokenizer.

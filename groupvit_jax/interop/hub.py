@@ -22,10 +22,7 @@ def fetch(path: epath.PathLike) -> epath.Path:
 
   Files come into the cache of `huggingface_hub` (`HF_HOME`), which resumes what was interrupted. Its settings hold:
   `hf auth login` or `HF_TOKEN` for private models, `HF_HUB_OFFLINE=1` for the cache alone, `HF_ENDPOINT` for a mirror.
-
-  Args:
-    path: of a folder or file, which wins; or an id as nvidia/groupvit-gcc-yfcc, perhaps with @ and a branch, tag or
-      commit.
+  A path that exists wins over an id, which may end with @ and a branch, tag or commit.
 
   Raises:
     UserError: an id names no model, or one without permission, or `huggingface_hub` is not installed.

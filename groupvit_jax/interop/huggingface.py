@@ -200,13 +200,7 @@ def from_huggingface_config(config: Mapping[str, Any]) -> state_dicts.ModelSpec:
 def to_huggingface_config(
   spec: state_dicts.ModelSpec, *, bos_id: int | None, pad_id: int, dtype: str
 ) -> dict[str, Any]:
-  """The `config.json` of a model, as a dict of plain values.
-
-  Args:
-    spec: the model.
-    bos_id: of the tokenizer; None if texts start without.
-    pad_id: of the tokenizer.
-    dtype: of the weights.
+  """The `config.json` of a model, as plain values; `bos_id` is None if texts start without one.
 
   Raises:
     UserError: `transformers` cannot represent the model.

@@ -26,8 +26,7 @@ def export_towers(spec: state_dicts.ModelSpec, variables: Mapping, window: int, 
   """Converts both towers, weights inside, for any batch.
 
   Args:
-    spec: of the model.
-    variables: its weights.
+    spec, variables: the model and its weights.
     window: side of the square images that the image tower takes: the converter knows no free sizes.
     dtype: 'float32'; 'float16' stores and computes in it; 'int8' stores the weights of matmuls in it, and scales
       activations when it runs.
@@ -67,11 +66,7 @@ def _resize_positions(variables: Mapping, side: int) -> Mapping:
 
 
 def load(data: bytes, runtime: Runtime) -> Callable[[np.ndarray], list[np.ndarray]]:
-  """A function that runs an ONNX file on the CPU, or on what ONNX Runtime finds.
-
-  Args:
-    data: the file.
-    runtime: 'openvino-bfloat16' computes in bfloat16 where the processor can.
+  """A function that runs an ONNX file on the CPU, or on what ONNX Runtime finds; 'openvino-bfloat16' where it can.
 
   Raises:
     UserError: there is no such runtime, or its package is missing.

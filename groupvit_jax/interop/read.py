@@ -32,10 +32,7 @@ class Weights(NamedTuple):
 
 
 def read_weights(path: epath.PathLike) -> Weights:
-  """Reads weights of any known format.
-
-  Args:
-    path: a Hugging Face folder, a folder that `export --format=safetensors` wrote, or an authors' `.pth` file.
+  """Reads a Hugging Face folder, a folder that `export --format=safetensors` wrote, or an authors' `.pth` file.
 
   Raises:
     UserError: nothing is there, it is damaged, or it is not GroupViT's.
