@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 # On CPUs a step's temporaries are GiBs that XLA maps and frees each time: in huge pages it is a tenth faster.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test-new test-oracles test-long fuzz reliability lint docs docs-check clean
+.PHONY: quickstart test test-new test-oracles test-long gpu fuzz reliability lint docs docs-check clean
 
 quickstart: $(VENV)/run
 	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -28,6 +28,17 @@ test-oracles: $(VENV)/test  # those that need torch and transformers, which requ
 
 test-long: $(VENV)/test
 	$(BIN)/python -m pytest -m long
+
+# On a machine with an NVIDIA GPU of 80 GB, with jax[cuda13] and torch for CUDA in the environment: what needs one is
+# tested, then timed beside the peer. JSON goes to build/gpu.
+GPU_BENCHMARK = XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks
+gpu: $(VENV)/test
+	mkdir -p build/gpu
+	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -n 0 -m gpu
+	$(GPU_BENCHMARK) training --device=gpu --dtype=bfloat16 --batch=256 --steps=10 --output=build/gpu/train_256.json
+	$(GPU_BENCHMARK) training --device=gpu --dtype=bfloat16 --batch=1024 --steps=5 --peer_modes --output=build/gpu/train_1024.json
+	$(GPU_BENCHMARK) encoding --device=gpu --dtype=bfloat16 --batch=256 --steps=10 --output=build/gpu/encoding.json
+	$(GPU_BENCHMARK) windows --device=gpu --dtype=bfloat16 --batch=64 --steps=10 --output=build/gpu/windows.json
 
 fuzz: $(VENV)/test  # damaged and hostile files, for minutes of each kind; counts go to build/fuzz.jsonl
 	mkdir -p build
