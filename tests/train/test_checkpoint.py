@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import logging
-import os
 import pathlib
 import resource
 import signal
@@ -62,38 +61,10 @@ def test_round_trip_onto_another_mesh(state, tmp_path, axes):
     np.testing.assert_array_equal(saved, read)
 
 
-def test_keeps_the_newest(state, tmp_path):
-  (tmp_path / 'checkpoints' / f'.writable-{os.getpid()}').mkdir(parents=True)  # in a container the number repeats
-  checkpoints = Checkpoints(tmp_path, keep=2)
-  for step in (1, 2, 3):
-    checkpoints.save(state.replace(step=state.step + step), tiny_config())
-  checkpoints.wait()
-  assert checkpoints.steps() == [2, 3]
-
-
-def damage(folder: pathlib.Path, how: str) -> None:
-  """Cuts all files of array data in two, or removes them."""
+def damage(folder: pathlib.Path) -> None:
+  """Cuts all files of array data in two."""
   for path in (folder / 'state').glob('**/d/*'):
-    if how == 'removed':
-      path.unlink()
-    else:
-      path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize('how', ['cut', 'removed'])
-def test_a_damaged_checkpoint_is_passed_over_and_kept(how, state, tmp_path):
-  save_steps(tmp_path, state, 1, 2)
-  damage(tmp_path / 'checkpoints' / '2', how)
-  left = tmp_path / 'checkpoints' / 'damaged-2' / 'left'  # when this step was damaged before
-  left.parent.mkdir()
-  left.touch()
-  checkpoints = Checkpoints(tmp_path, keep=5)
-  restored = checkpoints.restore(abstract())
-  assert (restored.step, restored.skipped) == (1, (2,))
-  assert (tmp_path / 'checkpoints' / 'damaged-2' / 'state').is_dir() and not left.exists()
-  checkpoints.save(state.replace(step=state.step + 2), tiny_config())  # the step can be written again
-  checkpoints.wait()
-  assert checkpoints.steps() == [1, 2]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def test_logs_and_stderr_lose_only_what_is_raised_anyway(state, tmp_path, monkeypatch, caplog, capsys):
@@ -136,10 +107,12 @@ def test_no_cut_file_ever_gives_wrong_numbers(state, tmp_path):
   """Whichever file is cut, of every second one: the checkpoint is passed over, or what is read is what was saved."""
   save_steps(tmp_path, state, 1, 2)
   expected, outcomes = raw(state.replace(step=state.step + 2)), []
+  one_device = sharding.make_mesh(devices=jax.devices()[:1])
+  abstract = train_state.abstract_state(MODEL, TX, TEXT_SHAPE, one_device)
   for path in sorted(p for p in (tmp_path / 'checkpoints' / '2').rglob('*') if p.is_file())[::2]:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    restored = Checkpoints(tmp_path, keep=5, read_only=True).restore(abstract())
+    restored = Checkpoints(tmp_path, keep=5, read_only=True).restore(abstract)
     path.write_bytes(data)
     outcomes.append(restored.step)
     if restored.step == 2:
@@ -150,7 +123,7 @@ def test_no_cut_file_ever_gives_wrong_numbers(state, tmp_path):
 
 def test_reading_only_moves_nothing(state, tmp_path):
   save_steps(tmp_path, state, 1, 2)
-  damage(tmp_path / 'checkpoints' / '2', 'cut')
+  damage(tmp_path / 'checkpoints' / '2')
   assert Checkpoints(tmp_path, keep=5, read_only=True).restore(abstract()).step == 1
   assert (tmp_path / 'checkpoints' / '2').is_dir()
 
@@ -158,7 +131,7 @@ def test_reading_only_moves_nothing(state, tmp_path):
 def test_nothing_whole_is_an_error_and_nothing_at_all_is_none(state, tmp_path):
   assert Checkpoints(tmp_path / 'empty', keep=5).restore(abstract()) is None
   save_steps(tmp_path, state, 4)
-  damage(tmp_path / 'checkpoints' / '4', 'cut')
+  damage(tmp_path / 'checkpoints' / '4')
   with pytest.raises(ValueError, match=r'none of the checkpoints \[4\]'):
     Checkpoints(tmp_path, keep=5).restore(abstract())
   assert (tmp_path / 'checkpoints' / '4').is_dir()

@@ -1,4 +1,7 @@
-"""Runs whose workdir is a bucket: logs, which cannot grow there, checkpoints, whole runs, and what is refused."""
+"""Runs whose workdir is a bucket: logs, which cannot grow there, checkpoints, whole runs, and what is refused.
+
+What checkpoints do there they do on a disk as well.
+"""
 
 import json
 import os
@@ -24,7 +27,8 @@ from tests.tiny import tiny_config
 from tests.train.test_checkpoint import abstract, raw, save_steps, state  # noqa: F401
 
 RUN = 's3://bucket/run'
-COMPLETE = {'gs': 'commit_success.txt', 's3': 'complete'}  # without it a step does not count
+# Without it a step does not count.
+COMPLETE = {'gs': 'commit_success.txt', 's3': 'complete', 'disk': '_CHECKPOINT_METADATA'}
 
 
 @pytest.fixture
@@ -36,9 +40,13 @@ def bucket(tmp_path, monkeypatch) -> pathlib.Path:
   return tmp_path / 'bucket'
 
 
-@pytest.fixture(params=['gs', 's3'])
+@pytest.fixture(params=['gs', 's3', 'disk'])
 def run(request, tmp_path) -> str:
-  """The URL of a workdir that is not there yet."""
+  """The URL or path of a workdir that is not there yet."""
+  if request.param == 'disk':
+    # In a container the number repeats, which a killed process may have left.
+    (tmp_path / 'run' / 'checkpoints' / f'.writable-{os.getpid()}').mkdir(parents=True)
+    return str(tmp_path / 'run')
   if request.param == 's3':
     request.getfixturevalue('bucket')
     return RUN
@@ -57,7 +65,7 @@ def objects(run: str) -> dict[str, str]:
 
 def complete(run: str) -> list[int]:
   """Steps that count."""
-  pattern = re.compile(rf'checkpoints/(\d+)/{COMPLETE[run[:2]]}')
+  pattern = re.compile(rf'checkpoints/(\d+)/{COMPLETE.get(run[:2], COMPLETE["disk"])}')
   return sorted(int(match[1]) for match in map(pattern.fullmatch, objects(run)) if match)
 
 
@@ -116,6 +124,7 @@ def test_checkpoints_round_trip_and_the_newest_stay(state, run):  # noqa: F811
     np.testing.assert_array_equal(saved, read)
 
 
+@pytest.mark.parametrize('run', ['gs', 's3'], indirect=True)
 def test_an_incomplete_step_does_not_count_and_is_written_again(state, run):  # noqa: F811
   save_steps(run, state, 1, 2)
   system, root = fsspec.core.url_to_fs(run)
@@ -133,7 +142,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(state, run):  # noqa: F811
   system, root = fsspec.core.url_to_fs(run)
   for path, url in objects(run).items():
     if re.fullmatch('checkpoints/2/state/(.*/)?d/.*', path):
-      system.pipe_file(url, system.cat_file(url)[:100])
+      system.pipe_file(url, system.cat_file(url)[:100]) if '://' in run else system.rm(url)
+  system.makedirs(f'{root}/checkpoints/damaged-2', exist_ok=True)
   system.pipe_file(f'{root}/checkpoints/damaged-2/left', b'x')  # of an interrupted start
   checkpoints = Checkpoints(run, keep=5)
   restored = checkpoints.restore(abstract())
