@@ -90,7 +90,8 @@ class Predictor:
   @classmethod
   def of_run(cls, run: open_run.TrainedRun, *, protocol: Protocol | str | None = None) -> 'Predictor':
     """The predictor of a run that is open; arguments and errors as for `Predictor`."""
-    source = f'{run.workdir}, step {run.step}, {run.weights} weights'
+    runtime = f' on {run.provenance["runtime"]}' if 'runtime' in run.provenance else ''
+    source = f'{run.workdir}, step {run.step}, {run.weights} weights{runtime}'
     return cls(run.model, run.variables, run.tokenizer, run.mesh, protocol=protocol, source=source)
 
   @classmethod
@@ -124,20 +125,12 @@ class Predictor:
     if dtype not in (None, 'float32', 'bfloat16') or (dtype and is_bundle):
       has = 'an export has its own, leave it out' if is_bundle else 'use float32 or bfloat16'
       raise UserError(f'dtype={dtype!r}: {has}')
-    if runtime is not None and not is_bundle:
-      raise UserError(
-        f'{name} is no ONNX export, which runtime={runtime!r} needs; leave it out, and JAX runs the model'
-      )
-    if not is_bundle and (not path.is_dir() or (path / 'checkpoints').is_dir()):
-      run = open_run.open_run(path, checkpoint, weights=weights)
+    if runtime or is_bundle or not path.is_dir() or (path / 'checkpoints').is_dir():
+      run = open_run.open_model(path, checkpoint, weights=weights, runtime=runtime)
       model = run.model.with_dtype(jnp.dtype(dtype)) if dtype else run.model
       return cls.of_run(run._replace(model=model), protocol=protocol)
     if weights != 'best' or checkpoint != open_run.NEWEST:
       raise UserError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
-    if is_bundle:
-      model, variables, tokenizer = bundle.read_bundle(path, runtime)
-      mesh, source = sharding.make_mesh(devices=jax.devices()[:1]), f'{name}' + f' on {runtime}' * (runtime is not None)
-      return cls(model, variables, tokenizer, mesh, protocol=protocol, source=source)
     found, mesh, tokenizer = read.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
     read.check_tokenizer(
       tokenizer, vocab_size=found.spec.vocab_size, eos_id=found.spec.eos_id, remedy=f'put that into {path}'

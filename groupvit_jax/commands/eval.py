@@ -4,6 +4,7 @@ python eval.py --workdir=runs/quickstart --output=runs/quickstart/eval
 python eval.py --workdir=runs/groupvit --benchmark=voc21 --data_dir=data --output=out
 python eval.py --workdir=runs/groupvit --benchmark=all --data_dir=data --class_names=groupvit,synonyms --output=out
 python eval.py --workdir=runs/quickstart --images='*.png' --classes='dog,banana,grass' --output=out
+python eval.py --workdir=EXPORT --runtime=openvino --images='*.png' --classes='dog,grass' --output=out
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ def main() -> int:
     protocol=PROTOCOL.value,
     checkpoint=CHECKPOINT.value,
     weights=WEIGHTS.value,
+    runtime=RUNTIME.value,
     changes={key: flag.value for key, flag in CHANGES.items() if flag.value is not None},
   )
   if IMAGES.value is None:
@@ -81,7 +83,9 @@ def _find_mistake() -> str:
 
 
 if __name__ == '__main__':
-  WORKDIR = flags.DEFINE_string('workdir', None, 'The folder train.py wrote; its newest whole checkpoint is used.')
+  WORKDIR = flags.DEFINE_string(
+    'workdir', None, "train.py's folder, whose newest whole checkpoint is used; or an export."
+  )
   OUTPUT = flags.DEFINE_string('output', None, 'Results go here: a new folder, or one of an earlier eval.py.')
   OVERWRITE = flags.DEFINE_bool('overwrite', False, 'Also accept an --output that holds other files.')
   IMAGES = flags.DEFINE_string('images', None, "Images to segment: a path or a pattern, as in '*.png'.")
@@ -94,6 +98,9 @@ if __name__ == '__main__':
   )
   WEIGHTS = flags.DEFINE_enum(
     'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'
+  )
+  RUNTIME = flags.DEFINE_string(
+    'runtime', None, 'Of an ONNX export as --workdir: onnxruntime, openvino or openvino-bfloat16.'
   )
   CHANGES = {
     name: flags.DEFINE_string(f'protocol.{name}', None, 'Changes that part of the protocol.')

@@ -49,6 +49,7 @@ class Request:
     report: path of an HTML page; None for none; not of 'imagenet'.
     checkpoint: as for `open_run.open_run`.
     weights: likewise.
+    runtime: likewise.
   """
 
   benchmark: str
@@ -64,6 +65,7 @@ class Request:
   report: str | None = None
   checkpoint: str = open_run.NEWEST
   weights: open_run.Weights = 'best'
+  runtime: str | None = None
 
 
 def evaluate_benchmark(workdir: str, request: Request) -> int:
@@ -92,7 +94,7 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   page = None if request.report is None else page_path(request)
   opened = open_images(request) if request.benchmark != labelled.SCENES else None
-  run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)
+  run = open_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
   evaluator = _build(run, request, opened, thresholds)
   if folder:
     with processes.first_process_first():  # whose check of the folder comes before another's masks
@@ -142,7 +144,7 @@ def evaluate_imagenet(workdir: str, request: Request) -> int:
   check_data_dir(request)
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   source = labelled.take(labelled.open_imagenet(request.data_dir), request.num_pictures)
-  run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)
+  run = open_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
   templates = request.changes.get('templates', zero_shot.TEMPLATES)
   evaluator = zero_shot.build_evaluator(run.model, run.tokenizer, run.mesh, source, templates)
   if folder and jax.process_index() == 0:
@@ -229,8 +231,7 @@ def _build(
   else:
     benchmark, source = opened
     num_threads = labelled.decode_threads()
-  name, vision = request.protocol or labelled.default_protocol(benchmark), run.model.vision
-  protocol = protocols.parse_protocol(name, vision.image_size, vision.patch_size, request.changes)
+  protocol = run.parse_protocol(request.protocol or labelled.default_protocol(benchmark), request.changes)
   if request.class_names:
     protocol = protocols.override(protocol, {'class_names': request.class_names})
   protocol = benchmark.fix_threshold(protocol)

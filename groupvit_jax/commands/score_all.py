@@ -82,7 +82,7 @@ def score_all(workdir: str, request: Request) -> int:
     raise UserError('--masks and --thresholds are of one benchmark, protocol and set of names; leave them out')
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   page = None if request.report is None else score.page_path(request)
-  run = open_run.open_run(workdir, request.checkpoint, weights=request.weights)
+  run = open_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
   units, absent = _find_units(run, request)
   entries = [entry for unit in units for entry in unit.entries]
   done = processes.all_gather_objects(_read_done(folder, entries) if folder and not jax.process_index() else {})[0]
@@ -151,8 +151,7 @@ def _split(
   units: dict[tuple, Unit] = {}
   for benchmark, default in benchmarks:
     for name in _listed(request.protocol) or default:
-      vision = run.model.vision
-      protocol = protocols.parse_protocol(name, vision.image_size, vision.patch_size, request.changes)
+      protocol = run.parse_protocol(name, request.changes)
       for names in _listed(request.class_names) or [protocol.class_names]:
         chosen = benchmark.fix_threshold(protocols.override(protocol, {'class_names': names}))
         found = find_names(benchmark, names)

@@ -12,7 +12,6 @@ from groupvit_jax import cli
 from groupvit_jax.commands.score import describe_run, run_metadata
 from groupvit_jax.data.images import read_image
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval import protocols
 from groupvit_jax.eval.class_names import parse_class_names
 from groupvit_jax.eval.draw import hex_colour
 from groupvit_jax.eval.output_folder import OutputFolder
@@ -32,6 +31,7 @@ def segment_images(
   changes: Mapping[str, str],
   checkpoint: str = open_run.NEWEST,
   weights: open_run.Weights = 'best',
+  runtime: str | None = None,
 ) -> int:
   """Segments images into classes, and writes what was found in each.
 
@@ -53,8 +53,8 @@ def segment_images(
   parse_class_names(class_names)  # before anything that takes time
   paths = _find_images(images)
   folder = OutputFolder(output, overwrite=overwrite)
-  run = open_run.open_run(workdir, checkpoint, weights=weights)
-  chosen = protocols.parse_protocol(protocol, run.model.vision.image_size, run.model.vision.patch_size, changes)
+  run = open_run.open_model(workdir, checkpoint, weights=weights, runtime=runtime)
+  chosen = run.parse_protocol(protocol, changes)
   predictor = Predictor.of_run(run, protocol=chosen)
   names, failures, done = _unique_names(paths), {}, {}
   predictions = predictor.stream(_read_all(paths, failures), class_names, threshold=chosen.threshold)

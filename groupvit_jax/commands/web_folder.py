@@ -1,6 +1,7 @@
 """A static page that segments images in the browser, from an ONNX export."""
 
 from collections.abc import Mapping
+import gzip
 import importlib.resources
 import pathlib
 import subprocess
@@ -37,7 +38,7 @@ def add_page(folder: epath.Path, run: TrainedRun, window: int) -> None:
   assert all(getattr(protocol, name) == value for name, value in _PROTOCOL.items())
   for path in importlib.resources.files('groupvit_jax').joinpath('web').iterdir():
     (folder / path.name).write_bytes(path.read_bytes())
-  _fetch_runtime(folder)
+  runtime = _fetch_runtime(folder)
   class_names, examples = _write_examples(folder, run)
   size = lambda names: round(sum((folder / name).stat().length for name in names) / 1e6, 1)
   weights = licence.read_kept(run.workdir)
@@ -48,7 +49,7 @@ def add_page(folder: epath.Path, run: TrainedRun, window: int) -> None:
     palette=dict(zip(class_names, draw.class_palette(class_names))),
     num_stages=sum(stage.num_segments > 0 for stage in run.model.vision.stages),
     examples=examples,
-    download_mb=dict(model=size(['image.onnx', 'text.onnx']), runtime=size(_RUNTIME_FILES)),
+    download_mb=dict(model=size(['image.onnx', 'text.onnx']), runtime=size(runtime)),
     about=f'{run.workdir.name}, step {run.step:,}; windows of {window} px. Licence of the weights: '
     f'{weights if any(weights) else "that of who trained them"}.',
   )
@@ -84,8 +85,8 @@ def _write_examples(folder: epath.Path, run: TrainedRun) -> tuple[tuple[str, ...
   return tuple(scenes.classes), files
 
 
-def _fetch_runtime(folder: epath.Path) -> None:
-  """Copies ONNX Runtime for browsers, of a fixed version, into a folder."""
+def _fetch_runtime(folder: epath.Path) -> list[str]:
+  """Copies ONNX Runtime for browsers, of a fixed version, into a folder; its WebAssembly compressed. Returns names."""
   with tempfile.TemporaryDirectory() as scratch:
     try:
       command = ['npm', 'pack', _RUNTIME, f'--pack-destination={scratch}', '--silent']
@@ -96,5 +97,9 @@ def _fetch_runtime(folder: epath.Path) -> None:
       raise UserError(f'npm cannot fetch {_RUNTIME}: {" ".join(done.stderr.split())[:300]}')
     (package,) = pathlib.Path(scratch).glob('*.tgz')
     with tarfile.open(package) as tar:
-      for name in _RUNTIME_FILES:
-        (folder / name).write_bytes(tar.extractfile(f'package/dist/{name}').read())
+      files = {name: tar.extractfile(f'package/dist/{name}').read() for name in _RUNTIME_FILES}
+  name = _RUNTIME_FILES[-1]
+  files[f'{name}.gz'] = gzip.compress(files.pop(name), mtime=0)  # segmenter.js unpacks it
+  for name, data in files.items():
+    (folder / name).write_bytes(data)
+  return list(files)

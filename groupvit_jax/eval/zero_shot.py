@@ -25,7 +25,6 @@ from groupvit_jax.eval.benchmarks import load_published, Published
 from groupvit_jax.eval.class_names import embed_classes
 from groupvit_jax.eval.labelled import BadImages, decode_threads, IMAGENET, LabelledSource, prefetch
 from groupvit_jax.model.image_text import ImageTextModel
-from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.running import sharding
 
 # Those of the published accuracies (reference section 5, published.json): seven templates; `full` has all 80.
@@ -154,7 +153,7 @@ def count_hits(
     model: the model.
     mesh: over which the batch is sharded.
   """
-  embeds = model.apply(variables, normalize_images(images), method='encode_image').embeds
+  embeds = model.apply(variables, images, method='encode_pixels').image_embeds
   # Neither the image's norm nor the temperature changes an order.
   _, nearest = jax.lax.top_k(jnp.einsum('be,ce->bc', embeds, text_embeds, precision='highest'), _TOP)
   right = (nearest == labels[:, None]).astype(jnp.int32)

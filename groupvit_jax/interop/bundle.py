@@ -30,9 +30,14 @@ class ExportedTowers:
   """Both towers of a bundle behind the two methods of `ImageTextModel` that evaluation calls."""
 
   def __init__(
-    self, image: Callable[[jax.Array], SegmentOutput], text: Callable[[jax.Array], jax.Array], sizes: Sizes, pad_id: int
+    self,
+    image: Callable[[jax.Array], SegmentOutput],
+    text: Callable[[jax.Array], jax.Array],
+    sizes: Sizes,
+    pad_id: int,
+    window: int | None = None,
   ):
-    self._image, self._text, self._pad_id = image, text, pad_id
+    self._image, self._text, self._pad_id, self._window = image, text, pad_id, window
     self.vision = self.text = sizes
 
   def apply(self, variables: Any, inputs: jax.Array, *, method: str) -> Any:
@@ -46,16 +51,31 @@ class ExportedTowers:
     if method != 'encode_pixels':
       raise UserError(f'an exported bundle has no {method!r}')
     height, width = (size - size % self.vision.patch_size for size in inputs.shape[1:3])
+    self.check_window(height, width)
     return self._image(inputs[:, :height, :width])
 
+  def check_window(self, height: int, width: int) -> None:
+    """Raises UserError if the image tower takes no images of that size."""
+    side = self._window
+    if side is not None and (height, width) != (side, side):
+      raise UserError(
+        f'this export takes windows of {side} x {side} px and an image or a protocol asks for {height} x {width}; '
+        'export it with --window, or choose another protocol'
+      )
 
-def read_bundle(
-  folder: epath.PathLike, runtime: onnx.Runtime | None = None
-) -> tuple[ExportedTowers, dict[str, Any], Tokenizer]:
+
+class Bundle(NamedTuple):
+  """What a bundle's folder holds."""
+
+  towers: ExportedTowers
+  variables: dict[str, Any]  # those that are not in the towers: the temperature
+  tokenizer: Tokenizer
+  runtime: str  # that runs the towers
+  origin: dict[str, str]  # step, weights and precision of the run
+
+
+def read_bundle(folder: epath.PathLike, runtime: onnx.Runtime | None = None) -> Bundle:
   """Reads a folder that `export` wrote with --format=stablehlo or --format=onnx; `runtime` is of the latter.
-
-  Returns:
-    The towers, the variables that are not in them (the temperature), and the tokenizer.
 
   Raises:
     UserError: a file is missing or damaged, or the runtime is not there.
@@ -65,20 +85,23 @@ def read_bundle(
     metadata = json.loads((folder / FILE).read_text())
     sizes = Sizes(tuple(metadata['image_size']), metadata['patch_size'], metadata['context_length'])
     variables = {'params': {'logit_scale': math.log(metadata['logit_scale'])}}
-    is_onnx = 'window' in metadata
-    image, text = (_read_onnx if is_onnx else _read_stablehlo)(folder, metadata, runtime)
-    towers = ExportedTowers(image, text, sizes, metadata['pad_id'])
+    window = metadata.get('window')
+    if window is None and runtime is not None:
+      raise UserError(f'{folder} is StableHLO, which JAX runs; leave out runtime={runtime!r}')
+    runtime = runtime or ('jax' if window is None else 'onnxruntime')
+    image, text = _read_stablehlo(folder) if window is None else _read_onnx(folder, window, runtime)
+    towers = ExportedTowers(image, text, sizes, metadata['pad_id'], window)
+    precision = f'{metadata["dtype"]} by {runtime}, exported from {metadata["workdir"]} with code {metadata["code"]}'
+    origin = {'step': metadata['step'], 'weights': metadata['weights'], 'precision': precision}
   except UserError:
     raise
   except Exception as error:  # which one depends on what is missing or damaged
     reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
     raise UserError(f'{folder} is no whole bundle ({reason}); export it again') from error
-  return towers, variables, build_tokenizer(folder / 'tokenizer')
+  return Bundle(towers, variables, build_tokenizer(folder / 'tokenizer'), runtime, origin)
 
 
-def _read_stablehlo(folder: epath.Path, metadata: dict, runtime: str | None) -> tuple[Callable, Callable]:
-  if runtime is not None:
-    raise UserError(f'{folder} is StableHLO, which JAX runs; leave out runtime={runtime!r}')
+def _read_stablehlo(folder: epath.Path) -> tuple[Callable, Callable]:
   image, text = (
     jax.export.deserialize(bytearray((folder / f'{side}.stablehlo').read_bytes())) for side in ('image', 'text')
   )
@@ -101,18 +124,12 @@ def open_onnx(towers: Mapping[str, bytes], window: int, runtime: onnx.Runtime) -
     return jax.pure_callback(lambda array: run(np.asarray(array)), results, x)
 
   def encode(images: jax.Array) -> SegmentOutput:
-    if images.shape[1:3] != (window, window):
-      height, width = images.shape[1:3]
-      raise UserError(
-        f'this export takes windows of {window} x {window} px and an image or a protocol asks for {height} x {width}; '
-        'export it with --window, or choose another protocol'
-      )
     image_embeds, segment_embeds, *assignments = call(image, images, rows)
     return SegmentOutput(image_embeds, segment_embeds, tuple(assignments))
 
   return encode, lambda tokens: call(text, tokens, [(embed_dim,)])[0]
 
 
-def _read_onnx(folder: epath.Path, metadata: dict, runtime: onnx.Runtime | None) -> tuple[Callable, Callable]:
+def _read_onnx(folder: epath.Path, window: int, runtime: onnx.Runtime) -> tuple[Callable, Callable]:
   towers = {side: (folder / f'{side}.onnx').read_bytes() for side in ('image', 'text')}
-  return open_onnx(towers, metadata['window'], runtime or 'onnxruntime')
+  return open_onnx(towers, window, runtime)

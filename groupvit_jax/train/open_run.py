@@ -1,4 +1,4 @@
-"""Opens a trained run for reading: its config, tokenizer, model and variables."""
+"""Opens a trained run, or an export of one, for reading: its config, tokenizer, model and variables."""
 
 from collections.abc import Mapping
 import contextlib
@@ -17,6 +17,8 @@ import optax
 import groupvit_jax
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
+from groupvit_jax.eval import protocols
+from groupvit_jax.interop import bundle, onnx
 from groupvit_jax.model.build import build_model
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import sharding
@@ -30,22 +32,25 @@ NEWEST, BEST = 'newest', 'best'  # checkpoints of a run
 
 
 class TrainedRun(NamedTuple):
-  """What a workdir holds, ready for `model.apply`."""
+  """What a workdir or a bundle holds, ready for `model.apply`."""
 
   workdir: epath.Path
-  config: ml_collections.ConfigDict
+  config: ml_collections.ConfigDict  # of a bundle without entries
   tokenizer: Tokenizer
-  model: ImageTextModel
+  model: ImageTextModel | bundle.ExportedTowers
   mesh: jax.sharding.Mesh
   variables: dict[str, object]  # {'params': ..., 'batch_stats': ...}, replicated
   weights: Weights  # which of them: 'ema' or 'trained'
   step: int
   skipped: tuple[int, ...]  # newer checkpoints, which are damaged
+  provenance: Mapping[str, str]  # see `provenance`
 
-  @property
-  def provenance(self) -> Mapping[str, str]:
-    """See `provenance`."""
-    return provenance(self.workdir, self.step, self.weights, self.model, self.mesh)
+  def parse_protocol(self, name: str, changes: Mapping[str, str]) -> protocols.Protocol:
+    """`protocols.parse_protocol` for this model. Raises UserError if it takes no windows of that size."""
+    protocol = protocols.parse_protocol(name, self.model.vision.image_size, self.model.vision.patch_size, changes)
+    if isinstance(self.model, bundle.ExportedTowers):
+      self.model.check_window(protocol.window, protocol.window)
+    return protocol
 
 
 def provenance(
@@ -60,6 +65,40 @@ def provenance(
     'code': code_version(),
     'precision': f'{jnp.dtype(model.dtype).name}, matrix products {matmuls} on {mesh.devices.flat[0].device_kind}',
   }
+
+
+def open_model(
+  path: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best', runtime: onnx.Runtime | None = None
+) -> TrainedRun:
+  """Opens a workdir or, on one device, a folder that `export` wrote with --format=onnx or stablehlo.
+
+  Args:
+    path: of the folder.
+    checkpoint: of a workdir, as for `open_run`.
+    weights: likewise.
+    runtime: of an ONNX export, see `onnx.load`; None for 'onnxruntime'.
+
+  Raises:
+    ValueError: as for `open_run`; or an export is damaged, was asked for other weights than its own, or is run by
+      several processes.
+  """
+  folder = epath.Path(path)
+  is_bundle = (folder / bundle.FILE).exists()
+  if runtime is None and not is_bundle:
+    return open_run(path, checkpoint, weights=weights)
+  if not is_bundle:
+    raise UserError(
+      f'{folder} is no ONNX export, which runtime={runtime!r} needs; leave it out, and JAX runs the model'
+    )
+  if weights != 'best' or checkpoint != NEWEST:
+    raise UserError(f'{folder} is no workdir and has one set of weights; leave out weights and checkpoint')
+  if jax.process_count() > 1:
+    raise UserError(f'an export is run by one process and there are {jax.process_count()}; start only one')
+  towers, variables, tokenizer, runtime, origin = bundle.read_bundle(folder, runtime)
+  config, mesh = ml_collections.ConfigDict({'data': {}}), sharding.make_mesh(devices=jax.devices()[:1])
+  metadata = {'workdir': str(folder), **origin, 'code': code_version(), 'runtime': runtime}
+  step, weights = int(origin['step']), origin['weights']
+  return TrainedRun(folder, config, tokenizer, towers, mesh, variables, weights, step, (), metadata)
 
 
 def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best') -> TrainedRun:
@@ -97,8 +136,9 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
   variables = restored.state if state.ema is None else restored.state['ema']
   if not all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(variables))):
     raise UserError(f'step {restored.step} in {workdir} holds parameters that are not finite; train or import it again')
+  metadata = provenance(workdir, restored.step, weights, model, mesh)
   return TrainedRun(
-    epath.Path(workdir), config, tokenizer, model, mesh, variables, weights, restored.step, restored.skipped
+    epath.Path(workdir), config, tokenizer, model, mesh, variables, weights, restored.step, restored.skipped, metadata
   )
 
 

@@ -11,6 +11,8 @@ export class Segmenter {
   static async load() {
     ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
     ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
+    const packed = (await fetch('ort-wasm-simd-threaded.wasm.gz')).body;
+    ort.env.wasm.wasmBinary = await new Response(packed.pipeThrough(new DecompressionStream('gzip'))).arrayBuffer();
     const read = async file => (await fetch(file)).json();
     const [bundle, page] = await Promise.all([read('bundle.json'), read('page.json')]);
     const [image, text] = await Promise.all(['image.onnx', 'text.onnx'].map(file => ort.InferenceSession.create(file)));

@@ -1,5 +1,6 @@
 """ONNX exports: the same answers from ONNX Runtime and OpenVINO, and from the static page in a browser."""
 
+import dataclasses
 import functools
 import http.server
 import importlib.util
@@ -17,6 +18,8 @@ from playwright import sync_api
 import pytest
 
 from groupvit_jax.commands.export import export
+from groupvit_jax.commands.score import evaluate_benchmark, Request
+from groupvit_jax.commands.segment import segment_images
 from groupvit_jax.commands.web_folder import tokenizer_to_json
 from groupvit_jax.data.sources import build_scenes
 from groupvit_jax.data.tokenizer import build_tokenizer
@@ -99,6 +102,42 @@ def test_runtimes_answer_as_jax_does(runtime, site):
     predictor(photo(8, 200), NAMES)
 
 
+def test_eval_runs_an_export(site, tmp_path):
+  """--images and a labelled benchmark, with the labels of JAX, and with the runtime in the results."""
+  for name in ('images', 'labels'):
+    (tmp_path / name).mkdir()
+  (tmp_path / 'classes.txt').write_text('\n'.join(NAMES))
+  predictor = Predictor.from_pretrained(trained_workdir())
+  for seed in range(2):
+    truth = predictor(photo(48, 70, seed=seed), NAMES).labels
+    Image.fromarray(photo(48, 70, seed=seed)).save(tmp_path / f'images/{seed}.png')
+    Image.fromarray(truth).save(tmp_path / f'labels/{seed}.png')
+  shared = dict(overwrite=False, protocol='native', runtime='openvino')
+  images = dict(images=str(tmp_path / 'images/*'), classes=','.join(NAMES), output=str(tmp_path / 'out'), changes={})
+  assert segment_images(str(site), **images, **shared) == 0
+  masks = [
+    [np.array(Image.open(tmp_path / name.format(seed))) for seed in range(2)]
+    for name in ('labels/{}.png', 'out/{}.mask.png')
+  ]
+  assert np.mean(np.equal(*masks)) > 0.999
+  request = Request('folder', data_dir=str(tmp_path), output=str(tmp_path / 'scores'), **shared)
+  assert evaluate_benchmark(str(site), request) == 0
+  found = [json.loads((tmp_path / name / 'results.json').read_text()) for name in ('out', 'scores')]
+  assert found[1]['pixel_accuracy'] > 0.999
+  for each in found:
+    assert each['provenance']['runtime'] == 'openvino' and each['provenance']['precision'].startswith(
+      'float32 by openvino'
+    )
+  for call, message in (
+    (lambda: evaluate_benchmark(str(site), Request('scenes', **shared)), 'has no held-out scenes'),
+    (lambda: evaluate_benchmark(str(site), dataclasses.replace(request, protocol='tcl')), 'takes windows of .* px'),
+    (lambda: evaluate_benchmark(str(trained_workdir()), request), 'is no ONNX export'),
+    (lambda: evaluate_benchmark(str(site), dataclasses.replace(request, checkpoint='best')), 'is no workdir'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      call()
+
+
 def test_mistakes(site, tmp_path):
   run = str(trained_workdir())
   for call, message in (
@@ -153,7 +192,7 @@ def test_the_browser_labels_as_python_does(page):
         assert (np.reshape(groups[-1], (height, width)) == want.segments).mean() > 0.999
 
 
-def test_the_page(page, address, tmp_path):
+def test_the_page(page, address, site, tmp_path):
   """An example is shown at once; other images, names and sliders; downloads; a phone's width; without a network."""
   legend, status = page.locator('#legend'), page.locator('#status')
   sync_api.expect(status).to_contain_text('encoded and segmented in')
@@ -183,6 +222,7 @@ def test_the_page(page, address, tmp_path):
   page.set_viewport_size(dict(width=390, height=844))
   assert page.evaluate('document.documentElement.scrollWidth') <= 390
   page.screenshot(path=tmp_path / 'phone.png', full_page=True)
+  assert sum(path.stat().st_size for path in site.rglob('*') if path.is_file()) < 10e6
   page.context.set_offline(True)
   page.reload()
   page.wait_for_selector('#legend tr')
