@@ -202,7 +202,7 @@ ENTRIES = {
   'model.vision.mlp_ratio': Entry(_RATIO, 'hidden units of an MLP / width'),
   'model.vision.drop_path': Entry(number(0, 1, below=True), 'rate of stochastic depth in the last block'),
   'model.vision.assignment': Entry(choice('gumbel', 'hard', 'soft'), 'of tokens to groups, in training'),
-  'model.vision.init.kernel': Entry(_INIT, 'how weights start: docs/design.md'),
+  'model.vision.init.kernel': Entry(_INIT, 'how weights start; `normal:` has the biases of torch, too: docs/design.md'),
   'model.vision.init.assign_kernel': Entry(_INIT, "how the assignment's query and key start"),
   'model.vision.init.value_kernel': Entry(_INIT, "how the assignment's value and output start"),
   'model.vision.init.tokens_std': Entry(_STD, 'standard deviation of group tokens at the start'),

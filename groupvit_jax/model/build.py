@@ -68,11 +68,13 @@ def build_model(
       remat=remat,
       scan_layers=scan_layers,
       dtype=dtype,
+      torch_init=_torch_defaults(vision.init),
     ),
     embed_dim=config.embed_dim,
     projector_dim=config.projector_dim,
     multi_label=multi_label,
     dtype=dtype,
+    torch_init=_torch_defaults(vision.init),
   )
 
 
@@ -118,7 +120,13 @@ def _vision_init(config: ml_collections.ConfigDict) -> VisionInit:
     value_kernel=_kernel_init(config.value_kernel),
     tokens=nn.initializers.normal(config.tokens_std),
     positions=nn.initializers.normal(config.positions_std),
+    torch_defaults=_torch_defaults(config),
   )
+
+
+def _torch_defaults(config: ml_collections.ConfigDict) -> bool:
+  """Whether the rest starts as torch's defaults, too: with the paper's normal kernels."""
+  return config.kernel.startswith('normal:')
 
 
 def _kernel_init(spec: str) -> Initializer:

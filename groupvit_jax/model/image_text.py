@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from groupvit_jax.errors import UserError
 from groupvit_jax.model.attention import Implementation
-from groupvit_jax.model.layers import project, sample_keys
+from groupvit_jax.model.layers import bias_init, project, sample_keys
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.model.text import TextTower
 from groupvit_jax.model.text_packing import one_a_row, TextRows
@@ -59,17 +59,18 @@ class Projector(nn.Module):
   hidden: int
   out: int
   dtype: jnp.dtype = jnp.float32
+  torch_init: bool = False  # whether biases start as torch's, else at zero
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     kernel = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')  # torch's default for a Linear
     dense = functools.partial(nn.Dense, kernel_init=kernel, dtype=self.dtype, dot_general=project)
-    x = dense(self.hidden, name='fc1')(x)
+    x = dense(self.hidden, bias_init=bias_init(self.torch_init, x.shape[-1]), name='fc1')(x)
     # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced.
     x = nn.BatchNorm(
       use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name='norm'
     )(x)
-    x = dense(self.out, name='fc2')(jax.nn.relu(x))
+    x = dense(self.out, bias_init=bias_init(self.torch_init, self.hidden), name='fc2')(jax.nn.relu(x))
     return x.astype(jnp.float32)
 
 
@@ -83,10 +84,12 @@ class ImageTextModel(nn.Module):
   multi_label: bool  # whether prompts are trained, with a temperature of their own
   init_temperature: float = 0.07
   dtype: jnp.dtype = jnp.float32
+  torch_init: bool = False  # of the projectors
 
   def setup(self):
-    self.image_projector = Projector(self.projector_dim, self.embed_dim, self.dtype)
-    self.text_projector = Projector(self.projector_dim, self.embed_dim, self.dtype)
+    sizes = self.projector_dim, self.embed_dim
+    self.image_projector = Projector(*sizes, self.dtype, self.torch_init)
+    self.text_projector = Projector(*sizes, self.dtype, self.torch_init)
     init_scale = nn.initializers.constant(math.log(1 / self.init_temperature))
     self.logit_scale = self.param('logit_scale', init_scale, (), jnp.float32)
     if self.multi_label:

@@ -191,14 +191,26 @@ def drop_path(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> 
   return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x / (1 - rate), 0).astype(x.dtype)
 
 
+def torch_uniform(fan_in: int) -> Initializer:
+  """Torch's default of a Linear or Conv2d, for its kernel and its bias: uniform in +-1 / sqrt(fan-in)."""
+  bound = fan_in**-0.5
+  return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def bias_init(torch_init: bool, fan_in: int) -> Initializer:
+  """How a bias starts: as torch's default, or at zero."""
+  return torch_uniform(fan_in) if torch_init else nn.initializers.zeros
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockInit:
-  """Kernel initialisers of a transformer block; biases start at zero."""
+  """Kernel initialisers of a transformer block; biases start at zero, but for the MLP's where they start as torch's."""
 
   attn_in: Initializer
   attn_out: Initializer
   mlp_in: Initializer
   mlp_out: Initializer
+  torch_biases: bool = False
 
   @classmethod
   def uniform(cls, kernel: Initializer) -> 'BlockInit':
@@ -225,12 +237,15 @@ class Mlp(nn.Module):
   kernel_out: Initializer
   activation: Activation = exact_gelu
   dtype: jnp.dtype = jnp.float32
+  torch_biases: bool = False  # at the start, else zero
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     dense = functools.partial(nn.Dense, dot_general=project, dtype=self.dtype)
-    hidden = self.activation(dense(self.hidden, kernel_init=self.kernel_in, name='fc1')(_rows(x)))
-    return dense(self.out, kernel_init=self.kernel_out, name='fc2')(hidden).reshape(*x.shape[:-1], self.out)
+    biases = [bias_init(self.torch_biases, fan_in) for fan_in in (x.shape[-1], self.hidden)]
+    hidden = dense(self.hidden, kernel_init=self.kernel_in, bias_init=biases[0], name='fc1')(_rows(x))
+    out = dense(self.out, kernel_init=self.kernel_out, bias_init=biases[1], name='fc2')(self.activation(hidden))
+    return out.reshape(*x.shape[:-1], self.out)
 
 
 class TokenMixer(nn.Module):
@@ -356,7 +371,8 @@ class Block(nn.Module):
     rate = self.drop_rate if drop_rate is None else drop_rate
     attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, self.attention, name='attn')
     x = x + drop_path(attn(LayerNorm(name='norm1')(x), texts), rate, fold_keys(keys, 0))
-    mlp = Mlp(int(width * self.mlp_ratio), width, init.mlp_in, init.mlp_out, self.activation, self.dtype, name='mlp')
+    hidden, kernels = int(width * self.mlp_ratio), (init.mlp_in, init.mlp_out)
+    mlp = Mlp(hidden, width, *kernels, self.activation, self.dtype, init.torch_biases, name='mlp')
     return x + drop_path(mlp(LayerNorm(name='norm2')(x)), rate, fold_keys(keys, 1))
 
 

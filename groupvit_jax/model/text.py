@@ -11,11 +11,11 @@ from groupvit_jax.model.layers import Block, BlockInit, LayerNorm, quick_gelu, R
 from groupvit_jax.model.text_packing import TextRows
 
 
-def clip_block_init(width: int, depth: int) -> BlockInit:
+def clip_block_init(width: int, depth: int, torch_biases: bool) -> BlockInit:
   """CLIP's initialisation: residual branches shrink with the depth."""
   normal = nn.initializers.normal
   out = normal(width**-0.5 * (2 * depth) ** -0.5)
-  return BlockInit(attn_in=normal(width**-0.5), attn_out=out, mlp_in=normal((2 * width) ** -0.5), mlp_out=out)
+  return BlockInit(normal(width**-0.5), out, normal((2 * width) ** -0.5), out, torch_biases)
 
 
 class TextTower(nn.Module):
@@ -32,6 +32,7 @@ class TextTower(nn.Module):
   scan_layers: bool = False  # loop over the blocks: the compiler sees one; the same parameters
   dtype: jnp.dtype = jnp.float32
   attention: Implementation = 'xla'  # of the blocks
+  torch_init: bool = False  # whether biases of MLPs start as torch's, else at zero
 
   @nn.compact
   def __call__(self, rows: TextRows) -> jax.Array:
@@ -52,7 +53,7 @@ class TextTower(nn.Module):
       rematerialized(Block, self.remat),
       self.num_heads,
       self.mlp_ratio,
-      clip_block_init(self.width, self.depth),
+      clip_block_init(self.width, self.depth, self.torch_init),
       quick_gelu,
       dtype=self.dtype,
       attention=self.attention,

@@ -17,6 +17,7 @@ from groupvit_jax.model.assignment import AssignmentMode
 from groupvit_jax.model.attention import Implementation
 from groupvit_jax.model.grouping import GroupingBlock
 from groupvit_jax.model.layers import (
+  bias_init,
   Block,
   BlockInit,
   fold_keys,
@@ -27,6 +28,7 @@ from groupvit_jax.model.layers import (
   rematerialized,
   scan_blocks,
   TokenMixer,
+  torch_uniform,
 )
 from groupvit_jax.model.tpu_attention import TpuAttention
 
@@ -54,6 +56,7 @@ class VisionInit:
   value_kernel: Initializer  # its value and output projections
   tokens: Initializer  # group tokens of the first stage
   positions: Initializer
+  torch_defaults: bool = False  # of the patch embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +87,16 @@ class PatchEmbed(nn.Module):
   width: int
   dtype: jnp.dtype = jnp.float32
   convolve: bool = False  # or multiply matrices
+  torch_init: bool = False  # whether parameters start as those of torch's Conv2d, else LeCun normal and at zero
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
     batch, height, width, channels = images.shape
     size, rows, columns = self.patch_size, height // self.patch_size, width // self.patch_size
-    kernel = self.param('kernel', nn.initializers.lecun_normal(), (size, size, channels, self.width), jnp.float32)
-    bias = self.param('bias', nn.initializers.zeros, (self.width,), jnp.float32)
+    fan_in = size * size * channels
+    init = torch_uniform(fan_in) if self.torch_init else nn.initializers.lecun_normal()
+    kernel = self.param('kernel', init, (size, size, channels, self.width), jnp.float32)
+    bias = self.param('bias', bias_init(self.torch_init, fan_in), (self.width,), jnp.float32)
     pixels = images[:, : rows * size, : columns * size].astype(self.dtype)
     kernel = kernel.astype(self.dtype)
     if self.convolve:
@@ -183,7 +189,9 @@ class VisionTower(nn.Module):
       )
     grid = (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
     convolve = isinstance(self.attention, TpuAttention)
-    x = PatchEmbed(self.patch_size, self.width, self.dtype, convolve, name='patch_embed')(images)
+    x = PatchEmbed(self.patch_size, self.width, self.dtype, convolve, self.init.torch_defaults, name='patch_embed')(
+      images
+    )
     x = LayerNorm(name='patch_norm')(x)
     positions = self.param('positions', self.init.positions, (*grid, self.width), jnp.float32)
     x = x + resize_positions(positions, *x.shape[1:3])[None]

@@ -261,8 +261,27 @@ def test_a_config_that_makes_no_model_says_why(key, value, message):
     build_model(model_config(**{key: value}), vocab_size=10, eos_id=1, multi_label=False)
 
 
+def test_parameters_that_start_as_in_torch():
+  """Uniform in +-1 / sqrt(fan-in), with the paper's kernels: patch embedding, biases of text MLPs and projectors."""
+  config = model_config(**SMALL | {'embed_dim': 64, 'projector_dim': 64})
+  config.update_from_flattened_dict({'vision.width': 96, 'text.width': 64})
+  model = build_model(config, vocab_size=9, eos_id=8, multi_label=False)
+  images, tokens = np.zeros((1, 16, 16, 3), np.float32), np.full((1, 1, 5), 8)
+  params = flax.traverse_util.flatten_dict(jax.jit(model.init)(jax.random.key(0), images, tokens)['params'], sep='/')
+  text_mlp = {f'text/block0/mlp/fc{layer}/bias': fan_in for layer, fan_in in ((1, 64), (2, 256))}
+  projectors = {f'{side}_projector/fc2/bias': 64 for side in ('image', 'text')}
+  projectors |= {'image_projector/fc1/bias': 96, 'text_projector/fc1/bias': 64}
+  patches = {f'vision/patch_embed/{name}': 192 for name in ('kernel', 'bias')}
+  for name, fan_in in {**patches, **text_mlp, **projectors}.items():
+    scaled = params.pop(name) * fan_in**0.5
+    assert 0.9 < abs(scaled).max() <= 1 and 0.45 < scaled.std() < 0.7, name  # of a uniform: 0.58
+  assert not any(params[name].any() for name in params if name.endswith('bias'))
+
+
 def test_kernel_initialisers():
   config = model_config(**{'vision.init.kernel': 'fan_in:4', 'vision.init.assign_kernel': 'normal:0.5'})
-  init = build_model(config, vocab_size=10, eos_id=1, multi_label=False).vision.init
+  model = build_model(config, vocab_size=10, eos_id=1, multi_label=False)
+  init = model.vision.init
+  assert not (init.torch_defaults or model.text.torch_init or model.torch_init)
   np.testing.assert_allclose(init.kernel(jax.random.key(0), (400, 300), jnp.float32).std(), 0.1, rtol=0.02)
   np.testing.assert_allclose(init.assign_kernel(jax.random.key(0), (400, 300), jnp.float32).std(), 0.5, rtol=0.02)
