@@ -23,7 +23,7 @@ try:
   one: Prediction = predictor('dog.jpg', ['dog', 'grass'], threshold=0.5)
   many: list[Prediction] = predictor(['a.png', b'bytes'], ['dog'])
 except UserError as error:
-  raise SystemExit(error)
+  print(error)
 reveal_type(one.heat_map('dog'))
 predictor('a.png', ['dog'], treshold=0.5)
 """
@@ -101,7 +101,7 @@ def test_train_evaluate_segment_export_prepare(command, tmp_path):
 
 
 def test_types_reach_a_users_script(tmp_path):
-  """From source: mypy does not follow JAX and the like, which takes a minute; pyright does."""
+  """From source: JAX and the like are not followed, which takes mypy a minute."""
   assert (ROOT / 'groupvit_jax' / 'py.typed').exists()
   (tmp_path / 'script.py').write_text(SCRIPT)
   skipped = 'jax flax orbax optax etils grain huggingface_hub matplotlib pyarrow'.split()
@@ -115,15 +115,6 @@ def test_types_reach_a_users_script(tmp_path):
   assert (
     errors and all(line.startswith('script.py:10: ') for line in errors) and 'did you mean "threshold"' in errors[0]
   )
-  settings = dict(include=['script.py'], extraPaths=[str(ROOT)], typeCheckingMode='standard')
-  (tmp_path / 'pyrightconfig.json').write_text(json.dumps(settings))
-  command = [sys.executable, '-m', 'basedpyright', f'--pythonpath={sys.executable}', '--outputjson']
-  done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
-  found = [
-    (row['range']['start']['line'] + 1, row['severity'], row['message'])
-    for row in json.loads(done.stdout)['generalDiagnostics']
-  ]
-  assert [row[:2] for row in found] == [(9, 'information'), (10, 'error')] and 'ndarray' in found[0][2], found
 
 
 def test_help_shows_the_commands_own_flags_and_an_example():
