@@ -109,7 +109,7 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     dict(
       dtype='float32',
       embed_dim=64,
-      projector_dim=64,  # a wider one names segments worse: docs/design.md
+      projector_dim=64,  # 256 is no better: docs/design.md
       vision=dict(
         image_size=(64, 64),
         patch_size=8,
