@@ -274,9 +274,10 @@ def check_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
     return
   old, new = before['sets'], metadata['sets']
   changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+  then, now = (_count_records(sets, changed) for sets in (old, new))
+  how = 'as many records, but others' if then == now else f'{then} records then, {now} now'
   raise UserError(
-    f'the data changed since the run in {workdir} started: {", ".join(changed)} '
-    f'({_count_records(old, changed)} records then, {_count_records(new, changed)} now); bring the old data back, '
+    f'the data changed since the run in {workdir} started: {", ".join(changed)} ({how}); bring the old data back, '
     f'use another --workdir, or delete {path} to go on with another order of records'
   )
 

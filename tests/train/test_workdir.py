@@ -52,6 +52,8 @@ def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path, monkeypatch
   workdir_lib.check_data(tmp_path, metadata('moved', range(5)))
   with pytest.raises(ValueError, match=r'the data changed .* started: a \(5 records then, 6 now\).*data.json'):
     workdir_lib.check_data(tmp_path, metadata('grown', range(6)))
+  with pytest.raises(ValueError, match=r'started: a \(as many records, but others\)'):
+    workdir_lib.check_data(tmp_path, metadata('others', range(5, 10)))
 
 
 def test_a_run_keeps_its_order_of_epochs(tmp_path):
