@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from groupvit_jax.errors import UserError
+from groupvit_jax.eval.draw import class_palette
 from groupvit_jax.eval.protocols import Protocol
 
 IGNORE_LABEL = 255
@@ -153,7 +154,7 @@ def _parse(name: str, fields: Mapping) -> Benchmark:
 
 
 def make_benchmark(name: str, classes: Sequence[str], *, background: bool = False) -> Benchmark:
-  """A benchmark of one's own classes, in VOC's colours, without published results.
+  """A benchmark of one's own classes, without published results; the background is black.
 
   Args:
     name: of the benchmark.
@@ -173,14 +174,5 @@ def make_benchmark(name: str, classes: Sequence[str], *, background: bool = Fals
       raise UserError(f'class {i} of {name} has an empty name; name it or remove it')
     if label in classes[:i]:
       raise UserError(f'{name} names the class {label!r} twice; remove one')
-  first = 0 if background else 1  # black is the background's
-  return Benchmark(name, classes, voc_colours(first + len(classes))[first:], background)
-
-
-def voc_colours(count: int) -> tuple[tuple[int, int, int], ...]:
-  """VOC's colours: the bits of the index dealt to red, green and blue, high bits first."""
-  colours = []
-  for index in range(count):
-    channels = [sum((index >> (3 * i + c) & 1) << (7 - i) for i in range(8)) for c in range(3)]
-    colours.append(tuple(channels))
-  return tuple(colours)
+  palette = ((0, 0, 0),) * background + class_palette(classes[background:])
+  return Benchmark(name, classes, palette, background)

@@ -26,7 +26,6 @@ from groupvit_jax.data.sources import build_scenes
 from groupvit_jax.data.tars import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, IGNORE_LABEL, make_benchmark
-from groupvit_jax.eval.draw import class_palette
 from groupvit_jax.eval.protocols import NATIVE, SHIFTED
 from groupvit_jax.running import processes
 
@@ -233,8 +232,7 @@ def open_scenes(config: ml_collections.ConfigDict, split: str) -> tuple[Benchmar
     ValueError: the config's scenes have a mistake.
   """
   source = build_scenes(config.data.scenes, tuple(config.model.vision.image_size), split).labelled()
-  benchmark = make_benchmark(SCENES, source.classes)
-  return dataclasses.replace(benchmark, palette=class_palette(benchmark.classes)), source
+  return make_benchmark(SCENES, source.classes), source
 
 
 def open_folder(path: epath.PathLike) -> tuple[Benchmark, Source]:

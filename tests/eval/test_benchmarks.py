@@ -5,6 +5,7 @@ import pytest
 
 from groupvit_jax.eval import benchmarks, protocols
 from groupvit_jax.eval.class_names import bundled_sets, find_names
+from groupvit_jax.eval.draw import class_palette
 
 SIZES = {
   'voc21': 21,
@@ -142,10 +143,10 @@ def test_label_encodings(name, raw, labels):
 
 
 def test_own_classes():
-  mine = benchmarks.make_benchmark('mine', ('cat', 'dog'))
-  assert mine.palette == ((128, 0, 0), (0, 128, 0)) and not mine.background
-  voc = benchmarks.find_benchmark('voc21')
-  assert benchmarks.make_benchmark('voc', voc.classes, background=True).palette == voc.palette
+  mine = benchmarks.make_benchmark('mine', ('cat', 'dog', 'sky'))
+  assert mine.palette == class_palette(('cat', 'dog', 'sky')) and not mine.background
+  with_background = benchmarks.make_benchmark('mine', ('background', *mine.classes), background=True)
+  assert with_background.palette == ((0, 0, 0), *mine.palette)
 
 
 @pytest.mark.parametrize(
