@@ -70,13 +70,11 @@ class DataSet:
 class Order:
   """Maps a position in a run to the record to read, counted through the sets."""
 
-  def __init__(
-    self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int, *, consecutive_epochs: bool = False
-  ):
+  def __init__(self, sizes: Sequence[int], weights: Sequence[float] | None, seed: int):
     """Sets up an order (see this module) of sets of some sizes; weights are of any sum, None mixes by size."""
     self._starts = _starts(sizes)
     if weights is None:
-      later = seed if consecutive_epochs else int(np.random.SeedSequence(seed).generate_state(1)[0])
+      later = int(np.random.SeedSequence(seed).generate_state(1)[0])
       self._permutations, self._shares = [_Permutations(int(sum(sizes)), seed, later)], None
       return
     self._shares = _whole_shares(weights)
@@ -96,16 +94,9 @@ class Order:
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-  """Sets as one source: the records of the first, then those of the second, and so on.
-
-  Attributes:
-    sets: the sets.
-    consecutive_epochs: whether epoch e of sets mixed by size is drawn from seed + e, and so is epoch e - 1 of the next
-      seed; only in runs that were started so.
-  """
+  """Sets as one source: the records of the first, then those of the second, and so on."""
 
   sets: tuple[DataSet, ...]
-  consecutive_epochs: bool = False
 
   def __post_init__(self):
     for part in self.sets:
@@ -119,7 +110,7 @@ class Mixture:
       )
 
   def __reduce__(self):
-    return type(self), (self.sets, self.consecutive_epochs)
+    return type(self), (self.sets,)
 
   def __len__(self) -> int:
     return int(self._starts[-1]) + len(self.sets[-1].source)
@@ -146,12 +137,7 @@ class Mixture:
   def order(self, seed: int) -> Order:
     """The order in which a run with this seed sees the records."""
     weights = [part.weight for part in self.sets]
-    return Order(
-      [len(part.source) for part in self.sets],
-      weights if all(weights) else None,
-      seed,
-      consecutive_epochs=self.consecutive_epochs,
-    )
+    return Order([len(part.source) for part in self.sets], weights if all(weights) else None, seed)
 
   def metadata(self) -> dict[str, object]:
     """What the order and the records depend on besides the seed, as JSON for a run's manifest."""
@@ -160,8 +146,8 @@ class Mixture:
       for part in self.sets
     }
     text = json.dumps([[name, part['records'], part['weight'], part['digest']] for name, part in sets.items()])
-    order = {} if self.consecutive_epochs else {'epochs': 'from (seed, epoch)'}
-    return {'fingerprint': hashlib.sha256(text.encode()).hexdigest()[:16], **order, 'sets': sets}
+    fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return {'fingerprint': fingerprint, 'epochs': 'from (seed, epoch)', 'sets': sets}
 
   @functools.cached_property
   def _starts(self) -> np.ndarray:

@@ -50,7 +50,7 @@ def check(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> int:
   Indices of shards are kept for the run. Raises the error that the run would have ended with.
   """
   config_entries.check(config)
-  config = workdir_lib.keep_recipe(workdir, config.copy_and_resolve_references())
+  config = config.copy_and_resolve_references()
   config.dry_run = False
   report = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda _: None
   run = _set_up(config, workdir)

@@ -63,14 +63,13 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
   All mistakes in the config show before anything is written.
   """
   config_entries.check(config)
-  config = workdir_lib.keep_recipe(workdir, config)
   image_size, patch_size = tuple(config.model.vision.image_size), config.model.vision.patch_size
   if any(side % patch_size for side in image_size):
     raise UserError(f'model.vision.patch_size={patch_size} does not divide image_size={image_size}; use a divisor')
   mesh = sharding.make_mesh(**config.mesh)
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_micro_batches(config.batch_size, config.grad_accum_steps, mesh)
-  source = workdir_lib.keep_order(workdir, build_source(config.data, image_size))
+  source = build_source(config.data, image_size)
   pipeline.check_batch_size(source, config.batch_size)
   config = optim.steps_from_pairs(config, len(source))
   schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
@@ -102,12 +101,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
     workdir_lib.write_config(workdir, config)
   model = with_vocabulary(model, tokenizer.vocab_size, tokenizer.eos_id)
-  samples = config.batch_size // config.grad_accum_steps
-  attention = workdir_lib.prepare_attention(
-    workdir,
-    f'{mesh.size} x {mesh.devices.flat[0].device_kind}, {samples} samples, {config.model.dtype}',
-    lambda: choose_attention(model.vision, samples, mesh, train=True),
-  )
+  attention = choose_attention(model.vision, mesh, train=True)
   model = model.with_attention(attention.implementation)
   return Run(config, mesh, model, tx, schedule, source, tokenizer, tuple(changed), benchmarks, attention, weights)
 

@@ -1,8 +1,7 @@
-"""The folder of a run: its config, data, tokenizer and choice of attention, and whether a command fits them."""
+"""The folder of a run: its config, data and tokenizer, and whether a command fits them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 import contextlib
-import dataclasses
 import importlib.util
 import json
 import re
@@ -20,7 +19,6 @@ from groupvit_jax.data.sources import sample_captions
 from groupvit_jax.data.tokenizer import build_tokenizer, SENTENCEPIECE_FILE, Tokenizer, train_sentencepiece
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import licence as licence_lib
-from groupvit_jax.running.attention_choice import AttentionChoice
 
 # Buckets that can hold a run, and the package that reads and writes there.
 _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
@@ -47,7 +45,7 @@ _ADDED = {
 
 _CONFIG_FILE = 'config.json'  # written last: what a start prepares is complete with it
 _DATA_FILE = 'data.json'  # which records the run was started on; written first
-_PREPARED = (licence_lib.FILE, 'attention.json', 'tokenizer', _DATA_FILE)
+_PREPARED = (licence_lib.FILE, 'tokenizer', _DATA_FILE)
 # All that a run writes before its first step.
 _WRITTEN = (*_PREPARED, 'panels', _CONFIG_FILE, 'checkpoints', 'best', 'metrics.jsonl', 'tensorboard', 'programs')
 
@@ -101,20 +99,6 @@ def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
     if any(other.startswith(section) for other in entries):
       entries.setdefault(path, value)
   return ml_collections.ConfigDict(traverse_util.unflatten_dict(entries, sep='.'))
-
-
-def keep_recipe(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """The config, with the cosine and captions of the run that is resumed, where that is older than their entries."""
-  path = epath.Path(workdir) / _CONFIG_FILE
-  if not path.exists():
-    return config
-  recorded = _read_json(path)
-  config = config.copy_and_resolve_references()
-  if 'cosine' not in recorded.get('optim', {}):
-    config.optim.cosine = 'after_warmup'
-  if 'clean_captions' in config.data and 'clean_captions' not in recorded.get('data', {}):
-    config.data.clean_captions = False
-  return config
 
 
 def _read_json(path: epath.Path) -> dict[str, object]:
@@ -255,13 +239,6 @@ def record_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None
     storage.write_atomic(str(path), (json.dumps(metadata, indent=2) + '\n').encode())
 
 
-def keep_order(workdir: epath.PathLike, source: Mixture) -> Mixture:
-  """The training data in the order of the run in a workdir, whose `data.json` names no epochs if it is an old one."""
-  path = epath.Path(workdir) / _DATA_FILE
-  recorded = json.loads(path.read_text()) if path.exists() else {}
-  return dataclasses.replace(source, consecutive_epochs=holds_checkpoint(workdir) and 'epochs' not in recorded)
-
-
 def check_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
   """Checks that the training data are those of the run in a workdir, if there is one.
 
@@ -270,7 +247,10 @@ def check_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
   """
   path = epath.Path(workdir) / _DATA_FILE
   before = json.loads(path.read_text()) if path.exists() and holds_checkpoint(workdir) else metadata
+  cure = f'use another --workdir, or delete {path} to go on with another order of records'
   if before['fingerprint'] == metadata['fingerprint']:
+    if before.get('epochs') != metadata['epochs'] and any(part['shards'] for part in metadata['sets'].values()):
+      raise UserError(f'the run in {workdir} began with an order of epochs that earlier versions had; {cure}')
     return
   old, new = before['sets'], metadata['sets']
   changed = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
@@ -278,7 +258,7 @@ def check_data(workdir: epath.PathLike, metadata: Mapping[str, object]) -> None:
   how = 'as many records, but others' if then == now else f'{then} records then, {now} now'
   raise UserError(
     f'the data changed since the run in {workdir} started: {", ".join(changed)} ({how}); bring the old data back, '
-    f'use another --workdir, or delete {path} to go on with another order of records'
+    + cure
   )
 
 
@@ -309,23 +289,6 @@ def prepare_tokenizer(workdir: epath.PathLike, config: ml_collections.ConfigDict
   else:
     train_sentencepiece(sample_captions(source, config.num_captions), folder / SENTENCEPIECE_FILE, config.vocab_size)
   return load_tokenizer(workdir)
-
-
-def prepare_attention(workdir: epath.PathLike, place: str, choose: Callable[[], AttentionChoice]) -> AttentionChoice:
-  """How the run's attention is computed: as when it first trained on this hardware, so that a resumed run does not
-  change its arithmetic.
-
-  `place` is the hardware, and what else decides which is fastest. `choose` measures, by all processes together, so none
-  writes before all have read.
-  """
-  path = epath.Path(workdir) / 'attention.json'
-  kept = json.loads(path.read_text()) if path.exists() else {}
-  if place in kept:
-    return AttentionChoice(**kept[place])._replace(reason=f'{kept[place]["reason"]} (when the run first trained here)')
-  choice = choose()
-  if choice.measured and jax.process_index() == 0:
-    storage.write_atomic(str(path), (json.dumps(kept | {place: choice._asdict()}, indent=2) + '\n').encode())
-  return choice
 
 
 def _differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> dict[str, str]:

@@ -33,11 +33,11 @@ def test_cudnn_is_the_same_attention(tokens):
       assert np.linalg.norm(found.astype(jnp.float32) - wanted) < 1e-2 * np.linalg.norm(wanted), name
 
 
-def test_a_model_chooses_by_measurement():
+def test_a_model_takes_cudnn():
   """Heads of 8 features; the outputs are those of the other implementation."""
   model = tiny_model(dtype=jnp.bfloat16, width=16)
-  choice = choose_attention(model.vision, 2, sharding.make_mesh(devices=jax.devices()[:1]), train=True)
-  assert choice.measured and 'forward and backward take' in choice.reason
+  choice = choose_attention(model.vision, sharding.make_mesh(devices=jax.devices()[:1]), train=True)
+  assert choice.implementation == 'cudnn', choice.reason
   images, tokens = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), jnp.full((2, 1, 6), 2)
   variables = model.init(jax.random.key(1), images, tokens)
   with_attention = lambda name: (

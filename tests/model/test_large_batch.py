@@ -51,7 +51,6 @@ def compiled_step(
       state,
       batch,
       model=small_model(remat),
-      multi_label_weight=1.0,
       grad_accum_steps=steps,
       text_budget=text_budget,
       random_erasing=RandomErasing(0.5),

@@ -50,7 +50,6 @@ def loss_and_grads_on(mesh: jax.sharding.Mesh, attention: Implementation = 'xla'
       functools.partial(
         train_step.loss_and_grads,
         model=model,
-        multi_label_weight=1.0,
         grad_accum_steps=1,
         text_budget=4,
         random_erasing=RandomErasing(0.5),

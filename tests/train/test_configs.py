@@ -20,7 +20,7 @@ from groupvit_jax.data import augment, rand_augment
 from groupvit_jax.model.build import build_model, build_random_erasing
 from groupvit_jax.model.pixels import RandomErasing
 from groupvit_jax.running import sharding
-from groupvit_jax.train import loop, optim, workdir
+from groupvit_jax.train import loop, optim
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from tests.board import read_board
@@ -104,22 +104,6 @@ def test_recipes_are_the_papers():
     assert config.model.dtype == 'bfloat16'
 
 
-def test_a_run_older_than_an_entry_keeps_its_behaviour(tmp_path):
-  """One that has the entry may change it."""
-  config = groupvit_vits16_gcc_yfcc.get_config()
-  behaviour = lambda config: (config.optim.cosine, config.data.clean_captions)
-  assert behaviour(workdir.keep_recipe(tmp_path, config)) == ('run', True)
-  recorded = config.copy_and_resolve_references()
-  recorded.optim.cosine, recorded.data.clean_captions = 'after_warmup', False
-  (tmp_path / 'config.json').write_text(recorded.to_json())
-  assert behaviour(workdir.keep_recipe(tmp_path, config)) == ('run', True)
-  with recorded.unlocked():
-    del recorded.optim.cosine, recorded.data.clean_captions
-  (tmp_path / 'config.json').write_text(recorded.to_json())
-  assert behaviour(workdir.keep_recipe(tmp_path, config)) == ('after_warmup', False)
-  assert behaviour(workdir.read_config(tmp_path)) == ('after_warmup', False)
-
-
 def test_recipes_build_the_released_model():
   for recipe, prompts in ((RECIPES[1], 0), (RECIPES[0], 3)):
     config, mesh = recipe.get_config('1gpu'), sharding.make_mesh()
@@ -137,7 +121,6 @@ def test_recipes_build_the_released_model():
     train_step.train_step,
     model=model,
     tx=tx,
-    multi_label_weight=1.0,
     grad_accum_steps=config.grad_accum_steps,
     text_budget=config.text_budget,
     random_erasing=build_random_erasing(config.data.augment),

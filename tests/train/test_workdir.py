@@ -1,7 +1,7 @@
 """Configs of earlier versions, and workdirs that hold them."""
 
+import json
 import pathlib
-import pickle
 import shutil
 
 import ml_collections
@@ -54,17 +54,8 @@ def test_a_run_goes_on_with_its_own_data_wherever_they_lie(tmp_path, monkeypatch
     workdir_lib.check_data(tmp_path, metadata('grown', range(6)))
   with pytest.raises(ValueError, match=r'started: a \(as many records, but others\)'):
     workdir_lib.check_data(tmp_path, metadata('others', range(5, 10)))
-
-
-def test_a_run_keeps_its_order_of_epochs(tmp_path):
-  source = build_source(tiny_config().data, (32, 32))
-  assert not workdir_lib.keep_order(tmp_path, source).consecutive_epochs
-  (tmp_path / 'checkpoints/3').mkdir(parents=True)
-  earlier = workdir_lib.keep_order(tmp_path, source)  # before orders were recorded
-  assert earlier.consecutive_epochs and pickle.loads(pickle.dumps(earlier)) == earlier
-  workdir_lib.record_data(tmp_path, earlier.metadata())
-  assert workdir_lib.keep_order(tmp_path, source) == earlier
-  workdir_lib.check_data(tmp_path, source.metadata())
-  (tmp_path / 'data.json').unlink()
-  workdir_lib.record_data(tmp_path, source.metadata())
-  assert workdir_lib.keep_order(tmp_path, source) == source
+  recorded = json.loads((tmp_path / 'data.json').read_text())
+  del recorded['epochs']
+  (tmp_path / 'data.json').write_text(json.dumps(recorded))
+  with pytest.raises(ValueError, match='an order of epochs that earlier versions had; use another --workdir'):
+    workdir_lib.check_data(tmp_path, metadata('moved', range(5)))
