@@ -103,7 +103,6 @@ def build(variant: str) -> ml_collections.ConfigDict:
       index_dir='',
       clean_captions=True,  # mis-decoded characters, HTML entities and white space, as before CLIP's BPE
       num_prompts=3,
-      noun_phrases=False,  # prompts are nouns and verbs, as in the paper; True: whole noun phrases
       lowercase_prompts=False,  # words are tagged as they are written, as in the paper
       prompt_templates='full',  # the 80 that a prompt's is drawn from, as in the paper
       skipped_words=(),  # words that no prompt is made of

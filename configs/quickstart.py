@@ -86,7 +86,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
     dict(
       source='scenes',
       num_prompts=3,
-      noun_phrases=False,  # prompts are nouns and verbs, as in the paper; True: whole noun phrases
       lowercase_prompts=False,  # captions of scenes have no capitals
       prompt_templates='simple',  # one; 'full': the 80 of the paper
       skipped_words=('image', 'photo', 'picture'),  # words of the captions' frame that no prompt is made of

@@ -152,7 +152,6 @@ ENTRIES = {
   'data.index_dir': Entry(_TEXT, "folder of the tars' indices; '' for the user's cache"),
   'data.clean_captions': Entry(SWITCH, "whether captions are cleaned as before CLIP's BPE"),
   'data.num_prompts': Entry(whole(0, 100), 'prompts made of each caption; 0 trains on captions alone'),
-  'data.noun_phrases': Entry(SWITCH, 'whether prompts hold noun phrases instead of words'),
   'data.lowercase_prompts': Entry(SWITCH, 'whether prompts are made of captions in lower case: docs/data.md'),
   'data.prompt_templates': Entry(choice('full', 'subset', 'simple', 'identity'), 'sentences around the prompts'),
   'data.skipped_words': Entry(_NAMES, 'words that no prompt is made of'),

@@ -6,24 +6,25 @@ Writes `audit.json` and, for each set, a page of samples as the model sees them.
 when more records cannot be used than the config's `data.max_fault_share`.
 """
 
+import base64
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
+import html
 import io
 import json
 import pathlib
 import tempfile
-import textwrap
 import time
 
 from absl import flags
 import ml_collections
 from ml_collections import config_flags
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 import tqdm
 
 from groupvit_jax import cli, config_entries
@@ -35,10 +36,12 @@ from groupvit_jax.storage import write_atomic
 
 _THREADS = 16
 _LISTED = 100  # bad records named in the report, for each set
-_SHEET, _COLUMNS = 24, 6  # images on a page, and side by side
-_WIDTH, _MARGIN = 224, 8  # of an image on the page, and around it, in pixels
-_LETTERS, _LINE, _FONT = 36, 14, 12  # to a line, pixels between lines, pixels of a letter
-_INK, _FAINT = (20, 20, 20), (110, 110, 110)
+_SHOWN = 24  # images on a page
+_PAGE = """<!doctype html><meta charset="utf-8"><title>Samples</title><style>
+body { font: 14px sans-serif; display: grid; grid-template-columns: repeat(auto-fill, 224px); gap: 12px; }
+figure { margin: 0; overflow-wrap: anywhere; } img { width: 224px; } p { margin: 2px 0; } small { color: #666; }
+</style>
+"""
 _TIMED = 128  # examples
 _PERCENTILES = (0, 5, 50, 95, 100)
 
@@ -72,7 +75,7 @@ def audit(config: ml_collections.ConfigDict, output: pathlib.Path, samples: int)
       found, config.data.num_prompts, config.model.text.context_length
     )
     report['sets'][part.name]['examples_per_core_second'] = round(_rate(examples), 1)
-    _write_sheet(output / f'{part.name}.png', examples)
+    _write_page(output / f'{part.name}.html', examples)
   write_atomic(str(output / 'audit.json'), (json.dumps(report, indent=2) + '\n').encode())
   return report
 
@@ -117,34 +120,6 @@ def describe(report: Mapping[str, object]) -> str:
   )
 
 
-def draw_sheet(images: Sequence[np.ndarray], texts: Sequence[Sequence[str]], columns: int) -> np.ndarray:
-  """Draws images, uint8 [H, W, 3] of any size, with their captions and, in grey, prompts: uint8 [height, width, 3]."""
-  cells = [_draw_cell(image, lines) for image, lines in zip(images, texts, strict=True)]
-  rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-  heights = [max(cell.height for cell in row) for row in rows]
-  sheet = Image.new('RGB', (columns * (_WIDTH + _MARGIN), sum(heights)), 'white')
-  for row, top in zip(rows, np.cumsum([0, *heights[:-1]]).tolist()):
-    for column, cell in enumerate(row):
-      sheet.paste(cell, (column * cell.width, top))
-  return np.asarray(sheet)
-
-
-def _draw_cell(image: np.ndarray, texts: Sequence[str]) -> Image.Image:
-  """An image and its texts below it, with a margin to the left and above."""
-  height = round(_WIDTH * image.shape[0] / image.shape[1])
-  lines = [
-    (line, _FAINT if n else _INK)
-    for n, text in enumerate(texts)
-    for line in textwrap.wrap(text, _LETTERS, max_lines=4) or ['']
-  ]
-  cell = Image.new('RGB', (_WIDTH + _MARGIN, height + _LINE * len(lines) + 2 * _MARGIN), 'white')
-  cell.paste(Image.fromarray(image).resize((_WIDTH, height)), (_MARGIN, _MARGIN))
-  draw, font = ImageDraw.Draw(cell), ImageFont.load_default(_FONT)
-  for row, (line, colour) in enumerate(lines):
-    draw.text((_MARGIN, _MARGIN + height + 2 + row * _LINE), line, colour, font)
-  return cell
-
-
 def _look_at(examples: pipeline.Examples, count: int) -> Iterator[RecordStats]:
   """Reads records spread evenly over a set of one; threads, because shards may be far away."""
   size = len(examples.source)
@@ -186,19 +161,22 @@ def _rate(examples: pipeline.Examples) -> float:
   return count / seconds if seconds else 0.0
 
 
-def _write_sheet(path: pathlib.Path, examples: pipeline.Examples) -> None:
-  shown = [examples.load(number) for number in range(min(_SHEET, len(examples)))]
-  texts = [examples.texts(example.caption, example.position) for example in shown]
-  sheet = draw_sheet([example.image for example in shown], texts, _COLUMNS)
-  buffer = io.BytesIO()
-  Image.fromarray(sheet).save(buffer, 'PNG')
-  write_atomic(str(path), buffer.getvalue())
+def _write_page(path: pathlib.Path, examples: pipeline.Examples) -> None:
+  """Writes an HTML page of examples as the model sees them: images with their captions and, in grey, prompts."""
+  figures = []
+  for number in range(min(_SHOWN, len(examples))):
+    example, image = examples.load(number), io.BytesIO()
+    Image.fromarray(example.image).save(image, 'WEBP', quality=90)
+    caption, *prompts = map(html.escape, examples.texts(example.caption, example.position))
+    source = f'data:image/webp;base64,{base64.b64encode(image.getvalue()).decode()}'
+    figures.append(f'<figure><img src="{source}"><p>{caption}</p><small>{"<br>".join(prompts)}</small></figure>')
+  write_atomic(str(path), (_PAGE + '\n'.join(figures)).encode('utf-8', 'replace'))
 
 
 def _examples(config: ml_collections.ConfigDict, source: Mixture, tokenizer: Tokenizer) -> pipeline.Examples:
   """A run's examples, over one of its sets, on one host, in batches that no set is too small for."""
   config = config.copy_and_resolve_references()
-  config.batch_size, config.total_steps = 1, _SHEET
+  config.batch_size, config.total_steps = 1, _SHOWN
   return pipeline.build_examples(config, source, tokenizer, first_batch=0)
 
 

@@ -56,7 +56,6 @@ class Examples:
   first_batch: int
   num_batches: int  # where the run ends
   rows: Sequence[int]  # of a global batch that are made here
-  noun_phrases: bool = False  # prompts hold phrases instead of words
   lowercase_prompts: bool = False  # they are made of the caption in lower case
   prompt_templates: str = 'full'  # name of a template set
   skipped_words: Sequence[str] = ()  # that no prompt is made of
@@ -130,7 +129,6 @@ class Examples:
       caption,
       self.num_prompts,
       self._rng(position, _WORDS),
-      phrases=self.noun_phrases,
       lowercase=self.lowercase_prompts,
       templates=self.prompt_templates,
       skipped_words=self.skipped_words,
@@ -208,7 +206,6 @@ def build_examples(
     first_batch=first_batch,
     num_batches=config.total_steps,
     rows=range(config.batch_size) if rows is None else rows,
-    noun_phrases=config.data.noun_phrases,
     lowercase_prompts=config.data.lowercase_prompts,
     prompt_templates=config.data.prompt_templates,
     skipped_words=tuple(config.data.skipped_words),

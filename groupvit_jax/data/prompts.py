@@ -21,8 +21,6 @@ from groupvit_jax.errors import UserError
 
 # What the multi-label loss picks from (paper section 3.3): these nouns, and every verb tag.
 WORD_TAGS = frozenset({'NN', 'NNS', 'NNP', 'VB', 'VBD', 'VBG', 'VBN', 'VBP', 'VBZ'})
-NOUN_TAGS = frozenset({'NN', 'NNS', 'NNP', 'NNPS'})
-ADJECTIVE_TAGS = frozenset({'JJ', 'JJR', 'JJS'})
 
 # The tagger's time is quadratic in a run of punctuation; nothing after this is tagged.
 LONGEST_CAPTION = 10_000
@@ -58,24 +56,6 @@ def nouns(caption: str) -> list[str]:
   return [word for sentence in _tag(caption) for word, tag in sentence if tag in WORD_TAGS]
 
 
-def noun_phrases(caption: str) -> list[str]:
-  """Returns the noun phrases of a caption in order: adjacent adjectives and nouns that end in a noun.
-
-  'a small black dog on wet grass' gives 'small black dog', 'wet grass'. Only the first `LONGEST_CAPTION` characters are
-  read.
-  """
-  phrases, run, length = [], [], 0  # length: up to and including the run's last noun
-  for word, tag in [pair for sentence in _tag(caption) for pair in (*sentence, ('', ''))]:
-    if tag in NOUN_TAGS or tag in ADJECTIVE_TAGS:
-      run.append(word)
-      length = len(run) if tag in NOUN_TAGS else length
-      continue
-    if length:
-      phrases.append(' '.join(run[:length]))
-    run, length = [], 0
-  return phrases
-
-
 class Prompts(NamedTuple):
   """The M prompts of a caption, and what each was made of: a word, or the caption itself."""
 
@@ -88,7 +68,6 @@ def noun_prompts(
   count: int,
   rng: np.random.Generator,
   *,
-  phrases: bool = False,
   lowercase: bool = False,
   templates: str = 'full',
   skipped_words: Collection[str] = (),
@@ -103,14 +82,13 @@ def noun_prompts(
     caption: English text.
     count: M, the number of prompts; 0 for none.
     rng: decides the words and the templates; equal states give equal prompts.
-    phrases: picks from `noun_phrases` instead of `nouns`.
     lowercase: picks from the caption in lower case: the tagger takes most words in capitals for nouns.
     templates: name of a template set, see `template_set`.
     skipped_words: never picked, whatever their case, such as 'photo'.
   """
   if count == 0:
     return Prompts([], [])
-  found = (noun_phrases if phrases else nouns)(caption.lower() if lowercase else caption)
+  found = nouns(caption.lower() if lowercase else caption)
   words = [w for w in found if w.lower() not in skipped_words]
   formats = template_set(templates)
   picked = rng.permutation(len(words))[:count]

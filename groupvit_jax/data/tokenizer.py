@@ -1,29 +1,20 @@
-"""Tokenizers: SentencePiece, for training from scratch, and CLIP's BPE, for released weights.
-
-Training one over captions, one a line:
-
-  python -m groupvit_jax.data.tokenizer train --input=captions.txt --output=tokenizer.model
-"""
+"""Tokenizers: SentencePiece, for training from scratch, and CLIP's BPE, for released weights."""
 
 import abc
-import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 import functools
 import io
-import itertools
 import os
 import random
 import re
-import sys
-import time
-from typing import Any, BinaryIO
+from typing import Any
 
 from etils import epath
 import numpy as np
 import sentencepiece
 import tokenizers
 
-from groupvit_jax import cli, storage
+from groupvit_jax import storage
 from groupvit_jax.data import clip_bpe
 from groupvit_jax.errors import UserError
 
@@ -218,45 +209,6 @@ def train_sentencepiece(
   return SentencePieceTokenizer(path)
 
 
-def read_captions(path: str, column: int) -> Iterator[str]:
-  """Yields the captions of a text file, one a line; bytes that are not UTF-8 are replaced.
-
-  Args:
-    path: a file, whose lines are split at tabs if its name ends in `.tsv`, or '-' for stdin.
-    column: which column of a `.tsv` holds the captions, counted from 0.
-  """
-  data = sys.stdin.buffer if path == '-' else _open(epath.Path(path))
-  with data:
-    for number, line in enumerate(data, 1):
-      text = line.decode('utf-8', 'replace').rstrip('\r\n')
-      if not path.endswith('.tsv'):
-        yield text
-        continue
-      cells = text.split('\t')
-      if column >= len(cells):
-        raise UserError(f'{path} line {number} has {len(cells)} columns, none is number {column}')
-      yield cells[column]
-
-
-def main(arguments: Sequence[str]) -> int:
-  """Runs the command of some arguments; returns its exit code."""
-  parser = argparse.ArgumentParser(prog='python -m groupvit_jax.data.tokenizer')
-  parser.add_argument('command', choices=['train'], help='trains a SentencePiece model on captions')
-  parser.add_argument('--input', action='append', required=True, help='text, .tsv or -; repeatable')
-  parser.add_argument('--output', required=True, help='the model file to write')
-  parser.add_argument('--vocab_size', type=int, default=32_000)
-  parser.add_argument('--column', type=int, default=0, help="the captions' column in a .tsv")
-  flags = parser.parse_args(arguments)
-  start = time.monotonic()
-  captions = itertools.chain.from_iterable(read_captions(p, flags.column) for p in flags.input)
-  try:
-    tokenizer = train_sentencepiece(captions, flags.output, flags.vocab_size)
-  except (ValueError, OSError) as error:
-    return cli.fail(error)
-  print(f'{flags.output}: {tokenizer.vocab_size} pieces in {time.monotonic() - start:.1f} s')
-  return 0
-
-
 def _encodable(text: str) -> str:
   """Replaces lone surrogates, which JSON captions can hold and neither library takes."""
   return text.encode('utf-8', 'replace').decode('utf-8')
@@ -284,16 +236,7 @@ def _training_error(message: str, vocab_size: int) -> ValueError:
 
 
 def _read(path: epath.Path) -> bytes:
-  with _open(path) as file:
-    return file.read()
-
-
-def _open(path: epath.Path) -> BinaryIO:
   try:
-    return path.open('rb')
+    return path.read_bytes()
   except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
     raise UserError(f'there is no file {path}') from error
-
-
-if __name__ == '__main__':
-  sys.exit(main(sys.argv[1:]))

@@ -27,6 +27,7 @@ _BUCKETS = {'gs': 'gcsfs', 's3': 's3fs'}
 _BUILT_IN = {
   'multi_label_weight': 1.0,
   'max_skipped_in_a_row': 10,
+  'data.noun_phrases': False,
   'data.augment.num_ops': rand_augment.NUM_OPS,
   'data.augment.min_side': augment.MIN_SIDE,
   'data.augment.max_pixels': images.LARGEST,

@@ -115,7 +115,6 @@ def test_capitals_make_no_nouns_in_lower_case():
   picked = lambda **options: set(text_ops.noun_prompts(caption, 7, np.random.default_rng(0), **options).words)
   assert picked() == {'DIRTY', 'WHITE', 'TOILET', 'Rug', caption}
   assert picked(lowercase=True) == {'toilet', 'rug', caption}
-  assert picked(lowercase=True, phrases=True) == {'dirty white toilet', 'small rug', caption}
 
 
 def test_equal_words_have_equal_ids_in_any_template():

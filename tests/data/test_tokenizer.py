@@ -330,35 +330,3 @@ def test_a_folder_with_two_tokenizers_is_refused(trained, clip_folder, tmp_path)
   trained.save(tmp_path)
   with pytest.raises(ValueError, match='holds tokenizer.model and a CLIP vocabulary; keep one'):
     tokenizer.build_tokenizer(tmp_path)
-
-
-def test_train_command_reads_text_tsv_and_stdin(tmp_path, trained):
-  captions = make_captions(2000)
-  (tmp_path / 'a.txt').write_text('\n'.join(captions[:500]))
-  rows = (f'{i}\t{caption}\thttp://zq/{i}' for i, caption in enumerate(captions[500:1500]))
-  (tmp_path / 'b.tsv').write_text('\n'.join(rows))
-  inputs = [f'--input={tmp_path / "a.txt"}', f'--input={tmp_path / "b.tsv"}', '--input=-']
-  output = tmp_path / 'new' / 'tokenizer.model'
-  done = subprocess.run(
-    [sys.executable, '-m', 'groupvit_jax.data.tokenizer', 'train', *inputs, '--column=1', f'--output={output}',
-     '--vocab_size=1000'],
-    input='\n'.join(captions[1500:]), capture_output=True, text=True,
-  )  # fmt: skip
-  assert done.returncode == 0 and done.stderr == ''
-  assert output.read_bytes() == trained._files['tokenizer.model']
-  assert done.stdout.startswith(f'{output}: {trained.vocab_size} pieces in ')
-
-
-def test_train_command_ends_with_one_line_on_a_mistake(tmp_path, capsys):
-  (tmp_path / 'a.txt').write_bytes(b'caf\xe9\r\ndog\n')  # bytes that are not UTF-8 are none
-  assert list(tokenizer.read_captions(str(tmp_path / 'a.txt'), 0)) == ['caf\ufffd', 'dog']
-  (tmp_path / 'b.tsv').write_text('1\ta dog\n2\n')
-  (tmp_path / 'empty.txt').touch()
-  for name, message in {
-    'none.txt': f'there is no file {tmp_path}/none.txt',
-    'b.tsv': f'{tmp_path}/b.tsv line 2 has 1 columns, none is number 1',
-    'empty.txt': 'there are no captions to train a tokenizer on',
-  }.items():
-    assert tokenizer.main(['train', f'--input={tmp_path}/{name}', '--column=1', f'--output={tmp_path}/model']) == 2
-    assert capsys.readouterr().err == f'error: {message}\n'
-  assert not (tmp_path / 'model').exists()
