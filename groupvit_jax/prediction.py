@@ -17,6 +17,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw
 from groupvit_jax.eval.output_folder import encode_png
 from groupvit_jax.eval.window_encoder import EncodedWindows
+from groupvit_jax.model.metrics import ignore_label
 
 _LONGEST_NAME = 200  # bytes of an image's name in its files' names, which disks limit to 255
 
@@ -103,7 +104,7 @@ class Prediction:
     """The image under the classes' colours and names, uint8 [H', W', 3]; small ones are enlarged."""
     labels = self.labels
     if self.background:  # shows the image as it is
-      labels = np.where(labels == 0, np.uint8(draw.IGNORE_LABEL), labels)
+      labels = np.where(labels == 0, np.uint8(ignore_label(np.uint8)), labels)
     return draw.draw_overlay(self.image, labels, self.palette, self.classes, opacity=opacity)
 
   def drawing(self) -> Image.Image:

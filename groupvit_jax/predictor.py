@@ -17,7 +17,6 @@ from groupvit_jax.data.tokenizer import build_tokenizer, Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import class_names as names_lib
 from groupvit_jax.eval import draw
-from groupvit_jax.eval.benchmarks import MAX_CLASSES
 from groupvit_jax.eval.class_names import ClassName, parse_class_names
 from groupvit_jax.eval.evaluator import windows_per_batch
 from groupvit_jax.eval.labeller import Labeller
@@ -32,6 +31,7 @@ from groupvit_jax.train import open_run
 
 BACKGROUND = 'background'
 _BATCH_SIZES = (1, 4, 16)  # windows on each device: one compilation each, when first needed
+_MAX_CLASSES = 255  # that 8-bit label maps hold, the background included
 _MIN_CAPACITY = 16  # classes to compile for; then twice as many, and so on
 _MAX_EMBEDDINGS = 4096  # of class names that are kept
 
@@ -229,8 +229,8 @@ class Predictor:
     """A function that segments encoded images into some classes."""
     background = threshold is not None
     classes = parse_class_names(class_names, reserved=(BACKGROUND,) * background)
-    if len(classes) > MAX_CLASSES - background:
-      raise UserError(f'there are {len(classes)} classes; at most {MAX_CLASSES - background} fit 8-bit labels')
+    if len(classes) > _MAX_CLASSES - background:
+      raise UserError(f'there are {len(classes)} classes; at most {_MAX_CLASSES - background} fit 8-bit labels')
     labeller = Labeller(
       dataclasses.replace(self.protocol, threshold=threshold),
       self.embed_classes(classes),

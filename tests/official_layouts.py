@@ -6,6 +6,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
+import scipy.io
 
 from tests.photos import photo
 
@@ -31,9 +32,9 @@ def save_indices(path: pathlib.Path, labels: np.ndarray) -> None:
 
 
 def labels_of(number: int, values: tuple[int, ...]) -> np.ndarray:
-  """Vertical stripes of some labels."""
+  """Vertical stripes of some labels, of 16 bits where one does not fit 8."""
   height, width = SIZES[number]
-  columns = np.array(values, np.uint8)[np.arange(width) * len(values) // width]
+  columns = np.array(values, np.min_scalar_type(max(values)))[np.arange(width) * len(values) // width]
   return np.broadcast_to(columns, (height, width)).copy()
 
 
@@ -72,6 +73,19 @@ def pascal_context(root: pathlib.Path) -> list[np.ndarray]:
   return maps
 
 
+def pascal_context_459(root: pathlib.Path) -> list[np.ndarray]:
+  """VOCdevkit/VOC2010 with MATLAB files: accordion 1, 256 (a label that 8 bits hold not), wool 459."""
+  base = root / 'VOCdevkit' / 'VOC2010'
+  save_pictures([base / 'JPEGImages' / f'{key}.jpg' for key in KEYS])
+  maps = [labels_of(n, (1, 256, 459)) for n in range(3)]
+  (base / 'trainval').mkdir()
+  for key, labels in zip(KEYS, maps):
+    scipy.io.savemat(base / 'trainval' / f'{key}.mat', {'LabelMap': labels})
+  (base / 'ImageSets' / 'Main').mkdir(parents=True)
+  (base / 'ImageSets' / 'Main' / 'val.txt').write_text('\n'.join(KEYS) + '\n')
+  return maps
+
+
 def coco_stuff(
   root: pathlib.Path, images='val2017', labels='stuffthingmaps/val2017', ending='.png'
 ) -> list[np.ndarray]:
@@ -91,6 +105,20 @@ def ade20k(root: pathlib.Path) -> list[np.ndarray]:
   maps = [labels_of(n, (0, 1, 150)) for n in range(3)]
   for name, labels in zip(names, maps):
     save(base / 'annotations' / 'validation' / f'{name}.png', labels)
+  return maps
+
+
+def ade20k_full(root: pathlib.Path) -> list[np.ndarray]:
+  """Objects: 0 unlabelled, 1 no class, wall 2978, plane (aircraft) 14, and the highest, 3156."""
+  base = root / 'ADE20K_2021_17_01' / 'images' / 'ADE' / 'validation' / 'urban' / 'street'
+  names = [f'ADE_val_{n:08}' for n in range(3)]
+  save_pictures([base / f'{name}.jpg' for name in names])
+  maps = [labels_of(n, (0, 1, 2978, 14, 3156)) for n in range(3)]
+  for name, labels in zip(names, maps):
+    instances = np.arange(labels.size, dtype=np.uint16).reshape(labels.shape) % 10  # in red's last digit, and in blue
+    save(
+      base / f'{name}_seg.png', np.stack([labels // 256 * 10 + instances, labels % 256, instances], -1).astype(np.uint8)
+    )
   return maps
 
 

@@ -11,9 +11,8 @@ import numpy as np
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.draw import class_palette
 from groupvit_jax.eval.protocols import Protocol
+from groupvit_jax.model.metrics import ignore_label
 
-IGNORE_LABEL = 255
-MAX_CLASSES = IGNORE_LABEL  # that 8-bit labels hold, the background included
 _FILE = Path(__file__).with_name('segmentation_benchmarks.json')
 _PUBLISHED = Path(__file__).with_name('published.json')
 
@@ -111,22 +110,25 @@ class Benchmark:
     return dataclasses.replace(protocol, threshold=own, changed=changed)
 
   def train_labels(self, raw: np.ndarray) -> np.ndarray:
-    """Labels 0..C-1, 255 to ignore, from those of the data set's files; both uint8 [H, W]."""
-    return _lookup_table(self.raw_label_ids, self.background, self.reduce_zero_label)[raw]
+    """Labels 0..C-1, and `ignore_label`, from those of the data set's files; both [H, W], uint8 or uint16."""
+    return _lookup_table(self.raw_label_ids, self.background, self.reduce_zero_label, raw.dtype)[raw]
 
 
 @functools.cache
-def _lookup_table(raw_label_ids: tuple[int, ...] | None, background: bool, reduce_zero_label: bool) -> np.ndarray:
-  """Label in the files -> label, uint8 [256]."""
+def _lookup_table(
+  raw_label_ids: tuple[int, ...] | None, background: bool, reduce_zero_label: bool, dtype: np.dtype
+) -> np.ndarray:
+  """Label in the files -> label, for each label of a type."""
+  ignored = ignore_label(dtype)
   if raw_label_ids is not None:
-    # With a background everything else is background, the files' 255 included.
-    table = np.full(256, 0 if background else IGNORE_LABEL, np.uint8)
+    # With a background everything else is background, the files' ignored pixels included.
+    table = np.full(ignored + 1, 0 if background else ignored, dtype)
     table[list(raw_label_ids)] = np.arange(len(raw_label_ids)) + background
     return table
-  table = np.arange(256, dtype=np.uint8)
+  table = np.arange(ignored + 1, dtype=dtype)
   if reduce_zero_label:
-    table[1:255] -= 1
-    table[0] = IGNORE_LABEL
+    table[1:ignored] -= 1
+    table[0] = ignored
   return table
 
 
@@ -150,7 +152,8 @@ def find_benchmark(name: str) -> Benchmark:
 
 def _parse(name: str, fields: Mapping) -> Benchmark:
   tuples = {key: tuple(fields[key]) for key in ('classes', 'raw_label_ids') if key in fields}
-  return Benchmark(name=name, **(dict(fields) | tuples | dict(palette=tuple(map(tuple, fields['palette'])))))
+  palette = fields['palette'] if 'palette' in fields else class_palette(fields['classes'])
+  return Benchmark(name=name, **(dict(fields) | tuples | dict(palette=tuple(map(tuple, palette)))))
 
 
 def make_benchmark(name: str, classes: Sequence[str], *, background: bool = False) -> Benchmark:
@@ -162,13 +165,13 @@ def make_benchmark(name: str, classes: Sequence[str], *, background: bool = Fals
     background: whether there is one.
 
   Raises:
-    ValueError: no class to look for, one twice, an empty name, or more than labels of 8 bits hold.
+    ValueError: no class to look for, one twice, an empty name, or more than labels of 16 bits hold.
   """
   classes = tuple(classes)
   if len(classes) <= background:
     raise UserError(f'{name} has no classes to look for; name at least one')
-  if len(classes) > MAX_CLASSES:
-    raise UserError(f'{name} has {len(classes)} classes; at most {MAX_CLASSES} fit 8-bit labels')
+  if len(classes) > (most := ignore_label(np.uint16)):
+    raise UserError(f'{name} has {len(classes)} classes; at most {most} fit 16-bit labels')
   for i, label in enumerate(classes):
     if not label.strip():
       raise UserError(f'class {i} of {name} has an empty name; name it or remove it')

@@ -6,6 +6,7 @@ C classes.
 
 from collections.abc import Sequence
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from groupvit_jax.eval.lettering import text_height, text_length, write_text
-from groupvit_jax.model.metrics import IGNORE_LABEL
+from groupvit_jax.model.metrics import ignore_label
 
 _IGNORE_COLOUR = (224, 224, 224)
 LONG_SIDE = 384  # overlays are at least this long: far below it no name is legible
@@ -62,9 +63,11 @@ _COLOUR_BLIND = np.float32(
 
 
 def class_palette(names: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
-  """Colours (RGB) of classes: for grass, sky and the like those that people expect, for others far ones."""
+  """Colours (RGB) of classes: for grass, sky and the like those that people expect, for others far ones, which
+  repeat after 256.
+  """
   expected = {name: _EXPECTED[name.lower()] for name in names if name.lower() in _EXPECTED}
-  others = iter(spread_palette(len(names) - len(expected), tuple(expected.values())))
+  others = itertools.cycle(spread_palette(min(len(names) - len(expected), 256), tuple(expected.values())))
   return tuple(expected[name] if name in expected else next(others) for name in names)
 
 
@@ -101,9 +104,11 @@ def perceived(rgb: np.ndarray) -> np.ndarray:
 
 
 def mask_image(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
-  """A label map uint8 [H, W] as an image of mode P: pixel values are labels, 255 (grey) is 'ignore'."""
-  image = Image.fromarray(np.ascontiguousarray(labels, np.uint8)).convert('P')
-  image.putpalette(_table(palette).tobytes())
+  """A label map [H, W] as an image of indices: uint8 in mode P with colours, 255 (grey) is 'ignore'; uint16 without."""
+  image = Image.fromarray(np.ascontiguousarray(labels))
+  if labels.dtype == np.uint8:
+    image = image.convert('P')
+    image.putpalette(_table(palette).tobytes())
   return image
 
 
@@ -113,8 +118,9 @@ def hex_colour(colour: Sequence[int]) -> str:
 
 
 def colour_map(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> np.ndarray:
-  """Labels [H, W] in their colours, uint8 [H, W, 3]; 255 is grey."""
-  return _table(palette)[labels]
+  """Labels [H, W] in their colours, uint8 [H, W, 3]; those of no class are grey."""
+  table = _table(palette)
+  return table[np.minimum(labels, len(table) - 1)]
 
 
 def enlarge(array: np.ndarray, factor: int) -> np.ndarray:
@@ -152,7 +158,7 @@ def draw_overlay(
 
   Args:
     image: uint8 [H, W, 3].
-    labels: uint8 [H, W]; 255 is left as it is.
+    labels: [H, W]; those of no class are left as they are.
     palette: C colours.
     names: C names; an empty one is not drawn.
     opacity: of the colours, 0 to 1.
@@ -163,7 +169,7 @@ def draw_overlay(
   """
   factor = enlargement(labels.shape, long_side)
   image, labels = enlarge(image, factor), enlarge(labels, factor)
-  coloured = _blend(image, colour_map(labels, palette), opacity * (labels != IGNORE_LABEL))
+  coloured = _blend(image, colour_map(labels, palette), opacity * (labels < len(palette)))
   canvas = Image.fromarray(_draw_borders(coloured, labels))
   _write_names(canvas, labels, palette, names)
   return np.asarray(canvas)
@@ -239,7 +245,7 @@ def draw_tiles(
   tiles = {'input': enlarge(row.image, enlargement(row.image.shape[:2], long_side))}
   for kind in shown:
     labels = getattr(row, kind)
-    labels = np.full(row.image.shape[:2], IGNORE_LABEL, np.uint8) if labels is None else labels
+    labels = np.full(row.image.shape[:2], ignore_label(np.uint16), np.uint16) if labels is None else labels
     tiles[kind] = draw_overlay(row.image, labels, palette, names, long_side=long_side)
   stages = {'final groups': -1, 'first groups': 0} if len(row.groups) > 1 else {'groups': 0}
   return tiles | {title: draw_groups(row.image, row.groups[i], long_side=long_side) for title, i in stages.items()}
@@ -248,12 +254,12 @@ def draw_tiles(
 def _used_labels(rows: Sequence[Row]) -> list[int]:
   """Labels that occur in any truth or prediction."""
   maps = [array for row in rows for array in (row.truth, row.prediction) if array is not None]
-  return sorted({label for array in maps for label in np.unique(array).tolist()} - {IGNORE_LABEL})
+  return sorted({label for array in maps for label in np.unique(array).tolist() if label != ignore_label(array.dtype)})
 
 
 def _table(palette: Sequence[Sequence[int]]) -> np.ndarray:
-  """256 colours, uint8 [256, 3]: the palette's, then the grey of ignored pixels."""
-  table = np.full((256, 3), _IGNORE_COLOUR, np.uint8)
+  """256 colours or more, uint8 [n, 3]: the palette's, then the grey of ignored pixels."""
+  table = np.full((max(256, len(palette) + 1), 3), _IGNORE_COLOUR, np.uint8)
   table[: len(palette)] = palette
   return table
 
@@ -282,7 +288,7 @@ def _write_names(
   """Writes each class's name in the middle of its largest area, large areas first."""
   draw = ImageDraw.Draw(canvas)
   boxes: list[Box] = []
-  areas = np.bincount(labels.ravel(), minlength=256)
+  areas = np.bincount(labels.ravel())
   for label in np.argsort(-areas, kind='stable').tolist():
     if label < len(names) and names[label] and areas[label] >= _SMALLEST_AREA * labels.size:
       points = _fitting_size(names[label], canvas.size)

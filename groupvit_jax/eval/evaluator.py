@@ -13,7 +13,7 @@ from groupvit_jax.data.images import read_image
 from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw
-from groupvit_jax.eval.benchmarks import Benchmark, IGNORE_LABEL
+from groupvit_jax.eval.benchmarks import Benchmark
 from groupvit_jax.eval.class_names import embed_synonyms, find_names, NameSet
 from groupvit_jax.eval.labelled import (
   BadImages,
@@ -30,7 +30,7 @@ from groupvit_jax.eval.result import Result
 from groupvit_jax.eval.window_encoder import cut_image, CutImage, EncodedWindows, group_maps, WindowEncoder
 from groupvit_jax.model import metrics
 from groupvit_jax.model.image_text import ImageTextModel
-from groupvit_jax.model.metrics import GroupingHealth
+from groupvit_jax.model.metrics import GroupingHealth, ignore_label
 from groupvit_jax.running import sharding
 
 _WINDOWS_PER_DEVICE = 32
@@ -62,7 +62,7 @@ class Scoring:
     names: of the classes.
     text_embeds: [C, E], of `names.prompts`.
     thresholds: further background thresholds, counted along at little cost.
-    train_labels: labels of the benchmark from those of the source, both uint8 [H, W].
+    train_labels: labels of the benchmark from those of the source, both [H, W].
   """
 
   benchmark: Benchmark
@@ -207,11 +207,12 @@ def cut_labelled(source: LabelledSource, index: int, *, scorings: Sequence[Scori
   key, label = record['key'], record['label']
   for scoring in scorings:
     benchmark, found = scoring.benchmark, scoring.train_labels(label)
-    beyond = found[(found >= benchmark.num_classes) & (found != IGNORE_LABEL)]
+    ignored = ignore_label(found.dtype)
+    beyond = found[(found >= benchmark.num_classes) & (found != ignored)]
     if beyond.size:
       raise UserError(
         f'the label map of {key!r} holds {beyond[0]}, but {benchmark.name} has labels 0 to '
-        f'{benchmark.num_classes - 1} and {IGNORE_LABEL}'
+        f'{benchmark.num_classes - 1} and {ignored}'
       )
   image = read_image(record['image'], key)
   return cut_image(image, scorings[0].protocol, patch_size, key=key, index=index, label=label)
@@ -219,7 +220,7 @@ def cut_labelled(source: LabelledSource, index: int, *, scorings: Sequence[Scori
 
 def image_miou(truth: np.ndarray, labels: np.ndarray, num_classes: int) -> float:
   """mIoU of one image over the classes that it or its label map has; nan where nothing is labelled."""
-  counted = truth != IGNORE_LABEL
+  counted = truth < num_classes
   cells = truth[counted].astype(int) * num_classes + labels[counted]
   counts = np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
   return float(metrics.scores_from_counts(counts).miou)

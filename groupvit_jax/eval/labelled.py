@@ -25,8 +25,9 @@ from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_scenes
 from groupvit_jax.data.tars import open_webdataset, WebDataset
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, IGNORE_LABEL, make_benchmark
-from groupvit_jax.eval.protocols import NATIVE, SHIFTED
+from groupvit_jax.eval.benchmarks import Benchmark, find_benchmark, make_benchmark
+from groupvit_jax.eval.protocols import NATIVE, SHIFTED, TCL
+from groupvit_jax.model.metrics import ignore_label, label_dtype
 from groupvit_jax.running import processes
 
 # Benchmark -> the data set that holds its images and labels; see groupvit_jax/prepare.
@@ -35,9 +36,11 @@ STORED_IN = {
   'voc20': 'voc2012',
   'context60': 'pascal_context',
   'context59': 'pascal_context',
+  'context459': 'pascal_context_459',
   'coco_object': 'coco_stuff',
   'coco_stuff': 'coco_stuff',
   'ade20k': 'ade20k',
+  'ade20k_847': 'ade20k_full',
   'cityscapes': 'cityscapes_fine',
 }
 FOLDER = 'folder'
@@ -62,7 +65,7 @@ class LabelledSource(Protocol):
   def __len__(self) -> int: ...
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': uint8 [H, W] or a class, 'key': name}."""
+    """Returns {'image': uint8 [H, W, 3] or bytes, 'label': uint8 or uint16 [H, W] or a class, 'key': name}."""
     ...
 
 
@@ -83,23 +86,19 @@ class Source:
 
 
 def decode_label(data: bytes, key: str) -> np.ndarray:
-  """The indices in a label map's file, uint8 [H, W].
+  """The indices in a label map's file, uint8 or uint16 [H, W].
 
   Raises:
-    ValueError: it is no image of 8-bit indices.
+    ValueError: it is no image of 8-bit or 16-bit indices.
   """
   try:
     with Image.open(io.BytesIO(data)) as image:
       mode, labels = image.mode, np.asarray(image)
   except Exception as error:  # which one depends on where the damage is
     raise UserError(f'{key} cannot be read; it must be a PNG of indices') from error
-  if mode.startswith('I'):
-    raise UserError(f'{key} has 16 bits or more a pixel; save its indices with 8 (mode L or P)')
-  if labels.dtype == bool or mode not in ('L', 'P'):
-    raise UserError(f'{key} is an image of mode {mode}; it must be a PNG of indices (mode L or P), not of colours')
-  if labels.size and labels.max() > IGNORE_LABEL:
-    raise UserError(f'{key} holds the index {labels.max()}; at most {IGNORE_LABEL} (ignore) is possible')
-  return labels.astype(np.uint8)
+  if mode not in ('L', 'P', 'I;16'):
+    raise UserError(f'{key} is an image of mode {mode}; it must be a PNG of indices of 8 or 16 bits (L, P or I;16)')
+  return labels
 
 
 def subset(source: LabelledSource, indices: Sequence[int]) -> Source:
@@ -145,9 +144,10 @@ def open_benchmark(name: str, data_dir: epath.PathLike, num_images: int = 0) -> 
 
 
 def default_protocol(benchmark: Benchmark) -> str:
-  """The protocol of the first published result; where there is none, 'shifted' for scenes and 'native' for a folder."""
-  own = SHIFTED if benchmark.name == SCENES else NATIVE
-  return benchmark.published[0].protocol if benchmark.published else own
+  """The protocol of the first published result; without one 'tcl', for scenes 'shifted', for a folder 'native'."""
+  if benchmark.published:
+    return benchmark.published[0].protocol
+  return TCL.name if benchmark.name in STORED_IN else SHIFTED if benchmark.name == SCENES else NATIVE
 
 
 def open_prepared(benchmark: Benchmark, data_dir: epath.PathLike) -> Source:
@@ -239,7 +239,8 @@ def open_folder(path: epath.PathLike) -> tuple[Benchmark, Source]:
   """Anyone's labelled images, as a benchmark.
 
   Args:
-    path: folder with `images/NAME.jpg` (or .png and others), `labels/NAME.png` (indices, 255 to ignore) and the
+    path: folder with `images/NAME.jpg` (or .png and others), `labels/NAME.png` (indices of 8 or 16 bits, of which
+      the highest, 255 or 65535, is ignored) and the
       classes in label order, as `classes.txt` (one a line) or `classes.json` (a list). A first class called
       'background' is whatever the others are not. Either may list synonyms, see `class_names.find_names`.
 
@@ -280,7 +281,10 @@ def open_folder(path: epath.PathLike) -> tuple[Benchmark, Source]:
   def read(index: int) -> dict[str, Any]:
     image = images / names[index]
     label = labels / f'{image.stem}.png'
-    return {'image': image.read_bytes(), 'label': decode_label(label.read_bytes(), str(label)), 'key': image.stem}
+    found = decode_label(label.read_bytes(), str(label))
+    if found.dtype != label_dtype(len(classes)) == np.uint16:  # where 255 is a class
+      found = np.where(found == ignore_label(found.dtype), np.uint16(ignore_label(np.uint16)), found)
+    return {'image': image.read_bytes(), 'label': found, 'key': image.stem}
 
   return benchmark, Source(benchmark.classes, len(names), read)
 

@@ -22,7 +22,7 @@ import numpy as np
 from groupvit_jax.eval.protocols import Protocol
 from groupvit_jax.eval.window_encoder import EncodedWindows
 from groupvit_jax.model import segmentation
-from groupvit_jax.model.metrics import ConfusionMatrix, IGNORE_LABEL
+from groupvit_jax.model.metrics import ConfusionMatrix, ignore_label, label_dtype
 from groupvit_jax.running import sharding
 
 # Labelled at a time: more of them leave a CPU's caches; elsewhere most images take one call.
@@ -61,7 +61,7 @@ class PixelLabels(NamedTuple):
 class LabelMap(NamedTuple):
   """Labels of an image, on the host."""
 
-  labels: np.ndarray  # uint8 [H, W]
+  labels: np.ndarray  # [H, W], of the benchmark's `label_dtype`
   scores: np.ndarray  # float32 [H, W], of those labels
   class_scores: np.ndarray  # float32 [K, S, C], of the windows' segments, without the background
 
@@ -180,7 +180,7 @@ def count_pixels(
     classes: likewise.
     pixels: likewise.
     offset: likewise.
-    truth: labels [P], 255 where there is none.
+    truth: labels [P]; `ignore_label` where there is none.
     job: [], a `Pass`.
     protocol: likewise.
     by_pixel: likewise.
@@ -278,7 +278,7 @@ class Labeller:
     whole = lambda arrays: np.concatenate(jax.device_get(arrays))[: height * width].reshape(height, width)
     labels, scores = (whole([getattr(part, name) for part in parts]) for name in ('labels', 'scores'))
     class_scores = np.asarray(parts[0].class_scores)[: len(encoded.segment_embeds), :, : self._num_classes]
-    return LabelMap(labels.astype(np.uint8), scores, class_scores)
+    return LabelMap(labels.astype(label_dtype(self._num_labels)), scores, class_scores)
 
   def _windows(self, encoded: EncodedWindows) -> Windows:
     """Everything of fixed shape: unused windows stay zero, small ones fill the upper left."""
@@ -313,7 +313,7 @@ class CountingLabeller(Labeller):
 
     Args:
       encoded: the image.
-      truth: its labels, uint8 [H, W], 255 to ignore.
+      truth: its labels, uint8 or uint16 [H, W]; `ignore_label` where there is none.
       oracle: whether to count the oracle as well.
       fetch: whether to return the label map; otherwise it stays on the devices.
     """
@@ -343,7 +343,7 @@ class CountingLabeller(Labeller):
   def _parts(self, encoded: EncodedWindows, truth: np.ndarray) -> Iterator[tuple[int, jax.Array]]:
     """The start of each call for an image, and the true labels of its pixels."""
     starts = self._starts(encoded)
-    padded = np.full(len(starts) * self._num_pixels, IGNORE_LABEL, np.uint8)
+    padded = np.full(len(starts) * self._num_pixels, ignore_label(truth.dtype), truth.dtype)
     padded[: truth.size] = truth.ravel()
     for start in starts:
       yield start, jax.device_put(padded[start : start + self._num_pixels], self._by_pixel)

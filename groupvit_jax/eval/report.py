@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from groupvit_jax.eval import draw
-from groupvit_jax.eval.benchmarks import IGNORE_LABEL
 from groupvit_jax.eval.draw import Row
 from groupvit_jax.eval.protocols import Protocol
 from groupvit_jax.eval.result import Result
@@ -246,8 +245,8 @@ def _strip(name: str, miou: float, row: Row, result: Result) -> str:
 
 def _legend(row: Row, result: Result) -> str:
   """The colours of the classes in the truth or the prediction, largest first."""
-  pixels = np.bincount(np.concatenate([row.truth.ravel(), row.prediction.ravel()]), minlength=IGNORE_LABEL + 1)
-  shown = [i for i in np.argsort(-pixels, kind='stable') if pixels[i] and i != IGNORE_LABEL]
+  pixels = np.bincount(np.concatenate([row.truth.ravel(), row.prediction.ravel()]))[: result.benchmark.num_classes]
+  shown = [i for i in np.argsort(-pixels, kind='stable') if pixels[i]]
   palette, names = result.benchmark.palette, result.benchmark.classes
   swatch = lambda i: f'<i style="background:{draw.hex_colour(palette[i])}"></i>'
   return ' '.join(f'<span>{swatch(i)}{html.escape(names[i].strip())}</span>' for i in shown)

@@ -40,7 +40,7 @@ class CutImage:
     tops: first row of each of the K windows in the resized image.
     lefts: first column of each.
     windows: uint8 [K, H, W, 3].
-    label: uint8 label map [rows, columns] of the original size, 255 to ignore; None where there is none.
+    label: label map [rows, columns] of the original size, uint8 or uint16; None where there is none.
   """
 
   key: str

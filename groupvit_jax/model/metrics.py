@@ -13,8 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-IGNORE_LABEL = 255
 _LIMB_BITS = 30  # of the lower half of a count
+
+
+def label_dtype(num_classes: int) -> np.dtype:
+  """The smallest type of labels that holds so many classes and `ignore_label`."""
+  return np.dtype(np.uint8 if num_classes <= ignore_label(np.uint8) else np.uint16)
+
+
+def ignore_label(dtype: np.dtype) -> int:
+  """The label of pixels that do not count: the highest of a type, 255 of uint8 and 65535 of uint16."""
+  return int(np.iinfo(dtype).max)
 
 
 class SegmentationScores(NamedTuple):
@@ -45,7 +54,7 @@ class ConfusionMatrix(metrics.Metric):
     """Counts pixels.
 
     Args:
-      truth: integer labels of any shape with fewer than 2**30 elements; 255 and other non-classes are not counted.
+      truth: integer labels of any shape with fewer than 2**30 elements; what is no class is not counted.
       predicted: labels of the same shape, integers below `num_classes`.
       num_classes: C.
     """
@@ -101,13 +110,14 @@ def best_constant_scores(counts: np.ndarray) -> tuple[int, SegmentationScores]:
     counts: confusion matrix [C, C], rows true.
   """
   true = counts.sum(axis=1)
-  scores = [scores_from_counts(np.where(np.arange(len(true)) == c, true[:, None], 0)) for c in range(len(true))]
-  best = int(np.argmax([np.nan_to_num(score.miou) for score in scores]))
-  return best, scores[best]
+  # The IoU of that class is its share of the pixels, that of others 0; a class without pixels is one more to average.
+  miou = true / np.maximum(np.count_nonzero(true) + (true == 0), 1)
+  best = int(np.argmax(miou))
+  return best, scores_from_counts(np.where(np.arange(len(true)) == best, true[:, None], 0))
 
 
 def _counted(truth: jax.Array, num_classes: int) -> jax.Array:
-  return (truth >= 0) & (truth < num_classes) & (truth != IGNORE_LABEL)
+  return (truth >= 0) & (truth < num_classes)
 
 
 def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

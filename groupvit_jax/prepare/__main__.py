@@ -3,11 +3,13 @@
   python -m groupvit_jax.prepare voc2012 --manual_dir=FOLDER --data_dir=data
 
 Segmentation, from the official archives unpacked in --manual_dir:
-  voc2012          VOCdevkit/VOC2012                                                         (voc21, voc20)
-  pascal_context   VOCdevkit/VOC2010 with trainval_merged.json in it                         (context60, context59)
-  coco_stuff       val2017/*.jpg, stuffthingmaps/val2017/*.png or annotations/val2017/*.png  (coco_stuff, coco_object)
-  ade20k           ADEChallengeData2016
-  cityscapes_fine  leftImg8bit and gtFine
+  voc2012             VOCdevkit/VOC2012                                                       (voc21, voc20)
+  pascal_context      VOCdevkit/VOC2010 with trainval_merged.json in it                       (context60, context59)
+  pascal_context_459  VOCdevkit/VOC2010 with trainval/*.mat in it                             (context459)
+  coco_stuff          val2017/*.jpg, stuffthingmaps/val2017/*.png or annotations/val2017/*.png (coco_stuff, coco_object)
+  ade20k              ADEChallengeData2016
+  ade20k_full         ADE20K_2021_17_01                                                       (ade20k_847)
+  cityscapes_fine     leftImg8bit and gtFine
 
 Image-text pairs, from downloads in --manual_dir, by --workers processes; the same command resumes:
   cc3m, cc12m      *.tar as img2dataset writes them, local or remote
@@ -27,7 +29,15 @@ from groupvit_jax.data.tfds import newest_version, open_records
 from groupvit_jax.errors import UserError
 from groupvit_jax.storage import is_local
 
-SEGMENTATION_SETS = ('voc2012', 'pascal_context', 'coco_stuff', 'ade20k', 'cityscapes_fine')
+SEGMENTATION_SETS = (
+  'voc2012',
+  'pascal_context',
+  'pascal_context_459',
+  'coco_stuff',
+  'ade20k',
+  'ade20k_full',
+  'cityscapes_fine',
+)
 CAPTION_SETS = ('cc3m', 'cc12m', 'yfcc14m', 'redcaps12m')
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from etils import epath
 import numpy as np
 from PIL import Image
+import scipy.io
 
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval.benchmarks import find_benchmark
@@ -70,6 +71,15 @@ def pascal_context(manual_dir: epath.PathLike) -> list[LabelledFile]:
   return _pairs(path, files)
 
 
+def pascal_context_459(manual_dir: epath.PathLike) -> list[LabelledFile]:
+  """Pascal Context val with all 459 classes: `VOCdevkit/VOC2010/{ImageSets/Main/val.txt,JPEGImages,trainval/*.mat}`."""
+  listing = 'ImageSets/Main/val.txt'
+  root = _find(manual_dir, [f'{folder}{listing}' for folder in ('VOCdevkit/VOC2010/', 'VOC2010/', '')]).parents[2]
+  keys = (root / listing).read_text().split()
+  files = [(key, root / 'JPEGImages' / f'{key}.jpg', root / 'trainval' / f'{key}.mat') for key in keys]
+  return _pairs(root / listing, files, _read_mat)
+
+
 def coco_stuff(manual_dir: epath.PathLike) -> list[LabelledFile]:
   """COCO-Stuff val2017: `[images/]val2017/*.jpg` and `stuffthingmaps/val2017/*.png`, or `annotations/val2017/*.png`.
 
@@ -94,6 +104,13 @@ def ade20k(manual_dir: epath.PathLike) -> list[LabelledFile]:
   images = _find(manual_dir, ['ADEChallengeData2016/images/validation', 'images/validation'])
   labels = images.parents[1] / 'annotations' / 'validation'
   return _pairs(images, [(i.stem, i, labels / f'{i.stem}.png') for i in _sorted(images, '.jpg')])
+
+
+def ade20k_full(manual_dir: epath.PathLike) -> list[LabelledFile]:
+  """All objects of ADE20K, validation: `ADE20K_2021_17_01/images/ADE/validation/*/*/ADE_val_*{.jpg,_seg.png}`."""
+  root = _find(manual_dir, [f'{folder}images/ADE/validation' for folder in ('ADE20K_2021_17_01/', '')])
+  images = sorted(root.glob('*/*/ADE_val_*.jpg'), key=lambda path: path.name)
+  return _pairs(root, [(i.stem, i, i.parent / f'{i.stem}_seg.png') for i in images], _read_objects)
 
 
 def cityscapes_fine(manual_dir: epath.PathLike) -> list[LabelledFile]:
@@ -156,9 +173,11 @@ def _sorted(folder: epath.Path, ending: str) -> list[epath.Path]:
 
 
 def _pairs(
-  source: epath.Path, files: list[tuple[str, epath.Path, epath.Path | Callable[[], bytes]]]
+  source: epath.Path,
+  files: list[tuple[str, epath.Path, epath.Path | Callable[[], bytes]]],
+  read: Callable[[epath.Path], bytes] = epath.Path.read_bytes,
 ) -> list[LabelledFile]:
-  """The labelled images, after a check that each file exists; a folder is listed once.
+  """The labelled images, after a check that each file exists; a folder is listed once. `read` reads label maps.
 
   Raises:
     UserError: there are none, or a file is missing.
@@ -174,7 +193,27 @@ def _pairs(
   if missing:
     others = f', and {len(missing) - 1} more files are missing' if len(missing) > 1 else ''
     raise UserError(f'there is no {missing[0]}{others}; unpack the official archives again')
-  return [LabelledFile(key, image, label if callable(label) else label.read_bytes) for key, image, label in files]
+  reader = lambda label: label if callable(label) else functools.partial(read, label)
+  return [LabelledFile(key, image, reader(label)) for key, image, label in files]
+
+
+def _read_mat(path: epath.Path) -> bytes:
+  """The label map in a MATLAB file of Pascal Context: 1 to 459."""
+  try:
+    labels = scipy.io.loadmat(io.BytesIO(path.read_bytes()))['LabelMap'].astype(np.uint16)
+  except Exception as error:  # which one depends on where the damage is
+    raise UserError(f'{path} holds no LabelMap of Pascal Context ({error!r}); fetch it again') from error
+  return _encode(labels)
+
+
+def _read_objects(path: epath.Path) -> bytes:
+  """The objects in a label map of colours: red // 10 * 256 + green, as ADE20K numbers them from 1; 0 is unlabelled."""
+  try:
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
+      red, green, _ = np.moveaxis(np.asarray(image).astype(np.uint16), -1, 0)
+  except ValueError as error:
+    raise UserError(f'{path} is no label map of red, green and blue; fetch it again') from error
+  return _encode(red // 10 * 256 + green)
 
 
 def _raw_ids(path: epath.Path) -> bytes:

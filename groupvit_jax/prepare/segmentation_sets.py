@@ -1,6 +1,7 @@
 """TFDS builders of segmentation data sets: images and label maps unchanged, in one split 'validation'.
 
 Labels are mapped to a benchmark's classes when they are read, so VOC20, Context59 and COCO-Object need no copy.
+Those of more than 255 classes have 16 bits.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,7 +12,9 @@ import tensorflow_datasets as tfds
 
 from groupvit_jax.data.images import read_image
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval.labelled import decode_label, SPLIT
+from groupvit_jax.eval.benchmarks import find_benchmark
+from groupvit_jax.eval.labelled import decode_label, SPLIT, STORED_IN
+from groupvit_jax.model.metrics import label_dtype
 from groupvit_jax.prepare import segmentation_layouts
 
 
@@ -24,10 +27,11 @@ class _SegmentationSet(tfds.core.GeneratorBasedBuilder):
   find_files: Callable[[epath.PathLike], list[segmentation_layouts.LabelledFile]]
 
   def _info(self) -> tfds.core.DatasetInfo:
+    classes = max(find_benchmark(name).num_classes for name, stored in STORED_IN.items() if stored == self.name)
     features = tfds.features.FeaturesDict(
       {
         'image': tfds.features.Image(),
-        'label': tfds.features.Image(shape=(None, None, 1), encoding_format='png'),
+        'label': tfds.features.Image(shape=(None, None, 1), dtype=label_dtype(classes), encoding_format='png'),
         'key': tfds.features.Text(),
       }
     )

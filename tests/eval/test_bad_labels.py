@@ -1,4 +1,4 @@
-"""Label maps that do not fit: refused in one line."""
+"""Label maps in files: of 8 and 16 bits, and those that do not fit, which are refused in one line."""
 
 import io
 
@@ -11,13 +11,26 @@ from groupvit_jax.eval import labelled
 from tests import official_layouts
 
 
-def test_label_maps_of_16_bits_and_without_image(tmp_path):
+def test_label_maps_without_image_and_of_colours(tmp_path):
   data = io.BytesIO()
-  Image.fromarray(np.full((2, 2), 3, np.uint16)).save(data, 'PNG')
-  with pytest.raises(UserError, match='x.png has 16 bits or more a pixel; save its indices with 8'):
+  Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(data, 'PNG')
+  with pytest.raises(UserError, match='x.png is an image of mode RGB; it must be a PNG of indices of 8 or 16 bits'):
     labelled.decode_label(data.getvalue(), 'x.png')
   official_layouts.folder(tmp_path)
   labelled.open_folder(tmp_path)
   Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / 'labels' / 'spare.png')
   with pytest.raises(UserError, match='there is no image of .*labels/spare.png .* have none.; add it, or remove'):
     labelled.open_folder(tmp_path)
+
+
+def test_more_classes_than_8_bits_hold(tmp_path):
+  """Then 255 is a class in label maps of 16 bits, and ignored in those of 8."""
+  official_layouts.folder(tmp_path)
+  wide = official_layouts.labels_of(0, (0, 255, 299, 65535))
+  official_layouts.save(tmp_path / 'labels' / 'a.png', wide)
+  (tmp_path / 'classes.txt').write_text('\n'.join(f'class {n}' for n in range(300)))
+  benchmark, source = labelled.open_folder(tmp_path)
+  assert benchmark.num_classes == len(benchmark.palette) == 300
+  np.testing.assert_array_equal(source[0]['label'], wide, strict=True)
+  narrow = official_layouts.labels_of(1, (0, 1, 2, 65535))
+  np.testing.assert_array_equal(source[1]['label'], narrow, strict=True)

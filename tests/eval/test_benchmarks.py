@@ -12,21 +12,24 @@ SIZES = {
   'voc20': 20,
   'context60': 60,
   'context59': 59,
+  'context459': 459,
   'coco_object': 81,
   'coco_stuff': 171,
   'ade20k': 150,
+  'ade20k_847': 847,
   'cityscapes': 19,
 }
 
 
-def test_all_eight_are_there_with_names_and_colours():
+def test_all_ten_are_there_with_names_and_colours():
   found = benchmarks.load_benchmarks()
   assert {name: b.num_classes for name, b in found.items()} == SIZES
   for name, benchmark in found.items():
     assert benchmark.name == name
     assert len(benchmark.palette) == benchmark.num_classes
     assert benchmark.background == (benchmark.classes[0] == 'background')
-    assert benchmark.published
+    assert bool(benchmark.published) == (benchmark.num_classes < 256)
+    assert len(set(map(str.lower, benchmark.classes))) == benchmark.num_classes
 
 
 def test_prompts_leave_out_the_background_and_use_the_spelling_asked_for():
@@ -103,9 +106,11 @@ def test_how_many_pictures_figures_are_about():
     voc20=1449,
     context60=5105,
     context59=5105,
+    context459=5105,
     coco_object=5000,
     coco_stuff=5000,
     ade20k=2000,
+    ade20k_847=2000,
     cityscapes=500,
   )
   assert all(f'({count} images' in benchmarks.find_benchmark(name).split for name, count in found.items())
@@ -135,11 +140,14 @@ def test_published_figures():
     # Raw COCO ids have gaps (11, street sign, is not annotated); stuff is background, so is 255.
     ('coco_object', [0, 10, 12, 89, 91, 255], [1, 11, 12, 80, 0, 0]),
     ('coco_stuff', [0, 10, 11, 12, 181, 255], [0, 10, 255, 11, 170, 255]),
+    ('context459', [0, 1, 255, 256, 459, 65535], [65535, 0, 254, 255, 458, 65535]),
+    ('ade20k_847', [0, 14, 255, 2978, 65535], [65535, 94, 65535, 0, 65535]),
   ],
 )
 def test_label_encodings(name, raw, labels):
-  got = benchmarks.find_benchmark(name).train_labels(np.array([raw], np.uint8))
-  assert got.dtype == np.uint8 and got.tolist() == [labels]
+  dtype = np.min_scalar_type(max(raw))
+  got = benchmarks.find_benchmark(name).train_labels(np.array([raw], dtype))
+  assert got.dtype == dtype and got.tolist() == [labels]
 
 
 def test_own_classes():
@@ -156,7 +164,7 @@ def test_own_classes():
     (['background'], True, 'mine has no classes to look for'),
     (['cat', 'dog', 'cat'], False, "names the class 'cat' twice"),
     (['cat', ' '], False, 'class 1 of mine has an empty name'),
-    ([str(i) for i in range(256)], False, 'at most 255'),
+    (range(65536), False, 'at most 65535'),
   ],
 )
 def test_bad_classes_are_refused(classes, background, message):

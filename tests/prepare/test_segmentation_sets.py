@@ -19,7 +19,7 @@ from groupvit_jax.prepare import __main__ as build
 from groupvit_jax.prepare.segmentation_layouts import decode_run_lengths
 from tests import official_layouts as layouts
 
-SETS = ('voc2012', 'pascal_context', 'coco_stuff', 'ade20k', 'cityscapes_fine')
+SETS = build.SEGMENTATION_SETS
 
 
 @pytest.fixture(scope='module')
@@ -49,12 +49,14 @@ def expected(benchmark: str, labels: np.ndarray) -> np.ndarray:
     'voc20': {0: 255, 255: 255, 1: 0, 2: 1, 3: 2, 20: 19},
     'context60': {0: 0, 1: 1, 37: 37, 59: 59},
     'context59': {0: 255, 1: 0, 37: 36, 59: 58},
+    'context459': {1: 0, 256: 255, 459: 458},
     'coco_stuff': {0: 0, 12: 11, 255: 255, 91: 80, 181: 170},
     'coco_object': {0: 1, 12: 12, 255: 0, 91: 0, 181: 0},
     'ade20k': {0: 255, 1: 0, 150: 149},
+    'ade20k_847': {0: 65535, 1: 65535, 2978: 0, 14: 94, 3156: 358},
     'cityscapes': {7: 0, 23: 10, 33: 18, 0: 255, 5: 255},
   }[benchmark]
-  return np.vectorize(table.__getitem__)(labels).astype(np.uint8)
+  return np.vectorize(table.__getitem__)(labels).astype(labels.dtype)
 
 
 @pytest.mark.parametrize('name', list(labelled.STORED_IN))
@@ -71,7 +73,7 @@ def test_a_benchmark_from_its_official_layout(name, raw, data_dir):
     assert record['image'] == files[key].read_bytes()  # unchanged
     pixels = read_image(record['image'], key)
     assert pixels.shape == (*record['label'].shape, 3)
-    np.testing.assert_array_equal(record['label'], expected(name, by_size[record['label'].shape]))
+    np.testing.assert_array_equal(record['label'], expected(name, by_size[record['label'].shape]), strict=True)
 
 
 @pytest.mark.parametrize('name', ['voc21', 'context60', 'coco_object', 'ade20k'])  # Cityscapes has PNGs
@@ -181,6 +183,8 @@ def empty(folder):
     path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
+OBJECTS = 'ADE20K_2021_17_01/images/ADE/validation/urban/street/ADE_val_00000001_seg.png'
+MAT = f'{V10}/trainval/{layouts.KEYS[0]}.mat'
 LABEL, TRAINVAL = f'{V12}/SegmentationClass/{layouts.KEYS[0]}.png', f'{V10}/trainval_merged.json'
 NO_LABELS = 'there is no .*stuffthingmaps/val2017 nor .*annotations/val2017 nor .*; unzip .* -d .*/stuffthingmaps$'
 
@@ -212,6 +216,10 @@ FAULTS = [
   ('pascal_context', TRAINVAL, replace('"category_id": 284', '"category_id": 285'), 'has the category 285'),
   ('pascal_context', TRAINVAL, replace('"phase": "val"', '"phase": "test"'), 'names no images'),
   ('pascal_context', f'{V10}/JPEGImages/{layouts.KEYS[1]}.jpg', pathlib.Path.unlink, 'there is no .*000042.jpg;'),
+  ('pascal_context_459', MAT, pathlib.Path.unlink, rf'there is no .*trainval/{layouts.KEYS[0]}.mat; '),
+  ('pascal_context_459', MAT, lambda p: p.write_bytes(b'x'), f'{layouts.KEYS[0]}.mat holds no LabelMap'),
+  ('ade20k_full', OBJECTS, pathlib.Path.unlink, 'there is no .*ADE_val_00000001_seg.png; '),
+  ('ade20k_full', OBJECTS, wrong_size, '_seg.png is no label map of red, green and blue'),
   ('coco_stuff', 'val2017', empty, 'val2017 names no images'),
   ('coco_stuff', 'stuffthingmaps', shutil.rmtree, NO_LABELS),
   ('coco_stuff', f'stuffthingmaps/val2017/{1:012}.png', pathlib.Path.unlink, f'there is no .*{1:012}.png;'),
