@@ -129,15 +129,6 @@ def test_equal_words_have_equal_ids_in_any_template():
   assert (one[0] != one[1]).any()
 
 
-def test_prompts_are_a_function_of_the_rngs_state():
-  def draw(seed):
-    return text_ops.noun_prompts(CAPTION, 3, np.random.default_rng([seed, 7])).texts
-
-  assert draw(1) == draw(1)
-  assert draw(1) == ['a photo of a large grass.', 'a origami dog.', 'a photo of a nice banana.']
-  assert len({tuple(draw(seed)) for seed in range(20)}) == 20
-
-
 def test_template_sets():
   full = text_ops.template_set('full')
   assert len(full) == len(set(full)) == 80

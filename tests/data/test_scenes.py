@@ -119,14 +119,6 @@ def test_same_class_twice_is_named_once():
   assert max(len(source._lay_out(index).placed) for index in range(30)) == 3
 
 
-def test_another_size():
-  size, things = 224, quickstart.THINGS['24things']
-  source = make_scenes(size=size, things=things, stuff=scenes.ALL_STUFF).labelled()
-  for index in range(2):
-    record = source[index]
-    assert record['image'].shape == (size, size, 3) and record['label'].shape == (size, size)
-
-
 def test_index_out_of_range():
   source = make_scenes(length=3)
   for index in (-1, 3):
@@ -157,15 +149,6 @@ def test_mistakes_are_named(changes, message):
   with pytest.raises(ValueError, match=message) as caught:
     make_scenes(**changes)
   assert '\n' not in str(caught.value)
-
-
-def test_lists_offered():
-  assert len(set(THINGS)) == 12 and len(set(quickstart.THINGS['24things'])) == 24
-  assert len(set(quickstart.STUFF)) == 6 and len(scenes.ALL_STUFF) >= 10
-  assert set(THINGS) <= set(quickstart.THINGS['24things']) <= set(scenes.ALL_THINGS)
-  everything = make_scenes(things=scenes.ALL_THINGS, stuff=scenes.ALL_STUFF).labelled()
-  assert everything[0]['label'].max() < len(everything.classes) <= 255
-  assert not set(scenes.ALL_THINGS) & set(scenes.ALL_STUFF)
 
 
 def test_paint_scene_lays_things_over_stuff():

@@ -34,31 +34,10 @@ def released_config() -> transformers.GroupViTConfig:
 
 def odd_config() -> transformers.GroupViTConfig:
   """Towers of unequal widths, 3 x 5 patches with pixels left over, odd numbers of groups."""
-  return transformers.GroupViTConfig(
-    projection_dim=10,
-    projection_intermediate_dim=22,
-    vision_config=dict(
-      hidden_size=24,
-      intermediate_size=60,
-      num_attention_heads=3,
-      depths=[2, 1, 1],
-      num_hidden_layers=4,
-      num_group_tokens=[7, 3, 0],
-      num_output_groups=[7, 5, 5],
-      image_size=[25, 43],
-      patch_size=8,
-      assign_mlp_ratio=[0.5, 2.5],
-    ),
-    text_config=dict(
-      hidden_size=20,
-      intermediate_size=50,
-      num_attention_heads=5,
-      num_hidden_layers=2,
-      vocab_size=61,
-      max_position_embeddings=9,
-      eos_token_id=EOS,
-    ),
-  )
+  sizes = dict(depths=[2, 1, 1], num_hidden_layers=4, image_size=[25, 43], patch_size=8)
+  config = huggingface_models.small_config(**sizes)
+  config.text_config.vocab_size, config.text_config.eos_token_id = 61, EOS
+  return config
 
 
 class Outputs(NamedTuple):

@@ -8,7 +8,6 @@ import functools
 import json
 import os
 import pathlib
-import random
 import shutil
 import signal
 import subprocess
@@ -23,11 +22,10 @@ import pytest
 from groupvit_jax import cli, config_entries
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.train import loop, open_run, optim
-from groupvit_jax.train import run as run_lib
 from groupvit_jax.train.checkpoint import Checkpoints
 from tests.board import read_board
 from tests.tiny import tiny_config
-from tests.train.test_checkpoint import no_room_for, raw
+from tests.train.test_checkpoint import no_room_for
 from tests.trained import trained_workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -144,43 +142,6 @@ def test_killed_at_any_moment_goes_on_exactly(uninterrupted, tmp_path):
     process.wait()
   subprocess.run(command(tmp_path), cwd=ROOT, env=one_device, check=True, stderr=subprocess.DEVNULL)
   assert losses(tmp_path) == losses(uninterrupted)
-
-
-def final_state(workdir: pathlib.Path) -> list[np.ndarray]:
-  """All numbers of the newest checkpoint."""
-  state = run_lib.restore_or_init(run_lib.set_up(tiny_config(), workdir), Checkpoints(workdir, keep=3))
-  return raw(state)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(3600)
-def test_killed_twenty_times_at_random_moments(tmp_path):
-  """Ten times while it starts, ten times between or within steps, evaluations and saves; then to the end."""
-  flags = ['--config.total_steps=400', '--config.checkpoint.every_steps=3', '--config.eval.every_steps=37']
-  one_device = os.environ | {'JAX_NUM_CPU_DEVICES': '1'}
-  for _ in range(2):  # the second time it starts and finds nothing to do
-    began = time.monotonic()
-    subprocess.run(command(tmp_path / 'whole', *flags), cwd=ROOT, env=one_device, check=True, stderr=subprocess.DEVNULL)
-  start_up = time.monotonic() - began
-  rng, log = random.Random(0), tmp_path / 'killed' / 'metrics.jsonl'
-  for kill in range(20):
-    process = subprocess.Popen(
-      command(tmp_path / 'killed', *flags), cwd=ROOT, env=one_device, stderr=subprocess.DEVNULL
-    )
-    if kill % 2 == 0:
-      lines = log.read_text().count('\n') + rng.randrange(1, 15) if log.exists() else 1
-      while process.poll() is None and not (log.exists() and log.read_text().count('\n') >= lines):
-        time.sleep(0.005)
-      time.sleep(rng.uniform(0, 0.2))
-    else:
-      time.sleep(rng.uniform(0, start_up))
-    assert process.poll() is None, 'it ended before it was killed'
-    process.kill()
-    process.wait()
-  subprocess.run(command(tmp_path / 'killed', *flags), cwd=ROOT, env=one_device, check=True, stderr=subprocess.DEVNULL)
-  assert losses(tmp_path / 'killed') == losses(tmp_path / 'whole')
-  for one, other in zip(final_state(tmp_path / 'killed'), final_state(tmp_path / 'whole'), strict=True):
-    np.testing.assert_array_equal(one, other)
 
 
 def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatch, caplog, capfd):
