@@ -127,13 +127,6 @@ def test_help_shows_the_commands_own_flags_and_an_example():
   assert '--workdir:' in said.stdout and 'configs/quickstart.py' in said.stdout
 
 
-def test_a_mistake_in_a_configs_variant_takes_one_line():
-  command = [sys.executable, 'train.py', '--config=quickstart:three', '--workdir=/nowhere']
-  done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-  assert done.returncode == 2 and done.stderr.startswith("error: --config: no variant 'three'; "), done
-  assert len(done.stderr.splitlines()) == 1
-
-
 def test_everything_is_packed():
   setup = tomllib.loads((ROOT / 'pyproject.toml').read_text())
   folders = {str(path.parent.relative_to(ROOT)).replace('/', '.') for path in ROOT.glob('groupvit_jax/**/*.py')}

@@ -203,19 +203,6 @@ def test_mistakes_write_nothing(request_, message, data_dir, tmp_path):
   assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize(
-  'text, values',
-  [
-    ('0.05:0.95:0.05', tuple(round(0.05 * i, 2) for i in range(1, 20))),
-    ('0.3, 0.5', (0.3, 0.5)),
-    ('', ()),
-    ('0:1:0.5', (0, 0.5, 1)),
-  ],
-)
-def test_thresholds_as_people_write_them(text, values):
-  assert score.parse_thresholds(text) == values
-
-
 def test_best_median_and_worst_pictures():
   miou = np.array([0.5, np.nan, 0.9, 0.1, 0.7, 0.3, 0.2])
   assert html_report.pick_images(miou, 1) == {'best': [2], 'median': [0], 'worst': [3]}

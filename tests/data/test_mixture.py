@@ -101,9 +101,9 @@ def test_the_examples_of_a_seed_stay(tmp_path, monkeypatch):
 
 
 def test_no_epoch_of_a_seed_is_one_of_another_seed():
-  orders = [Order([70, 30], None, seed) for seed in range(20)]
-  epochs = {tuple(order[e * 100 + i] for i in range(100)) for order in orders for e in range(5)}
-  assert len(epochs) == 100
+  orders = [Order([70, 30], None, seed) for seed in range(8)]
+  epochs = {tuple(order[e * 100 + i] for i in range(100)) for order in orders for e in range(4)}
+  assert len(epochs) == 32
 
 
 def test_permutations_are_grains():

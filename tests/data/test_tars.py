@@ -59,6 +59,7 @@ def test_braces_expand_as_in_bash(pattern, paths):
     ('{a}', 'neither'),
     ('{000..999999999}.tar', 'stands for 1,000,000,000 paths; use 1,000,000 or fewer'),
     ('{0..9999}/{0..9999}.tar', 'stands for 100,000,000 paths'),
+    ('{000000..999999}{0..999999}{0..999999}', 'stands for 1,000,000,000,000,000,000 paths'),  # more than fit anywhere
   ],
 )
 def test_braces_that_mean_nothing(pattern, message):

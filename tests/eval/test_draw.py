@@ -72,14 +72,6 @@ def test_overlay_mixes_colours_and_leaves_what_is_ignored():
   assert out[300, 200].tolist() == [255, 255, 255]  # the border between them
 
 
-def test_small_pictures_are_enlarged_by_a_whole_factor():
-  image = np.zeros((20, 30, 3), np.uint8)
-  overlay = draw.draw_overlay(image, halves(20, 30), (RED, GREEN), ('a', 'b'))
-  assert overlay.shape == (260, 390, 3)  # 13 times: at least 384 pixels long
-  assert draw.draw_groups(image, halves(20, 30)).shape == (260, 390, 3)
-  assert draw.enlargement((384, 10), 384) == 1 and draw.enlargement((5000, 10), 384) == 1
-
-
 @pytest.mark.parametrize('side', [64, 1600])
 def test_names_lie_on_their_areas_at_any_size(side):
   """Plates are opaque: their pixels are in the classes' own colours, which the overlay mixes."""

@@ -136,11 +136,6 @@ def test_unknown_protocol():
     protocols.find_protocol('voc', (64, 64), 8)
 
 
-@pytest.mark.parametrize('length, count', [(448, 1), (100, 1), (449, 2), (672, 2), (673, 3), (2048, 9)])
-def test_windows_along_an_axis(length, count):
-  assert protocols.GROUPVIT.windows_along(length) == count
-
-
 def test_most_windows():
   assert protocols.GROUPVIT.max_windows == 9
   square = dataclasses.replace(protocols.GROUPVIT, short_side=896, max_long_side=896)

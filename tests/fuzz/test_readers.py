@@ -8,6 +8,7 @@ import json
 import pathlib
 import random
 
+import numpy as np
 from PIL import Image
 import pytest
 import safetensors.numpy
@@ -22,7 +23,7 @@ from groupvit_jax.train.workdir import read_config
 from tests.eval.test_report import make_result, make_row
 from tests.fuzz.mutations import fuzz, mutate, mutate_json, mutated
 from tests.photos import photo
-from tests.tars import samples, write_tar
+from tests.tars import AUGMENT, samples, write_tar
 from tests.tiny import tiny_config
 from tests.weights import random_variables
 
@@ -176,6 +177,7 @@ def test_image(monkeypatch):
     if header is not None and header.height * header.width <= images.LARGEST:
       images.decode_jpeg_rows(data, header, min(8, header.height), 2, 'a')
     assert images.read_image(data, 'a').shape[2] == 3
+    assert AUGMENT(data, np.random.default_rng(0), 'a').shape == (16, 16, 3)
 
   fuzz('image', mutated([*seeds, seeds[0]]), decode, 300)
 

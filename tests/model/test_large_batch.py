@@ -17,13 +17,12 @@ from groupvit_jax.model.pixels import RandomErasing
 from groupvit_jax.model.text_packing import one_a_row
 from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
-from groupvit_jax.train import run as run_lib
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
 from groupvit_jax.train.step import map_micro_batches
 from tests.agreement import assert_agree
 from tests.running.test_sharding import random_batch, TEXT_SHAPE
-from tests.tiny import tiny_config, tiny_model
+from tests.tiny import tiny_model
 from tests.weights import random_variables
 
 BATCH = 64
@@ -201,11 +200,3 @@ def test_memory_of_the_losses_is_linear_in_the_batch(loss, logits):
   small, large = temporaries(1024), temporaries(4096)
   assert large < 4.4 * small
   assert large < logits * 512 * 4096 * 3 * 4 / 4  # of a device's logits
-
-
-def test_micro_batches_that_do_not_divide_the_samples(tmp_path):
-  config = tiny_config()
-  config.grad_accum_steps = 2
-  with pytest.raises(ValueError, match='grad_accum_steps=2 does not divide the 1 samples'):
-    run_lib.set_up(config, tmp_path / 'run')
-  assert not (tmp_path / 'run').exists()

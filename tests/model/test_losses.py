@@ -57,13 +57,6 @@ def test_multi_label_loss_by_hand():
   assert (out.image_to_text_accuracy, out.text_to_image_accuracy) == (1, 0.75)
 
 
-@pytest.mark.parametrize('log_scale', [0.5, 6.0])
-def test_one_prompt_an_image_is_the_contrastive_loss(log_scale):
-  images, texts = np.random.default_rng(0).standard_normal((2, 5, 3)).astype(np.float32)
-  one = losses.multi_label_loss(images, texts[:, None], log_scale)
-  np.testing.assert_allclose(one, losses.contrastive_loss(images, texts, log_scale), rtol=1e-5)
-
-
 def embeds(batch: int, prompts: int) -> tuple[np.ndarray, np.ndarray]:
   """Embeddings [B, E] and [B, M, E] of unequal lengths, of which two pairs are alike."""
   rng = np.random.default_rng(0)

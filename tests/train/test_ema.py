@@ -136,20 +136,17 @@ def test_is_what_a_run_is_judged_by_unless_told_otherwise(run, tmp_path):
 
 
 def test_mistakes(run, tmp_path):
-  without = config()
-  without.ema_decay = 0.0
-  with pytest.raises(ValueError, match='ema_decay is 0.0 here and 0.6 there'):
-    workdir_lib.check_config(run, without)
-  other = config()
-  other.data.num_prompts = 0
-  with pytest.raises(ValueError, match='data.num_prompts is 0 here and 1 there'):
-    workdir_lib.check_config(run, other)
-  other = config()
-  other.freeze = ''
-  with pytest.raises(ValueError, match=r"freeze is '' here and 'text\|text_projector' there; use another --workdir"):
-    workdir_lib.check_config(run, other)
-  other = config()
-  other.ema_decay = 0.7
+  for key, value, message in (
+    ('ema_decay', 0.0, 'ema_decay is 0.0 here and 0.6 there'),
+    ('data.num_prompts', 0, 'data.num_prompts is 0 here and 1 there'),
+    ('freeze', '', r"freeze is '' here and 'text\|text_projector' there; use another --workdir"),
+  ):
+    other = config()
+    other.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+      workdir_lib.check_config(run, other)
+  without, other = config(), config()
+  without.ema_decay, other.ema_decay = 0.0, 0.7
   assert workdir_lib.check_config(run, other) == ['ema_decay is 0.7 here and 0.6 there']
   workdir_lib.write_config(tmp_path / 'old', without)
   shutil.copytree(run / 'tokenizer', tmp_path / 'old' / 'tokenizer')

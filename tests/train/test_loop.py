@@ -187,22 +187,16 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path, monkey
   assert read_board(tmp_path / 'tensorboard')['train/skipped'] == (last['step'], 3)
 
 
-@pytest.mark.parametrize(
-  'flags, message',
-  [
-    (['--config.batch_size=12'], 'batch_size=12 is not a positive multiple of the 8 devices'),
-    (['--config={incomplete}'], "the config has no entry 'num_prompts': give it one; configs/quickstart.py shows"),
-  ],
-)
-def test_a_mistake_ends_in_one_line_and_writes_nothing(flags, message, tmp_path):
+def test_a_mistake_ends_in_one_line_and_writes_nothing(tmp_path):
   workdir, incomplete = tmp_path / 'run', tmp_path / 'incomplete.py'
   incomplete.write_text(
     'from configs import quickstart\n\n\ndef get_config():\n  config = quickstart.get_config()\n'
     '  del config.data.num_prompts\n  return config\n'
   )
-  flags = [flag.format(incomplete=incomplete) for flag in flags]
-  done = subprocess.run(command(workdir, *flags), cwd=ROOT, capture_output=True, text=True, check=False)
+  given = [*command(workdir), f'--config={incomplete}']
+  done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
   assert done.returncode == cli.EXIT_USAGE, done.stderr
+  message = "the config has no entry 'num_prompts': give it one; configs/quickstart.py shows"
   assert message in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
   assert not workdir.exists()
 
