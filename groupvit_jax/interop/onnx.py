@@ -1,8 +1,9 @@
 """Both towers as ONNX files, and their use by ONNX Runtime or OpenVINO."""
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import importlib
-import logging
+import os
 import pathlib
 import sys
 import tempfile
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from groupvit_jax.errors import UserError
-from groupvit_jax.interop import state_dicts
+from groupvit_jax.interop import onnx_graph, state_dicts
 from groupvit_jax.model.vision import resize_positions
 
 Runtime = Literal['onnxruntime', 'openvino', 'openvino-bfloat16']
@@ -81,28 +82,39 @@ def load(data: bytes, runtime: Runtime) -> Callable[[np.ndarray], list[np.ndarra
   sys.modules.setdefault('openvino_telemetry', None)  # it reports each import to its makers, from a forked process
   ov = _import('openvino')
   core, precision = ov.Core(), 'bf16' if runtime == 'openvino-bfloat16' else 'f32'
-  compiled = core.compile_model(core.read_model(data), 'CPU', {'INFERENCE_PRECISION_HINT': precision})
-  return lambda x: [array.copy() for array in compiled(x).values()]  # the next call writes into the same memory
+  model, cores = core.read_model(data), len(os.sched_getaffinity(0))
+
+  @functools.cache
+  def requests(streams: int) -> list[Any]:
+    options = {'INFERENCE_PRECISION_HINT': precision, 'NUM_STREAMS': str(streams)}
+    compiled = core.compile_model(model, 'CPU', options)
+    return [compiled.create_infer_request() for _ in range(streams)]
+
+  def run(x: np.ndarray) -> list[np.ndarray]:
+    parts = np.array_split(x, min(len(x), cores))  # each on its own cores: they wait for each other once
+    running = requests(len(parts))
+    for request, part in zip(running, parts):
+      request.start_async({0: part}, share_inputs=True)
+    for request in running:
+      request.wait()
+    return [np.concatenate(rows) for rows in zip(*(request.results.values() for request in running))]
+
+  requests(1)  # raises what is wrong with the file
+  return run
 
 
 def _convert(
   function: Callable, shape: Sequence[int | str], dtype: jnp.dtype, name: str, outputs: list[str], stored: Dtype
 ) -> bytes:
   """An ONNX file of a function of one array."""
-  jax2onnx, disabled = _import('jax2onnx'), logging.root.manager.disable
-  logging.disable(logging.WARNING)  # of plug-ins for packages that are not there, and of every shape with a free size
   try:
-    model = jax2onnx.to_onnx(
-      function, [jax.ShapeDtypeStruct(shape, dtype)], input_names=[name], output_names=outputs, model_name='GroupViT'
-    )
-    _import('onnx').checker.check_model(model)
+    model = onnx_graph.convert(function, shape, dtype, name, outputs)
+    _import('onnx').checker.check_model(model, full_check=True)
     if stored == 'float16':
       model = _import('onnxruntime.transformers.float16').convert_float_to_float16(model, keep_io_types=True)
     return _quantize(model) if stored == 'int8' else model.SerializeToString()
   except NotImplementedError as error:
     raise UserError(f'this model cannot be converted: {" ".join(str(error).split())}') from error
-  finally:
-    logging.disable(disabled)
 
 
 def _quantize(model: Any) -> bytes:

@@ -38,7 +38,7 @@ def _from_its_input(function: Activation, slope: Activation) -> Activation:
     slope: its derivative at x. It must share no expensive operation with `function`, because compilers would compute
       that once, in the forward pass, and keep its result beside x.
   """
-  in_float32 = lambda f: lambda x: f(x.astype(jnp.float32)).astype(x.dtype)
+  in_float32 = lambda f: functools.wraps(f)(lambda x: f(x.astype(jnp.float32)).astype(x.dtype))
   forward, derivative = in_float32(function), in_float32(slope)
   activation = jax.custom_vjp(forward)
   activation.defvjp(lambda x: (forward(x), x), lambda x, grad: (grad * derivative(x),))

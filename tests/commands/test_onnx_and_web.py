@@ -1,5 +1,6 @@
 """ONNX exports: the same answers from ONNX Runtime and OpenVINO, and from the static page in a browser."""
 
+import collections
 import dataclasses
 import functools
 import http.server
@@ -23,6 +24,7 @@ from groupvit_jax.commands.segment import segment_images
 from groupvit_jax.commands.web_folder import tokenizer_to_json
 from groupvit_jax.data.sources import build_scenes
 from groupvit_jax.data.tokenizer import build_tokenizer
+from groupvit_jax.interop import onnx_graph
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
 from tests import browser
@@ -30,7 +32,8 @@ from tests.huggingface_models import write_clip_folder
 from tests.photos import encode, photo
 from tests.trained import trained_workdir
 
-for _package in ('jax2onnx', 'onnxruntime', 'openvino'):  # which needs no import: OpenVINO's has side effects
+onnx = pytest.importorskip('onnx')
+for _package in ('onnxruntime', 'openvino'):  # which needs no import: OpenVINO's has side effects
   if not importlib.util.find_spec(_package):
     pytest.skip(f'{_package} is not installed', allow_module_level=True)
 NAMES = ['dog|puppy', 'banana', 'grass', 'sky']
@@ -138,11 +141,21 @@ def test_eval_runs_an_export(site, tmp_path):
       call()
 
 
-def test_mistakes(site, tmp_path):
+@pytest.mark.parametrize('side, activation', [('image', 'Gelu'), ('text', 'Sigmoid')])
+def test_graphs_have_what_runtimes_have_kernels_for(side, activation, site):
+  """Norms, activations and attention are one operation each."""
+  count = collections.Counter(node.op_type for node in onnx.load(site / f'{side}.onnx').graph.node)
+  assert not {'Einsum', 'Erf', 'ReduceSumSquare'} & set(count)
+  assert count['Softmax'] and count['LayerNormalization'] > count[activation] > 0
+
+
+def test_mistakes(site, tmp_path, monkeypatch):
   run = str(trained_workdir())
+  monkeypatch.delitem(onnx_graph._RULES, 'concatenate')
   for call, message in (
     (lambda: Predictor.from_pretrained(site, runtime='tensorrt'), "runtime='tensorrt': use onnxruntime, openvino"),
     (lambda: Predictor.from_pretrained(run, runtime='openvino'), 'is no ONNX export'),
+    (lambda: export(run, 'onnx', str(tmp_path / 'out')), 'cannot be converted: no rule converts concatenate to ONNX$'),
     (lambda: export(run, 'onnx', str(tmp_path / 'out'), window=9), 'window=9 is no multiple of the patch size'),
     (lambda: export(run, 'web', str(tmp_path / 'out'), window=8 * 10**6), 'window=8000000 is no multiple .* or above'),
     (lambda: export(run, 'onnx', str(tmp_path / 'out'), dtype='bfloat16'), "--format=onnx has no dtype='bfloat16'"),
