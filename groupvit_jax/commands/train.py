@@ -18,7 +18,7 @@ def start() -> int:
   from groupvit_jax.running import processes
   from groupvit_jax.train import dry_run, loop, workdir
 
-  workdir.check_place(WORKDIR.value)
+  workdir.check_location(WORKDIR.value)
   with workdir.complete_config('the config', 'give it one; configs/quickstart.py shows what every config has'):
     config = workdir.upgrade_config(CONFIG.value)
     if config.dry_run:

@@ -91,7 +91,7 @@ def summarize(found: list[RecordStats], num_prompts: int, text_length: int) -> d
     'unusable': dict(collections.Counter(record.cause for record in bad).most_common()),
     'unusable_share': len(bad) / max(len(found), 1),
     'unusable_keys': [f'{record.key}: {record.cause}' for record in bad[:_LISTED]],
-    'duplicate_pictures': _duplicates(record.image for record in good),
+    'duplicate_images': _duplicates(record.image for record in good),
     'duplicate_captions': _duplicates(record.caption for record in good),
     'tokens_percentiles': _percentiles(tokens),
     'captions_cut': sum(n > text_length for n in tokens) / max(len(good), 1),
@@ -110,7 +110,7 @@ def describe(report: Mapping[str, object]) -> str:
       f'{report["size"]}, digest {report["digest"]}',
       f'  looked at           {report["looked_at"]:,}',
       f'  unusable            {report["unusable_share"]:.2%} ({causes})',
-      f'  duplicates          {report["duplicate_pictures"]:,} pictures, {report["duplicate_captions"]:,} captions',
+      f'  duplicates          {report["duplicate_images"]:,} images, {report["duplicate_captions"]:,} captions',
       f'  tokens per caption  {spread(report["tokens_percentiles"])} (least, 5 %, median, 95 %, most); '
       f'{report["captions_cut"]:.1%} are cut',
       f'  words for prompts   {spread(report["words_percentiles"])}, {report["words_mean"]:.1f} on average; '

@@ -31,7 +31,7 @@ _FRAGMENTS = frozenset({'n', 't', 's', 'd', 'm', 'll', 're', 've'})
 # Of ASCII what ftfy removes: terminal escapes and control characters, but no white space.
 _CONTROLS = re.compile(r'[\x00-\x08\x0b\x0e-\x1f\x7f]')
 
-_TEMPLATES = Path(__file__).parents[1] / 'eval' / 'imagenet_zero_shot.json'
+_TEMPLATES = Path(__file__).with_name('templates.json')
 
 
 def clean_caption(caption: str) -> str:
@@ -115,7 +115,7 @@ def template_set(name: str) -> tuple[str, ...]:
 
   Sets are 'full' (the 80 of ImageNet), 'subset' (7 of them), 'simple' and 'identity' (one each).
   """
-  sets = json.loads(_TEMPLATES.read_text(encoding='utf-8'))['templates']
+  sets = json.loads(_TEMPLATES.read_text(encoding='utf-8'))
   if name not in sets:
     raise UserError(f'no template set {name!r}; the known sets are {", ".join(sorted(sets))}')
   return tuple(sets[name])

@@ -32,7 +32,7 @@ TEMPLATES = 'subset'
 NUM_IMAGES = 50_000  # that these are about
 NO_PROTOCOL = f'{IMAGENET} has neither label maps nor windows; of the parts of a protocol it has templates alone'
 METRICS = ('top1', 'top5')  # of every evaluation
-_FILE = Path(__file__).with_name('imagenet_zero_shot.json')
+_FILE = Path(__file__).with_name('imagenet_classes.json')
 _PADDING = -1  # as a label
 _IMAGES_PER_DEVICE = 64  # in a batch
 _TOP = 5
@@ -115,7 +115,7 @@ def _published() -> list[Published]:
 
 def class_names() -> tuple[str, ...]:
   """ImageNet's 1000 classes in the order of their WordNet ids, as CLIP calls them."""
-  return tuple(json.loads(_FILE.read_text())['classes'])
+  return tuple(json.loads(_FILE.read_text()))
 
 
 def crop_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -31,7 +31,7 @@ from groupvit_jax.train.state import TrainState
 SCENES = 'validation'  # the held-out scenes, as an evaluation
 _TITLES = {'miou': 'mIoU', 'oracle_miou': 'oracle mIoU', 'top1': 'top-1 accuracy'}  # in the log, in percent
 _TRAINING = 'train/pictures'
-_SHOWN = 4  # pictures on a panel
+_SHOWN = 4  # images on a panel
 
 
 class Scheduled(NamedTuple):

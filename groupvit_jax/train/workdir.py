@@ -56,7 +56,7 @@ _FITTING = ('model', 'tokenizer', 'freeze')
 
 def read_config(workdir: epath.PathLike) -> ml_collections.ConfigDict:
   """Reads the config a workdir's run was started with. Raises UserError where there is none."""
-  check_place(workdir)
+  check_location(workdir)
   workdir = epath.Path(workdir)
   importing = f'make a workdir of it: python -m groupvit_jax.commands.import_weights --from={workdir} --workdir=...'
   if workdir.exists() and not workdir.is_dir():
@@ -188,7 +188,7 @@ def write_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> 
   storage.write_atomic(str(path), (config.to_json(indent=2) + '\n').encode())
 
 
-def check_place(workdir: epath.PathLike) -> None:
+def check_location(workdir: epath.PathLike) -> None:
   """Raises UserError for a location where a run cannot be kept."""
   scheme, bucket, _ = str(workdir).partition('://')
   if not bucket:
@@ -212,7 +212,7 @@ def check_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> 
   Raises:
     UserError: `workdir` holds a run whose checkpoints this config cannot go on from, or can hold none.
   """
-  check_place(workdir)
+  check_location(workdir)
   if not (epath.Path(workdir) / _CONFIG_FILE).exists():
     return []
   before = read_config(workdir)

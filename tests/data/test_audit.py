@@ -83,7 +83,7 @@ def test_the_command_reports_what_is_there_and_fails_on_a_bad_set(config, tmp_pa
     '00008: image_corrupt',
     '00009: caption_unreadable',
   ]
-  assert (first['duplicate_pictures'], first['duplicate_captions']) == (2, 1)
+  assert (first['duplicate_images'], first['duplicate_captions']) == (2, 1)
   assert first['captions_cut'] == 1 / 37 and first['tokens_percentiles'][-1] > 200
   assert first['words_percentiles'][2] == len(nouns('a dog number 4')) and first['words_percentiles'][-1] == 200
   assert first['captions_with_too_few_words'] == 36 / 37

@@ -39,7 +39,7 @@ def folder(request, tmp_path, monkeypatch) -> str:
   if request.param == 'gs':
     name = f'lock-{os.getpid()}-{time.monotonic_ns()}'
     gcs.create_bucket(name)
-    workdir_lib.check_place(f'gs://{name}/run')
+    workdir_lib.check_location(f'gs://{name}/run')
     return f'gs://{name}/run'
   folder_bucket.use(monkeypatch, tmp_path)
   return str(tmp_path / 'run') if request.param == 'disk' else 's3://bucket/run'

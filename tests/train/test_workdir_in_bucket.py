@@ -52,7 +52,7 @@ def run(request, tmp_path) -> str:
     return RUN
   name = f'bucket-{os.getpid()}-{time.monotonic_ns()}'
   gcs.create_bucket(name)
-  workdir_lib.check_place(f'gs://{name}/run')
+  workdir_lib.check_location(f'gs://{name}/run')
   return f'gs://{name}/run'
 
 
@@ -221,8 +221,8 @@ def test_a_run_is_stopped_killed_and_finished(run, tmp_path, monkeypatch):
 
 def test_where_a_run_cannot_be_kept(monkeypatch):
   with pytest.raises(ValueError, match='--workdir=az://bucket/run: a run is kept on a disk, or in a bucket, gs://'):
-    workdir_lib.check_place('az://bucket/run')
+    workdir_lib.check_location('az://bucket/run')
   monkeypatch.setattr(workdir_lib.importlib.util, 'find_spec', lambda name: None)
   for path, package in (('gs://bucket/run', 'gcsfs'), ('s3://bucket/run', 's3fs')):
     with pytest.raises(ValueError, match=f'--workdir={path} needs {package}: pip install {package}'):
-      workdir_lib.check_place(path)
+      workdir_lib.check_location(path)
