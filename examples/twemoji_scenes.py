@@ -34,6 +34,6 @@ scenes = Scenes(
 for name in ('images', 'labels'):
   (folder / name).mkdir(parents=True, exist_ok=True)
 (folder / 'classes.txt').write_text('\n'.join(scenes.classes) + '\n')
-for record in map(scenes.labelled().__getitem__, range(len(scenes))):
+for record in scenes:
   Image.fromarray(record['image']).save(folder / 'images' / f'{record["key"]}.png')
   Image.fromarray(record['label']).save(folder / 'labels' / f'{record["key"]}.png')

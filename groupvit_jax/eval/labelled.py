@@ -231,7 +231,7 @@ def open_scenes(config: ml_collections.ConfigDict, split: str) -> tuple[Benchmar
   Raises:
     ValueError: the config's scenes have a mistake.
   """
-  source = build_scenes(config.data.scenes, tuple(config.model.vision.image_size), split).labelled()
+  source = build_scenes(config.data.scenes, tuple(config.model.vision.image_size), split)
   return make_benchmark(SCENES, source.classes), source
 
 

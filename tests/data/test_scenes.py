@@ -28,24 +28,15 @@ def words(caption: str) -> set[str]:
 
 def test_record_and_label_agree_with_the_caption():
   source = make_scenes()
-  labelled = source.labelled()
-  assert labelled.classes == source.classes == THINGS + quickstart.STUFF
+  assert source.classes == THINGS + quickstart.STUFF
   for index in range(300):
-    record = labelled[index]
+    record = source[index]
     assert record['image'].shape == (64, 64, 3) and record['image'].dtype == np.uint8
     assert record['image'].flags['C_CONTIGUOUS']
     assert record['label'].shape == (64, 64) and record['label'].dtype == np.uint8
     shown = {source.classes[label] for label in np.unique(record['label'])}
     assert shown == words(record['text']) & set(source.classes), record['text']
     assert len(shown & set(quickstart.STUFF)) == 1 and len(shown) >= 2
-
-
-def test_training_records_are_the_labelled_ones_without_label():
-  source = make_scenes()
-  record, labelled = source[5], source.labelled()[5]
-  assert set(record) == {'image', 'text', 'key'} and set(labelled) == {*record, 'label'}
-  np.testing.assert_array_equal(record['image'], labelled['image'])
-  assert (record['text'], record['key']) == (labelled['text'], labelled['key'])
 
 
 def test_scene_is_pure_in_its_index_in_any_process_and_order():
@@ -71,8 +62,8 @@ def test_splits_seeds_and_indices_share_nothing():
 
 
 def test_every_class_glyph_and_background_occurs_about_equally_often():
-  labelled = make_scenes(size=32, min_things=1, max_things=1).labelled()
-  labels = [np.unique(labelled[index]['label']) for index in range(1800)]
+  source = make_scenes(size=32, min_things=1, max_things=1)
+  labels = [np.unique(source[index]['label']) for index in range(1800)]
   counts = np.bincount(np.concatenate(labels), minlength=18)
   assert counts[:12].min() > 100 and counts[:12].max() < 200  # 150 expected
   assert counts[12:].min() > 240 and counts[12:].max() < 360  # 300 expected
@@ -124,9 +115,7 @@ def test_index_out_of_range():
   for index in (-1, 3):
     with pytest.raises(IndexError, match=f'scene {index} of 3'):
       source[index]
-  assert len(list(source)) == len(source) == len(source.labelled()) == 3
-  with pytest.raises(IndexError):
-    source.labelled()[3]
+  assert len(list(source)) == len(source) == 3
 
 
 @pytest.mark.parametrize(
@@ -239,7 +228,7 @@ def test_backgrounds_are_told_apart():
 
 def test_another_style_draws_the_same_scenes():
   options = dict(size=64, things=('dog', 'gift'), stuff=('grass',), seed=0, length=8, split='test')
-  ours, others = (Scenes(**options, style=style).labelled() for style in ('openmoji', 'twemoji'))
+  ours, others = (Scenes(**options, style=style) for style in ('openmoji', 'twemoji'))
   for mine, other in zip((ours[i] for i in range(8)), (others[i] for i in range(8))):
     assert mine['text'] == other['text'] and not np.array_equal(mine['image'], other['image'])
     grass = (mine['label'] == 2) & (other['label'] == 2)

@@ -140,10 +140,6 @@ class Scenes:
     """Class names in label order: things, then stuff."""
     return self.things + self.stuff
 
-  def labelled(self) -> 'LabelledScenes':
-    """The same scenes with label maps, for evaluation."""
-    return LabelledScenes(self)
-
   def __len__(self) -> int:
     return self.length
 
@@ -151,16 +147,20 @@ class Scenes:
     """Composes one scene.
 
     Returns:
-      'image' uint8 [H, W, 3], 'text' the caption, 'key' a name unique to (split, seed, index).
+      'image' uint8 [H, W, 3], 'text' the caption, 'key' a name unique to (split, seed, index), and 'label' uint8 [H, W],
+      0..C-1 in the order of `classes`.
 
     Raises:
       IndexError: index is negative or not below the length.
     """
-    return self._record(index, self._lay_out(index))
-
-  def _record(self, index: int, layout: composition.Layout) -> dict[str, Any]:
-    key = f'scene-{self.split}-{self.seed}-{operator.index(index)}'
-    return {'image': composition.paint_scene(layout), 'text': layout.caption, 'key': key}
+    layout = self._lay_out(index)
+    labels = [len(self.things) + layout.stuff, *(thing.name for thing in layout.placed)]
+    return {
+      'image': composition.paint_scene(layout),
+      'text': layout.caption,
+      'key': f'scene-{self.split}-{self.seed}-{operator.index(index)}',
+      'label': np.array(labels, np.uint8)[layout.owner],
+    }
 
   @functools.cached_property
   def _bank(self) -> _Bank:
@@ -211,28 +211,6 @@ class Scenes:
       rgb, clear = sprite.rgb[:, :, mirror], sprite.clear[:, mirror]
       placed.append(composition.Placed(name, rgb[:, *window], clear[window], rows, columns, gain[:, None, None]))
     return placed
-
-
-@dataclasses.dataclass(frozen=True)
-class LabelledScenes:
-  """Scenes with label maps: 0..C-1 in the order of `classes`, every pixel labelled."""
-
-  scenes: Scenes
-
-  @property
-  def classes(self) -> tuple[str, ...]:
-    """Class names in label order: things, then stuff."""
-    return self.scenes.classes
-
-  def __len__(self) -> int:
-    return len(self.scenes)
-
-  def __getitem__(self, index: int) -> dict[str, Any]:
-    """The scene's record with 'label' uint8 [H, W]; see `Scenes`."""
-    layout = self.scenes._lay_out(index)
-    labels = [len(self.scenes.things) + layout.stuff, *(thing.name for thing in layout.placed)]
-    label = np.array(labels, np.uint8)[layout.owner]
-    return {**self.scenes._record(index, layout), 'label': label}
 
 
 def _check_names(what: str, names: Sequence[str], offered: Sequence[str]) -> tuple[str, ...]:
