@@ -147,8 +147,8 @@ class Scenes:
     """Composes one scene.
 
     Returns:
-      'image' uint8 [H, W, 3], 'text' the caption, 'key' a name unique to (split, seed, index), and 'label' uint8 [H, W],
-      0..C-1 in the order of `classes`.
+      'image' uint8 [H, W, 3], 'text' the caption, 'key' a name unique to (split, seed, index), and 'label', the labels
+      of the pixels in the order of `classes`, uint8 [H, W].
 
     Raises:
       IndexError: index is negative or not below the length.
