@@ -4,6 +4,7 @@ from flax import linen as nn
 import ml_collections
 
 from configs import quickstart
+from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.layers import Remat
 from groupvit_jax.model.text import TextTower
@@ -30,6 +31,18 @@ def tiny_model(remat: Remat = 'none', **vision) -> ImageTextModel:
     projector_dim=16,
     multi_label=True,
   )
+
+
+class Letters(Tokenizer):
+  """A token for each letter, the last ones first: class names at the end of a prompt are not cut off."""
+
+  vocab_size, bos_id, eos_id, pad_id = 20, None, 2, 0
+
+  def __init__(self):
+    super().__init__({})
+
+  def _text_ids(self, text: str) -> list[int]:
+    return [3 + ord(letter) % 17 for letter in reversed(text)]
 
 
 def tiny_config() -> ml_collections.ConfigDict:

@@ -71,29 +71,18 @@ def test_braces_that_mean_nothing(pattern, message):
 @pytest.mark.parametrize('window', [1, 700, 2**20])
 def test_members_are_those_of_tarfile(tmp_path, tar_format, window):
   """Long names, names that are not ASCII, empty files, folders and links included."""
-  path = tmp_path / 'a.tar'
-  with tarfile.open(path, 'w', format=tar_format) as tar:
-    for name, size in [
-      ('a.txt', 0),
-      ('b.jpg', 511),
-      ('ä/猫.jpg', 512),
-      ('c.txt', 513),
-      ('d' * 60 + '/' + 'e' * 80 + '.jpg', 1025),
-    ]:
-      info = tarfile.TarInfo(name)
-      info.size = size
-      tar.addfile(info, open('/dev/zero', 'rb'))
-    tar.addfile(tarfile.TarInfo('last.txt'))
-    for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE):
+  names = 'a.txt', 'b.jpg', 'ä/猫.jpg', 'c.txt', 'd' * 60 + '/' + 'e' * 80 + '.jpg', 'last.txt'
+  path = write_tar(tmp_path / 'a.tar', dict(zip(names, map(bytes, (0, 511, 512, 513, 1025, 0)))), tar_format)
+  with tarfile.open(path, 'a', format=tar_format) as tar:
+    for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.REGTYPE):
       info = tarfile.TarInfo('odd.jpg')
-      info.type, info.linkname, info.size = kind, 'b.jpg', 100  # a size that nothing follows
+      info.type, info.linkname, info.size = kind, 'b.jpg', 100 * (kind != tarfile.REGTYPE)  # that nothing follows
       tar.addfile(info)
-    tar.addfile(tarfile.TarInfo('z.txt'))
   with tarfile.open(path) as tar:
     theirs = [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
-  data = path.read_bytes()
+  data = pathlib.Path(path).read_bytes()
   ours = tar_members(lambda start, size: data[start : start + size], len(data), window)
-  assert [(name, block * 512, size) for name, block, size in ours] == theirs
+  assert [(name, block * 512, size) for name, block, size in ours] == theirs and len(theirs) == 7
 
 
 def test_sizes_beyond_octal_and_tars_written_one_after_the_other(tmp_path):

@@ -13,7 +13,6 @@ import urllib.parse
 import jax
 import pytest
 
-from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.demo import gate
 from groupvit_jax.demo.examples import Example
 from groupvit_jax.demo.page import build_page
@@ -24,20 +23,11 @@ from groupvit_jax.running import sharding
 from tests.demo import test_demo
 from tests.fuzz.mutations import mutate
 from tests.photos import encode, photo
-from tests.tiny import tiny_model
+from tests.tiny import Letters, tiny_model
 from tests.weights import random_variables
 
 SESSION = 'abcdefghijk'
 pytestmark = pytest.mark.filterwarnings('default::DeprecationWarning')  # Gradio's own, in this process
-
-
-class Letters(Tokenizer):
-  """A token for each letter."""
-
-  vocab_size, bos_id, eos_id, pad_id = 20, None, 2, 0
-
-  def _text_ids(self, text: str) -> list[int]:
-    return [3 + ord(letter) % 17 for letter in text]
 
 
 class Server(NamedTuple):
@@ -95,7 +85,7 @@ def server(tmp_path_factory) -> Server:
   uploads, example = tmp_path_factory.mktemp('visitors'), tmp_path_factory.mktemp('examples') / 'a.png'
   example.write_bytes(encode(photo(20, 20), 'PNG'))
   model, mesh = tiny_model(), sharding.make_mesh(devices=jax.devices()[:1])
-  viewer = Viewer(Predictor(model, random_variables(model), Letters({}), mesh), num_stages=2, max_pixels=10_000)
+  viewer = Viewer(Predictor(model, random_variables(model), Letters(), mesh), num_stages=2, max_pixels=10_000)
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('GRADIO_TEMP_DIR', str(uploads))
     page = build_page(viewer, [Example(str(example), 'dog')], 'about')

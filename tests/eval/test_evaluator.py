@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from groupvit_jax.data.tokenizer import Tokenizer
 from groupvit_jax.eval import class_names, evaluator, labeller, protocols, window_encoder
 from groupvit_jax.eval.benchmarks import make_benchmark
 from groupvit_jax.eval.class_names import find_names, NameSet, parse_class_names
@@ -22,7 +21,7 @@ from groupvit_jax.model.vision import StageSpec
 from groupvit_jax.running import sharding
 from tests import reference_protocol
 from tests.eval.test_pamr import slow_refine
-from tests.tiny import tiny_model
+from tests.tiny import Letters, tiny_model
 
 PATCH, WINDOW = 8, 32
 SIZES = reference_protocol.Sizes(WINDOW, 150, WINDOW, 16, PATCH)
@@ -246,16 +245,6 @@ def compilations():
   active[0] = False
 
 
-class Letters:
-  """A tokenizer that knows letters."""
-
-  eos_id = 2
-
-  def encode(self, texts, length):
-    rows = [[3 + ord(c) % 17 for c in text][: length - 1] for text in texts]
-    return np.array([row + [2] + [0] * (length - 1 - len(row)) for row in rows], np.int32)
-
-
 def test_any_ordinary_sizes_are_a_program_for_pictures_one_for_labels_and_one_for_names(compilations, model, variables):
   # In numbers that no other test has: what those have compiled is not compiled here.
   benchmark = make_benchmark('shapes', CLASSES[:8], background=True)
@@ -429,20 +418,11 @@ def test_table_and_baseline():
   assert result.to_json()['class_names'] == ['cat|kitten', 'dog', 'cow']
 
 
-class Words(Tokenizer):
-  """One id per word of a short list."""
-
-  vocab_size, bos_id, eos_id, pad_id = 20, 1, 2, 0
-
-  def _text_ids(self, text):
-    return [3 + 'a photo of the cat dog'.split().index(w) for w in text.strip('.').split()]
-
-
 def test_class_embeddings_are_means_of_projected_features(model, variables):
   templates = ['a photo of the {}.', 'the {}.']
   names = ('cat', 'dog')
   embed = functools.partial(model.apply, variables, method='encode_text')
-  tokenizer = Words({})
+  tokenizer = Letters()
   want = []
   for name in names:
     tokens = tokenizer.encode([template.format(name) for template in templates], 6)

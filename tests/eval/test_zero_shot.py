@@ -17,7 +17,7 @@ from groupvit_jax.eval import class_names, labelled, zero_shot
 from groupvit_jax.running import sharding
 from tests import photos
 from tests.tars import write_tar
-from tests.tiny import tiny_model
+from tests.tiny import Letters, tiny_model
 from tests.trained import trained_workdir
 
 NAMES = ('cat', 'dog', 'cow', 'the', 'a', 'of', 'photo')
@@ -36,16 +36,6 @@ class Pictures:
 
   def __getitem__(self, i):
     return {'image': picture(i), 'label': i % 7, 'key': str(i)}
-
-
-class Letters:
-  """Ids of the letters of a text, as a tokenizer of few."""
-
-  eos_id = 2
-
-  def encode(self, texts, length):
-    rows = [([3 + ord(c) % 17 for c in text][-length + 1 :] + [2] + [0] * length)[:length] for text in texts]
-    return np.array(rows, np.int32)
 
 
 def test_top1_and_top5_are_those_of_a_plain_loop():

@@ -106,17 +106,6 @@ def test_figures_on_the_board_name_what_they_depend_on(run):
     assert settings['miou'] == pytest.approx(board[f'eval/{name}/miou'][1])
 
 
-def test_pictures_on_the_board(run):
-  """Of what is scored: input, truth, prediction, final and first groups of its pictures."""
-  workdir, folder, *_ = run
-  board = read_board(workdir / 'tensorboard')
-  sizes = {name: board[f'eval/{name}'][1].shape for name in ('mine', 'validation')}
-  pictures = len(list((folder / 'images').iterdir()))
-  assert sizes['mine'][0] > 128 * min(pictures, 4) and sizes['validation'][0] > 4 * 256
-  assert sizes['validation'][1] == 6 + 4 * (256 + 6)  # there is one grouping stage
-  assert board['eval/mine'][0] == board['eval/validation'][0] == 6
-
-
 def test_panels_stay_in_the_workdir_and_can_be_animated(run, tmp_path):
   workdir, _, _, _ = run
   panels = workdir / 'panels' / 'eval'
