@@ -53,6 +53,19 @@ class ImageTextOutput(NamedTuple):
   assignments: tuple[jax.Array, ...]  # per grouping stage [B, S, N], soft
 
 
+class BatchNorm(nn.BatchNorm):
+  """Flax's BatchNorm, with torch's running variance: unbiased, n / (n - 1) times that of the n rows of a batch."""
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    before = self.get_variable('batch_stats', 'var')
+    out = super().__call__(x)
+    if not (self.use_running_average or self.is_initializing()):
+      after = self.get_variable('batch_stats', 'var')  # momentum * before + (1 - momentum) * the batch's
+      excess = (after - self.momentum * before) / max(x[..., 0].size - 1, 1)
+      self.put_variable('batch_stats', 'var', after + excess)
+    return out
+
+
 class Projector(nn.Module):
   """Linear, BatchNorm over the global batch, ReLU, Linear: [..., D] -> [..., E], float32 out."""
 
@@ -67,7 +80,7 @@ class Projector(nn.Module):
     dense = functools.partial(nn.Dense, kernel_init=kernel, dtype=self.dtype, dot_general=project)
     x = dense(self.hidden, bias_init=bias_init(self.torch_init, x.shape[-1]), name='fc1')(x)
     # Flax's momentum is the share that is kept, torch's (0.1) the share that is replaced.
-    x = nn.BatchNorm(
+    x = BatchNorm(
       use_running_average=not train, momentum=0.9, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name='norm'
     )(x)
     x = dense(self.out, bias_init=bias_init(self.torch_init, self.hidden), name='fc2')(jax.nn.relu(x))

@@ -159,16 +159,17 @@ def test_text_is_pooled_at_the_first_eos_wherever_it_is():
 def test_batch_norm_learns_from_the_batch_in_training_alone():
   model, variables = tiny_model(), random_variables(tiny_model())
   tokens = jnp.array([[5, 2, 0], [6, 7, 2], [8, 9, 2]])
-  mean_after = lambda train: model.apply(variables, tokens, train=train, method='encode_text', mutable=['batch_stats'])[
-    1
-  ]['batch_stats']['text_projector']['norm']['mean']
-  old = variables['batch_stats']['text_projector']['norm']['mean']
-  np.testing.assert_array_equal(mean_after(False), old)
+  after = lambda train: model.apply(variables, tokens, train=train, method='encode_text', mutable=['batch_stats'])[1][
+    'batch_stats'
+  ]['text_projector']['norm']
+  old = variables['batch_stats']['text_projector']['norm']
+  jax.tree.map(np.testing.assert_array_equal, after(False), old)
   features = model.apply(variables, text_packing.one_a_row(tokens, 2), method='text_features')
   fc1 = variables['params']['text_projector']['fc1']
-  np.testing.assert_allclose(
-    mean_after(True), 0.9 * old + 0.1 * (features @ fc1['kernel'] + fc1['bias'][None]).mean(axis=0), rtol=1e-4
-  )
+  hidden, new = features @ fc1['kernel'] + fc1['bias'][None], after(True)
+  np.testing.assert_allclose(new['mean'], 0.9 * old['mean'] + 0.1 * hidden.mean(axis=0), rtol=1e-4)
+  unbiased = hidden.var(axis=0, ddof=1)  # as torch's
+  np.testing.assert_allclose(new['var'], 0.9 * old['var'] + 0.1 * unbiased, rtol=1e-4)
 
 
 def test_bfloat16_leaves_parameters_norms_and_softmaxes_in_float32():
