@@ -4,15 +4,9 @@ import hashlib
 import json
 import os
 import pathlib
-import resource
 import runpy
-import signal
-import socket
 import sys
 import time
-import types
-
-from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 
 from tests import folder_bucket
 
@@ -61,62 +55,7 @@ def note_rows(folder: str) -> None:
   loop.read_batches = noted
 
 
-def full_disk() -> None:
-  """No file that this process writes can have more than a kilobyte."""
-  signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
-def gke() -> None:
-  """A pod of an indexed job, as the cluster's API describes it."""
-  job = types.SimpleNamespace(
-    metadata=types.SimpleNamespace(name='groupvit', labels={}), spec=types.SimpleNamespace(parallelism=2)
-  )
-  owner = types.SimpleNamespace(controller=True, kind='Job')
-  pod = types.SimpleNamespace(
-    metadata=types.SimpleNamespace(name='groupvit-0-abc', labels={'job-name': 'groupvit'}, owner_references=[owner]),
-    spec=types.SimpleNamespace(subdomain='groupvit'),
-  )
-  api = types.SimpleNamespace(
-    list_namespaced_pod=lambda namespace, field_selector: types.SimpleNamespace(items=[pod]),
-    read_namespaced_job=lambda name, namespace: job,
-  )
-  client = types.SimpleNamespace(
-    CoreV1Api=lambda: api, BatchV1Api=lambda: api, exceptions=types.SimpleNamespace(ApiException=OSError)
-  )
-  sys.modules['kubernetes'] = types.SimpleNamespace(
-    config=types.SimpleNamespace(load_incluster_config=lambda: None), client=client
-  )
-  os.environ |= {'KUBERNETES_SERVICE_HOST': '10.0.0.1', 'HOSTNAME': 'groupvit-0'}
-  socket.gethostbyname = lambda host: '127.0.0.1'
-  k8s_cluster.K8sCluster._namespace = staticmethod(lambda: 'default')
-  address = k8s_cluster.K8sCluster.get_coordinator_address  # which the runtime resolves beyond Python
-  k8s_cluster.K8sCluster.get_coordinator_address = staticmethod(
-    lambda **options: address(**options).replace('groupvit-0.groupvit', 'localhost')
-  )
-
-
-def tpu(worker: str) -> None:
-  """A host of a TPU pod slice, as its metadata describe it."""
-  os.environ.pop('TPU_SKIP_MDS_QUERY', None)
-  serve_metadata(
-    {'agent-worker-number': worker, 'worker-network-endpoints': 'x:0:127.0.0.1,y:1:127.0.0.2', 'tpu-env': ''}
-  )
-
-
-def serve_metadata(metadata: dict[str, str]) -> None:
-  cloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = True
-  cloud_tpu_cluster.get_metadata = lambda key: (metadata[key], 200)
-
-
-SITUATIONS = {
-  'signal': signal_in,
-  'full-disk': full_disk,
-  'gke': gke,
-  'tpu': tpu,
-  'bucket': folder_bucket.install,
-  'rows': note_rows,
-}
+SITUATIONS = {'signal': signal_in, 'bucket': folder_bucket.install, 'rows': note_rows}
 
 
 if __name__ == '__main__':

@@ -17,15 +17,11 @@ import numpy as np
 import pytest
 
 from groupvit_jax import cli
-from groupvit_jax.running import cluster, sharding
+from groupvit_jax.running import cluster
 from groupvit_jax.running import processes as distributed
 from groupvit_jax.running.cluster import Cluster
-from groupvit_jax.train import state as train_state
-from groupvit_jax.train.checkpoint import Checkpoints
-from tests import folder_bucket, gcs
 from tests import official_layouts as layouts
 from tests.photos import photo
-from tests.train import test_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 200
@@ -276,25 +272,6 @@ def test_a_workdir_that_the_other_process_does_not_see(other_host):
   assert first not in (0, cli.EXIT_USAGE)
 
 
-SAVE = dict(program='tests/save_state.py', devices=4)
-
-
-@pytest.mark.parametrize('store', ['gs', 's3'])
-def test_parameters_divided_over_processes_are_whole_for_one(store, tmp_path, monkeypatch):
-  """Saved by two processes whose eight devices hold an eighth each; restored bit for bit by one on another mesh."""
-  folder_bucket.use(monkeypatch, tmp_path)
-  workdir = {'gs': 'gs://two-processes/run', 's3': 's3://bucket/run'}[store]
-  if store == 'gs':
-    gcs.create_bucket('two-processes')
-  for code, text in finish(start_two(f'--workdir={workdir}', staged=f'bucket:{tmp_path}', **SAVE)):
-    assert code == 0, text
-  mesh = sharding.make_mesh(data=4, model=2)
-  state = train_state.init_state(test_checkpoint.MODEL, test_checkpoint.TX, 3, test_checkpoint.TEXT_SHAPE, mesh)
-  restored = Checkpoints(workdir, keep=2).restore(test_checkpoint.abstract(data=4, model=2))
-  for saved, read in zip(test_checkpoint.raw(state), test_checkpoint.raw(restored.state), strict=True):
-    np.testing.assert_array_equal(saved, read)
-
-
 def test_processes_start_together_from_a_runs_weights(scenario, tmp_path):
   flags = (
     f'--config.init_from={scenario["workdir"]}',
@@ -373,16 +350,6 @@ def test_what_saves_nothing_is_ended_by_a_signal(tmp_path, monkeypatch):
   # The runtime may end it first, because process 0, which it asks how all are, is gone.
   assert other in (-signal.SIGTERM, -signal.SIGABRT, cli.EXIT_PEER_LOST), its_text
   assert '2 process(es) on 1 host(s), 8 device(s)' in text and 'compiling the step' in text
-
-
-@pytest.mark.parametrize(
-  'environment, staged', [({'JOB_COMPLETION_INDEX': '{}'}, 'gke'), ({}, 'tpu:{}')], ids=['gke', 'tpu']
-)
-def test_launchers_that_jax_knows(environment, staged, tmp_path, monkeypatch):
-  """What they say alone: the processes meet, and so can find that they differ."""
-  flags = f'--workdir={tmp_path / "run"}', '--config.seed={}'
-  for code, text in finish(start_launched(environment, monkeypatch, *flags, staged=staged)):
-    assert code == cli.EXIT_USAGE and 'config.seed is 0 in one and 1 in the other' in text, text
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_a_request_that_fails_once_is_retried(state, bucket, monkeypatch):  # no
   assert complete(RUN) == [2] == [checkpoints.restore(abstract()).step] and len(failed) == 5
 
 
-@pytest.mark.parametrize('run', ['gs'], indirect=True)
+@pytest.mark.parametrize('run', ['gs', 's3'], indirect=True)
 def test_a_run_is_stopped_killed_and_finished(run, tmp_path, monkeypatch):
   """By two processes that divide the parameters, until a signal; by one, killed while it saves; by one to the end."""
   temporary = tmp_path / 'tmp'
