@@ -1,5 +1,6 @@
 """A command where something is as it seldom is: python -m tests.staged SITUATION,... train.py --flag=value ..."""
 
+from collections.abc import Mapping
 import hashlib
 import json
 import os
@@ -7,6 +8,8 @@ import pathlib
 import runpy
 import sys
 import time
+
+import numpy as np
 
 from tests import folder_bucket
 
@@ -36,6 +39,12 @@ def signal_in(phase: str, number: str) -> None:
   setattr(owner, name, signalled)
 
 
+def row_digests(batch: Mapping[str, np.ndarray]) -> list[str]:
+  """A digest of each row of a batch."""
+  pairs = zip(batch['image'], batch['tokens'])
+  return [hashlib.sha256(image.tobytes() + tokens.tobytes()).hexdigest()[:12] for image, tokens in pairs]
+
+
 def note_rows(folder: str) -> None:
   """Writes down the digests of the rows that this process takes, a line of JSON for each step, in a file of its own."""
   from groupvit_jax.train import loop
@@ -44,10 +53,7 @@ def note_rows(folder: str) -> None:
 
   def noted(run, first_batch):
     for step, batch in enumerate(read(run, first_batch), start=first_batch + 1):
-      rows = [
-        hashlib.sha256(b''.join(part.tobytes() for part in row)).hexdigest()[:12]
-        for row in zip(batch['image'], batch['tokens'])
-      ]
+      rows = row_digests(batch)
       with (pathlib.Path(folder) / f'{os.getpid()}.rows').open('a') as file:
         file.write(json.dumps([step, rows]) + '\n')
       yield batch
