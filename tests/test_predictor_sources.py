@@ -62,7 +62,9 @@ def test_protocols_by_name():
   run = open_run.open_run(trained_workdir())
   protocol_of = lambda name: Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=name).protocol
   assert protocol_of('groupvit') == protocols.GROUPVIT and protocol_of(None) == protocol_of('native')
-  with pytest.raises(ValueError, match="there is no protocol 'paper'; choose one of native, shifted, groupvit"):
+  with pytest.raises(
+    ValueError, match="there is no protocol 'paper'; choose one of native, shifted, shifted\\+pamr, groupvit"
+  ):
     protocol_of('paper')
   with pytest.raises(ValueError, match='kept no best checkpoint'):
     Predictor.from_pretrained(trained_workdir(), checkpoint='best')

@@ -93,8 +93,8 @@ if __name__ == '__main__':
   PROTOCOL = flags.DEFINE_string(
     'protocol',
     '',
-    f'native, shifted or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, shifted for '
-    'scenes, else native. a,b,c scores several, in one pass where they cut images alike.',
+    f'native, shifted, shifted+pamr or {", ".join(protocols.PROTOCOLS)}; by default that of the published result, '
+    'shifted for scenes, else native. a,b,c scores several, in one pass where they cut images alike.',
   )
   WEIGHTS = flags.DEFINE_enum(
     'weights', 'best', ['best', 'ema', 'trained'], 'best: the moving average, where the run keeps one.'

@@ -13,7 +13,9 @@ from groupvit_jax.eval import protocols
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'The run that segments.')
 PROTOCOL = flags.DEFINE_string(
-  'protocol', protocols.NATIVE, f'native or shifted, or {", ".join(protocols.PROTOCOLS)}: windows of 448 px.'
+  'protocol',
+  protocols.NATIVE,
+  f'native, shifted, shifted+pamr, or {", ".join(protocols.PROTOCOLS)}: windows of 448 px.',
 )
 CHECKPOINT = flags.DEFINE_enum(
   'checkpoint', 'newest', ['newest', 'best'], 'best: the one that scored best in training.'

@@ -325,8 +325,9 @@ def test_oracle_names_each_segment_by_its_majority(evaluate):
 
 
 def test_eight_devices_give_what_one_gives(evaluate):
-  one, maps = evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1))
-  many, others = evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1), mesh=sharding.make_mesh())
+  refined = threshold(0.1, refine='pamr', refine_iterations=2, refine_dilations=(1, 3))
+  one, maps = evaluate(ORDINARY, WITH_BACKGROUND, refined)
+  many, others = evaluate(ORDINARY, WITH_BACKGROUND, refined, mesh=sharding.make_mesh())
   same = sum((maps[key].labels == others[key].labels).sum() for key in maps)
   assert same >= 0.9999 * sum(m.labels.size for m in maps.values())
   assert abs(one.counts - many.counts).sum() <= 2e-4 * one.counts.sum()

@@ -56,6 +56,14 @@ def test_shifted_is_a_square_in_four_windows_half_a_patch_apart():
   assert shifted.max_windows == 4
   assert protocols.shifted_protocol((224, 224), 16).short_side == 232
   assert protocols.shifted_protocol((16, 16), 1).stride == 1
+  refined = protocols.find_protocol('shifted+pamr', (64, 64), 8)
+  assert (refined.refinement, refined.changed) == (protocols.Pamr(2, (2, 4)), ())
+  assert (
+    dataclasses.replace(
+      refined, name='shifted', refine=None, refine_iterations=10, refine_dilations=shifted.refine_dilations
+    )
+    == shifted
+  )
 
 
 def test_overrides_are_named_in_the_result():
@@ -132,7 +140,9 @@ def test_unknown_protocol():
   assert protocols.find_protocol('tcl', (64, 64), 8) is protocols.TCL
   assert protocols.find_protocol('native', (64, 96), 8) == protocols.native_protocol((64, 96))
   assert protocols.find_protocol('shifted', (64, 96), 8) == protocols.shifted_protocol((64, 96), 8)
-  with pytest.raises(ValueError, match="'voc'; choose one of native, shifted, groupvit, tcl, tcl\\+pamr, tcl-336, "):
+  with pytest.raises(
+    ValueError, match="'voc'; choose one of native, shifted, shifted\\+pamr, groupvit, tcl, tcl\\+pamr, tcl-336, "
+  ):
     protocols.find_protocol('voc', (64, 64), 8)
 
 
