@@ -7,7 +7,7 @@ from PIL import Image
 import pytest
 
 from groupvit_jax.errors import UserError
-from groupvit_jax.eval import labelled
+from groupvit_jax.eval import draw, labelled
 from tests import official_layouts
 
 
@@ -32,5 +32,10 @@ def test_more_classes_than_8_bits_hold(tmp_path):
   benchmark, source = labelled.open_folder(tmp_path)
   assert benchmark.num_classes == len(benchmark.palette) == 300
   np.testing.assert_array_equal(source[0]['label'], wide, strict=True)
+  data = io.BytesIO()
+  draw.mask_image(wide, benchmark.palette).save(data, 'PNG')
+  np.testing.assert_array_equal(labelled.decode_label(data.getvalue(), 'a'), wide, strict=True)
+  colours = draw.colour_map(wide, benchmark.palette)
+  assert tuple(colours[0, 10]) == benchmark.palette[255] and tuple(colours[0, -1]) == (224, 224, 224)
   narrow = official_layouts.labels_of(1, (0, 1, 2, 65535))
   np.testing.assert_array_equal(source[1]['label'], narrow, strict=True)
