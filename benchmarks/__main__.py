@@ -5,7 +5,9 @@ import importlib
 import pathlib
 import sys
 
-_MODULES = 'evaluation predictor step loss_memory caption_lengths input_pipeline remote reliability tables'.split()
+_MODULES = (
+  'evaluation predictor step loss_memory caption_lengths input_pipeline remote reliability tables browser'.split()
+)
 # Name on the command line -> module here.
 NAMES = dict.fromkeys(('training', 'encoding', 'windows'), 'speed') | dict(zip(_MODULES, _MODULES))
 

@@ -1,6 +1,6 @@
 """A browser for tests: Debian's, Google's, or the one that `playwright install chromium` brings."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import os
 import pathlib
@@ -13,7 +13,6 @@ _NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable
 # As root in a container, and without a word to anyone.
 _FLAGS = [
   '--no-sandbox',
-  '--disable-gpu',
   '--disable-quic',
   '--no-first-run',
   '--disable-background-networking',
@@ -22,15 +21,19 @@ _FLAGS = [
 ]
 
 
+NO_GPU = ('--disable-gpu',)
+SOFTWARE_WEBGPU = '--enable-unsafe-webgpu', '--use-webgpu-adapter=swiftshader'
+
+
 @contextlib.contextmanager
-def launched() -> Iterator[sync_api.Browser]:
+def launched(gpu: Sequence[str] = NO_GPU) -> Iterator[sync_api.Browser]:
   """A headless browser; without one the test is skipped, or fails where REQUIRE_BROWSER=1 says that there is one."""
   with sync_api.sync_playwright() as play:
     path = next(filter(None, map(shutil.which, _NAMES)), play.chromium.executable_path)
     if not pathlib.Path(path).exists():
       give_up = pytest.fail if os.environ.get('REQUIRE_BROWSER') == '1' else pytest.skip
       give_up(f'there is none of {", ".join(_NAMES)}: apt-get install chromium, or playwright install chromium')
-    browser = play.chromium.launch(executable_path=path, args=_FLAGS)
+    browser = play.chromium.launch(executable_path=path, args=[*_FLAGS, *gpu])
     try:
       yield browser
     finally:

@@ -85,6 +85,7 @@ def export(
   *,
   dtype: Dtype = 'float32',
   window: int | None = None,
+  webgpu: bool = False,
   scores: Sequence[str] | None = None,
   weights: open_run.Weights = 'best',
   checkpoint: str = open_run.NEWEST,
@@ -99,6 +100,7 @@ def export(
     output: folder to create; must not exist, or be empty.
     dtype: of the weights, and of the computation of stablehlo; of onnx as for `onnx.export_towers`.
     window: of onnx, side of the square images that its towers take; None for that of training.
+    webgpu: whether the page of web may compute on a GPU, by another build of ONNX Runtime beside the first.
     scores: results.json files of `eval.py`, of this checkpoint, which go into the model card; None for the one in
       WORKDIR/eval, if it is of this checkpoint.
     weights: as for `open_run.open_run`.
@@ -117,6 +119,8 @@ def export(
     raise UserError(f'--format={form} has no dtype={dtype!r}; leave it out for float32')
   if window is not None and form not in _ONNX:
     raise UserError(f'window={window} is of --format=onnx and web; leave it out')
+  if webgpu and form != 'web':
+    raise UserError(f'--webgpu is of --format=web, not {form}; leave it out')
   check_free('--output', output)
   run = open_run.open_run(workdir, checkpoint, weights=weights)
   granted = _choose_licence(run, licence)
@@ -141,7 +145,7 @@ def export(
     elif form in _ONNX:
       notes = _write_onnx(folder, run, spec, dtype, window)
       if form == 'web':
-        web_folder.add_page(folder, run, window)
+        web_folder.add_page(folder, run, window, webgpu)
       use = _ONNX_USE.format(window=window)
     else:
       _write_flat(folder, run, spec, number_format)
@@ -288,6 +292,7 @@ if __name__ == '__main__':
     'Of the weights; of stablehlo also of the computation. float16 and int8 are of onnx, bfloat16 of the others.',
   )
   WINDOW = flags.DEFINE_integer('window', None, "Of onnx: side of the images that it takes, by default training's.", 1)
+  WEBGPU = flags.DEFINE_bool('webgpu', False, 'Of web: also compute on a GPU, where the browser has WebGPU.')
   SCORES = flags.DEFINE_list(
     'scores', None, 'results.json files of eval.py for the model card; by default WORKDIR/eval/results.json.'
   )
@@ -308,6 +313,7 @@ if __name__ == '__main__':
         OUTPUT.value,
         dtype=DTYPE.value,
         window=WINDOW.value,
+        webgpu=WEBGPU.value,
         scores=SCORES.value,
         weights=WEIGHTS.value,
         checkpoint=CHECKPOINT.value,

@@ -1,6 +1,6 @@
 """A static page that segments images in the browser, from an ONNX export."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import gzip
 import importlib.resources
 import pathlib
@@ -22,25 +22,28 @@ from groupvit_jax.interop import licence
 from groupvit_jax.train.open_run import TrainedRun
 
 _RUNTIME = 'onnxruntime-web@1.30.0'
-_RUNTIME_FILES = ('ort.wasm.min.mjs', 'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm')
+# Of a build: the module, what it loads, and its WebAssembly. The second one is for WebGPU.
+_BUILDS = {
+  'wasm': ('ort.wasm.min.mjs', 'ort-wasm-simd-threaded.mjs', 'ort-wasm-simd-threaded.wasm'),
+  'webgpu': ('ort.jspi.min.mjs', 'ort-wasm-simd-threaded.jspi.mjs', 'ort-wasm-simd-threaded.jspi.wasm'),
+}
 _NUM_EXAMPLES = 4
 _CLASS_NAMES = ('person', 'dog', 'cat', 'car', 'building', 'tree', 'grass', 'sky', 'water')  # to begin with
 # Of the native protocol segmenter.js has these alone.
 _PROTOCOL = dict(class_filter=5, double_softmax=True, threshold_mode='window', refine=None)
 
 
-def add_page(folder: epath.Path, run: TrainedRun, window: int) -> None:
+def add_page(folder: epath.Path, run: TrainedRun, window: int, webgpu: bool) -> None:
   """Adds the page to the folder of an export with image.onnx, which takes images of side `window`, and text.onnx.
 
-  Of a run that was trained on scenes some held-out ones are examples.
+  `webgpu` adds a build of ONNX Runtime for it. Of a run that was trained on scenes some held-out ones are examples.
   """
   protocol = protocols.native_protocol((window, window))
   assert all(getattr(protocol, name) == value for name, value in _PROTOCOL.items())
   for path in importlib.resources.files('groupvit_jax').joinpath('web').iterdir():
     (folder / path.name).write_bytes(path.read_bytes())
-  runtime = _fetch_runtime(folder)
+  runtimes = _fetch_runtimes(folder, ('wasm', 'webgpu') if webgpu else ('wasm',))
   class_names, examples = _write_examples(folder, run)
-  size = lambda names: round(sum((folder / name).stat().length for name in names) / 1e6, 1)
   weights = licence.read_kept(run.workdir)
   page = dict(
     tokenizer=tokenizer_to_json(run.tokenizer),
@@ -49,7 +52,8 @@ def add_page(folder: epath.Path, run: TrainedRun, window: int) -> None:
     palette=dict(zip(class_names, draw.class_palette(class_names))),
     num_stages=sum(stage.num_segments > 0 for stage in run.model.vision.stages),
     examples=examples,
-    download_mb=dict(model=size(['image.onnx', 'text.onnx']), runtime=size(runtime)),
+    model_mb=_size_mb(folder, ['image.onnx', 'text.onnx']),
+    runtimes=runtimes,
     about=f'{run.workdir.name}, step {run.step:,}; windows of {window} px. Licence of the weights: '
     f'{weights if any(weights) else "that of who trained them"}.',
   )
@@ -85,8 +89,8 @@ def _write_examples(folder: epath.Path, run: TrainedRun) -> tuple[tuple[str, ...
   return tuple(scenes.classes), files
 
 
-def _fetch_runtime(folder: epath.Path) -> list[str]:
-  """Copies ONNX Runtime for browsers, of a fixed version, into a folder; its WebAssembly compressed. Returns names."""
+def _fetch_runtimes(folder: epath.Path, builds: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+  """Copies builds of ONNX Runtime for browsers, of a fixed version, into a folder; their WebAssembly compressed."""
   with tempfile.TemporaryDirectory() as scratch:
     try:
       command = ['npm', 'pack', _RUNTIME, f'--pack-destination={scratch}', '--silent']
@@ -96,10 +100,18 @@ def _fetch_runtime(folder: epath.Path) -> list[str]:
     if done.returncode:
       raise UserError(f'npm cannot fetch {_RUNTIME}: {" ".join(done.stderr.split())[:300]}')
     (package,) = pathlib.Path(scratch).glob('*.tgz')
+    found = {}
     with tarfile.open(package) as tar:
-      files = {name: tar.extractfile(f'package/dist/{name}').read() for name in _RUNTIME_FILES}
-  name = _RUNTIME_FILES[-1]
-  files[f'{name}.gz'] = gzip.compress(files.pop(name), mtime=0)  # segmenter.js unpacks it
-  for name, data in files.items():
-    (folder / name).write_bytes(data)
-  return list(files)
+      for build in builds:
+        module, loader, binary = _BUILDS[build]
+        read = lambda name: tar.extractfile(f'package/dist/{name}').read()
+        files = {module: read(module), loader: read(loader)}
+        files[f'{binary}.gz'] = gzip.compress(read(binary), mtime=0)  # segmenter.js unpacks it
+        for name, data in files.items():
+          (folder / name).write_bytes(data)
+        found[build] = dict(module=module, binary=f'{binary}.gz', mb=_size_mb(folder, files))
+  return found
+
+
+def _size_mb(folder: epath.Path, names: Iterable[str]) -> float:
+  return round(sum((folder / name).stat().length for name in names) / 1e6, 1)

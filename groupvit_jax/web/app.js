@@ -1,6 +1,6 @@
 // The page: image, class names and sliders in; drawings, a legend and downloads out.
 
-import {Segmenter} from './segmenter.js';
+import {chooseRuntime, Segmenter} from './segmenter.js';
 
 const $ = id => document.getElementById(id);
 const GROUP_COLOURS = Array.from({length: 64}, (_, i) => hsl(i * 137.508, 65, i % 2 ? 45 : 62));
@@ -183,8 +183,8 @@ async function start() {
       return location.reload();
     }
   }
-  const {download_mb: size} = await (await fetch('page.json')).json();
-  say(`Loading ${size.model} MB of model and ${size.runtime} MB of ONNX Runtime …`);
+  const page = await (await fetch('page.json')).json(), runtime = page.runtimes[await chooseRuntime(page)];
+  say(`Loading ${page.model_mb} MB of model and ${runtime.mb} MB of ONNX Runtime …`);
   segmenter = await Segmenter.load();
   const {num_stages: stages, examples} = segmenter.bundle;
   Object.assign($('stage'), {max: stages, value: stages});

@@ -1,22 +1,31 @@
 // GroupViT in the browser: encodes an image once, and segments it into any classes, as groupvit_jax/predictor.py does.
 // Letters: K windows of side W, N patches, S segments, C classes, E joint embedding. Arrays are flat and row-major.
 
-import * as ort from './ort.wasm.min.mjs';
 import {encode} from './tokenizer.js';
 
+let ort;  // ONNX Runtime, once it is loaded
 const CLASS_FILTER = 5;  // classes kept per window: those that fit its pooled feature best
+
+// The build of ONNX Runtime to load, of those that page.json lists: WebGPU's where it was copied in and there is one.
+export async function chooseRuntime({runtimes}) {
+  const usable = runtimes.webgpu && 'Suspending' in WebAssembly && await navigator.gpu?.requestAdapter();
+  return usable ? 'webgpu' : 'wasm';
+}
 
 export class Segmenter {
   // Loads the model that lies beside this file.
   static async load() {
-    ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
-    ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
-    const packed = (await fetch('ort-wasm-simd-threaded.wasm.gz')).body;
-    ort.env.wasm.wasmBinary = await new Response(packed.pipeThrough(new DecompressionStream('gzip'))).arrayBuffer();
     const read = async file => (await fetch(file)).json();
     const [bundle, page] = await Promise.all([read('bundle.json'), read('page.json')]);
-    const [image, text] = await Promise.all(['image.onnx', 'text.onnx'].map(file => ort.InferenceSession.create(file)));
-    return new Segmenter({...bundle, ...page}, image, text);
+    const provider = await chooseRuntime(page), {module, binary} = page.runtimes[provider];
+    ort = await import(`./${module}`);
+    ort.env.wasm.wasmPaths = new URL('./', import.meta.url).href;
+    ort.env.wasm.numThreads = self.crossOriginIsolated ? navigator.hardwareConcurrency : 1;
+    const packed = (await fetch(binary)).body;
+    ort.env.wasm.wasmBinary = await new Response(packed.pipeThrough(new DecompressionStream('gzip'))).arrayBuffer();
+    const open = file => ort.InferenceSession.create(file, {executionProviders: [provider]});
+    const image = await open('image.onnx'), text = await open('text.onnx');
+    return new Segmenter({...bundle, ...page, provider}, image, text);
   }
 
   constructor(bundle, image, text) {
@@ -34,10 +43,10 @@ export class Segmenter {
     for (const top of tops) {
       for (const left of lefts) windows.push({top, left, ...(await this.encodeWindow(pixels, size.width, top, left))});
     }
-    // The groups of the whole image, seen as one square.
-    const square = resize(image, {width: side, height: side});
-    const groups = (await this.encodeWindow(square, side, 0, 0)).maps;
-    return {image, size, windows, groups};
+    // The groups of the whole image, seen as one square: for a square, its only window.
+    const square = () => this.encodeWindow(resize(image, {width: side, height: side}), side, 0, 0);
+    const {maps} = width === side && height === side ? windows[0] : await square();
+    return {image, size, windows, groups: maps};
   }
 
   async encodeWindow(pixels, width, top, left) {

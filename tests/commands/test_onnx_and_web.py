@@ -58,7 +58,7 @@ def site(tmp_path_factory) -> pathlib.Path:
   if not shutil.which('npm'):
     pytest.skip('npm is not installed, which fetches ONNX Runtime for the page')
   folder = tmp_path_factory.mktemp('web') / 'site'
-  report = export(str(trained_workdir()), 'web', str(folder))
+  report = export(str(trained_workdir()), 'web', str(folder), webgpu=True)
   assert '100.00% of patches in the same segment as with JAX' in report
   return folder
 
@@ -159,6 +159,7 @@ def test_mistakes(site, tmp_path, monkeypatch):
     (lambda: export(run, 'onnx', str(tmp_path / 'out'), window=9), 'window=9 is no multiple of the patch size'),
     (lambda: export(run, 'web', str(tmp_path / 'out'), window=8 * 10**6), 'window=8000000 is no multiple .* or above'),
     (lambda: export(run, 'onnx', str(tmp_path / 'out'), dtype='bfloat16'), "--format=onnx has no dtype='bfloat16'"),
+    (lambda: export(run, 'onnx', str(tmp_path / 'out'), webgpu=True), '--webgpu is of --format=web, not onnx'),
     (lambda: export(run, 'stablehlo', str(tmp_path / 'out'), window=64), 'window=64 is of --format=onnx and web'),
   ):
     with pytest.raises(ValueError, match=message):
@@ -188,6 +189,20 @@ def test_small_weights_and_their_agreement(dtype, site, tmp_path):
   assert sizes[0] < sizes[1]
 
 
+def test_webgpu_labels_as_python_does(address):  # before the other browser is there: one at a time
+  image = photo(32, 32)
+  want = Predictor.from_pretrained(trained_workdir())(image, NAMES)
+  rgba = np.dstack([image, np.full(image.shape[:2], 255, np.uint8)])
+  with browser.launched(browser.SOFTWARE_WEBGPU) as chromium:
+    page = chromium.new_page()
+    page.goto(address)
+    page.wait_for_selector('#legend tr')
+    labels, scores, _ = page.evaluate(SEGMENT, [rgba.ravel().tolist(), 32, 32, NAMES, 0])
+    assert page.evaluate('segmenter.bundle.provider') == 'webgpu'
+  assert (np.reshape(labels, (32, 32)) == want.labels).mean() > 0.999
+  np.testing.assert_allclose(scores, want.scores, atol=1e-2)
+
+
 def test_the_browser_labels_as_python_does(page):
   run = open_run.open_run(trained_workdir())
   scenes = build_scenes(run.config.data.scenes, tuple(run.config.model.vision.image_size), 'test')
@@ -203,6 +218,7 @@ def test_the_browser_labels_as_python_does(page):
       np.testing.assert_allclose(scores[want.background :], want.scores[want.background :], atol=1e-2)
       if image is not images[-1]:
         assert (np.reshape(groups[-1], (height, width)) == want.segments).mean() > 0.999
+  assert page.evaluate('segmenter.bundle.provider') == 'wasm'
 
 
 def test_the_page(page, address, site, tmp_path):
