@@ -62,8 +62,11 @@ $(VENV)/test: requirements-test.txt requirements-demo.txt $(VENV)/run
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
 
-docs: $(VENV)/test  # these pages and the API reference as a site: build/site/index.html
+# These pages and the API reference as a site, build/site/index.html; after `make quickstart` with its model as page/.
+docs: $(VENV)/test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	test ! -e $(WORKDIR)/config.json || \
+	  $(BIN)/python -m groupvit_jax.commands.export --workdir=$(WORKDIR) --format=web --output=build/site/page
 
 docs-check: $(VENV)/test  # with Python 3.11: it writes weights with torch
 	$(BIN)/python docs/rooms.py --check
