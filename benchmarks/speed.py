@@ -3,7 +3,7 @@
   python -m benchmarks training --growth --rounds=5 --output=docs/speed_train.json
   python -m benchmarks encoding --growth --output=docs/speed_inference.json
   python -m benchmarks windows --growth --output=docs/speed_windows.json
-  python -m benchmarks windows --runtime=openvino-bfloat16 --dtype=bfloat16 --output=docs/speed_openvino.json
+  python -m benchmarks encoding --runtime=openvino-bfloat16 --dtype=bfloat16 --output=docs/speed_openvino.json
   python -m benchmarks training --device=gpu --dtype=bfloat16 --batch=256 --output=gpu_train.json
 
 Each side, and each mode of the peer, is a process of its own on all cores. On a CPU they take turns.
