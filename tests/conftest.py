@@ -10,9 +10,13 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import tempfile
 
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
+
+# A shell starts jobs in the background with Ctrl-C ignored, and the commands that tests start would ignore it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Also for the commands that tests start; it must be set before JAX is imported.
 if not os.environ.get('JAX_PLATFORMS', '').startswith('cuda'):  # for tests/model/test_gpu.py
