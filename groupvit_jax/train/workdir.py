@@ -190,6 +190,8 @@ def write_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> 
 
 def check_location(workdir: epath.PathLike) -> None:
   """Raises UserError for a location where a run cannot be kept."""
+  if not str(workdir).strip():
+    raise UserError('--workdir is empty; name the folder of the run')
   scheme, bucket, _ = str(workdir).partition('://')
   if not bucket:
     return

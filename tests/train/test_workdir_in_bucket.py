@@ -222,6 +222,8 @@ def test_a_run_is_stopped_killed_and_finished(run, tmp_path, monkeypatch):
 def test_where_a_run_cannot_be_kept(monkeypatch):
   with pytest.raises(ValueError, match='--workdir=az://bucket/run: a run is kept on a disk, or in a bucket, gs://'):
     workdir_lib.check_location('az://bucket/run')
+  with pytest.raises(ValueError, match='--workdir is empty'):
+    workdir_lib.check_location('')
   monkeypatch.setattr(workdir_lib.importlib.util, 'find_spec', lambda name: None)
   for path, package in (('gs://bucket/run', 'gcsfs'), ('s3://bucket/run', 's3fs')):
     with pytest.raises(ValueError, match=f'--workdir={path} needs {package}: pip install {package}'):
