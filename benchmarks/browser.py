@@ -44,6 +44,8 @@ def main() -> None:
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--output', type=pathlib.Path, help='JSON file.')
   args = parser.parse_args()
+  if not (pathlib.Path(args.site) / 'index.html').exists():
+    parser.error(f'--site={args.site} holds no page; export one there with --format=web')
   handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=args.site)
   handler.func.log_message = lambda *_: None
   server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)

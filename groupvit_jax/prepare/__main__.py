@@ -53,6 +53,8 @@ def build(name: str, manual_dir: epath.PathLike, data_dir: epath.PathLike) -> st
     )
   if not epath.Path(manual_dir).is_dir():
     raise UserError(f'there is no folder --manual_dir={manual_dir}; unpack the official archives there')
+  if not any(epath.Path(manual_dir).iterdir()):
+    raise UserError(f'--manual_dir={manual_dir} is empty; unpack the official archives there')
   import tensorflow_datasets as tfds  # it takes a second to import
 
   from groupvit_jax.prepare import segmentation_sets

@@ -212,6 +212,7 @@ FAULTS = [
   ('coco_stuff', f'stuffthingmaps/val2017/{1:012}.png', pathlib.Path.unlink, f'there is no .*{1:012}.png;'),
   ('ade20k', f'{ADE}/annotations', shutil.rmtree, 'there is no .*annotations/validation/ADE_val_00000000.png'),
   ('ade20k', f'{ADE}/images/validation', empty, 'names no images'),
+  ('cityscapes_fine', '', empty, '--manual_dir=.* is empty; unpack'),
   ('cityscapes_fine', 'leftImg8bit', shutil.rmtree, 'there is no .*leftImg8bit/val; unpack'),
   ('cityscapes_fine', 'gtFine', shutil.rmtree, 'there is no .*bonn_000000_000019_gtFine_labelIds.png'),
 ]
