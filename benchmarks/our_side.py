@@ -117,7 +117,7 @@ def with_attention(
   model: ImageTextModel, batch: int, mesh: jax.sharding.Mesh, train: bool
 ) -> tuple[ImageTextModel, dict[str, str]]:
   """The model with the attention that is fastest here, and the choice for a report."""
-  choice = choose_attention(model.vision, mesh, train=train)
+  choice = choose_attention(model, mesh, train=train)
   model = model.with_attention(choice.implementation)
   return model, {'attention': str(choice.implementation), 'attention_reason': choice.reason}
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+import jax.extend.core
 import jax.numpy as jnp
 
-from groupvit_jax.model.tpu_attention import TpuAttention
+from groupvit_jax.model.tpu_attention import SAVED, TpuAttention
 
 Implementation = Literal['xla', 'xla_in_parts', 'cudnn'] | TpuAttention
 
@@ -46,8 +48,10 @@ def self_attend(
     mask = seen if mask is None else mask & seen
     shards, implementation = implementation.shards(num_heads), 'xla'
   by_shard = (qkv + bias[None, None]).reshape(batch, tokens, shards, 3, num_heads // shards, width // 3 // num_heads)
-  fused = by_shard.swapaxes(2, 3).reshape(batch, tokens, 3, num_heads, -1)
-  return attend(*unfuse(fused), mask, implementation).reshape(batch, tokens, width // 3)
+  parts = unfuse(by_shard.swapaxes(2, 3).reshape(batch, tokens, 3, num_heads, -1))
+  if implementation == 'cudnn':  # it takes them apart: so they are kept, and not cut out of the projection once more
+    parts = (checkpoint_name(part, SAVED[0]) for part in parts)
+  return attend(*parts, mask, implementation).reshape(batch, tokens, width // 3)
 
 
 def cross_attend(
@@ -59,7 +63,7 @@ def cross_attend(
     arrays: query [B, S, D], key and value [B, N, D].
     biases: [D], to be added to them.
     num_heads: h.
-    implementation: XLA's, but where it is the TPU kernel's.
+    implementation: XLA's, but where it is the TPU kernel's or cuDNN's.
 
   Returns:
     Attended values [B, S, D].
@@ -70,7 +74,7 @@ def cross_attend(
       return implementation.attend(arrays, biases, num_heads)
     mask = implementation.seen(arrays[1].shape[1])
   heads = [(x + bias[None, None]).reshape(*x.shape[:2], num_heads, -1) for x, bias in zip(arrays, biases)]
-  return attend(*heads, mask).reshape(arrays[0].shape)
+  return attend(*heads, mask, 'cudnn' if implementation == 'cudnn' else 'xla').reshape(arrays[0].shape)
 
 
 def causal_mask(texts: jax.Array) -> jax.Array:
@@ -105,19 +109,25 @@ def attend(
     key: [B, M, h, k].
     value: [B, M, h, k].
     mask: booleans that broadcast to [B, h, N, M]; False hides a key from a query.
-    implementation: 'cudnn' is fused, for NVIDIA's GPUs in half precision; 'xla_in_parts' splits the batch so that XLA
-      runs its matmuls on several CPU cores and in caches. It needs B on one device; with a mask it is 'xla'.
+    implementation: 'cudnn' is fused, for NVIDIA's GPUs in half precision; with a mask it is 'xla' for odd N, which
+      cuDNN does not differentiate. 'xla_in_parts' splits the batch so that XLA runs its matmuls on several cores and
+      in caches. It needs B on one device; with a mask it is 'xla'.
 
   Returns:
     Attended values [B, N, h, k].
   """
-  if implementation == 'cudnn':
+  if implementation == 'cudnn' and (mask is None or query.shape[1] % 2 == 0):
     return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation='cudnn')
   # Heads before tokens: on CPUs matmuls of arrays with tokens first take twice as long.
   query, key, value = map(_swap, (query, key, value))
   if implementation == 'xla_in_parts' and mask is None:
     return _swap(_attend_in_parts(query, key, value))
   return _swap(_attend(query, key, value, mask))
+
+
+def is_cudnn_attention(primitive: jax.extend.core.Primitive, *_, **__) -> bool:
+  """A checkpoint policy: whether this is cuDNN's forward pass, whose output its backward pass needs."""
+  return primitive.name == 'dot_product_attention_fwd_wrapper'
 
 
 def _attend_in_parts(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:

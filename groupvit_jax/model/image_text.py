@@ -14,7 +14,6 @@ from groupvit_jax.model.layers import bias_init, project, sample_keys
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.model.text import TextTower
 from groupvit_jax.model.text_packing import one_a_row, TextRows
-from groupvit_jax.model.tpu_attention import TpuAttention
 from groupvit_jax.model.vision import VisionOutput, VisionTower
 
 
@@ -124,9 +123,9 @@ class ImageTextModel(nn.Module):
     return ImageTextOutput(*self.project(vision.pooled, self._text_features(tokens), train=train), vision.assignments)
 
   def with_attention(self, implementation: Implementation) -> 'ImageTextModel':
-    """The same model with another implementation of attention in the image tower, on TPUs in both."""
-    in_text = implementation if isinstance(implementation, TpuAttention) else 'xla'
-    return self.clone(vision=self.vision.clone(attention=implementation), text=self.text.clone(attention=in_text))
+    """The same model with another implementation of attention."""
+    vision, text = (tower.clone(attention=implementation) for tower in (self.vision, self.text))
+    return self.clone(vision=vision, text=text)
 
   def with_dtype(self, dtype: jnp.dtype) -> 'ImageTextModel':
     """The same model with matmuls of another dtype."""

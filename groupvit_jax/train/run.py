@@ -101,7 +101,7 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     tokenizer = workdir_lib.prepare_tokenizer(workdir, initial_weights.with_tokenizer(config), source)
     workdir_lib.write_config(workdir, config)
   model = with_vocabulary(model, tokenizer.vocab_size, tokenizer.eos_id)
-  attention = choose_attention(model.vision, mesh, train=True)
+  attention = choose_attention(model, mesh, train=True)
   model = model.with_attention(attention.implementation)
   return Run(config, mesh, model, tx, schedule, source, tokenizer, tuple(changed), benchmarks, attention, weights)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from groupvit_jax.model.attention import attend
+from groupvit_jax.model.attention import attend, causal_mask
 from groupvit_jax.model.layers import LayerNorm
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import choose_attention
@@ -16,15 +16,21 @@ from tests.tiny import tiny_model
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != 'gpu', reason='cuDNN is for NVIDIA GPUs')]
 
 
-@pytest.mark.parametrize('tokens', [260, 72, 8, 848])  # of GroupViT-S/16's stages, and of a window of 448 px
-def test_cudnn_is_the_same_attention(tokens):
+# Of GroupViT-S/16's stages, of a window of 448 px, of group tokens on tokens, and of a row of packed texts.
+SHAPES = [(260, 260, 1), (72, 72, 1), (8, 8, 1), (848, 848, 1), (64, 196, 1), (8, 64, 1), (128, 128, 3)]
+
+
+@pytest.mark.parametrize('queries, tokens, texts', SHAPES)
+def test_cudnn_is_the_same_attention(queries, tokens, texts):
   """In bfloat16, with gradients: as far from float32 as XLA's is, and no farther."""
   arrays = jax.random.normal(jax.random.key(0), (4, 2, tokens, 6, 64), jnp.bfloat16)
+  mask = None if texts == 1 else causal_mask(jnp.arange(tokens)[None] * texts // tokens)[:, None]
 
   def outcome(implementation, *arrays):
     query, key, value, cotangent = arrays
-    out, pull = jax.vjp(functools.partial(attend, implementation=implementation), query, key, value)
-    return out, *pull(cotangent.astype(out.dtype))
+    attend_by = functools.partial(attend, mask=mask, implementation=implementation)
+    out, pull = jax.vjp(attend_by, query[:, :queries], key, value)
+    return out, *pull(cotangent[:, :queries].astype(out.dtype))
 
   with jax.default_matmul_precision('highest'):
     exact = jax.jit(functools.partial(outcome, 'xla'))(*arrays.astype(jnp.float32))
@@ -36,7 +42,7 @@ def test_cudnn_is_the_same_attention(tokens):
 def test_a_model_takes_cudnn():
   """Heads of 8 features; the outputs are those of the other implementation."""
   model = tiny_model(dtype=jnp.bfloat16, width=16)
-  choice = choose_attention(model.vision, sharding.make_mesh(devices=jax.devices()[:1]), train=True)
+  choice = choose_attention(model, sharding.make_mesh(devices=jax.devices()[:1]), train=True)
   assert choice.implementation == 'cudnn', choice.reason
   images, tokens = jax.random.normal(jax.random.key(0), (2, 16, 16, 3)), jnp.full((2, 1, 6), 2)
   variables = model.init(jax.random.key(1), images, tokens)

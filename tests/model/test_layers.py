@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from groupvit_jax.model import assignment
 from groupvit_jax.model.attention import attend, unfuse
-from groupvit_jax.model.layers import exact_gelu, HeadsDense, LayerNorm, quick_gelu
+from groupvit_jax.model.layers import exact_gelu, HeadsDense, LayerNorm, normal_by_tanh, quick_gelu
 from groupvit_jax.model.vision import PatchEmbed
 
 
@@ -96,6 +97,11 @@ def test_activations_and_their_gradients(ours, theirs, dtype, tolerance):
   np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=tolerance, atol=tolerance)
   grad = jnp.cos(x)
   np.testing.assert_allclose(our_pull(grad.astype(dtype))[0].astype(jnp.float32), *pull(grad), rtol=0, atol=tolerance)
+
+
+def test_the_normal_distribution_by_tanh():
+  x = np.linspace(-12, 12, 100_001, dtype=np.float32)
+  assert np.abs(normal_by_tanh(x) - scipy.special.ndtr(x.astype(np.float64))).max() < 2e-7
 
 
 @pytest.mark.parametrize('activation, dear', [(exact_gelu, ' erf('), (quick_gelu, ' exponential(')])
