@@ -1,8 +1,8 @@
-"""Compiles a config's training step for absent TPUs and reports memory, expected time and bounds of each chip.
+"""Compiles a config's training step for absent TPUs or GPUs and reports memory, expected time and bounds of each chip.
 
-  python -m groupvit_jax.aot --config=configs/groupvit_vits16_gcc_yfcc.py --topology=v5e:16x16
+  python -m groupvit_jax.aot --config=configs/groupvit_vits16_gcc_yfcc.py --topology=v5e:16x16,h100:8
 
-Needs libtpu (`pip install libtpu`) and neither data nor TPU. Exits with 3 when a step does not fit.
+Needs the compiler (libtpu or 'jax[cuda12]', by pip) and neither data nor a chip. Exits with 3 when a step does not fit.
 """
 
 import json
@@ -15,7 +15,9 @@ from ml_collections import config_flags
 from groupvit_jax import cli
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The experiment; --config.x.y=value overrides an entry.')
-TOPOLOGY = flags.DEFINE_list('topology', None, 'Chips and their shape, as in v5e:16x16; several after commas.')
+TOPOLOGY = flags.DEFINE_list(
+  'topology', None, 'Chips and their shape, as in v5e:16x16 or h100:8; several after commas.'
+)
 JSON = flags.DEFINE_string('json', None, 'Also write the reports to this file, as they come.')
 TABLE = flags.DEFINE_bool('table', False, 'Also print one Markdown table of all topologies.')
 BY_SCOPE = flags.DEFINE_bool('by_scope', False, 'Also print expected time and traffic by part of the model.')

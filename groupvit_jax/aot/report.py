@@ -13,6 +13,7 @@ _GIB = 2**30
 _LATENCY = 1e-6  # seconds that a chip's message to its neighbour takes at least, however short: a round number
 _DAY = 24 * 60 * 60
 _VECTOR = 8 * 128  # numbers that a core's vector unit handles in a cycle
+_TIMES = ('ms', 'forward', 'recomputed', 'backward')  # of a part
 
 
 def make_report(config: ml_collections.ConfigDict, topology: Topology, step: CompiledStep) -> dict[str, object]:
@@ -54,9 +55,11 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
         kind: {'count': step.traffic.counts[kind], 'sent_mib': round(devices * size / 2**20, 2)}
         for kind, size in sorted(step.traffic.sent.items())
       },
-      'estimated_cycles': step.traffic.cycles,
-      'custom_kernels': step.traffic.kernels.count,
+      'operations': step.traffic.operations,
+      'parts': _parts(step.traffic.by_name, chip, devices),
     }
+    if chip.gpu is None:
+      report |= {'estimated_cycles': step.traffic.cycles, 'custom_kernels': step.traffic.kernels.count}
   seconds = max(bounds.values())
   report |= {
     'roofline_s': {name: round(value, 6) for name, value in bounds.items()},
@@ -73,7 +76,6 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
       'images_per_s': round(config.batch_size / seconds),
       'days': round(config.total_steps * seconds / _DAY, 3),
     }
-    report['parts'] = _parts(step.traffic.by_name, chip, devices)
   return report
 
 
@@ -89,17 +91,17 @@ def _kernel_seconds(kernels: Kernels, chip: Chip, devices: float) -> float:
 
 
 def _parts(by_name: Mapping[str, Cost], chip: Chip, devices: float) -> dict[str, dict[str, float]]:
-  """Milliseconds by pass, and traffic, of each part of the model; the longest part first."""
+  """Milliseconds by pass (if the clock is known), traffic and operations of each part of the model; largest first."""
   parts: dict[str, dict[str, float]] = {}
   for op_name, cost in by_name.items():
-    empty = dict(ms=0.0, forward=0.0, recomputed=0.0, backward=0.0, hbm_traffic_gib=0.0, operations=0)
+    empty = dict.fromkeys(_TIMES if chip.clock_hz else (), 0.0) | {'hbm_traffic_gib': 0.0, 'operations': 0}
     part = parts.setdefault(scopes.part_of(op_name), empty)
-    for key in ('ms', scopes.pass_of(op_name)):
+    for key in ('ms', scopes.pass_of(op_name)) if chip.clock_hz else ():
       part[key] += 1e3 * _device_seconds(cost, chip, devices)
     part['hbm_traffic_gib'] += devices * cost.hbm_bytes / _GIB
     part['operations'] += cost.operations
   rounded = {name: {key: round(value, 3) for key, value in part.items()} for name, part in parts.items()}
-  return dict(sorted(rounded.items(), key=lambda item: -item[1]['ms']))
+  return dict(sorted(rounded.items(), key=lambda item: -next(iter(item[1].values()))))
 
 
 def describe(report: Mapping[str, object], config: ml_collections.ConfigDict) -> str:
@@ -123,12 +125,15 @@ def describe(report: Mapping[str, object], config: ml_collections.ConfigDict) ->
       add('traffic', f"{report['hbm_traffic_gib']:,.3f} GiB to and from a chip's memory")
       for kind, found in report['collectives'].items():
         add('collective', f'{kind}: {found["count"]} in which a chip sends {found["sent_mib"]:,} MiB')
-      kernels = report['custom_kernels']
-      add(
-        'estimate',
-        f'{report["estimated_cycles"] / 1e6:,.1f} million cycles of a device, by the compiler'
-        + (f', beside {kernels} custom kernels, counted by their cost estimates' if kernels else ''),
-      )
+      if 'estimated_cycles' not in report:
+        add('kernels', f'{report["operations"]:,} in a step, one after the other')
+      else:
+        kernels = report['custom_kernels']
+        add(
+          'estimate',
+          f'{report["estimated_cycles"] / 1e6:,.1f} million cycles of a device, by the compiler'
+          + (f', beside {kernels} custom kernels, counted by their cost estimates' if kernels else ''),
+        )
     else:
       add('traffic', 'not known, nor what is sent: jaxlib cannot read the program that libtpu made; try a newer jax')
     if expected := report.get('expected'):
@@ -172,16 +177,21 @@ def tabulate(reports: Sequence[Mapping[str, object]]) -> str:
 
 
 def tabulate_parts(report: Mapping[str, object]) -> str:
-  """Expected time and traffic by part of the model, as a Markdown table."""
-  columns = ('forward', 'recomputed', 'backward')
-  parts, total = report['parts'], sum(part['ms'] for part in report['parts'].values())
-  lines = [f'| {report["topology"]} | ms | share | {" | ".join(columns)} | GiB | operations |', '|:--|' + '--:|' * 7]
+  """Expected time, traffic and operations by part of the model, as a Markdown table; `share` is of the first column."""
+  parts = report['parts']
+  columns = list(next(iter(parts.values())))
+  total = sum(part[columns[0]] for part in parts.values())
+  titles = {'hbm_traffic_gib': 'GiB', 'operations': 'operations' if 'estimated_cycles' in report else 'kernels'}
+  formats = {'hbm_traffic_gib': '.3f', 'operations': ','}
+  titled = [titles.get(column, column) for column in columns]
+  lines = [
+    f'| {report["topology"]} | {titled[0]} | share | {" | ".join(titled[1:])} |',
+    '|:--|' + '--:|' * (len(columns) + 1),
+  ]
   for name, part in parts.items():
-    passes = ' | '.join(f'{part[column]:.1f}' for column in columns)
-    share = part['ms'] / total if total else 0.0
-    lines.append(
-      f'| {name} | {part["ms"]:.1f} | {share:.1%} | {passes} | {part["hbm_traffic_gib"]:.2f} | {part["operations"]:,} |'
-    )
+    first, *rest = (format(part[column], formats.get(column, '.1f')) for column in columns)
+    share = part[columns[0]] / total if total else 0.0
+    lines.append(f'| {name} | {first} | {share:.1%} | {" | ".join(rest)} |')
   return '\n'.join(lines)
 
 

@@ -84,7 +84,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
     remat=config.remat,
     scan_layers=config.scan_layers,
   )
-  choice = choose_attention(model.vision, mesh, train=True)
+  choice = choose_attention(model, mesh, train=True, absent=True)
   model = model.with_attention(choice.implementation)
   tx = optim.build_optimizer(config.optim, schedule, config.freeze)
   run = Run(config, mesh, model, tx, schedule)

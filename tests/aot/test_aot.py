@@ -13,6 +13,7 @@ import pytest
 
 from groupvit_jax import cli
 from groupvit_jax.aot import chips, program, report, scopes, step
+from groupvit_jax.errors import UserError
 from groupvit_jax.model.layers import sample_keys
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.model.text_packing import one_a_row
@@ -28,6 +29,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 # Of a chip of v5e:2x2, by libtpu 0.0.52: cycles, operations that take some or move something, and bytes moved. A change
 # that is meant to cost more, or saves, records new ones: the failing test prints them.
 RECORDED = {'estimated_cycles': 1_111_815, 'operations': 1446, 'hbm_traffic_gib': 0.000877}
+# Of a GPU of h100:4, by jaxlib 0.10.2: kernels of a step and bytes moved.
+RECORDED_OF_A_GPU = {'operations': 805, 'hbm_traffic_gib': 0.011211}
 TOLERANCE = 0.1
 
 # A loop of five turns with a ring step and a fusion that takes one row of a stack; a sum over all four devices; one of
@@ -180,9 +183,9 @@ def test_a_loop_whose_turns_the_compiler_names():
   assert program.read_traffic(named).counts['collective-permute'] == 7
 
 
-@pytest.mark.parametrize('name', ['v5e', 'v3:2x2', 'v5e:4', '16x16', 'v5e:axb'])
+@pytest.mark.parametrize('name', ['v5e', 'v3:2x2', 'v5e:4', '16x16', 'v5e:axb', 'h100:2x8', 'h100:9'])
 def test_no_such_topology(name):
-  with pytest.raises(ValueError, match='as in v5e:16x16'):
+  with pytest.raises(ValueError, match='as in v5e:16x16|1 to 8 GPUs'):
     chips.find_topology(name)
 
 
@@ -316,8 +319,9 @@ def test_pairs_of_a_device_are_those_of_the_mesh():
 
 def compile_for(topologies: str, folder: pathlib.Path, *flags: str) -> tuple[int, list[dict], str]:
   """Exit code, reports and output of the command."""
-  if importlib.util.find_spec('libtpu') is None:
-    pytest.skip('needs libtpu')
+  compiler = 'jax_cuda12_plugin' if topologies.startswith('h100') else 'libtpu'
+  if importlib.util.find_spec(compiler) is None:
+    pytest.skip(f'needs {compiler}')
   command = [
     sys.executable,
     '-m',
@@ -342,6 +346,22 @@ def test_compiles_for_a_tpu(tmp_path):
   cost = {'operations': operations} | {name: found[name] for name in RECORDED if name != 'operations'}
   assert cost == pytest.approx(RECORDED, rel=TOLERANCE), json.dumps(cost)
   assert found['custom_kernels'] == 2 * 4, 'attention of two stages, of grouping and of texts, forward and backward'
+
+
+def test_compiles_for_a_gpu(tmp_path):
+  """With jax[cuda12] alone, which is 4 GiB; JAX asks no driver."""
+  code, (found,), text = compile_for('h100:4', tmp_path, '--by_scope', '--config.model.dtype=bfloat16')
+  assert code == 0 and found['chips'] == 4 and found['fits'] and 'expected' not in found, text
+  assert '| stage 0: attention |' in text and f'{found["operations"]:,} in a step' in text
+  assert found['collectives']['all-reduce']['count'] > 0
+  assert {name: found[name] for name in RECORDED_OF_A_GPU} == pytest.approx(RECORDED_OF_A_GPU, rel=TOLERANCE), found
+
+
+def test_gpus_without_their_compiler_are_a_mistake_in_one_line():
+  if importlib.util.find_spec('jax_cuda12_plugin'):
+    pytest.skip('it is here')
+  with pytest.raises(UserError, match=r"cannot compile for --topology=h100:8: .*pip install 'jax\[cuda12\]'"):
+    chips.find_topology('h100:8')
 
 
 @pytest.mark.long
