@@ -40,6 +40,7 @@ from groupvit_jax.running import folder_lock, processes, sharding
 from groupvit_jax.train import loop
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train.checkpoint import Checkpoints
+from tests.runs import logged
 from tests.tiny import tiny_config
 
 _PAGE = ROOT / 'docs' / 'reliability.md'
@@ -110,13 +111,6 @@ def config(total_steps: int) -> ml_collections.ConfigDict:
   return result
 
 
-def losses(workdir: pathlib.Path) -> dict[int, float]:
-  """Loss by step."""
-  path = workdir / 'metrics.jsonl'
-  lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-  return {line['step']: line['train/loss'] for line in lines if 'train/loss' in line}
-
-
 def train(given: ml_collections.ConfigDict, workdir: pathlib.Path) -> int:
   """Trains; programs are kept for the next start."""
   processes.enable_compilation_cache(workdir.parent / 'programs')
@@ -171,11 +165,11 @@ def preempt(folder: pathlib.Path, preemptions: int, rng: random.Random) -> dict[
   segments, codes = [], []
   for number in range(preemptions + 1):
     devices = _DEVICES[number % len(_DEVICES)]
-    before = max(losses(workdir), default=0)
+    before = max(logged(workdir), default=0)
     child = Child(lambda: train(given, workdir), devices, log)
     if number < preemptions:
       target = before + rng.randrange(2, 8)
-      while child.is_running() and max(losses(workdir), default=0) < target:
+      while child.is_running() and max(logged(workdir), default=0) < target:
         time.sleep(0.002)
       time.sleep(rng.uniform(0, 0.05))
       codes.append(child.end(signal.SIGTERM if number % 2 else signal.SIGKILL))
@@ -221,7 +215,7 @@ def interrupt_phases(folder: pathlib.Path) -> dict[str, dict[str, bool]]:
 
   def resume(workdir: pathlib.Path) -> bool:
     Child(lambda: train(given, workdir), 1, log).check(0)
-    return losses(workdir) == losses(whole)
+    return logged(workdir) == logged(whole)
 
   def interrupt(workdir: pathlib.Path, owner: object, name: str, number: int) -> bool:
     command = lambda: acting(owner, name, lambda: signal_self(number), lambda: train(given, workdir))
@@ -279,13 +273,13 @@ def soak(folder: pathlib.Path, seconds: float) -> dict[str, float]:
   given.checkpoint.every_steps, given.log_every = 1000, 10
   workdir = folder / 'soak'
   child = Child(lambda: train(given, workdir), 1, log)
-  while not losses(workdir) and child.is_running():
+  while not logged(workdir) and child.is_running():
     time.sleep(0.5)
   began = time.monotonic()
   while time.monotonic() - began < seconds and child.is_running():
     time.sleep(2)
     pages = int(pathlib.Path(f'/proc/{child.pid}/statm').read_text().split()[1])
-    looks.append((max(losses(workdir)), pages * os.sysconf('SC_PAGE_SIZE') / 2**20))
+    looks.append((max(logged(workdir)), pages * os.sysconf('SC_PAGE_SIZE') / 2**20))
   child.end(signal.SIGTERM)
   child.check(cli.EXIT_PREEMPTED)
   steps, memory = np.array(looks[len(looks) // 3 :]).T

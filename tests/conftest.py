@@ -69,6 +69,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
+def cache(tmp_path, monkeypatch) -> None:
+  """The test has a folder of its own, tmp_path/cache, for indices and downloads."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
 def one_device() -> Iterator[None]:
   """See `tests.trained.on_one_device`."""
   from tests.trained import on_one_device

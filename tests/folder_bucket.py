@@ -68,8 +68,11 @@ class FolderBucket(LocalFileSystem):
 
 def use(monkeypatch: pytest.MonkeyPatch, folder: pathlib.Path) -> None:
   """Lets a test find its s3:// in a folder."""
+  from groupvit_jax import storage
+
   monkeypatch.setattr(FolderBucket, 'folder', folder, raising=False)
   monkeypatch.setitem(sys.modules['fsspec.registry']._registry, 's3', FolderBucket)
+  monkeypatch.setattr(storage, '_systems', {})
 
 
 def install(folder: str) -> None:

@@ -7,7 +7,8 @@ import re
 import numpy as np
 import torch
 import transformers
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from tests.data.test_tokenizer import write_clip_folder
 
 # Bytes, bytes that end a word, bos and eos: CLIP's vocabulary without a single merge.
 VOCAB_SIZE = 2 * 256 + 2
@@ -116,15 +117,6 @@ def authors_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     is_conv = re.search(r'linear_(hidden\.0|out)\.weight', name)
     result[name] = value[..., None] if is_conv else value
   return result
-
-
-def write_clip_folder(folder: pathlib.Path, vocab_size: int = VOCAB_SIZE) -> None:
-  """A tokenizer's files as the released models have them; tokens beyond the first ones are never made."""
-  letters = list(bytes_to_unicode().values())
-  tokens = [*letters, *(letter + '</w>' for letter in letters)]
-  tokens += [f'<|{i}|>' for i in range(vocab_size - VOCAB_SIZE)] + ['<|startoftext|>', '<|endoftext|>']
-  (folder / 'vocab.json').write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-  (folder / 'merges.txt').write_text('#version: 0.2\n')
 
 
 def write_released_folder(folder: pathlib.Path) -> None:

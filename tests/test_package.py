@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 import re
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ import pytest
 
 from groupvit_jax.__main__ import COMMANDS
 from tests import official_layouts
+from tests.runs import ROOT, run_command
 
-ROOT = Path(__file__).parents[1]
 SCRIPT = """\
 from groupvit_jax import Prediction, Predictor, UserError
 
@@ -69,13 +68,9 @@ def command(tmp_path_factory):
     (folder / name / '__init__.py').write_text(note + f'raise ImportError("{name} is not for run time")\n')
 
   def run(name, *args, code=0):
-    done = subprocess.run(
-      [sys.executable, *([str(folder / 'bin' / f'groupvit-{name}')] if name else ['-c']), *args],
-      cwd=folder.parent,
-      env=os.environ | {'PYTHONPATH': str(folder), 'JAX_NUM_CPU_DEVICES': '1'},
-      text=True,
-      capture_output=True,
-    )
+    command = [folder / 'bin' / f'groupvit-{name}'] if name else ['-c']
+    environment = os.environ | {'PYTHONPATH': str(folder), 'JAX_NUM_CPU_DEVICES': '1'}
+    done = run_command(*command, *args, cwd=folder.parent, env=environment)
     assert done.returncode == code, done.stderr
     assert not noted.exists(), noted.read_text()
     return done.stdout + done.stderr
@@ -107,8 +102,8 @@ def test_types_reach_a_users_script(tmp_path):
   skipped = 'jax flax orbax optax etils grain huggingface_hub matplotlib pyarrow'.split()
   section = ','.join(f'{name}.*' for name in skipped)
   (tmp_path / 'mypy.ini').write_text(f'[mypy]\n[mypy-{section}]\nfollow_imports=skip')
-  command = [sys.executable, '-m', 'mypy', '--follow-imports=silent', 'script.py']
-  done = subprocess.run(command, cwd=tmp_path, env=os.environ | {'MYPYPATH': str(ROOT)}, text=True, capture_output=True)
+  environment = os.environ | {'MYPYPATH': str(ROOT)}
+  done = run_command('-m', 'mypy', '--follow-imports=silent', 'script.py', cwd=tmp_path, env=environment)
   lines = done.stdout.splitlines()
   assert 'script.py:9: note: Revealed type is "numpy.ndarray' in lines[0], done
   errors = [line for line in lines if 'error: ' in line]
@@ -118,11 +113,9 @@ def test_types_reach_a_users_script(tmp_path):
 
 
 def test_help_shows_the_commands_own_flags_and_an_example():
-  listed = subprocess.run([sys.executable, '-m', 'groupvit_jax'], capture_output=True, text=True, cwd=ROOT)
+  listed = run_command('-m', 'groupvit_jax')
   assert listed.returncode == 0 and all(f'  {name} ' in listed.stdout for name in COMMANDS), listed
-  said = subprocess.run(
-    [sys.executable, 'train.py', '--config=quickstart', '--help'], capture_output=True, text=True, cwd=ROOT
-  )
+  said = run_command('train.py', '--config=quickstart', '--help')
   assert said.returncode == 0 and len(said.stdout.splitlines()) < 60
   assert '--workdir:' in said.stdout and 'configs/quickstart.py' in said.stdout
 

@@ -82,6 +82,8 @@ def test_everything_is_there_and_of_the_pictures_size(prediction, image):
   assert prediction.group_overlay(0).shape == (48 * 6, 70 * 6, 3)
   mask = prediction.mask()
   assert mask.mode == 'P' and np.array_equal(np.asarray(mask), prediction.labels)
+  areas = [row['area'] for row in prediction.to_json()['classes']]
+  assert areas == sorted(prediction.areas, reverse=True)
 
 
 def test_heat_maps_are_what_labels_are_chosen_by(predictor, prediction, image):
@@ -146,17 +148,6 @@ def test_save_writes_the_files_of_the_command(prediction, tmp_path):
   np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / 'new' / 'a.mask.png')), prediction.labels)
   with pytest.raises(OSError, match=f'cannot write {tmp_path}/new/a.json/number 1.mask.png: File exists'):
     prediction.save(tmp_path / 'new' / 'a.json')
-
-
-def test_json_has_areas_and_scores(prediction):
-  report = prediction.to_json()
-  assert (report['height'], report['width']) == (48, 70)
-  rows = {row['name']: row for row in report['classes']}
-  assert sum(row['pixels'] for row in rows.values()) == 48 * 70
-  assert rows['banana']['label'] == 1
-  assert rows['banana']['area'] == pytest.approx((prediction.labels == 1).mean())
-  areas = [row['area'] for row in report['classes']]
-  assert areas == sorted(areas, reverse=True)
 
 
 def test_same_answer_as_the_evaluation(run):
@@ -271,6 +262,12 @@ def test_compiled_once_per_bucket_of_sizes_and_of_numbers_of_words(predictor, im
     with traces() as names:
       predictor.encode([image] * 17)
     assert names == traced
+
+
+def test_no_image_on_one_device_is_no_error(run):
+  mesh = sharding.make_mesh(devices=jax.devices()[:1])
+  variables = jax.device_put(jax.tree.map(np.asarray, run.variables), sharding.replicated(mesh))
+  assert not list(Predictor(run.model, variables, run.tokenizer, mesh).stream(iter(()), ['dog']))
 
 
 @pytest.mark.parametrize('total, batch_size', [(1, 1), (2, 1), (3, 1), (4, 4), (5, 4)])

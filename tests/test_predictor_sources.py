@@ -68,8 +68,3 @@ def test_protocols_by_name():
     protocol_of('paper')
   with pytest.raises(ValueError, match='kept no best checkpoint'):
     Predictor.from_pretrained(trained_workdir(), checkpoint='best')
-
-
-def test_nothing_there(tmp_path):
-  with pytest.raises(ValueError, match='there is no workdir'):
-    Predictor.from_pretrained(tmp_path / 'none')

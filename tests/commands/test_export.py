@@ -4,8 +4,6 @@ import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -28,7 +26,8 @@ from groupvit_jax.interop.native import to_flat
 from groupvit_jax.interop.state_dicts import ModelSpec
 from groupvit_jax.model.pixels import normalize_images
 from groupvit_jax.train import open_run
-from tests.huggingface_models import write_clip_folder
+from tests.data.test_tokenizer import write_clip_folder
+from tests.runs import run_command
 from tests.tiny import tiny_config
 from tests.train.test_checkpoint import no_room_for
 from tests.trained import trained_workdir
@@ -302,7 +301,7 @@ def test_stablehlo_runs_with_jax_alone(bundle, clip_run, tmp_path):
     f'import runpy, sys; sys.modules.update(dict.fromkeys({blocked}));'
     f'sys.argv = ["x", {str(bundle)!r}, {str(tmp_path / "picture.png")!r}]; runpy.run_path({str(script)!r})'
   )
-  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=tmp_path)
+  done = run_command('-c', code, cwd=tmp_path)
   assert done.returncode == 0, done.stderr
   lines = done.stdout.splitlines()
   segments = [[int(segment) for segment in row.split()] for row in lines[:4]]
@@ -360,8 +359,8 @@ def test_a_full_disk_gets_one_line_and_leaves_nothing(clip_run, tmp_path):
 
 
 def test_the_command(clip_run, tmp_path):
-  command = [sys.executable, '-m', 'groupvit_jax.commands.export', f'--workdir={clip_run}', f'--output={tmp_path}/out']
-  done = subprocess.run([*command, '--format=safetensors'], capture_output=True, text=True, check=True)
+  flags = f'--workdir={clip_run}', f'--output={tmp_path}/out', '--format=safetensors'
+  done = run_command('-m', 'groupvit_jax.commands.export', *flags)
   assert done.stdout.startswith(f'{tmp_path}/out/model.safetensors: 0.2 MB\n') and done.stderr == ''
   with pytest.raises(ValueError, match=f'{tmp_path}/out exists already and is left alone; name another --output'):
     export(clip_run, 'safetensors', tmp_path / 'out')

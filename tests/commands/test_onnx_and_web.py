@@ -28,7 +28,7 @@ from groupvit_jax.interop import onnx_graph
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
 from tests import browser
-from tests.huggingface_models import write_clip_folder
+from tests.data.test_tokenizer import write_clip_folder
 from tests.photos import encode, photo
 from tests.trained import trained_workdir
 

@@ -2,11 +2,10 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -21,10 +20,9 @@ from groupvit_jax.commands.score import Request
 from groupvit_jax.eval import protocols
 from groupvit_jax.eval.evaluator import build_scene_evaluator
 from groupvit_jax.train import open_run, state
+from tests.runs import run_command
 from tests.tiny import tiny_config
 from tests.trained import trained_workdir
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def scenes(workdir=None, output=None, overwrite=False, protocol='', **changes):
@@ -136,10 +134,8 @@ def pictures(tmp_path_factory) -> pathlib.Path:
 def labelled(pictures, tmp_path_factory) -> pathlib.Path:
   """What eval.py makes of them, through the front door."""
   output = tmp_path_factory.mktemp('labelled') / 'out'
-  done = subprocess.run(
-    [sys.executable, 'eval.py', f'--workdir={trained_workdir()}', f'--images={pictures}/*',
-     '--classes=dog|puppy, grass', f'--output={output}', '--protocol.threshold=0.5'],
-    cwd=ROOT, capture_output=True, text=True, check=False)  # fmt: skip
+  flags = f'--images={pictures}/*', '--classes=dog|puppy, grass', f'--output={output}', '--protocol.threshold=0.5'
+  done = run_command('eval.py', f'--workdir={trained_workdir()}', *flags)
   assert done.returncode == cli.EXIT_PARTIAL, done.stderr
   assert [line for line in done.stderr.splitlines() if 'broken.png' in line] == [
     line for line in done.stderr.splitlines() if line.startswith('not done: ')
@@ -265,12 +261,32 @@ def test_folders_of_others_are_left_alone(pictures, tmp_path):
   ],
 )
 def test_flags_reach_what_they_are_about(flags, message):
-  done = subprocess.run(
-    [sys.executable, 'eval.py', f'--workdir={trained_workdir()}', *flags],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  done = run_command('eval.py', f'--workdir={trained_workdir()}', *flags)
   assert done.returncode == cli.EXIT_USAGE and not done.stdout and done.stderr.count('\n') == 1
   assert done.stderr.startswith('error: ') and message in done.stderr, done.stderr
+
+
+def test_awkward_names_and_images_that_cannot_be_read(tmp_path):
+  """Each is written or listed; none overwrites other files."""
+  folder, bad = tmp_path / 'images', tmp_path / 'bad'
+  folder.mkdir(), bad.mkdir()
+  for name in ('classes', 'results', 'x' * 244, 'é' * 120):
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(folder / f'{name}.png')
+  with open(os.fsencode(folder) + b'/caf\xe9.png', 'wb') as file:
+    file.write((folder / 'classes.png').read_bytes())
+  (bad / 'a.png').write_bytes(b'no image')
+  reports = []
+  for images in (folder, bad):
+    assert label(f'{images}/*', tmp_path / f'{images.name}-out') == cli.EXIT_PARTIAL
+    reports.append(json.loads((tmp_path / f'{images.name}-out' / 'results.json').read_text()))
+    assert reports[-1]['complete'] and len(reports[-1]['failures']) == 1
+  files = {row['files'] for row in reports[0]['pictures']}
+  assert len(files) == 4 and files == {'classes_2', 'results_2', 'x' * 200, 'é' * 100}
+  assert reports[0]['failures'][0]['reason'] == f'the name of image {folder}/caf\\xe9.png is not UTF-8; rename it'
+  assert json.loads((tmp_path / 'images-out' / 'classes.json').read_text())[0]['name'] == 'dog'
+  assert not reports[1]['pictures'] and 'a.png' in reports[1]['failures'][0]['reason']
+
+
+def test_masks_of_different_images_have_different_names():
+  keys = ('a/b', 'a_b', 'a%2Fb', 'a%b', 'a//b')
+  assert len({score.mask_name(key) for key in keys}) == len(keys) and '/' not in score.mask_name('a/b')

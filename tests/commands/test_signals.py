@@ -1,18 +1,15 @@
 """Signals to whole commands that are not training: nothing half-written stays, and the same command works again."""
 
-import pathlib
 import signal
 import subprocess
 import sys
 import time
 
 from PIL import Image
-import pytest
 
 from tests.photos import photo
+from tests.runs import ROOT, run_command
 from tests.trained import trained_workdir
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def interrupt(command: list[str], begun, number: signal.Signals) -> tuple[int, str]:
@@ -28,31 +25,18 @@ def interrupt(command: list[str], begun, number: signal.Signals) -> tuple[int, s
   return process.returncode, stderr
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_an_evaluation_and_an_export(number, tmp_path):
+def test_an_evaluation_and_an_export(tmp_path):
+  """Ended by SIGTERM, after which the same command works, and by Ctrl-C."""
   for index in range(24):
     Image.fromarray(photo(100, 150, seed=index)).save(tmp_path / f'{index}.png')
-  out, exported = tmp_path / 'out', tmp_path / 'exported'
-  segment = [
-    'eval.py',
-    f'--workdir={trained_workdir()}',
-    f'--images={tmp_path}/*.png',
-    '--classes=dog,cat',
-    f'--output={out}',
-  ]
-  export = [
-    '-m',
-    'groupvit_jax.commands.export',
-    f'--workdir={trained_workdir()}',
-    '--format=stablehlo',
-    f'--output={exported}',
-  ]
-  code, stderr = interrupt(segment, lambda: list(out.rglob('*.png')), number)
-  assert code == (130 if number == signal.SIGINT else -number) and 'Traceback' not in stderr, stderr
+  out, exported, workdir = tmp_path / 'out', tmp_path / 'exported', f'--workdir={trained_workdir()}'
+  segment = ['eval.py', workdir, f'--images={tmp_path}/*.png', '--classes=dog,cat', f'--output={out}']
+  export = ['-m', 'groupvit_jax.commands.export', workdir, '--format=stablehlo', f'--output={exported}']
+  code, stderr = interrupt(segment, lambda: list(out.rglob('*.png')), signal.SIGTERM)
+  assert code == -signal.SIGTERM and 'Traceback' not in stderr, stderr
   assert all(Image.open(path).load() for path in out.rglob('*.png'))
-  code, stderr = interrupt(export, lambda: list(tmp_path.glob('exported.partial-*')), number)
-  assert code == (130 if number == signal.SIGINT else -number) and 'Traceback' not in stderr, stderr
+  code, stderr = interrupt(export, lambda: list(tmp_path.glob('exported.partial-*')), signal.SIGINT)
+  assert code == 130 and 'Traceback' not in stderr, stderr
   assert not exported.exists()
-  if number == signal.SIGTERM:
-    done = subprocess.run([sys.executable, *segment], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and len(list(out.rglob('*.json'))) >= 24, done.stderr
+  done = run_command(*segment)
+  assert done.returncode == 0 and len(list(out.rglob('*.json'))) >= 24, done.stderr

@@ -1,9 +1,6 @@
 """The audit: what it finds in sets whose contents are known."""
 
 import json
-from pathlib import Path
-import subprocess
-import sys
 
 import ml_collections
 import pytest
@@ -11,10 +8,10 @@ import pytest
 from configs import quickstart
 from groupvit_jax.data import audit
 from groupvit_jax.data.prompts import nouns
+from tests.runs import run_command
 from tests.tars import encode, samples, set_config, write_tar
 
 AUGMENT = dict(name='plain', area=(0.5, 1.0), ratio=(0.75, 4 / 3), flip=0.5)
-ROOT = Path(__file__).parents[2]
 
 
 def make_config(data: dict[str, object] | None = None) -> ml_collections.ConfigDict:
@@ -27,9 +24,7 @@ def make_config(data: dict[str, object] | None = None) -> ml_collections.ConfigD
   return config
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+pytestmark = pytest.mark.usefixtures('cache')
 
 
 @pytest.fixture
@@ -63,9 +58,7 @@ def test_the_command_reports_what_is_there_and_fails_on_a_bad_set(config, tmp_pa
     f'def get_config(): return ml_collections.ConfigDict(json.loads({config.to_json()!r}))\n'
   )
   flags = [f'--config={tmp_path}/config.py', f'--output={tmp_path}/out', '--samples=0']
-  done = subprocess.run(
-    [sys.executable, '-m', 'groupvit_jax.data.audit', *flags], cwd=ROOT, capture_output=True, text=True
-  )
+  done = run_command('-m', 'groupvit_jax.data.audit', *flags)
   assert done.returncode == 3, done.stderr
   for text in (
     'first: 40 records of 50 expected (80.0%) in 1 shards, digest',

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 
-import ml_collections
 import numpy as np
 from PIL import Image
 import pytest
@@ -16,13 +15,6 @@ from tests.photos import decode, encode, photo, png_header
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 PLAIN = Augment((32, 32), AREA, RATIO, flip=0.0, rand_augment=None, min_side=8, max_pixels=10**6)
 PICTURE = photo(150, 180)
-
-
-def config(**changes):
-  return ml_collections.ConfigDict(
-    dict(name='rand_augment', area=AREA, ratio=RATIO, flip=0.5, op_probability=0.5, magnitude=9.0, magnitude_std=0.5)
-    | changes
-  )
 
 
 def with_pillow(pixels, box, size):

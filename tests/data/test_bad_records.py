@@ -13,8 +13,7 @@ from tests.tars import bad_record_counts, data_config, encode, make_examples, sa
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+def fresh(cache, monkeypatch):
   monkeypatch.setattr(bad_records, '_written', 0)
 
 

@@ -4,8 +4,6 @@ import csv
 import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import pyarrow
 from pyarrow import parquet
@@ -17,9 +15,9 @@ from groupvit_jax.data.bad_records import BadRecord
 from groupvit_jax.data.sources import build_source
 from groupvit_jax.errors import UserError
 from groupvit_jax.train import dry_run, loop, optim, workdir
+from tests.runs import logged
 from tests.tars import encode, write_set
 
-ROOT = pathlib.Path(__file__).parents[2]
 COUNT = 24
 
 
@@ -143,17 +141,9 @@ def test_a_run_trains_and_goes_on(folder, tmp_path, capsys):
   assert (recorded.total_steps, recorded.optim.warmup_steps) == (3, 0)
   lines = dry_run._data_lines(dry_run._set_up(config, run))
   assert lines[1].startswith('data       3 steps of 8 pairs: 1 epochs of 24 records; ')
-  read_loss = lambda: json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])['train/loss']
-  before = read_loss()
+  before = logged(run)
   shutil.rmtree(run / 'checkpoints' / '3')
   assert loop.train(config, run) == 0
-  assert read_loss() == before
+  assert logged(run) == before
   assert 'goes on after step 2' in (said := capsys.readouterr().err)
   assert said.splitlines()[-1].startswith('the run is done, at step 3; next: python -m groupvit_jax eval')
-
-
-def test_a_set_that_the_config_lacks():
-  flags = ['--config=groupvit_vits16_gcc_yfcc', '--workdir=/nowhere', '--config.data.sets.mine.path=x']
-  done = subprocess.run([sys.executable, 'train.py', *flags], cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode == 2 and done.stderr.count('\n') == 1
-  assert '--config.data.sets.mine.path=x: the config has no such entry. Add the set in a copy' in done.stderr

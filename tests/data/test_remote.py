@@ -15,8 +15,7 @@ from benchmarks.range_server import RangeServer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def quick(tmp_path, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+def quick(cache, monkeypatch):
   monkeypatch.setattr(storage, 'RETRY_DELAYS', (0.0, 0.01, 0.01))
 
 

@@ -15,10 +15,7 @@ from groupvit_jax.data.tars import tar_members
 from groupvit_jax.storage import expand_braces, find_shards
 from tests.tars import encode, samples, write_set, write_tar
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+pytestmark = pytest.mark.usefixtures('cache')
 
 
 @pytest.fixture

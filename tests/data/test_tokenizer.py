@@ -36,7 +36,6 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def clip_folder(tmp_path_factory):
-  """A folder as the released models have it, with a small vocabulary made here."""
   folder = tmp_path_factory.mktemp('clip')
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=1500,
@@ -51,15 +50,16 @@ def clip_folder(tmp_path_factory):
   return folder
 
 
-def write_clip_folder(folder, merges):
+def write_clip_folder(folder, merges=()):
+  """Files as the released models have them: bytes, bytes that end a word, merges, bos and eos."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # these bytes stand for themselves
   letters = [chr(code) for code in [*printable, *range(256, 512 - len(printable))]]
   tokens = letters + [letter + '</w>' for letter in letters] + [''.join(m) for m in merges]
   tokens += ['<|startoftext|>', '<|endoftext|>']
   vocab = {token: i for i, token in enumerate(tokens)}
-  lines = '\n'.join(map(' '.join, merges))
   (folder / 'vocab.json').write_text(json.dumps(vocab), encoding='utf-8')
-  (folder / 'merges.txt').write_text(f'#version: 0.2\n{lines}\n', encoding='utf-8')
+  lines = ['#version: 0.2', *map(' '.join, merges)]
+  (folder / 'merges.txt').write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
 
 
 def write_openai_file(folder, path):

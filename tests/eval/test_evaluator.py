@@ -293,17 +293,6 @@ def test_scorings_share_encodings_and_background_phrases_are_background(evaluate
   assert np.array_equal(few.counts, counts) and few.oracle_counts.sum() == counts.sum()
 
 
-def test_counts_are_those_of_the_label_maps(evaluate):
-  result, maps = evaluate(ORDINARY, WITH_BACKGROUND, threshold(0.1))
-  source = Pictures(ORDINARY, CLASSES)
-  counts = np.zeros((10, 10), np.int64)
-  for record in source:
-    truth, labels = record['label'].ravel(), maps[record['key']].labels.ravel()
-    np.add.at(counts, (truth[truth != 255], labels[truth != 255]), 1)
-  assert np.array_equal(result.counts, counts)
-  assert result.num_images == len(source)
-
-
 def test_oracle_names_each_segment_by_its_majority(evaluate):
   """On pictures of one window, against the direct count."""
   segments = {}

@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
 from groupvit_jax.eval import protocols
+from tests.runs import run_command
 
 
 def test_groupvit_is_the_published_procedure():
@@ -100,8 +98,7 @@ def test_every_part_can_be_changed_on_the_command_line():
   assert set(protocols.PARAMETERS) == {f.name for f in dataclasses.fields(protocols.Protocol)} - {'name', 'changed'}
   values = ['square', 224, 1024, True, 224, 112, None, False, False, 0.9, 'global', 'pamr', 3, (1, 2), 'full']
   assert [found[key] for key in texts] == [*values, 'benchmark']
-  command = [sys.executable, 'eval.py', '--help']
-  said = subprocess.run(command, cwd=pathlib.Path(__file__).parents[2], capture_output=True, text=True).stdout
+  said = run_command('eval.py', '--help').stdout
   flags = ['class_names' if key == 'class_names' else f'protocol.{key}' for key in (*texts, 'threshold')]
   assert all(f'--{flag}:' in said for flag in flags) and '--protocol:' in said
 

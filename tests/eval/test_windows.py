@@ -33,22 +33,6 @@ def test_resized_size(size, want):
   assert window_encoder.resized_size(*size, GROUPVIT, 16) == want
 
 
-def test_last_window_is_moved_back_inside():
-  assert window_encoder.window_starts(597, GROUPVIT) == [0, 149]
-  assert window_encoder.window_starts(896, GROUPVIT) == [0, 224, 448]
-  assert window_encoder.window_starts(300, GROUPVIT) == [0]
-
-
-def test_windows_are_cut_from_opencvs_resize(rng):
-  image = rng.integers(0, 256, (60, 100, 3), np.uint8)
-  picture = window_encoder.cut_image(image, GROUPVIT, 16, key='a')
-  resized = cv2.resize(image, (747, 448), interpolation=cv2.INTER_LINEAR)
-  assert picture.original == (60, 100) and picture.resized == (448, 747)
-  assert (picture.tops, picture.lefts) == ((0, 0, 0), (0, 224, 299))
-  for window, left in zip(picture.windows, picture.lefts):
-    assert np.array_equal(window, resized[:, left : left + 448])
-
-
 def test_antialiasing_averages_where_a_picture_shrinks(rng):
   protocol = dataclasses.replace(GROUPVIT, short_side=4, window=4, stride=4, antialias=True)
   image = rng.integers(0, 256, (16, 16, 3), np.uint8)
@@ -59,12 +43,6 @@ def test_antialiasing_averages_where_a_picture_shrinks(rng):
   small = image[:2, :2]
   want = cv2.resize(small, (4, 4), interpolation=cv2.INTER_LINEAR)
   assert np.array_equal(window_encoder.cut_image(small, protocol, 2, key='a').windows[0], want)
-
-
-def test_a_picture_smaller_than_a_window_is_one_window(rng):
-  image = rng.integers(0, 256, (40, 300, 3), np.uint8)
-  picture = window_encoder.cut_image(image, GROUPVIT, 16, key='a')
-  assert picture.window_size == (273, 448) and len(picture.windows) == GROUPVIT.max_windows
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import tensorflow_datasets as tfds
 
 from groupvit_jax.commands import score
 from groupvit_jax.commands.score import Request
-from groupvit_jax.data import prompts
 from groupvit_jax.eval import class_names, labelled, zero_shot
 from groupvit_jax.running import sharding
 from tests import photos
@@ -84,8 +83,7 @@ def write_tars(folder):
   return write_tar(folder / '000000.tar', members)
 
 
-def test_tars_with_classes_through_the_command(tmp_path, monkeypatch, capsys):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+def test_tars_with_classes_through_the_command(cache, tmp_path, capsys):
   write_tars(tmp_path)
   request = Request(
     'imagenet',
@@ -141,8 +139,7 @@ def test_a_tfds_directory(tmp_path):
   assert source[0]['image'][:2] == b'\xff\xd8'  # not decoded
 
 
-def test_mistakes(tmp_path, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+def test_mistakes(cache, tmp_path):
   with pytest.raises(ValueError, match='holds no .*imagenet2012 with a version'):
     labelled.open_imagenet(str(tmp_path))
   write_tar(tmp_path / 'bad.tar', {'0.jpg': photos.encode(picture(0)), '0.cls': b'tench'})
@@ -153,7 +150,6 @@ def test_mistakes(tmp_path, monkeypatch):
       score.evaluate_benchmark(str(trained_workdir()), Request('imagenet', str(tmp_path), **options))
 
 
-def test_classes_and_templates_are_those_of_clip():
+def test_classes_are_those_of_clip():
   names = zero_shot.class_names()
   assert len(names) == 1000 and names[0] == 'tench' and names[999] == 'toilet paper'
-  assert len(prompts.template_set('full')) == 80 and len(prompts.template_set('subset')) == 7

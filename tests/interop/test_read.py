@@ -18,7 +18,8 @@ from groupvit_jax.interop import huggingface, read
 from groupvit_jax.predictor import Predictor
 from groupvit_jax.train import open_run
 from tests import huggingface_models
-from tests.huggingface_models import authors_config, authors_state, small_config, write_clip_folder
+from tests.data.test_tokenizer import write_clip_folder
+from tests.huggingface_models import authors_config, authors_state, small_config
 
 VARIANTS = {
   'two groupings': (small_config(), ((224, 224), (448, 672))),

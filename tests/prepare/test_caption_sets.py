@@ -18,9 +18,7 @@ from tests.tars import data_config, encode, samples, write_set, write_tar
 HASHES = [f'{n % 3:02x}{n:030x}' for n in range(12)]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+pytestmark = pytest.mark.usefixtures('cache')
 
 
 def records(folder: pathlib.Path) -> dict[str, tuple[bytes, str]]:

@@ -1,5 +1,6 @@
 """Official layouts -> ArrayRecord -> labelled pictures, and what is wrong with a layout in one line."""
 
+import io
 import json
 import pathlib
 import re
@@ -13,7 +14,7 @@ import pytest
 from groupvit_jax import cli, storage
 from groupvit_jax.data import tfds
 from groupvit_jax.data.images import read_image
-from groupvit_jax.eval import labelled
+from groupvit_jax.eval import draw, labelled
 from groupvit_jax.prepare import __main__ as build
 from groupvit_jax.prepare.segmentation_layouts import decode_run_lengths
 from tests import official_layouts as layouts
@@ -117,9 +118,8 @@ def test_pictures_without_an_area_are_counted(tmp_path, capsys):
   assert 'trainval_merged.json: 1 of 3 images have no area; they are all background' in capsys.readouterr().err
 
 
-def test_a_set_in_a_bucket_is_copied_once(data_dir, tmp_path, monkeypatch):
+def test_a_set_in_a_bucket_is_copied_once(data_dir, cache, monkeypatch):
   """With a store that `fsspec` keeps in memory for a bucket."""
-  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   monkeypatch.setattr(tfds, '_CHUNK', 1000)  # so that files take several
   store = fsspec.filesystem('memory')
   store.put(str(data_dir / 'voc2012'), '/bucket/voc2012', recursive=True)
@@ -156,6 +156,24 @@ def test_a_folder_of_ones_own(tmp_path):
   (tmp_path / 'classes.txt').unlink()
   (tmp_path / 'classes.json').write_text('["dog", "grass", "sky"]')
   assert not labelled.open_benchmark('folder', tmp_path)[0].background
+
+
+def test_more_classes_than_8_bits_hold(tmp_path):
+  """Then 255 is a class in label maps of 16 bits, and ignored in those of 8."""
+  layouts.folder(tmp_path)
+  wide = layouts.labels_of(0, (0, 255, 299, 65535))
+  layouts.save(tmp_path / 'labels' / 'a.png', wide)
+  (tmp_path / 'classes.txt').write_text('\n'.join(f'class {n}' for n in range(300)))
+  benchmark, source = labelled.open_folder(tmp_path)
+  assert benchmark.num_classes == len(benchmark.palette) == 300
+  np.testing.assert_array_equal(source[0]['label'], wide, strict=True)
+  data = io.BytesIO()
+  draw.mask_image(wide, benchmark.palette).save(data, 'PNG')
+  np.testing.assert_array_equal(labelled.decode_label(data.getvalue(), 'a'), wide, strict=True)
+  colours = draw.colour_map(wide, benchmark.palette)
+  assert tuple(colours[0, 10]) == benchmark.palette[255] and tuple(colours[0, -1]) == (224, 224, 224)
+  narrow = layouts.labels_of(1, (0, 1, 2, 65535))
+  np.testing.assert_array_equal(source[1]['label'], narrow, strict=True)
 
 
 V12, V10, ADE = 'VOCdevkit/VOC2012', 'VOCdevkit/VOC2010', 'ADEChallengeData2016'
@@ -242,6 +260,10 @@ def test_a_wrong_layout_is_one_line(name, path, damage, message, tmp_path, capsy
     (lambda p: (p / 'classes.json').write_text('{}'), 'not a list of names'),
     (lambda p: empty(p / 'images'), 'holds no images'),
     (lambda p: shutil.copy(p / 'images' / 'a.jpg', p / 'images' / 'a.png'), 'a.jpg and a.png, which share'),
+    (
+      lambda p: shutil.copy(p / 'labels' / 'a.png', p / 'labels' / 'spare.png'),
+      'there is no image of .*labels/spare.png .* have none.; add it, or remove',
+    ),
   ],
 )
 def test_a_folder_with_a_mistake(damage, message, tmp_path):

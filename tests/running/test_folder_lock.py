@@ -17,6 +17,7 @@ from groupvit_jax.running import folder_lock
 from groupvit_jax.train import loop
 from groupvit_jax.train import workdir as workdir_lib
 from tests import folder_bucket, gcs
+from tests.runs import run_command
 from tests.tiny import tiny_config
 
 HOLD = """
@@ -121,7 +122,6 @@ def test_train_and_eval_hold_their_folders(tmp_path):
       loop.train(config, workdir)
     assert [path.name for path in workdir.iterdir()] == [folder_lock.NAME]
   with folder_lock.hold(str(output), '--output'):
-    command = [sys.executable, 'eval.py', f'--workdir={workdir}', f'--output={output}']
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_command('eval.py', f'--workdir={workdir}', f'--output={output}')
     assert done.returncode == cli.EXIT_USAGE and done.stderr.startswith(f'error: --output={output} is in use by')
     OutputFolder(output, overwrite=False)  # a lock is no result of others

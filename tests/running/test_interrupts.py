@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 from groupvit_jax import cli
+from tests.runs import run_command
 
 BUSY = """
 import hashlib
@@ -46,5 +47,5 @@ cli.run(main)
 
 
 def test_ctrl_c_in_a_destructor_is_not_lost():
-  done = subprocess.run([sys.executable, '-c', LOST], capture_output=True, text=True, timeout=60)
+  done = run_command('-c', LOST, timeout=60)
   assert (done.returncode, done.stderr) == (cli.EXIT_INTERRUPTED, 'error: interrupted\n')

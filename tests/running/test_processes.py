@@ -23,10 +23,11 @@ from groupvit_jax.running.cluster import Cluster
 from groupvit_jax.train import run as run_lib
 from tests import official_layouts as layouts
 from tests.photos import photo
+from tests.runs import logged, ROOT, run_command
 from tests.staged import row_digests
 from tests.tiny import tiny_config
+from tests.trained import trained_workdir
 
-ROOT = pathlib.Path(__file__).parents[2]
 TIMEOUT = 200
 
 # Programs are compiled without effort: they run for milliseconds.
@@ -65,13 +66,6 @@ def finish(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
   return [(process.returncode, text) for process, text in zip(processes, said)]
 
 
-def logged(workdir: pathlib.Path, figure: str = 'train/loss') -> dict[int, float]:
-  """A figure by step."""
-  path = workdir / 'metrics.jsonl'
-  lines = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
-  return {line['step']: line[figure] for line in lines if figure in line}
-
-
 def wait_for(workdir: pathlib.Path, step: int, processes: Sequence[subprocess.Popen]) -> None:
   """Until a step is logged, or a process has ended."""
   while step not in logged(workdir) and all(process.poll() is None for process in processes):
@@ -87,28 +81,29 @@ def taken(workdir: pathlib.Path) -> dict[int, set[str]]:
   return rows
 
 
-SCENARIO = ('--config.total_steps=24', '--config.eval.every_steps=12')
-
-
 def saved(workdir: pathlib.Path) -> list[int]:
   return sorted(int(path.name) for path in (workdir / 'checkpoints').iterdir() if path.name.isdigit())
 
 
+# Of both scenarios. Every run starts from another one's weights.
+FLAGS = ('--config.total_steps=24', '--config.eval.every_steps=12')
+
+
+def flags_of(workdir: pathlib.Path) -> tuple[str, ...]:
+  return (f'--workdir={workdir}', f'--config.init_from={trained_workdir()}', *FLAGS)
+
+
 @pytest.fixture(scope='module')
 def scenario(tmp_path_factory) -> dict[str, object]:
-  """Two processes, one of which is killed; two again, one of which is asked to stop; then one process to the end."""
+  """Two processes, one of which is killed; two again, one of which gets a signal while they evaluate; then one."""
   workdir = tmp_path_factory.mktemp('several')
-  flags, staged = (f'--workdir={workdir}', *SCENARIO), f'rows:{workdir}'
+  flags, staged = flags_of(workdir), f'rows:{workdir}'
   killed = start_two(*flags, '--peer_timeout=20', staged=staged)
   wait_for(workdir, 7, killed)
   killed[1].kill()
-  outcome = {'killed': finish(killed), 'after kill': max(logged(workdir))}
-
-  stopped = start_two(*flags, staged=staged)
-  wait_for(workdir, outcome['after kill'] + 2, stopped)
-  stopped[1].send_signal(signal.SIGTERM)
-  outcome |= {'stopped': finish(stopped), 'after stop': max(logged(workdir)), 'saved': saved(workdir)}
-
+  outcome = {'killed': finish(killed)}
+  stopped = start_two(*flags, staged=staged, second={'staged': f'{staged},signal:evaluation:{signal.SIGTERM:d}'})
+  outcome |= {'stopped': finish(stopped), 'saved': saved(workdir)}
   outcome['alone'] = finish([start(*flags, devices=8, staged=staged)])
   outcome['losses'] = logged(workdir)
   outcome['mious'] = logged(workdir, 'eval/validation/miou')
@@ -116,18 +111,15 @@ def scenario(tmp_path_factory) -> dict[str, object]:
 
 
 @pytest.fixture(scope='module')
-def phases(tmp_path_factory) -> dict[str, object]:
-  """Two processes over which heads and hidden units are split, and of which one gets a signal in each phase.
-
-  The first evaluation follows step 6, and saves follow even steps. In the end the first process is killed in one.
-  """
-  workdir, outcome = tmp_path_factory.mktemp('phases'), {}
-  flags = (f'--workdir={workdir}', '--config.total_steps=24', '--config.eval.every_steps=6', '--config.mesh.model=2')
-  for phase in ('evaluation', 'warm-up'):
-    ended = finish(start_two(*flags, devices=1, second={'staged': f'signal:{phase}:{signal.SIGTERM:d}'}))
-    outcome[phase] = ended, saved(workdir)[-1]
-  processes = start_two(*flags, '--peer_timeout=20', devices=1, first={'staged': f'signal:save:{signal.SIGKILL:d}'})
-  return outcome | {'killed': finish(processes), 'losses': logged(workdir)}
+def split(tmp_path_factory) -> dict[str, object]:
+  """Two processes over which heads and hidden units are split: one gets a signal before the first step; then the first
+  one is killed in its first save."""
+  workdir = tmp_path_factory.mktemp('split')
+  flags = (*flags_of(workdir), '--config.mesh.model=2', '--config.checkpoint.every_steps=6')
+  stopped = finish(start_two(*flags, devices=1, second={'staged': f'signal:warm-up:{signal.SIGTERM:d}'}))
+  outcome = {'stopped': stopped, 'saved': saved(workdir)}
+  killed = start_two(*flags, '--peer_timeout=20', devices=1, first={'staged': f'signal:save:{signal.SIGKILL:d}'})
+  return outcome | {'killed': finish(killed), 'losses': logged(workdir)}
 
 
 def test_a_table_of_processes(scenario):
@@ -142,35 +134,30 @@ def test_a_killed_process_ends_the_others_with_a_message(scenario):
   assert 'another process of the run is gone' in text or 'another task died' in text
 
 
-def test_the_restart_goes_on_and_a_signal_to_one_stops_both_after_the_same_step(scenario):
-  for code, text in scenario['stopped']:
+@pytest.mark.parametrize('processes, step', [('scenario', 13), ('split', 1)])
+def test_a_signal_to_one_in_any_phase_stops_both_after_the_step_that_follows(processes, step, request):
+  """In an evaluation, which follows step 12, and before the first step."""
+  outcome = request.getfixturevalue(processes)
+  for code, text in outcome['stopped']:
     assert code == cli.EXIT_PREEMPTED, text
-  assert 'goes on after step' in scenario['stopped'][0][1]
-  assert scenario['after kill'] < scenario['after stop'] < 24
-  assert scenario['saved'][-1] == scenario['after stop']
+  assert ('goes on after step' in outcome['stopped'][0][1]) == (processes == 'scenario')
+  assert outcome['saved'][-1] == step
 
 
-@pytest.mark.parametrize('phase, step', [('evaluation', 7), ('warm-up', 8)])
-def test_a_signal_in_any_phase_stops_both_after_the_step_that_follows(phases, phase, step):
-  ended, last = phases[phase]
-  for code, text in ended:
-    assert code == cli.EXIT_PREEMPTED, text
-  assert last == step
-
-
-def test_the_first_process_may_be_the_one_that_is_killed(phases):
-  (first, _), (code, text) = phases['killed']
+def test_the_first_process_may_be_the_one_that_is_killed(split):
+  (first, _), (code, text) = split['killed']
   assert first == -signal.SIGKILL
   assert code in (cli.EXIT_PEER_LOST, -signal.SIGABRT), text
   assert 'another process of the run is gone' in text or 'oordination service' in text, text
 
 
-def test_parameters_split_over_processes_change_nothing(phases, scenario):
-  """Both processes read all rows of a batch; losses are those of one process that is not split."""
-  steps = range(1, 10)
-  assert [phases['losses'][step] for step in steps] == pytest.approx(
+def test_parameters_split_over_processes_change_nothing(split, scenario):
+  """Both processes read all rows of a batch; losses are those of one process that is not split. They start low."""
+  steps = range(1, 6)
+  assert [split['losses'][step] for step in steps] == pytest.approx(
     [scenario['losses'][step] for step in steps], rel=0.01
   )
+  assert scenario['losses'][1] < logged(trained_workdir())[1]
 
 
 def test_one_process_goes_on_with_what_two_began(scenario, tmp_path):
@@ -273,18 +260,6 @@ def test_a_workdir_that_the_other_process_does_not_see(other_host):
     shutil.rmtree(ROOT / workdir, ignore_errors=True)
   assert code == cli.EXIT_USAGE and f'process 1 does not see what process 0 wrote in {workdir}' in text, text
   assert first not in (0, cli.EXIT_USAGE)
-
-
-def test_processes_start_together_from_a_runs_weights(scenario, tmp_path):
-  flags = (
-    f'--config.init_from={scenario["workdir"]}',
-    '--config.mesh.model=2',
-    '--config.total_steps=3',
-    '--config.eval.every_steps=0',
-  )
-  for code, text in finish(start_two(f'--workdir={tmp_path}/run', *flags, devices=1)):
-    assert code == 0, text
-  assert logged(tmp_path / 'run')[1] < scenario['losses'][1]
 
 
 @pytest.mark.parametrize(
@@ -406,6 +381,6 @@ app.run(main)
 
 def test_a_process_that_is_aborted_leaves_the_stacks_of_busy_threads_alone():
   """Reading them may fault, and SIGSEGV is no code of a lost process."""
-  ended = subprocess.run([sys.executable, '-c', ABORTED], capture_output=True, text=True, timeout=TIMEOUT)
+  ended = run_command('-c', ABORTED, timeout=TIMEOUT)
   assert ended.returncode == -signal.SIGABRT, ended.stderr
   assert 'Fatal Python error: Aborted' in ended.stderr and 'most recent call first' not in ended.stderr

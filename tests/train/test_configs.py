@@ -1,10 +1,7 @@
 """The experiments: complete, the paper's, and able to train."""
 
-import json
 import pathlib
 import shutil
-import subprocess
-import sys
 
 from flax.traverse_util import flatten_dict
 import jax
@@ -22,9 +19,9 @@ from groupvit_jax.running import sharding
 from groupvit_jax.train import loop, optim
 from groupvit_jax.train import state as train_state
 from tests.board import read_board
+from tests.runs import read_log, run_command
 from tests.tars import samples, set_config, write_set, write_tar
 
-ROOT = pathlib.Path(__file__).parents[2]
 RECIPES = [groupvit_vits16_gcc_yfcc, groupvit_vits16_gcc_redcaps]
 MACHINES = ['', '8gpu', '1gpu']
 
@@ -119,8 +116,8 @@ def test_recipes_build_the_released_model():
     (['--config=configs/groupvit_vits16_gcc_redcaps.py:2gpu'], "no variant '2gpu'"),
     (['--config=configs/quickstart.py', '--num_processes=0'], '--num_processes=0: 0 is not a positive integer'),
     (
-      ['--config=configs/groupvit_vits16_gcc_yfcc.py:1gpu', '--config.optim.momentum=0.9'],
-      '--config.optim.momentum=0.9: the config has no such entry',
+      ['--config=groupvit_vits16_gcc_yfcc', '--config.data.sets.mine.path=x'],
+      '--config.data.sets.mine.path=x: the config has no such entry. Add the set in a copy',
     ),
     (['--config=configs/none.py'], "--config: [Errno 2] No such file or directory: 'configs/none.py'; configs/ holds"),
     (
@@ -130,9 +127,7 @@ def test_recipes_build_the_released_model():
   ],
 )
 def test_unknown_keys_and_other_mistakes_take_one_line(flags, message, tmp_path):
-  done = subprocess.run(
-    [sys.executable, 'train.py', *flags, f'--workdir={tmp_path}/run'], cwd=ROOT, text=True, capture_output=True
-  )
+  done = run_command('train.py', *flags, f'--workdir={tmp_path}/run')
   assert done.returncode == cli.EXIT_USAGE and message in done.stderr.splitlines()[-1], done.stderr
   assert not (tmp_path / 'run').exists()
 
@@ -147,8 +142,7 @@ def test_the_whole_recipe_trains(tmp_path, monkeypatch):
   config.checkpoint.every_steps, config.eval.every_steps = 1, 2
   assert loop.train(config, run) == 0
   assert set(erased) == {(16, 32, 32, 3)}
-  lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
-  first, *_, last = lines
+  first, *_, last = lines = read_log(run)
   assert np.isfinite(first['train/loss']) and first['train/multi_label_loss'] > 0
   assert first['train/learning_rate'] == pytest.approx(4e-6 * 16 / 4096)
   assert last['step'] == 3 and last['data/faults/image_corrupt'] >= 1 and last['data/faults/caption_empty'] >= 1
@@ -158,6 +152,5 @@ def test_the_whole_recipe_trains(tmp_path, monkeypatch):
     shutil.rmtree(run / 'checkpoints' / str(step))
   shutil.rmtree(run / 'tensorboard')
   assert loop.train(config, run) == 0
-  again = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
   without_clock = lambda found: [{key: line[key] for key in line if key != 'train/images_per_s'} for line in found]
-  assert without_clock(again) == without_clock(lines) and 3 <= len(lines)
+  assert without_clock(read_log(run)) == without_clock(lines) and 3 <= len(lines)

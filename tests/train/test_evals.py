@@ -21,6 +21,7 @@ from groupvit_jax.train.log import RunLog
 from groupvit_jax.train.state import TrainState
 from tests import official_layouts as layouts
 from tests.board import read_board
+from tests.runs import read_log
 from tests.tiny import tiny_config
 from tests.trained import on_one_device
 
@@ -65,7 +66,7 @@ def run(tmp_path_factory):
 
 def test_figures_after_the_steps_asked_for(run):
   workdir, _, compiled, _ = run
-  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  lines = read_log(workdir)
   scored = {line['step']: line['eval/mine/pixel_accuracy'] for line in lines if 'eval/mine/miou' in line}
   assert sorted(scored) == [2, 4, 6] and not any('off' in key for line in lines for key in line)
   # Three folder evaluations, and that of the scenes at the end, which has other classes.

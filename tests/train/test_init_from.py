@@ -15,7 +15,10 @@ from groupvit_jax.interop.native import to_flat
 from groupvit_jax.train import loop, open_run
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train.checkpoint import Checkpoints
-from tests.huggingface_models import authors_config, authors_state, random_model, small_config, write_clip_folder
+from tests.data.test_tokenizer import write_clip_folder
+from tests.huggingface_models import authors_config, authors_state, random_model, small_config
+from tests.interop.test_read import edit_config, write_folder
+from tests.runs import logged
 from tests.tiny import tiny_config
 from tests.trained import trained_workdir
 
@@ -63,13 +66,14 @@ def test_another_size_of_pictures_over_sharded_parameters(tmp_path):
 @pytest.mark.usefixtures('one_device')
 def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path, capsys):
   folder = shutil.copytree(trained_workdir(), tmp_path / 'source')
-  source, changed = open_run.open_run(folder), config(init_from=str(folder))
+  source, changed = open_run.open_run(folder), config(init_from=str(folder), total_steps=2)
+  changed.eval.every_steps, changed.optim.warmup_steps = 0, 1
   assert loop.train(changed, tmp_path / 'run') == 0
   opened = open_run.open_run(tmp_path / 'run')
   assert_equal(open_run.untrained_variables(opened), source.variables)
   changed.init_from = str(tmp_path / 'gone')  # is not looked at any more
   later, _ = start(changed, tmp_path / 'run')
-  assert int(later.step) == opened.step == 6
+  assert int(later.step) == opened.step == 2
   assert_equal(later.variables, opened.variables)
   kernels = [tree['params']['vision']['patch_embed']['kernel'] for tree in (opened.variables, source.variables)]
   assert not np.array_equal(*kernels)
@@ -80,10 +84,7 @@ def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path, caps
 
 
 def test_from_a_hugging_face_folder(tmp_path):
-  folder = tmp_path / 'hub'
-  random_model(small_config()).save_pretrained(folder)
-  write_clip_folder(folder)
-  (folder / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n')
+  folder = write_folder(tmp_path / 'hub', random_model(small_config()))
   weights = read.read_weights(folder)
   state, run = start(config(init_from=str(folder), model=weights.spec.config), tmp_path / 'run')
   assert run.tokenizer.vocab_size == weights.spec.vocab_size
@@ -106,9 +107,8 @@ def test_fine_tuning_from_an_authors_file(tmp_path):
   changed.model.vision.image_size, changed.optim.warmup_steps, changed.eval.every_steps = (64, 64), 1, 0
   changed.tokenizer.path = str(tmp_path)
   assert loop.train(changed, tmp_path / 'tuned') == 0
-  steps = [json.loads(line) for line in (tmp_path / 'tuned' / 'metrics.jsonl').read_text().splitlines()]
-  losses = [step['train/loss'] for step in steps if 'train/loss' in step]
-  assert len(losses) == 2 and np.isfinite(losses).all()
+  losses = logged(tmp_path / 'tuned')
+  assert len(losses) == 2 and np.isfinite(list(losses.values())).all()
   tuned = open_run.open_run(tmp_path / 'tuned').variables['params']['vision']['norm']['scale']
   before = model.vision_model.layernorm.weight.detach().numpy()
   assert 0 < np.abs(tuned - before).max() < 0.05
@@ -116,12 +116,8 @@ def test_fine_tuning_from_an_authors_file(tmp_path):
 
 
 def test_a_tokenizer_that_ends_texts_otherwise_is_refused(tmp_path):
-  folder = tmp_path / 'hub'
-  random_model(small_config()).save_pretrained(folder)
-  write_clip_folder(folder)
-  described = json.loads((folder / 'config.json').read_text())
-  described['text_config']['eos_token_id'] = 5
-  (folder / 'config.json').write_text(json.dumps(described))
+  folder = write_folder(tmp_path / 'hub', random_model(small_config()))
+  edit_config(folder / 'config.json', 'text_config', eos_token_id=5)
   model = read.read_weights(folder).spec.config
   with pytest.raises(ValueError, match='init_from=.* has eos_id=513 and the weights have 5; name .* tokenizer.path'):
     run_lib.set_up(config(init_from=str(folder), model=model), tmp_path / 'run')

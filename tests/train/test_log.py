@@ -13,6 +13,7 @@ import pytest
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.log import RunLog
 from tests.board import read_board
+from tests.runs import logged, read_log
 from tests.tiny import tiny_config
 from tests.train.test_checkpoint import no_room_for
 
@@ -61,7 +62,7 @@ def test_images_per_second_leave_out_what_was_paused(tmp_path):
   time.sleep(0.1)
   log.train(1, {'loss': 1.0})
   log.close()
-  rate = json.loads((tmp_path / 'metrics.jsonl').read_text())['train/images_per_s']
+  rate = logged(tmp_path, 'train/images_per_s')[1]
   assert 8 / 0.3 < rate <= 8 / 0.1
 
 
@@ -72,7 +73,7 @@ def test_a_run_that_goes_on_drops_what_it_will_log_again(tmp_path):
   assert log.resumed_metrics == {'step', 'eval/a/x'}
   log.metrics(3, {'x': float('nan')})
   log.close()
-  found = [json.loads(line) for line in (tmp_path / 'metrics.jsonl').read_text().splitlines()]
+  found = read_log(tmp_path)
   assert [line['step'] for line in found] == [1, 2, 3] and found[-1] == {'step': 3, 'x': None}
   assert read_board(tmp_path / 'tensorboard')['x'][0] == 3
 

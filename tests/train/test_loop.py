@@ -1,11 +1,10 @@
 """Whole runs: they learn, they go on exactly where they were, and they say what is wrong.
 
-One device: the steps compile in a third of the time. Several go on exactly in test_ema.py and test_distributed.py.
+One device: the steps compile in a third of the time. Several go on exactly in test_ema.py and test_processes.py.
 """
 
 import contextlib
 import functools
-import json
 import os
 import pathlib
 import shutil
@@ -24,21 +23,12 @@ from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.train import loop, open_run, optim
 from groupvit_jax.train.checkpoint import Checkpoints
 from tests.board import read_board
+from tests.runs import logged, read_log, ROOT, run_command
 from tests.tiny import tiny_config
 from tests.train.test_checkpoint import no_room_for
 from tests.trained import trained_workdir
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def figures(workdir: pathlib.Path, name: str) -> dict[int, float]:
-  """A figure by step, read as a person would."""
-  lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-  return {line['step']: line[name] for line in lines if name in line}
-
-
-losses = functools.partial(figures, name='train/loss')
-scores = functools.partial(figures, name='eval/validation/oracle_miou')
+scores = functools.partial(logged, metric='eval/validation/oracle_miou')
 
 
 pytestmark = pytest.mark.usefixtures('one_device')
@@ -51,14 +41,13 @@ def uninterrupted() -> pathlib.Path:
 
 
 def test_logs_every_step(uninterrupted):
-  lines = [json.loads(line) for line in (uninterrupted / 'metrics.jsonl').read_text().splitlines()]
-  first = next(line for line in lines if 'train/loss' in line)
+  first = next(line for line in read_log(uninterrupted) if 'train/loss' in line)
   names = 'caption_loss multi_label_loss grad_norm learning_rate images_per_s logit_scale multi_label_logit_scale '
   names += 'stage1/entropy stage1/segments_in_use stage1/largest_segment skipped text_tokens text_turns'
   for name in names.split():
     assert np.isfinite(first[f'train/{name}']), name
   assert first['train/loss'] == pytest.approx(first['train/caption_loss'] + first['train/multi_label_loss'], rel=1e-5)
-  assert sorted(losses(uninterrupted)) == [1, 2, 3, 4, 5, 6]
+  assert sorted(logged(uninterrupted)) == [1, 2, 3, 4, 5, 6]
   assert list((uninterrupted / 'tensorboard').glob('events*'))
 
 
@@ -108,9 +97,9 @@ def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted,
   if phase == 'evaluate':
     assert sorted(scores(tmp_path)) == [3][: call - 1]
   if phase == 'save':  # of step 2; the signal is heeded after the step that follows
-    assert max(losses(tmp_path)) == 3 and (tmp_path / 'checkpoints' / '3').exists()
+    assert max(logged(tmp_path)) == 3 and (tmp_path / 'checkpoints' / '3').exists()
   assert loop.train(tiny_config(), tmp_path) == 0
-  assert losses(tmp_path) == losses(uninterrupted)
+  assert logged(tmp_path) == logged(uninterrupted)
   assert scores(tmp_path) == scores(uninterrupted) and sorted(scores(tmp_path)) == [3, 6]
 
 
@@ -125,23 +114,21 @@ def test_sigterm_while_restoring_damages_nothing(uninterrupted, tmp_path, monkey
   assert sorted(path.name for path in (workdir / 'checkpoints').iterdir()) == kept
 
 
-def command(workdir: pathlib.Path, *flags: str) -> list[str]:
+def command(workdir: pathlib.Path) -> list[str]:
   """train.py on tiny_config(), through the front door."""
-  return [sys.executable, 'train.py', '--config=tests/tiny_run.py', f'--workdir={workdir}', *flags]
+  return [sys.executable, 'train.py', '--config=tests/tiny_run.py', f'--workdir={workdir}']
 
 
 def test_killed_at_any_moment_goes_on_exactly(uninterrupted, tmp_path):
-  """kill -9 twice, wherever it hits; then to the end."""
+  """kill -9, wherever it hits; then to the end."""
   one_device = os.environ | {'JAX_NUM_CPU_DEVICES': '1'}
-  for lines in (1, 4):
-    process = subprocess.Popen(command(tmp_path), cwd=ROOT, env=one_device, stderr=subprocess.DEVNULL)
-    log = tmp_path / 'metrics.jsonl'
-    while process.poll() is None and not (log.exists() and log.read_text().count('\n') >= lines):
-      time.sleep(0.005)
-    process.kill()
-    process.wait()
+  process = subprocess.Popen(command(tmp_path), cwd=ROOT, env=one_device, stderr=subprocess.DEVNULL)
+  while process.poll() is None and len(logged(tmp_path)) < 3:
+    time.sleep(0.005)
+  process.kill()
+  process.wait()
   subprocess.run(command(tmp_path), cwd=ROOT, env=one_device, check=True, stderr=subprocess.DEVNULL)
-  assert losses(tmp_path) == losses(uninterrupted)
+  assert logged(tmp_path) == logged(uninterrupted)
 
 
 def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatch, caplog, capfd):
@@ -155,7 +142,7 @@ def test_a_save_that_fails_ends_the_run_before_the_next_one(tmp_path, monkeypatc
 
     monkeypatch.setattr(Checkpoints, 'save', save_on_a_full_disk)
     loop.train(tiny_config(), tmp_path)
-  assert max(losses(tmp_path)) < 4  # when the next one is due
+  assert max(logged(tmp_path)) < 4  # when the next one is due
   # The reason is said once. What other tests left unfinished in this process, asyncio says at any time.
   assert not [record for record in caplog.records if record.name != 'asyncio']
   assert 'Traceback' not in capfd.readouterr().err
@@ -180,7 +167,7 @@ def test_non_finite_updates_are_skipped_counted_and_end_the_run(tmp_path, monkey
   config.total_steps, config.log_every, config.eval.every_steps = 40, 30, 0
   with pytest.raises(ValueError, match='not finite in 3 steps in a row .* lower optim.peak_lr'):
     loop.train(config, tmp_path)
-  last = json.loads((tmp_path / 'metrics.jsonl').read_text().splitlines()[-1])
+  last = read_log(tmp_path)[-1]
   assert last['step'] < 30 and last['train/skipped'] == 3 and last['train/loss'] is None
   rate = optim.build_schedule(config.optim, 40, 8)(last['step'] - 3 - 1)  # of the last update that was made
   assert last['train/learning_rate'] == pytest.approx(float(rate))
@@ -193,8 +180,8 @@ def test_a_mistake_ends_in_one_line_and_writes_nothing(tmp_path):
     'from configs import quickstart\n\n\ndef get_config():\n  config = quickstart.get_config()\n'
     '  del config.data.num_prompts\n  return config\n'
   )
-  given = [*command(workdir), f'--config={incomplete}']
-  done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True, check=False)
+  given = ['train.py', f'--config={incomplete}', f'--workdir={workdir}']
+  done = run_command(*given)
   assert done.returncode == cli.EXIT_USAGE, done.stderr
   message = "the config has no entry 'num_prompts': give it one; configs/quickstart.py shows"
   assert message in done.stderr.splitlines()[-1] and 'Traceback' not in done.stderr
@@ -208,5 +195,5 @@ def test_loss_falls(tmp_path):
   config.checkpoint.every_steps = config.eval.every_steps = 1000
   config.data.num_prompts, config.model.vision.drop_path, config.optim.peak_lr = 0, 0.0, 2e-3 * 4096 / 16
   loop.train(config, tmp_path)
-  values = list(losses(tmp_path).values())
+  values = list(logged(tmp_path).values())
   assert np.mean(values[-6:]) < 2.5, values

@@ -57,7 +57,6 @@ def test_a_start_that_was_killed_while_it_prepared_leaves_nothing_behind(place, 
   workdir = tmp_path / 'run'
   if place == 'bucket':
     folder_bucket.use(monkeypatch, tmp_path)
-    monkeypatch.setattr(storage, '_systems', {})
     monkeypatch.setitem(workdir_lib._BUCKETS, 's3', 'fsspec')
     workdir = 's3://bucket/run'
   config = tiny_config()
