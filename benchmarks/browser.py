@@ -34,12 +34,12 @@ _SEGMENT = """async ([side, images, names]) => {
   return [seconds.encode, seconds.segment];
 }"""
 _NAMES = 'dog', 'banana', 'grass', 'sky'
+_SIDE = 64  # of the images
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument('--site', required=True, help='folder of an export --format=web')
-  parser.add_argument('--side', type=int, default=64, help='of the images')
   parser.add_argument('--images', type=int, default=20, help='of each round')
   parser.add_argument('--rounds', type=int, default=7)
   parser.add_argument('--output', type=pathlib.Path, help='JSON file.')
@@ -59,8 +59,8 @@ def main() -> None:
     page.goto(f'http://127.0.0.1:{server.server_port}/')
     page.get_by_text('encoded and segmented in').wait_for()
     first = time.perf_counter() - started
-    page.evaluate(_SEGMENT, [args.side, 3, _NAMES])
-    rounds = [page.evaluate(_SEGMENT, [args.side, args.images, _NAMES]) for _ in range(args.rounds)]
+    page.evaluate(_SEGMENT, [_SIDE, 3, _NAMES])
+    rounds = [page.evaluate(_SEGMENT, [_SIDE, args.images, _NAMES]) for _ in range(args.rounds)]
     facts = {
       'browser': browser.version,
       'threads': page.evaluate('crossOriginIsolated ? navigator.hardwareConcurrency : 1'),
@@ -73,4 +73,4 @@ def main() -> None:
     for name, each in zip(('encode', 'segment'), zip(*rounds))
   }
   found = {'first_s': first, 'images_per_s': statistics.median(rates), 'of_each_round': rates}
-  processes.write(found | parts | facts | {'side': args.side} | machine, args.output)
+  processes.write(found | parts | facts | {'side': _SIDE} | machine, args.output)

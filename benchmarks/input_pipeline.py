@@ -27,7 +27,6 @@ def main() -> None:
   parser.add_argument('--photos', default='', help='folder of JPEGs; otherwise made-up images')
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--pictures', type=int, default=256, help='images of a round')
-  parser.add_argument('--no-peer', action='store_true', help='ours alone')
   args = parser.parse_args()
   folder = CACHE / 'input_pipeline' / (args.photos.strip('/').replace('/', '_') or 'made_up')
   pattern = tars.write_shards(folder, args.photos)
@@ -36,9 +35,10 @@ def main() -> None:
     tokenizer.train_sentencepiece(tars.read_captions(folder), vocabulary, VOCABULARY)
   arguments = [f'--shards={pattern}', f'--tokenizer={vocabulary}']
   cores = {min(os.sched_getaffinity(0))}
-  sides = {'ours': processes.Side('our_pipeline', arguments, cores=cores).wait()}
-  if not args.no_peer:
-    sides['peer'] = processes.Side('peer_pipeline', arguments, cores=cores, python=_peer_python()).wait()
+  sides = {
+    'ours': processes.Side('our_pipeline', arguments, cores=cores).wait(),
+    'peer': processes.Side('peer_pipeline', arguments, cores=cores, python=_peer_python()).wait(),
+  }
   machine = processes.machine()
   works = [(name, 'full') for name in sides] + [('ours', work) for work in ('plain', 'bare decode', 'crop and flip')]
   found = processes.take_turns(sides, works, args.rounds, args.pictures)
@@ -49,9 +49,8 @@ def main() -> None:
     'images': f'longer side {tars.LONGER_SIDE}, JPEG quality {tars.QUALITY}',
     # By the clock of the core, for machines that do other things as well.
     'images_per_core_s': {name: round(rate.per_cpu_s, 1) for name, rate in rates.items()},
+    'full_recipe_against_peer': round(rates['ours, full'].per_cpu_s / rates['peer, full'].per_cpu_s, 3),
   }
-  if 'peer' in sides:
-    report['full_recipe_against_peer'] = round(rates['ours, full'].per_cpu_s / rates['peer, full'].per_cpu_s, 3)
   for side in sides.values():
     side.close()
   processes.write(report)
