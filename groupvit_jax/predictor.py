@@ -27,7 +27,7 @@ from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.prediction import Prediction
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import with_fastest_attention
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 
 BACKGROUND = 'background'
 _BATCH_SIZES = (1, 4, 16)  # windows on each device: one compilation each, when first needed
@@ -88,7 +88,7 @@ class Predictor:
     self._embeds: dict[str, np.ndarray] = {}
 
   @classmethod
-  def of_run(cls, run: open_run.TrainedRun, *, protocol: Protocol | str | None = None) -> 'Predictor':
+  def of_run(cls, run: restored_run.RestoredRun, *, protocol: Protocol | str | None = None) -> 'Predictor':
     """The predictor of a run that is open; arguments and errors as for `Predictor`."""
     runtime = f' on {run.provenance["runtime"]}' if 'runtime' in run.provenance else ''
     source = f'{run.workdir}, step {run.step}, {run.weights} weights{runtime}'
@@ -100,8 +100,8 @@ class Predictor:
     path: epath.PathLike,
     *,
     protocol: Protocol | str | None = None,
-    weights: open_run.Weights = 'best',
-    checkpoint: str = open_run.NEWEST,
+    weights: restored_run.Weights = 'best',
+    checkpoint: str = restored_run.NEWEST,
     runtime: onnx.Runtime | None = None,
     dtype: Literal['float32', 'bfloat16'] | None = None,
   ) -> 'Predictor':
@@ -111,7 +111,7 @@ class Predictor:
       path: a workdir, a Hugging Face folder, or a folder that `export` wrote in any of its formats; or the id of one
         on the Hub (see `hub.fetch`). One of `--format=stablehlo` runs on one device, one of `--format=onnx` on a CPU.
       protocol: as for `Predictor`.
-      weights: which of a workdir's, as for `open_run.open_run`.
+      weights: which of a workdir's, as for `restored_run.restore`.
       checkpoint: likewise.
       runtime: of an ONNX export: 'onnxruntime' (None), 'openvino', or 'openvino-bfloat16', the fastest where the
         processor has bfloat16.
@@ -126,10 +126,10 @@ class Predictor:
       has = 'an export has its own, leave it out' if is_bundle else 'use float32 or bfloat16'
       raise UserError(f'dtype={dtype!r}: {has}')
     if runtime or is_bundle or not path.is_dir() or (path / 'checkpoints').is_dir():
-      run = open_run.open_model(path, checkpoint, weights=weights, runtime=runtime)
+      run = restored_run.open_model(path, checkpoint, weights=weights, runtime=runtime)
       model = run.model.with_dtype(jnp.dtype(dtype)) if dtype else run.model
       return cls.of_run(run._replace(model=model), protocol=protocol)
-    if weights != 'best' or checkpoint != open_run.NEWEST:
+    if weights != 'best' or checkpoint != restored_run.NEWEST:
       raise UserError(f'{path} is no workdir and has one set of weights; leave out weights and checkpoint')
     found, mesh, tokenizer = read.read_weights(path), sharding.make_mesh(), build_tokenizer(path)
     read.check_tokenizer(

@@ -20,7 +20,7 @@ from groupvit_jax.eval.class_names import parse_class_names
 from groupvit_jax.eval.evaluator import Evaluator
 from groupvit_jax.predictor import Prediction, Predictor
 from groupvit_jax.running import sharding
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from tests.tiny import tiny_model
 from tests.trained import trained_workdir
 from tests.weights import random_variables
@@ -30,8 +30,8 @@ WORDS = ('dog|puppy', 'banana', 'grass')
 
 
 @pytest.fixture(scope='module')
-def run() -> open_run.TrainedRun:
-  return open_run.open_run(trained_workdir())
+def run() -> restored_run.RestoredRun:
+  return restored_run.restore(trained_workdir())
 
 
 @pytest.fixture(scope='module')

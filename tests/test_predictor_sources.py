@@ -6,7 +6,7 @@ import pytest
 from groupvit_jax.commands.export import export
 from groupvit_jax.eval import protocols
 from groupvit_jax.predictor import Predictor
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from tests.photos import photo
 from tests.trained import trained_workdir
 
@@ -42,7 +42,7 @@ def test_every_form_gives_the_same_answer(form, want, tmp_path):
       assert (mine.segments == other.segments).mean() > 0.99
   if form == 'stablehlo':
     with pytest.raises(ValueError, match='is a bundle of export --format=stablehlo and no workdir'):
-      open_run.open_run(tmp_path / 'exported')
+      restored_run.restore(tmp_path / 'exported')
     (tmp_path / 'exported' / 'text.stablehlo').write_bytes(b'half')
     with pytest.raises(ValueError, match='exported is no whole bundle'):
       Predictor.from_pretrained(tmp_path / 'exported')
@@ -59,7 +59,7 @@ def test_another_dtype(want, tmp_path):
 
 
 def test_protocols_by_name():
-  run = open_run.open_run(trained_workdir())
+  run = restored_run.restore(trained_workdir())
   protocol_of = lambda name: Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=name).protocol
   assert protocol_of('groupvit') == protocols.GROUPVIT and protocol_of(None) == protocol_of('native')
   with pytest.raises(

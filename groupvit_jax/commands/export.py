@@ -29,8 +29,8 @@ from groupvit_jax.interop.licence import Licence, read_kept
 from groupvit_jax.model import segmentation
 from groupvit_jax.model.losses import clamped_scale
 from groupvit_jax.storage import atomic_folder, check_free
-from groupvit_jax.train import open_run
-from groupvit_jax.train.open_run import TrainedRun
+from groupvit_jax.train import restored_run
+from groupvit_jax.train.restored_run import RestoredRun
 
 Form = Literal['huggingface', 'stablehlo', 'onnx', 'web', 'safetensors']
 Dtype = Literal['float32', 'bfloat16', 'float16', 'int8']
@@ -87,8 +87,8 @@ def export(
   window: int | None = None,
   webgpu: bool = False,
   scores: Sequence[str] | None = None,
-  weights: open_run.Weights = 'best',
-  checkpoint: str = open_run.NEWEST,
+  weights: restored_run.Weights = 'best',
+  checkpoint: str = restored_run.NEWEST,
   licence: str = '',
   push_to_hub: str = '',
 ) -> str:
@@ -103,7 +103,7 @@ def export(
     webgpu: whether the page of web may compute on a GPU, by another build of ONNX Runtime beside the first.
     scores: results.json files of `eval.py`, of this checkpoint, which go into the model card; None for the one in
       WORKDIR/eval, if it is of this checkpoint.
-    weights: as for `open_run.open_run`.
+    weights: as for `restored_run.restore`.
     checkpoint: likewise.
     licence: of weights of one's own, as the Hub names it: 'apache-2.0'; '' for that of the weights that the run started
       from, if any.
@@ -122,7 +122,7 @@ def export(
   if webgpu and form != 'web':
     raise UserError(f'--webgpu is of --format=web, not {form}; leave it out')
   check_free('--output', output)
-  run = open_run.open_run(workdir, checkpoint, weights=weights)
+  run = restored_run.restore(workdir, checkpoint, weights=weights)
   granted = _choose_licence(run, licence)
   reports, note = _choose_reports(run, scores)
   spec = state_dicts.ModelSpec(run.config.model, run.tokenizer.vocab_size, run.tokenizer.eos_id, run.model.multi_label)
@@ -133,7 +133,7 @@ def export(
   if window % spec.config.vision.patch_size or window > _LARGEST_WINDOW:
     patch = spec.config.vision.patch_size
     raise UserError(f'window={window} is no multiple of the patch size, {patch}, or above {_LARGEST_WINDOW}')
-  with open_run.complete_config(run.workdir), atomic_folder('--output', output) as folder:
+  with restored_run.complete_config(run.workdir), atomic_folder('--output', output) as folder:
     notes = {}
     use, tags = _FLAT_USE, ''
     if form == 'huggingface':
@@ -157,7 +157,7 @@ def export(
   return '\n'.join([*files, note, *uploaded])
 
 
-def _choose_licence(run: TrainedRun, licence: str) -> Licence:
+def _choose_licence(run: RestoredRun, licence: str) -> Licence:
   """The licence of the weights that a run started from, or the one given for one's own."""
   kept = read_kept(run.workdir)
   if licence and any(kept):
@@ -165,7 +165,7 @@ def _choose_licence(run: TrainedRun, licence: str) -> Licence:
   return Licence(licence) if licence else kept
 
 
-def _choose_reports(run: TrainedRun, paths: Sequence[str] | None) -> tuple[list[model_card.Report], str]:
+def _choose_reports(run: RestoredRun, paths: Sequence[str] | None) -> tuple[list[model_card.Report], str]:
   """Reports for the model card, and a line about them."""
   usual = run.workdir / 'eval' / 'results.json'
   if paths is None and not usual.exists():
@@ -184,7 +184,7 @@ def _sizes(folder: epath.Path) -> dict[str, int]:
   return {path.name: path.stat().length for path in sorted(folder.iterdir()) if path.suffix in _WEIGHTS}
 
 
-def _write_flat(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype) -> None:
+def _write_flat(folder: epath.Path, run: RestoredRun, spec: state_dicts.ModelSpec, dtype: np.dtype) -> None:
   state = state_dicts.cast(native.to_flat(run.variables), dtype)
   safetensors.numpy.save_file(state, str(folder / 'model.safetensors'))
   write_json(folder / 'config.json', native.spec_to_json(spec))
@@ -192,7 +192,7 @@ def _write_flat(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec
 
 
 def _write_stablehlo(
-  folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype
+  folder: epath.Path, run: RestoredRun, spec: state_dicts.ModelSpec, dtype: np.dtype
 ) -> dict[str, str]:
   """Writes both towers, the tokenizer and bundle.json; returns the latency of each file as text."""
   towers = {
@@ -207,7 +207,7 @@ def _write_stablehlo(
 
 
 def _write_onnx(
-  folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: onnx.Dtype, window: int
+  folder: epath.Path, run: RestoredRun, spec: state_dicts.ModelSpec, dtype: onnx.Dtype, window: int
 ) -> dict[str, str]:
   """Writes both towers, the tokenizer and bundle.json; returns the latency of each file and its agreement as text."""
   calls = {}
@@ -220,7 +220,7 @@ def _write_onnx(
   return notes
 
 
-def _agreement(run: TrainedRun, tower: Callable, window: int) -> dict[str, float]:
+def _agreement(run: RestoredRun, tower: Callable, window: int) -> dict[str, float]:
   """On some scenes: the share of patches in the same final segment as with JAX, and the least cosine of a segment."""
   scenes = Scenes(window, ALL_THINGS, ALL_STUFF, seed=0, length=_TRIAL_IMAGES, split='test')
   images = np.stack([scenes[index]['image'] for index in range(_TRIAL_IMAGES)])
@@ -233,7 +233,7 @@ def _agreement(run: TrainedRun, tower: Callable, window: int) -> dict[str, float
 
 def _write_bundle(
   folder: epath.Path,
-  run: TrainedRun,
+  run: RestoredRun,
   spec: state_dicts.ModelSpec,
   calls: Mapping[str, Callable],
   image_size: tuple[int, int],

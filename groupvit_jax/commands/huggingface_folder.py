@@ -12,7 +12,7 @@ from groupvit_jax.data.tokenizer import ClipTokenizer, SENTENCEPIECE_FILE
 from groupvit_jax.interop import huggingface, native, state_dicts
 from groupvit_jax.interop.read import SIDE_FILE
 from groupvit_jax.model.pixels import IMAGE_MEAN, IMAGE_STD
-from groupvit_jax.train.open_run import TrainedRun
+from groupvit_jax.train.restored_run import RestoredRun
 
 _BILINEAR = 2  # Pillow's number, which the image processor's config holds
 
@@ -67,7 +67,7 @@ pipeline_tag: zero-shot-image-classification
 tags: [groupvit, zero-shot-segmentation]"""
 
 
-def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpec, dtype: np.dtype) -> None:
+def write_folder(folder: epath.Path, run: RestoredRun, spec: state_dicts.ModelSpec, dtype: np.dtype) -> None:
   """Writes the files of a run's model, but for the model card, into an empty folder."""
   config = huggingface.to_huggingface_config(
     spec, bos_id=run.tokenizer.bos_id, pad_id=run.tokenizer.pad_id, dtype=dtype.name
@@ -87,14 +87,14 @@ def write_folder(folder: epath.Path, run: TrainedRun, spec: state_dicts.ModelSpe
   _write_tokenizer(folder, run)
 
 
-def describe_use(run: TrainedRun) -> str:
+def describe_use(run: RestoredRun) -> str:
   """The part of the model card about `FOLDER`: lines that segment an image."""
   height, width = run.model.vision.image_size
   use = _CLIP_USE if isinstance(run.tokenizer, ClipTokenizer) else _SENTENCEPIECE_USE
   return _USE.format(height=height, width=width, transformers=use.format(height=height, width=width))
 
 
-def _image_processor(run: TrainedRun) -> dict[str, Any]:
+def _image_processor(run: RestoredRun) -> dict[str, Any]:
   height, width = run.model.vision.image_size
   return dict(
     image_processor_type='CLIPImageProcessor',
@@ -116,7 +116,7 @@ def _decimals(values: np.ndarray) -> list[float]:
   return [round(float(value), 6) for value in values.ravel()]
 
 
-def _write_tokenizer(folder: epath.Path, run: TrainedRun) -> None:
+def _write_tokenizer(folder: epath.Path, run: RestoredRun) -> None:
   """Writes CLIP's vocabulary in the form every version of `transformers` reads, or the SentencePiece model."""
   run.tokenizer.save(folder)
   if not isinstance(run.tokenizer, ClipTokenizer):

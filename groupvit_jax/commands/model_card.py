@@ -9,7 +9,7 @@ import ml_collections
 
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop.licence import Licence
-from groupvit_jax.train.open_run import TrainedRun
+from groupvit_jax.train.restored_run import RestoredRun
 
 Report = Mapping[str, Any]  # a results.json of eval.py
 
@@ -49,7 +49,7 @@ _METRICS = {
 
 
 def write(
-  folder: epath.Path, run: TrainedRun, *, licence: Licence, use: str, tags: str, reports: Sequence[Report]
+  folder: epath.Path, run: RestoredRun, *, licence: Licence, use: str, tags: str, reports: Sequence[Report]
 ) -> None:
   """Writes the card into the folder of an exported model.
 
@@ -70,7 +70,7 @@ def write(
   )
 
 
-def read_reports(run: TrainedRun, paths: Sequence[epath.PathLike]) -> list[Report]:
+def read_reports(run: RestoredRun, paths: Sequence[epath.PathLike]) -> list[Report]:
   """Reads reports; raises UserError for one that is not there, holds no scores, or is of another checkpoint."""
   return [_check(_read(epath.Path(path)), run, path) for path in paths]
 
@@ -88,7 +88,7 @@ def _read(path: epath.Path) -> Report:
   return report
 
 
-def _check(report: Report, run: TrainedRun, path: epath.PathLike) -> Report:
+def _check(report: Report, run: RestoredRun, path: epath.PathLike) -> Report:
   ours = run.provenance
   for name in ('step', 'weights'):
     theirs = report['provenance'].get(name)

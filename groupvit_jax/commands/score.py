@@ -21,8 +21,8 @@ from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.eval.result import Result, SCORES
 from groupvit_jax.eval.window_encoder import EncodedWindows
 from groupvit_jax.running import processes
-from groupvit_jax.train import open_run
-from groupvit_jax.train.open_run import TrainedRun
+from groupvit_jax.train import restored_run
+from groupvit_jax.train.restored_run import RestoredRun
 
 BENCHMARKS = (*labelled.STORED_IN, labelled.FOLDER, labelled.SCENES, labelled.IMAGENET)
 _SHOWN_SCENES = 6
@@ -47,7 +47,7 @@ class Request:
     overwrite: see `OutputFolder`; also whether `report` may replace a file that is no such page.
     masks: whether every image's label map is written to `output`; not of 'imagenet'.
     report: path of an HTML page; None for none; not of 'imagenet'.
-    checkpoint: as for `open_run.open_run`.
+    checkpoint: as for `restored_run.restore`.
     weights: likewise.
     runtime: likewise.
   """
@@ -63,8 +63,8 @@ class Request:
   overwrite: bool = False
   masks: bool = False
   report: str | None = None
-  checkpoint: str = open_run.NEWEST
-  weights: open_run.Weights = 'best'
+  checkpoint: str = restored_run.NEWEST
+  weights: restored_run.Weights = 'best'
   runtime: str | None = None
 
 
@@ -94,7 +94,7 @@ def evaluate_benchmark(workdir: str, request: Request) -> int:
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   page = None if request.report is None else page_path(request)
   opened = open_images(request) if request.benchmark != labelled.SCENES else None
-  run = open_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
+  run = restored_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
   evaluator = _build(run, request, opened, thresholds)
   if folder:
     with processes.first_process_first():  # whose check of the folder comes before another's masks
@@ -144,7 +144,7 @@ def evaluate_imagenet(workdir: str, request: Request) -> int:
   check_data_dir(request)
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   source = labelled.take(labelled.open_imagenet(request.data_dir), request.num_pictures)
-  run = open_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
+  run = restored_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
   templates = request.changes.get('templates', zero_shot.TEMPLATES)
   evaluator = zero_shot.build_evaluator(run.model, run.tokenizer, run.mesh, source, templates)
   if folder and jax.process_index() == 0:
@@ -159,7 +159,7 @@ def evaluate_imagenet(workdir: str, request: Request) -> int:
   return 0
 
 
-def run_metadata(run: TrainedRun) -> dict[str, Any]:
+def run_metadata(run: RestoredRun) -> dict[str, Any]:
   """The checkpoint and the config of a run, for reports."""
   return {
     'checkpoint': {'step': run.step, 'damaged_newer_steps': list(run.skipped)},
@@ -167,7 +167,7 @@ def run_metadata(run: TrainedRun) -> dict[str, Any]:
   }
 
 
-def describe_run(run: TrainedRun) -> str:
+def describe_run(run: RestoredRun) -> str:
   """The checkpoint, the code and the precision, in a line."""
   provenance = run.provenance
   line = (
@@ -220,7 +220,7 @@ def check_data_dir(request: Request) -> None:
 
 
 def _build(
-  run: TrainedRun,
+  run: RestoredRun,
   request: Request,
   opened: tuple[Benchmark, labelled.LabelledSource] | None,
   thresholds: tuple[float, ...],
@@ -241,10 +241,10 @@ def _build(
   return Evaluator(run.model, run.tokenizer, run.mesh, source, benchmark, protocol, num_threads, thresholds)
 
 
-def open_scenes(run: TrainedRun, request: Request) -> tuple[Benchmark, labelled.LabelledSource]:
+def open_scenes(run: RestoredRun, request: Request) -> tuple[Benchmark, labelled.LabelledSource]:
   """The test scenes of a run. Raises ValueError if it has none."""
   check_has_scenes(run.config, run.workdir)
-  with open_run.complete_config(run.workdir):
+  with restored_run.complete_config(run.workdir):
     benchmark, source = labelled.open_scenes(run.config, labelled.TEST)
   return benchmark, labelled.take(source, request.num_pictures)
 
@@ -289,7 +289,7 @@ def _published(result: Result) -> list[str]:
 
 def _write_results(
   folder: OutputFolder,
-  run: TrainedRun,
+  run: RestoredRun,
   request: Request,
   result: Result | zero_shot.Result,
   metadata: Mapping[str, Any],
@@ -314,7 +314,7 @@ class Comparison(NamedTuple):
   panel: np.ndarray | None  # some scenes, uint8 [H, W, 3]
 
 
-def compare(run: TrainedRun, evaluator: Evaluator, result: Result) -> Comparison:
+def compare(run: RestoredRun, evaluator: Evaluator, result: Result) -> Comparison:
   """The baselines of a run's result on its test scenes: one class for everything, and the untrained model.
 
   The latter is left out where the weights that a run started from are gone.
@@ -322,7 +322,7 @@ def compare(run: TrainedRun, evaluator: Evaluator, result: Result) -> Comparison
   scores = result.scalars()
   baselines = {'constant': {'class': result.constant[0]} | {name: scores[f'constant_{name}'] for name in SCORES}}
   try:
-    variables = open_run.untrained_variables(run)
+    variables = restored_run.untrained_variables(run)
   except ValueError as error:
     line = f'the untrained model is left out: {error}'
   else:

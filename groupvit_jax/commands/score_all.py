@@ -18,8 +18,8 @@ from groupvit_jax.eval.evaluator import build_scoring, evaluate, windows_per_bat
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.eval.protocols import Protocol
 from groupvit_jax.running import processes
-from groupvit_jax.train import open_run
-from groupvit_jax.train.open_run import TrainedRun
+from groupvit_jax.train import restored_run
+from groupvit_jax.train.restored_run import RestoredRun
 
 ALL = 'all'
 PROTOCOLS = ('groupvit', 'tcl', 'tcl+pamr')  # of ALL by default: their windows are the same
@@ -82,7 +82,7 @@ def score_all(workdir: str, request: Request) -> int:
     raise UserError('--masks and --thresholds are of one benchmark, protocol and set of names; leave them out')
   folder = None if request.output is None else OutputFolder(request.output, overwrite=request.overwrite)
   page = None if request.report is None else score.page_path(request)
-  run = open_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
+  run = restored_run.open_model(workdir, request.checkpoint, weights=request.weights, runtime=request.runtime)
   units, absent = _find_units(run, request)
   entries = [entry for unit in units for entry in unit.entries]
   done = processes.all_gather_objects(_read_done(folder, entries) if folder and not jax.process_index() else {})[0]
@@ -113,7 +113,7 @@ def score_all(workdir: str, request: Request) -> int:
   return 0
 
 
-def _find_units(run: TrainedRun, request: Request) -> tuple[list[Unit], list[str]]:
+def _find_units(run: RestoredRun, request: Request) -> tuple[list[Unit], list[str]]:
   """What to score, images that are cut alike together; and the data sets that are not there."""
   if request.benchmark == labelled.IMAGENET:
     raise UserError(zero_shot.NO_PROTOCOL)
@@ -142,7 +142,7 @@ def _find_units(run: TrainedRun, request: Request) -> tuple[list[Unit], list[str
 
 
 def _split(
-  run: TrainedRun,
+  run: RestoredRun,
   request: Request,
   source: labelled.LabelledSource,
   benchmarks: Sequence[tuple[Benchmark, Sequence[str]]],
@@ -161,7 +161,7 @@ def _split(
   return list(units.values())
 
 
-def _imagenet(run: TrainedRun, request: Request) -> Unit:
+def _imagenet(run: RestoredRun, request: Request) -> Unit:
   source = labelled.take(labelled.open_imagenet(request.data_dir), request.num_pictures)
   templates = {'templates': list(prompts.template_set(_templates(request)))}
   return Unit(source, [_make_entry(run, request, labelled.IMAGENET, source, templates, None)])
@@ -177,7 +177,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _make_entry(
-  run: TrainedRun,
+  run: RestoredRun,
   request: Request,
   benchmark: str,
   source: labelled.LabelledSource,
@@ -195,7 +195,7 @@ def _read_done(folder: OutputFolder, entries: Sequence[Entry]) -> dict[str, dict
 
 
 def _score(
-  run: TrainedRun, request: Request, source: labelled.LabelledSource, entries: Sequence[Entry]
+  run: RestoredRun, request: Request, source: labelled.LabelledSource, entries: Sequence[Entry]
 ) -> list[dict[str, Any]]:
   """The results of entries, all in one pass over the images."""
   if entries[0].scored is None:

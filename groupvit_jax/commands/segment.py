@@ -17,7 +17,7 @@ from groupvit_jax.eval.draw import hex_colour
 from groupvit_jax.eval.output_folder import OutputFolder
 from groupvit_jax.prediction import file_name, Prediction
 from groupvit_jax.predictor import Predictor
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 
 
 def segment_images(
@@ -29,8 +29,8 @@ def segment_images(
   overwrite: bool,
   protocol: str,
   changes: Mapping[str, str],
-  checkpoint: str = open_run.NEWEST,
-  weights: open_run.Weights = 'best',
+  checkpoint: str = restored_run.NEWEST,
+  weights: restored_run.Weights = 'best',
   runtime: str | None = None,
 ) -> int:
   """Segments images into classes, and writes what was found in each.
@@ -53,7 +53,7 @@ def segment_images(
   parse_class_names(class_names)  # before anything that takes time
   paths = _find_images(images)
   folder = OutputFolder(output, overwrite=overwrite)
-  run = open_run.open_model(workdir, checkpoint, weights=weights, runtime=runtime)
+  run = restored_run.open_model(workdir, checkpoint, weights=weights, runtime=runtime)
   chosen = run.parse_protocol(protocol, changes)
   predictor = Predictor.of_run(run, protocol=chosen)
   names, failures, done = _unique_names(paths), {}, {}

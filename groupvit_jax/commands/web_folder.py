@@ -19,7 +19,7 @@ from groupvit_jax.data.tokenizer import ClipTokenizer, Tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw, protocols
 from groupvit_jax.interop import licence
-from groupvit_jax.train.open_run import TrainedRun
+from groupvit_jax.train.restored_run import RestoredRun
 
 _RUNTIME = 'onnxruntime-web@1.30.0'
 # Of a build: the module, what it loads, and its WebAssembly. The second one is for WebGPU.
@@ -33,7 +33,7 @@ _CLASS_NAMES = ('person', 'dog', 'cat', 'car', 'building', 'tree', 'grass', 'sky
 _PROTOCOL = dict(class_filter=5, double_softmax=True, threshold_mode='window', refine=None)
 
 
-def add_page(folder: epath.Path, run: TrainedRun, window: int, webgpu: bool) -> None:
+def add_page(folder: epath.Path, run: RestoredRun, window: int, webgpu: bool) -> None:
   """Adds the page to the folder of an export with image.onnx, which takes images of side `window`, and text.onnx.
 
   `webgpu` adds a build of ONNX Runtime for it. Of a run that was trained on scenes some held-out ones are examples.
@@ -78,7 +78,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> Mapping[str, Any]:
   )
 
 
-def _write_examples(folder: epath.Path, run: TrainedRun) -> tuple[tuple[str, ...], list[str]]:
+def _write_examples(folder: epath.Path, run: RestoredRun) -> tuple[tuple[str, ...], list[str]]:
   """Class names to begin with, and the files of the examples."""
   if 'source' not in run.config.data or run.config.data.source != 'scenes':
     return _CLASS_NAMES, []

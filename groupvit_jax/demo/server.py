@@ -16,7 +16,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.eval.protocols import Protocol
 from groupvit_jax.interop.licence import read_kept
 from groupvit_jax.predictor import Predictor
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 
 _MAX_VISITORS = 32  # whose images are kept, about 20 MB each
 _MAX_WAITING = 32
@@ -31,7 +31,7 @@ def serve(
   Raises:
     ValueError: there is no such run or protocol, or the address cannot be listened at.
   """
-  run = open_run.open_run(workdir, checkpoint)
+  run = restored_run.restore(workdir, checkpoint)
   predictor = Predictor.of_run(run, protocol=protocol)
   viewer = Viewer(
     predictor, num_stages=sum(stage.num_segments > 0 for stage in run.model.vision.stages), max_pixels=max_pixels
@@ -46,7 +46,7 @@ def serve(
     page.block_thread()
 
 
-def _about(run: open_run.TrainedRun, protocol: Protocol) -> str:
+def _about(run: restored_run.RestoredRun, protocol: Protocol) -> str:
   """Markdown for visitors who ask what they look at."""
   licence = read_kept(run.workdir)
   return (

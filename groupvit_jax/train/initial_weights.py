@@ -17,7 +17,7 @@ from groupvit_jax.interop import licence as licence_lib
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.model.vision import resize_positions
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train.state import TrainState
 
@@ -59,7 +59,7 @@ def read_source(path: epath.PathLike) -> Source:
   """
   path = hub.fetch(path)
   if _is_workdir(path):
-    run = open_run.open_run(path)
+    run = restored_run.restore(path)
     return Source(jax.tree.map(np.asarray, run.variables), run.tokenizer.eos_id, licence_lib.read_kept(path))
   found = read.read_weights(path)
   return Source(found.variables, found.spec.eos_id, found.licence)

@@ -18,7 +18,7 @@ from groupvit_jax.errors import UserError
 from groupvit_jax.running import folder_lock, processes, sharding
 from groupvit_jax.running.interrupts import Interrupts, Preempted
 from groupvit_jax.running.profile import StepTrace
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.bad_record_tally import BadRecordTally
 from groupvit_jax.train.checkpoint import BestCheckpoint, Checkpoints
@@ -68,7 +68,7 @@ def _loop(
   with contextlib.closing(log):  # also after an error
     _log_start(log, run, state)
     provenance = functools.partial(
-      open_run.provenance, workdir, weights='ema' if run.averages else 'trained', model=run.model, mesh=run.mesh
+      restored_run.provenance, workdir, weights='ema' if run.averages else 'trained', model=run.model, mesh=run.mesh
     )
     eval_mesh = sharding.evaluation_mesh(run.mesh)
     scheduled = schedule_evaluations(config, run.source, run.benchmarks, run.model, run.tokenizer, eval_mesh)

@@ -25,7 +25,7 @@ from groupvit_jax.interop.licence import Licence
 from groupvit_jax.interop.native import to_flat
 from groupvit_jax.interop.state_dicts import ModelSpec
 from groupvit_jax.model.pixels import normalize_images
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from tests.data.test_tokenizer import write_clip_folder
 from tests.runs import run_command
 from tests.tiny import tiny_config
@@ -65,7 +65,7 @@ def pictures(count: int) -> np.ndarray:
   return np.random.default_rng(0).integers(0, 256, (count, 32, 24, 3), np.uint8)
 
 
-def our_embeddings(run: open_run.TrainedRun, images: np.ndarray) -> dict[str, np.ndarray]:
+def our_embeddings(run: restored_run.RestoredRun, images: np.ndarray) -> dict[str, np.ndarray]:
   tokens = run.tokenizer.encode(TEXTS, run.model.text.context_length)
   encode = jax.jit(
     lambda variables, images, tokens: (
@@ -86,7 +86,7 @@ def test_export_then_import_is_bitwise_the_same(form, fixture, request, tmp_path
   workdir = request.getfixturevalue(fixture)
   export(workdir, form, tmp_path / 'out')
   importing.import_weights(str(tmp_path / 'out'), str(tmp_path / 'run'))
-  before, after = open_run.open_run(workdir), open_run.open_run(tmp_path / 'run')
+  before, after = restored_run.restore(workdir), restored_run.restore(tmp_path / 'run')
   assert before.config.model.to_json() == after.config.model.to_json()
   mine, other = to_flat(before.variables), to_flat(after.variables)
   assert mine.keys() == other.keys()
@@ -101,7 +101,7 @@ def test_transformers_loads_strictly_and_computes_the_same(clip_run, tmp_path):
   assert type(model).__name__ == 'GroupViTModel'
   assert not any(info.values()), info
   processor = transformers.AutoProcessor.from_pretrained(tmp_path / 'out')
-  images, run = pictures(2), open_run.open_run(clip_run)
+  images, run = pictures(2), restored_run.restore(clip_run)
   inputs = processor(
     text=TEXTS,
     images=[PIL.Image.fromarray(x) for x in images],
@@ -148,7 +148,7 @@ def test_transformers_embeds_texts_of_sentencepiece_the_same(sentencepiece_run, 
     input_ids = torch.tensor([pieces.encode(text) + [pieces.eos_id()]])
     with torch.no_grad():
       embeds.append(model.get_text_features(input_ids).pooler_output.numpy())
-  ours = our_embeddings(open_run.open_run(sentencepiece_run), pictures(1))
+  ours = our_embeddings(restored_run.restore(sentencepiece_run), pictures(1))
   np.testing.assert_allclose(ours['text_embeds'], np.concatenate(embeds), rtol=0, atol=1e-4)
 
 
@@ -200,7 +200,7 @@ def test_the_card_says_what_the_model_is(clip_run, tmp_path):
 
 
 def test_the_card_says_what_a_run_was_trained_on(tmp_path):
-  trained = open_run.open_run(trained_workdir())
+  trained = restored_run.restore(trained_workdir())
   (tmp_path / 'eval').mkdir()
   run = trained._replace(workdir=tmp_path)
   model_card.write(tmp_path, run, licence=Licence(), use='', tags='', reports=[])
@@ -246,7 +246,7 @@ def test_bfloat16_halves_the_weights(clip_run, tmp_path):
   export(clip_run, 'huggingface', tmp_path / 'out', dtype='bfloat16')
   state = safetensors.numpy.load_file(tmp_path / 'out' / 'model.safetensors')
   assert {x.dtype.name for x in state.values()} - {'int64'} == {'bfloat16'}
-  before = to_flat(open_run.open_run(clip_run).variables)
+  before = to_flat(restored_run.restore(clip_run).variables)
   after = to_flat(read.read_weights(tmp_path / 'out').variables)
   for path, leaf in before.items():
     np.testing.assert_allclose(after[path], leaf, rtol=2**-8, err_msg=path)
@@ -263,7 +263,7 @@ def bundle(clip_run, tmp_path_factory) -> pathlib.Path:
 
 
 def test_stablehlo_takes_any_batch_on_any_platform(bundle, clip_run):
-  run, images = open_run.open_run(clip_run), pictures(3)
+  run, images = restored_run.restore(clip_run), pictures(3)
   image, text = (jax.export.deserialize((bundle / f'{side}.stablehlo').read_bytes()) for side in ('image', 'text'))
   assert image.platforms == text.platforms == ('cpu', 'cuda', 'tpu')
   ours = our_embeddings(run, images)
@@ -306,7 +306,7 @@ def test_stablehlo_runs_with_jax_alone(bundle, clip_run, tmp_path):
   lines = done.stdout.splitlines()
   segments = [[int(segment) for segment in row.split()] for row in lines[:4]]
   assert list(map(len, segments)) == [3] * 4 and {x for row in segments for x in row} <= set(range(4))
-  ours = our_embeddings(run := open_run.open_run(clip_run), pictures(1))
+  ours = our_embeddings(run := restored_run.restore(clip_run), pictures(1))
   words = ('a dog', 'grass')
   texts = run.model.apply(run.variables, run.tokenizer.encode(words, 16), method='encode_text')
   unit = lambda x: np.asarray(x) / np.linalg.norm(x, axis=-1, keepdims=True)
@@ -317,7 +317,7 @@ def test_stablehlo_runs_with_jax_alone(bundle, clip_run, tmp_path):
 def test_stablehlo_in_bfloat16(clip_run, bundle, tmp_path):
   export(clip_run, 'stablehlo', tmp_path / 'out', dtype='bfloat16')
   small, large = ((folder / 'image.stablehlo') for folder in (tmp_path / 'out', bundle))
-  params = open_run.open_run(clip_run).variables['params']
+  params = restored_run.restore(clip_run).variables['params']
   count = sum(leaf.size for leaf in jax.tree.leaves([params['vision'], params['image_projector']]))
   assert large.stat().st_size - small.stat().st_size > 0.7 * 2 * count  # two bytes less for each, and casts
   mine, other = (jax.export.deserialize(path.read_bytes()).call(pictures(2))['image_embeds'] for path in (small, large))

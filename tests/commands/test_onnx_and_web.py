@@ -26,7 +26,7 @@ from groupvit_jax.data.sources import build_scenes
 from groupvit_jax.data.tokenizer import build_tokenizer
 from groupvit_jax.interop import onnx_graph
 from groupvit_jax.predictor import Predictor
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from tests import browser
 from tests.data.test_tokenizer import write_clip_folder
 from tests.photos import encode, photo
@@ -204,7 +204,7 @@ def test_webgpu_labels_as_python_does(address):  # before the other browser is t
 
 
 def test_the_browser_labels_as_python_does(page):
-  run = open_run.open_run(trained_workdir())
+  run = restored_run.restore(trained_workdir())
   scenes = build_scenes(run.config.data.scenes, tuple(run.config.model.vision.image_size), 'test')
   images = [scenes[index % len(scenes)]['image'] for index in range(20)] + [photo(70, 110)]
   predictor = Predictor.from_pretrained(trained_workdir())
@@ -261,7 +261,7 @@ def test_the_page(page, address, site, tmp_path):
 
 def test_tokenizers_in_the_browser(page, tmp_path):
   write_clip_folder(tmp_path)
-  run = open_run.open_run(trained_workdir())
+  run = restored_run.restore(trained_workdir())
   scenes, draw = build_scenes(run.config.data.scenes, (32, 32), 'train'), random.Random(0)
   texts = [scenes[index]['text'] for index in range(2000)]
   texts += [''.join(draw.choice(ODD) for _ in range(draw.randrange(40))) for _ in range(8000)]

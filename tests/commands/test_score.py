@@ -13,7 +13,7 @@ from groupvit_jax.eval import labelled, protocols, window_encoder
 from groupvit_jax.eval import report as html_report
 from groupvit_jax.model import metrics
 from groupvit_jax.prepare import __main__ as build
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from tests import official_layouts as layouts
 from tests.board import read_board
 from tests.runs import run_command
@@ -99,7 +99,7 @@ def test_every_result_names_what_it_depends_on(swept):
     'workdir': str(trained_workdir()),
     'step': '6',
     'weights': 'trained',
-    'code': open_run.code_version(),
+    'code': restored_run.code_version(),
     'precision': 'float32, matrix products default on cpu',
   }
   for found in (report, json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))):

@@ -19,7 +19,7 @@ from groupvit_jax.commands import score, segment
 from groupvit_jax.commands.score import Request
 from groupvit_jax.eval import protocols
 from groupvit_jax.eval.evaluator import build_scene_evaluator
-from groupvit_jax.train import open_run, state
+from groupvit_jax.train import restored_run, state
 from tests.runs import run_command
 from tests.tiny import tiny_config
 from tests.trained import trained_workdir
@@ -69,7 +69,7 @@ def test_scores_name_everything_they_depend_on(evaluated):
 
 def test_baselines_of_the_same_run(evaluated):
   baselines = json.loads((evaluated / 'results.json').read_text())['baselines']
-  run = open_run.open_run(trained_workdir())
+  run = restored_run.restore(trained_workdir())
   evaluator = build_scene_evaluator(run.config, run.model, run.tokenizer, run.mesh, split='test')
   shifted = protocols.shifted_protocol(run.model.vision.image_size, run.model.vision.patch_size)
   evaluator = dataclasses.replace(evaluator, protocol=shifted)
@@ -77,7 +77,7 @@ def test_baselines_of_the_same_run(evaluated):
   shares = np.bincount(truth, minlength=18) / truth.size
   assert baselines['constant']['class'] == evaluator.source.classes[shares.argmax()]
   assert baselines['constant']['pixel_accuracy'] == pytest.approx(shares.max())
-  untrained = open_run.untrained_variables(run)
+  untrained = restored_run.untrained_variables(run)
   fresh = evaluator.evaluate(untrained)
   assert baselines['untrained']['miou'] == pytest.approx(fresh.scores.miou)
   assert baselines['untrained']['oracle_miou'] == pytest.approx(fresh.oracle.miou)

@@ -21,7 +21,7 @@ from groupvit_jax.demo.examples import make_examples
 from groupvit_jax.demo.viewer import Upload, Viewer
 from groupvit_jax.eval import window_encoder
 from groupvit_jax.predictor import Predictor
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from tests import browser, photos
 from tests.photos import photo
 from tests.trained import trained_workdir
@@ -111,7 +111,7 @@ def test_what_is_kept_fits_a_screen(viewer, tmp_path):
 
 def test_examples_are_of_the_kind_that_the_model_was_trained_on(tmp_path):
   pytest.importorskip('skimage')
-  config = open_run.open_run(trained_workdir()).config
+  config = restored_run.restore(trained_workdir()).config
   scenes = make_examples(config, tmp_path)
   assert len({pathlib.Path(path).read_bytes() for path, _ in scenes}) == 4
   assert {words for _, words in scenes} == {', '.join([*config.data.scenes.things, *config.data.scenes.stuff])}

@@ -16,7 +16,7 @@ from groupvit_jax.data.tokenizer import build_tokenizer
 from groupvit_jax.errors import UserError
 from groupvit_jax.interop import huggingface, native, read
 from groupvit_jax.predictor import Predictor
-from groupvit_jax.train import initial_weights, open_run
+from groupvit_jax.train import initial_weights, restored_run
 from tests.huggingface_models import random_model, small_config
 from tests.interop.test_read import edit_config, write_folder
 
@@ -43,7 +43,7 @@ def test_a_workdir_that_holds_such_weights_is_refused_by_all_that_read_it(hub, t
   weights = read.read_weights(hub)
   weights.variables['params']['vision']['positions'][0] = math.nan
   command._write(epath.Path(tmp_path / 'run'), weights, build_tokenizer(hub), 'hub')
-  for read_run in (open_run.open_run, initial_weights.read_source, Predictor.from_pretrained):
+  for read_run in (restored_run.restore, initial_weights.read_source, Predictor.from_pretrained):
     with pytest.raises(UserError, match='step 0 in .*/run holds parameters that are not finite'):
       read_run(tmp_path / 'run')
 

@@ -16,7 +16,7 @@ from configs import groupvit_vits16_gcc_yfcc
 from groupvit_jax.commands.import_weights import import_weights
 from groupvit_jax.interop import huggingface, read
 from groupvit_jax.predictor import Predictor
-from groupvit_jax.train import open_run
+from groupvit_jax.train import restored_run
 from tests import huggingface_models
 from tests.data.test_tokenizer import write_clip_folder
 from tests.huggingface_models import authors_config, authors_state, small_config
@@ -74,7 +74,9 @@ def reference_features(model: transformers.GroupViTModel, images: np.ndarray) ->
     return Features(project(segments.mean(dim=1)), project(segments), [soft.numpy() for soft in encoded.attentions])
 
 
-def assert_equal_features(run: open_run.TrainedRun, model: transformers.GroupViTModel, size: tuple[int, int]) -> None:
+def assert_equal_features(
+  run: restored_run.RestoredRun, model: transformers.GroupViTModel, size: tuple[int, int]
+) -> None:
   images = np.random.default_rng(0).standard_normal((1, *size, 3)).astype(np.float32)
   encode = jax.jit(lambda variables, images: run.model.apply(variables, images, method='encode_segments'))
   with jax.default_matmul_precision('highest'):
@@ -88,7 +90,7 @@ def assert_equal_features(run: open_run.TrainedRun, model: transformers.GroupViT
 def test_features_and_assignments_are_those_of_transformers_at_any_size(config, sizes, tmp_path):
   model = huggingface_models.random_model(config)
   import_weights(str(write_folder(tmp_path / 'hub', model)), str(tmp_path / 'run'))
-  run = open_run.open_run(tmp_path / 'run')
+  run = restored_run.restore(tmp_path / 'run')
   for size in sizes:
     assert_equal_features(run, model, size)
   texts = ['a dog', 'snow']
@@ -137,7 +139,7 @@ def test_authors_checkpoint_equals_the_same_weights_from_transformers(tmp_path):
   other = read.read_weights(hub)
   assert mine.spec.config.to_dict() == other.spec.config.to_dict()
   assert (mine.spec.eos_id, mine.spec.multi_label, other.spec.multi_label) == (other.spec.eos_id, True, False)
-  run = open_run.open_run(tmp_path / 'run')
+  run = restored_run.restore(tmp_path / 'run')
   params = dict(run.variables['params'])
   assert params.pop('multi_label_logit_scale') == 1.25
   assert_equal_variables(run.variables | {'params': params}, other.variables)
@@ -268,7 +270,7 @@ def test_weights_are_no_workdir(released, tmp_path):
   (tmp_path / 'x.pth').write_bytes(b'x')
   for path, kind in ((released[0], 'holds weights and no run'), (tmp_path / 'x.pth', 'is a file and no workdir')):
     with pytest.raises(ValueError, match=f'{path} {kind}; .*groupvit_jax.commands.import_weights --from={path} '):
-      open_run.open_run(path)
+      restored_run.restore(path)
 
 
 def test_a_tokenizer_of_other_weights_is_refused_by_the_predictor_too(released, tmp_path):

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from groupvit_jax.commands.export import export
 from groupvit_jax.interop.native import to_flat
-from groupvit_jax.train import loop, open_run
+from groupvit_jax.train import loop, restored_run
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train import state as train_state
 from groupvit_jax.train import step as train_step
@@ -79,8 +79,8 @@ def test_a_run_averages_what_it_trains(run):
 
 def test_frozen_parameters_stay_and_have_no_moments(run):
   """Bit for bit, also their average and running statistics, in spite of weight decay."""
-  opened = [open_run.open_run(run, weights=weights) for weights in ('trained', 'ema')]
-  start = to_flat(open_run.untrained_variables(opened[0]))
+  opened = [restored_run.restore(run, weights=weights) for weights in ('trained', 'ema')]
+  start = to_flat(restored_run.untrained_variables(opened[0]))
   frozen = {name for name in start if '/text/' in name or '/text_projector/' in name}
   assert any(name.startswith('batch_stats/') for name in frozen)
   for found in (to_flat(each.variables) for each in opened):
@@ -116,14 +116,14 @@ def test_resumes_exactly(run, tmp_path):
   shutil.copytree(run, tmp_path / 'again')
   shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '6')
   assert loop.train(config(), tmp_path / 'again') == 0
-  first, second = (open_run.open_run(folder, weights='ema') for folder in (run, tmp_path / 'again'))
+  first, second = (restored_run.restore(folder, weights='ema') for folder in (run, tmp_path / 'again'))
   assert first.step == second.step == 6
   for a, b in zip(jax.tree.leaves(first.variables), jax.tree.leaves(second.variables), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
 def test_is_what_a_run_is_judged_by_unless_told_otherwise(run, tmp_path):
-  best, trained = open_run.open_run(run), open_run.open_run(run, weights='trained')
+  best, trained = restored_run.restore(run), restored_run.restore(run, weights='trained')
   assert (best.weights, trained.weights) == ('ema', 'trained') and best.provenance['weights'] == 'ema'
   export(str(run), 'safetensors', str(tmp_path / 'best'))
   export(str(run), 'safetensors', str(tmp_path / 'trained'), weights='trained')
@@ -151,4 +151,4 @@ def test_mistakes(run, tmp_path):
   workdir_lib.write_config(tmp_path / 'old', without)
   shutil.copytree(run / 'tokenizer', tmp_path / 'old' / 'tokenizer')
   with pytest.raises(ValueError, match='keeps no moving average'):
-    open_run.open_run(tmp_path / 'old', weights='ema')
+    restored_run.restore(tmp_path / 'old', weights='ema')

@@ -15,7 +15,7 @@ from groupvit_jax.commands.animate import animate
 from groupvit_jax.commands.score import Request
 from groupvit_jax.errors import UserError
 from groupvit_jax.eval import evaluator, labeller, window_encoder
-from groupvit_jax.train import evals, loop, open_run
+from groupvit_jax.train import evals, loop, restored_run
 from groupvit_jax.train.checkpoint import BEST_FOLDER, BestCheckpoint
 from groupvit_jax.train.log import RunLog
 from groupvit_jax.train.state import TrainState
@@ -91,7 +91,7 @@ def provenance(workdir, step):
     'workdir': str(workdir),
     'step': str(step),
     'weights': 'trained',
-    'code': open_run.code_version(),
+    'code': restored_run.code_version(),
     'precision': 'float32, matrix products default on cpu',
   }
 
@@ -188,12 +188,12 @@ def test_only_what_is_better_than_ever_is_kept(run, tmp_path):
   again.close()
   assert BestCheckpoint(tmp_path, 'eval/a/top1').step == 0  # another figure starts anew
   with pytest.raises(ValueError, match='kept no best checkpoint'):
-    open_run.open_run(shutil.copytree(run[0], tmp_path / 'copy', ignore=lambda *_: ['best']), 'best')
+    restored_run.restore(shutil.copytree(run[0], tmp_path / 'copy', ignore=lambda *_: ['best']), 'best')
 
 
 def train_state_of(workdir):
   """A state with the run's variables and no optimiser, whole on one device."""
-  variables = jax.tree.map(np.asarray, open_run.open_run(workdir).variables)
+  variables = jax.tree.map(np.asarray, restored_run.restore(workdir).variables)
   return TrainState.start(variables, (), jax.random.key(0))
 
 

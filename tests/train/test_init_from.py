@@ -12,7 +12,7 @@ from groupvit_jax.commands.score import evaluate_benchmark, Request
 from groupvit_jax.interop import licence, read
 from groupvit_jax.interop.licence import Licence
 from groupvit_jax.interop.native import to_flat
-from groupvit_jax.train import loop, open_run
+from groupvit_jax.train import loop, restored_run
 from groupvit_jax.train import run as run_lib
 from groupvit_jax.train.checkpoint import Checkpoints
 from tests.data.test_tokenizer import write_clip_folder
@@ -51,7 +51,7 @@ def assert_equal(found, expected, but=()) -> None:
 def test_another_size_of_pictures_over_sharded_parameters(tmp_path):
   changed = config(ema_decay=0.5)
   changed.mesh.fsdp, changed.model.vision.image_size = 2, (48, 48)
-  source = open_run.open_run(trained_workdir())
+  source = restored_run.restore(trained_workdir())
   state, run = start(changed, tmp_path / 'run')
   assert int(state.step) == 0 and run.tokenizer.vocab_size == source.tokenizer.vocab_size
   assert 'fsdp' in state.params['vision']['stage0_block0']['attn']['qkv']['kernel'].sharding.spec
@@ -66,11 +66,11 @@ def test_another_size_of_pictures_over_sharded_parameters(tmp_path):
 @pytest.mark.usefixtures('one_device')
 def test_a_runs_own_checkpoint_comes_first_and_its_start_is_known(tmp_path, capsys):
   folder = shutil.copytree(trained_workdir(), tmp_path / 'source')
-  source, changed = open_run.open_run(folder), config(init_from=str(folder), total_steps=2)
+  source, changed = restored_run.restore(folder), config(init_from=str(folder), total_steps=2)
   changed.eval.every_steps, changed.optim.warmup_steps = 0, 1
   assert loop.train(changed, tmp_path / 'run') == 0
-  opened = open_run.open_run(tmp_path / 'run')
-  assert_equal(open_run.untrained_variables(opened), source.variables)
+  opened = restored_run.restore(tmp_path / 'run')
+  assert_equal(restored_run.untrained_variables(opened), source.variables)
   changed.init_from = str(tmp_path / 'gone')  # is not looked at any more
   later, _ = start(changed, tmp_path / 'run')
   assert int(later.step) == opened.step == 2
@@ -109,7 +109,7 @@ def test_fine_tuning_from_an_authors_file(tmp_path):
   assert loop.train(changed, tmp_path / 'tuned') == 0
   losses = logged(tmp_path / 'tuned')
   assert len(losses) == 2 and np.isfinite(list(losses.values())).all()
-  tuned = open_run.open_run(tmp_path / 'tuned').variables['params']['vision']['norm']['scale']
+  tuned = restored_run.restore(tmp_path / 'tuned').variables['params']['vision']['norm']['scale']
   before = model.vision_model.layernorm.weight.detach().numpy()
   assert 0 < np.abs(tuned - before).max() < 0.05
   assert licence.read_kept(tmp_path / 'tuned').name.startswith('the file names none;')

@@ -20,7 +20,7 @@ import pytest
 
 from groupvit_jax import cli, config_entries
 from groupvit_jax.eval.evaluator import Evaluator
-from groupvit_jax.train import loop, open_run, optim
+from groupvit_jax.train import loop, optim, restored_run
 from groupvit_jax.train.checkpoint import Checkpoints
 from tests.board import read_board
 from tests.runs import logged, read_log, ROOT, run_command
@@ -60,7 +60,7 @@ def test_a_finished_run_says_so_and_what_comes_next(uninterrupted, tmp_path, cap
     f'--output={tmp_path}/run/eval'
   )
   assert any('records made on demand; vocabulary' in line for line in lines)
-  count = sum(leaf.size for leaf in jax.tree.leaves(open_run.open_run(uninterrupted).variables['params']))
+  count = sum(leaf.size for leaf in jax.tree.leaves(restored_run.restore(uninterrupted).variables['params']))
   total = next(n for n, line in enumerate(lines) if line.split() == ['parameters', f'{count:,}'])
   assert max(map(len, lines[: total + 1])) <= 100
 

@@ -1,4 +1,4 @@
-"""Opens a trained run, or an export of one, for reading: its config, tokenizer, model and variables."""
+"""Restored runs: config, tokenizer, model and variables of a workdir, or of an export, ready for use."""
 
 from collections.abc import Mapping
 import contextlib
@@ -31,7 +31,7 @@ Weights = Literal['best', 'ema', 'trained']
 NEWEST, BEST = 'newest', 'best'  # checkpoints of a run
 
 
-class TrainedRun(NamedTuple):
+class RestoredRun(NamedTuple):
   """What a workdir or a bundle holds, ready for `model.apply`."""
 
   workdir: epath.Path
@@ -69,23 +69,23 @@ def provenance(
 
 def open_model(
   path: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best', runtime: onnx.Runtime | None = None
-) -> TrainedRun:
+) -> RestoredRun:
   """Opens a workdir or, on one device, a folder that `export` wrote with --format=onnx or stablehlo.
 
   Args:
     path: of the folder.
-    checkpoint: of a workdir, as for `open_run`.
+    checkpoint: of a workdir, as for `restore`.
     weights: likewise.
     runtime: of an ONNX export, see `onnx.load`; None for 'onnxruntime'.
 
   Raises:
-    ValueError: as for `open_run`; or an export is damaged, was asked for other weights than its own, or is run by
+    ValueError: as for `restore`; or an export is damaged, was asked for other weights than its own, or is run by
       several processes.
   """
   folder = epath.Path(path)
   is_bundle = (folder / bundle.FILE).exists()
   if runtime is None and not is_bundle:
-    return open_run(path, checkpoint, weights=weights)
+    return restore(path, checkpoint, weights=weights)
   if not is_bundle:
     raise UserError(
       f'{folder} is no ONNX export, which runtime={runtime!r} needs; leave it out, and JAX runs the model'
@@ -98,11 +98,11 @@ def open_model(
   config, mesh = ml_collections.ConfigDict({'data': {}}), sharding.make_mesh(devices=jax.devices()[:1])
   metadata = {'workdir': str(folder), **origin, 'code': code_version(), 'runtime': runtime}
   step, weights = int(origin['step']), origin['weights']
-  return TrainedRun(folder, config, tokenizer, towers, mesh, variables, weights, step, (), metadata)
+  return RestoredRun(folder, config, tokenizer, towers, mesh, variables, weights, step, (), metadata)
 
 
-def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best') -> TrainedRun:
-  """Opens a checkpoint of a workdir, on all devices; nothing is written there.
+def restore(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weights = 'best') -> RestoredRun:
+  """Restores a checkpoint of a workdir onto all devices; nothing is written there.
 
   Args:
     workdir: of the run.
@@ -137,7 +137,7 @@ def open_run(workdir: epath.PathLike, checkpoint: str = NEWEST, *, weights: Weig
   if not all(np.isfinite(leaf).all() for leaf in map(np.asarray, jax.tree.leaves(variables))):
     raise UserError(f'step {restored.step} in {workdir} holds parameters that are not finite; train or import it again')
   metadata = provenance(workdir, restored.step, weights, model, mesh)
-  return TrainedRun(
+  return RestoredRun(
     epath.Path(workdir), config, tokenizer, model, mesh, variables, weights, restored.step, restored.skipped, metadata
   )
 
@@ -160,7 +160,7 @@ def complete_config(workdir: epath.PathLike) -> contextlib.AbstractContextManage
   )
 
 
-def untrained_variables(run: TrainedRun) -> dict[str, object]:
+def untrained_variables(run: RestoredRun) -> dict[str, object]:
   """The variables that the run started from. Raises UserError where these are no longer where its config says."""
   from groupvit_jax.train import initial_weights
 
