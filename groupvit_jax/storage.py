@@ -185,14 +185,14 @@ def write_atomic(path: str, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: object) -> Iterator[None]:
+def writing(
+  path: object, cure: str = 'make room there, or permit it, and give the same command again'
+) -> Iterator[None]:
   """Raises OSError, with the path and the cure, where something cannot be written inside."""
   try:
     yield
   except OSError as error:
-    raise ResourceError(
-      f'cannot write {path}: {error.strerror or error}; make room there, or permit it, and give the same command again'
-    ) from error
+    raise ResourceError(f'cannot write {path}: {error.strerror or error}; {cure}') from error
 
 
 def check_free(flag: str, path: epath.PathLike) -> None:

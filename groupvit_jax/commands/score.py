@@ -10,7 +10,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from groupvit_jax.errors import ResourceError, UserError
+from groupvit_jax import storage
+from groupvit_jax.errors import UserError
 from groupvit_jax.eval import draw, labelled, protocols, report, zero_shot
 from groupvit_jax.eval.benchmarks import Benchmark
 from groupvit_jax.eval.class_names import find_names
@@ -270,11 +271,9 @@ def _gallery(
 
 
 def write_page(path: epath.Path, page: str) -> None:
-  try:
+  with storage.writing(path, 'name another --report'):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page)
-  except OSError as error:
-    raise ResourceError(f'cannot write {path}: {error.strerror or error}; name another --report') from error
   print(f'a page for people: {path}')
 
 

@@ -1,6 +1,7 @@
 """The folder of results that eval.py writes; files of others are left alone."""
 
 from collections.abc import Mapping, Sequence
+import functools
 import io
 import json
 import pathlib
@@ -12,8 +13,8 @@ from etils import epath
 import numpy as np
 from PIL import Image
 
-from groupvit_jax import tensorboard
-from groupvit_jax.errors import ResourceError, UserError
+from groupvit_jax import storage, tensorboard
+from groupvit_jax.errors import UserError
 from groupvit_jax.running import folder_lock
 
 REPORT = 'results.json'
@@ -30,6 +31,7 @@ _OPTIONAL = (
   'scores/*/*/*.json',
 )
 _MADE_BY = 'groupvit_jax/eval.py'  # identifies a folder of ours
+_writing = functools.partial(storage.writing, cure='make room, or name another --output')
 
 
 class OutputFolder:
@@ -61,16 +63,17 @@ class OutputFolder:
     """Creates the folder with a report marked incomplete; deletes what an earlier evaluation left, but for `keep`."""
     if self.replaces:
       print(f'{self.path}: files of the same names are replaced', file=sys.stderr)
-    _writing(self.path, lambda: self.path.mkdir(parents=True, exist_ok=True))
+    self.make()
     if self.replaces and self._is_ours():
       for path in {path for pattern in _OPTIONAL for path in self.path.glob(pattern)} - {self.path / k for k in keep}:
-        _writing(path, path.unlink)
+        with _writing(path):
+          path.unlink()
     self.write_report({}, complete=False)
 
-  def make(self, name: str) -> None:
-    """Creates a folder in it."""
-    path = self.path / name
-    _writing(path, lambda: path.mkdir(parents=True, exist_ok=True))
+  def make(self, name: str = '') -> None:
+    """Creates a folder in it, or itself."""
+    with _writing(path := self.path / name):
+      path.mkdir(parents=True, exist_ok=True)
 
   def write_report(self, report: Mapping[str, Any], *, complete: bool = True) -> None:
     """Writes the report, last of all."""
@@ -106,8 +109,8 @@ class OutputFolder:
         self._write(f'tensorboard/{path.name}', path.read_bytes())
 
   def _write(self, name: str, data: bytes) -> None:
-    path = self.path / name
-    _writing(path, lambda: path.write_bytes(data))
+    with _writing(path := self.path / name):
+      path.write_bytes(data)
 
   def _is_ours(self) -> bool:
     try:
@@ -121,13 +124,3 @@ def encode_png(image: np.ndarray | Image.Image) -> bytes:
   data = io.BytesIO()
   (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(data, 'PNG', optimize=True)
   return data.getvalue()
-
-
-def _writing(path: epath.Path, write: Any) -> None:
-  """Runs `write`; an OSError names the path and the fix."""
-  try:
-    write()
-  except OSError as error:
-    raise ResourceError(
-      f'cannot write {path}: {error.strerror or error}; make room, or name another --output'
-    ) from error

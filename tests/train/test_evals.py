@@ -153,19 +153,8 @@ def test_the_best_checkpoint_scores_what_the_run_said(run, tmp_path):
   assert report['pixel_accuracy'] == pytest.approx(best['value'], abs=1e-6)
   assert report['checkpoint']['step'] == best['step']
   assert {key: report[key] for key in best['settings']} == best['settings']  # it is named as in training
-  assert (
-    segment.segment_images(
-      str(workdir),
-      images=f'{folder}/images/a.jpg',
-      classes='dog,grass',
-      protocol='native',
-      changes={},
-      output=str(tmp_path / 'mine'),
-      overwrite=False,
-      checkpoint='best',
-    )
-    == 0
-  )
+  options = dict(protocol='native', changes={}, overwrite=False, checkpoint='best', output=str(tmp_path / 'mine'))
+  assert segment.segment_images(str(workdir), images=f'{folder}/images/a.jpg', classes='dog,grass', **options) == 0
   assert json.loads((tmp_path / 'mine' / 'results.json').read_text())['checkpoint']['step'] == best['step']
 
 
