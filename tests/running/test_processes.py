@@ -35,7 +35,7 @@ CHEAP = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 
 
 def start(
-  *flags: str, program: str = 'train.py', devices: int = 4, staged: str = '', cwd: pathlib.Path = ROOT
+  *flags: str, program: str = 'train.py', devices: int = 2, staged: str = '', cwd: pathlib.Path = ROOT
 ) -> subprocess.Popen:
   """A process of a command on the tiny run; `staged` as `tests.staged` takes it."""
   config = ['--config=tests/tiny_run.py'] if program == 'train.py' else []
@@ -104,7 +104,7 @@ def scenario(tmp_path_factory) -> dict[str, object]:
   outcome = {'killed': finish(killed)}
   stopped = start_two(*flags, staged=staged, second={'staged': f'{staged},signal:evaluation:{signal.SIGTERM:d}'})
   outcome |= {'stopped': finish(stopped), 'saved': saved(workdir)}
-  outcome['alone'] = finish([start(*flags, devices=8, staged=staged)])
+  outcome['alone'] = finish([start(*flags, devices=4, staged=staged)])
   outcome['losses'] = logged(workdir)
   outcome['mious'] = logged(workdir, 'eval/validation/miou')
   return outcome | {'workdir': workdir}
@@ -124,8 +124,8 @@ def split(tmp_path_factory) -> dict[str, object]:
 
 def test_a_table_of_processes(scenario):
   text = scenario['killed'][0][1]
-  assert '2 process(es) on 1 host(s), 8 device(s)' in text
-  assert [line.split()[:2] for line in text.splitlines() if '4 x cpu' in line] == [['0', '4'], ['1', '4']]
+  assert '2 process(es) on 1 host(s), 4 device(s)' in text
+  assert [line.split()[:2] for line in text.splitlines() if '2 x cpu' in line] == [['0', '2'], ['1', '2']]
 
 
 def test_a_killed_process_ends_the_others_with_a_message(scenario):
@@ -164,7 +164,7 @@ def test_one_process_goes_on_with_what_two_began(scenario, tmp_path):
   """Every step was taken once, on the batch that one process takes there."""
   ((code, text),) = scenario['alone']
   assert code == 0, text
-  assert 'goes on after step' in text and '1 process(es) on 1 host(s), 8 device(s)' in text
+  assert 'goes on after step' in text and '1 process(es) on 1 host(s), 4 device(s)' in text
   assert sorted(scenario['losses']) == list(range(1, 25)) and sorted(scenario['mious']) == [12, 24]
   config = tiny_config()
   config.total_steps, config.eval.every_steps = 24, 12
@@ -194,7 +194,7 @@ def test_two_processes_evaluate_as_one(scenario, tmp_path):
   two, one = tmp_path / 'two', tmp_path / 'one'
   processes = [
     *start_two(*flags, *output('two'), program='eval.py'),
-    start(*flags, *output('one'), program='eval.py', devices=8),
+    start(*flags, *output('one'), program='eval.py', devices=4),
   ]
   for code, text in finish(processes):
     assert code == 0, text
@@ -327,7 +327,7 @@ def test_what_saves_nothing_is_ended_by_a_signal(tmp_path, monkeypatch):
   assert code == -signal.SIGTERM, text
   # The runtime may end it first, because process 0, which it asks how all are, is gone.
   assert other in (-signal.SIGTERM, -signal.SIGABRT, cli.EXIT_PEER_LOST), its_text
-  assert '2 process(es) on 1 host(s), 8 device(s)' in text and 'compiling the step' in text
+  assert '2 process(es) on 1 host(s), 4 device(s)' in text and 'compiling the step' in text
 
 
 @pytest.mark.parametrize(
