@@ -30,7 +30,7 @@ test-long: $(VENV)/test
 	$(BIN)/python -m pytest -m long
 
 # On a machine with an NVIDIA GPU of 80 GB, with jax[cuda13] and torch for CUDA in the environment: what needs one is
-# tested, then timed beside the peer. JSON goes to build/gpu.
+# tested, then timed beside the peer, and a trace is written. JSON and the trace go to build/gpu.
 GPU_BENCHMARK = XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks
 gpu: $(VENV)/test
 	mkdir -p build/gpu
@@ -39,6 +39,10 @@ gpu: $(VENV)/test
 	$(GPU_BENCHMARK) training --device=gpu --dtype=bfloat16 --batch=1024 --steps=5 --peer_modes --output=build/gpu/train_1024.json
 	$(GPU_BENCHMARK) encoding --device=gpu --dtype=bfloat16 --batch=256 --steps=10 --output=build/gpu/encoding.json
 	$(GPU_BENCHMARK) windows --device=gpu --dtype=bfloat16 --batch=64 --steps=10 --output=build/gpu/windows.json
+	JAX_PLATFORMS=cuda,cpu $(BIN)/python train.py --config=configs/quickstart.py --workdir=build/gpu/run --config.model.dtype=bfloat16 \
+	  --config.profile=True --config.total_steps=10 --config.optim.warmup_steps=2 --config.eval.panel_steps='()'
+	$(BIN)/python -m groupvit_jax.aot --config=configs/groupvit_vits16_gcc_yfcc.py --config.batch_size=1024 \
+	  --topology=h100:1 --by_scope --json=build/gpu/aot.json
 
 fuzz: $(VENV)/test  # damaged and hostile files, for minutes of each kind; counts go to build/fuzz.jsonl
 	mkdir -p build

@@ -71,7 +71,6 @@ def build(variant: str) -> ml_collections.ConfigDict:
       batch_size=4096,
       grad_accum_steps=MACHINES[machine]['grad_accum_steps'],
       remat='dots',
-      scan_layers=False,  # True: blocks of one shape become a loop and compile once: docs/pods.md
       text_budget=64,  # tokens per image in packed rows; CC12M's captions and prompts take 57: docs/performance.md
       multi_label_loss='pooled',  # the paper's
       init_from='',

@@ -67,7 +67,6 @@ def get_config(variant: str = '') -> ml_collections.ConfigDict:
   config.batch_size = 64
   config.grad_accum_steps = 1  # micro-batches in the towers; gradients stay those of the whole batch
   config.remat = 'none'  # 'dots' or 'blocks' keep fewer activations and recompute them: docs/train.md
-  config.scan_layers = False  # True: blocks of one shape become a loop and compile once: docs/pods.md
   config.text_budget = 0  # tokens per image in packed rows; 0 pads: docs/performance.md
   config.multi_label_loss = 'best_segment'  # the paper's is 'pooled': groupvit_jax/model/losses.py
   config.ema_decay = 0.0  # above 0: keeps a moving average of the weights, which evaluation and export use

@@ -118,7 +118,6 @@ ENTRIES = {
   'batch_size': Entry(whole(1, 2**20), 'image-text pairs of a step, over all devices, which must divide it'),
   'grad_accum_steps': Entry(whole(1, 2**20), 'micro-batches of the towers; divides the batch size per device'),
   'remat': Entry(choice('none', 'dots', 'blocks'), 'activations that are recomputed: docs/train.md'),
-  'scan_layers': Entry(SWITCH, 'whether blocks of one shape are a loop, which compiles faster: docs/pods.md'),
   'text_budget': Entry(_TOKENS, 'tokens per image in packed rows; 0 pads: docs/performance.md'),
   'multi_label_loss': Entry(
     choice('pooled', 'pooled_distinct', 'best_segment'), 'what prompts are contrasted with: docs/design.md'

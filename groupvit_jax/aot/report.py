@@ -28,7 +28,6 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
     'pairs_a_device': step.rows,
     'grad_accum_steps': config.grad_accum_steps,
     'remat': config.remat,
-    'scan_layers': config.scan_layers,
     'mesh': dict(config.mesh),
     'compile_s': round(step.compile_s, 1),
     'compile_cpu_s': round(step.compile_cpu_s, 1),

@@ -77,12 +77,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   path = config.tokenizer.path
   vocab_size = build_tokenizer(path).vocab_size if path else config.tokenizer.vocab_size
   model = build_model(
-    config.model,
-    vocab_size=vocab_size,
-    eos_id=1,
-    multi_label=config.data.num_prompts > 0,
-    remat=config.remat,
-    scan_layers=config.scan_layers,
+    config.model, vocab_size=vocab_size, eos_id=1, multi_label=config.data.num_prompts > 0, remat=config.remat
   )
   choice = choose_attention(model, mesh, train=True, absent=True)
   model = model.with_attention(choice.implementation)

@@ -14,13 +14,7 @@ from groupvit_jax.model.vision import StageSpec, VisionInit, VisionTower
 
 
 def build_model(
-  config: ml_collections.ConfigDict,
-  *,
-  vocab_size: int,
-  eos_id: int,
-  multi_label: bool,
-  remat: Remat = 'none',
-  scan_layers: bool = False,
+  config: ml_collections.ConfigDict, *, vocab_size: int, eos_id: int, multi_label: bool, remat: Remat = 'none'
 ) -> ImageTextModel:
   """Builds the model a config describes.
 
@@ -30,7 +24,6 @@ def build_model(
     eos_id: the tokenizer's end-of-text id.
     multi_label: whether prompts are trained beside captions.
     remat: activations that blocks keep for the backward pass.
-    scan_layers: whether blocks of one shape run in a `lax.scan`.
 
   Raises:
     UserError: sizes that do not fit together, or a value that an entry does not take.
@@ -53,7 +46,6 @@ def build_model(
       mlp_ratio=vision.mlp_ratio,
       drop_path=vision.drop_path,
       remat=remat,
-      scan_layers=scan_layers,
       assignment=vision.assignment,
       dtype=dtype,
     ),
@@ -66,7 +58,6 @@ def build_model(
       eos_id=eos_id,
       mlp_ratio=text.mlp_ratio,
       remat=remat,
-      scan_layers=scan_layers,
       dtype=dtype,
       torch_init=_torch_defaults(vision.init),
     ),

@@ -1,6 +1,6 @@
 """Transformer parts shared by both towers: attention, MLPs, the pre-norm block, stochastic depth."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -199,12 +199,12 @@ def fold_keys(keys: jax.Array | None, data: int) -> jax.Array | None:
   return None if keys is None else jax.vmap(jax.random.fold_in, (0, None))(keys, data)
 
 
-def drop_path(x: jax.Array, rate: float | jax.Array, keys: jax.Array | None) -> jax.Array:
+def drop_path(x: jax.Array, rate: float, keys: jax.Array | None) -> jax.Array:
   """Stochastic depth: zeroes whole samples of a residual branch [B, ...] and rescales the others.
 
   `rate` is the probability of dropping a sample; without keys [B] nothing is dropped.
   """
-  if keys is None or (isinstance(rate, float) and rate == 0):
+  if keys is None or rate == 0:
     return x
   keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate))(keys)
   return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x / (1 - rate), 0).astype(x.dtype)
@@ -368,62 +368,20 @@ class Block(nn.Module):
   attention: Implementation = 'xla'
 
   @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    *,
-    texts: jax.Array | None = None,
-    keys: jax.Array | None = None,
-    drop_rate: jax.Array | None = None,
-  ) -> jax.Array:
+  def __call__(self, x: jax.Array, *, texts: jax.Array | None = None, keys: jax.Array | None = None) -> jax.Array:
     """Applies the block.
 
     Args:
       x: tokens [B, N, D].
       texts: [B, N] or [1, N], the text that each token is of: it sees those before it in that text. None: all see all.
       keys: [B], source of stochastic depth; None keeps every branch.
-      drop_rate: [], instead of the module's.
 
     Returns:
       Tokens [B, N, D].
     """
     width, init = x.shape[-1], self.init
-    rate = self.drop_rate if drop_rate is None else drop_rate
     attn = SelfAttention(self.num_heads, init.attn_in, init.attn_out, self.dtype, self.attention, name='attn')
-    x = x + drop_path(attn(LayerNorm(name='norm1')(x), texts), rate, fold_keys(keys, 0))
+    x = x + drop_path(attn(LayerNorm(name='norm1')(x), texts), self.drop_rate, fold_keys(keys, 0))
     hidden, kernels = int(width * self.mlp_ratio), (init.mlp_in, init.mlp_out)
     mlp = Mlp(hidden, width, *kernels, self.activation, self.dtype, init.torch_biases, name='mlp')
-    return x + drop_path(mlp(LayerNorm(name='norm2')(x)), rate, fold_keys(keys, 1))
-
-
-def scan_blocks(
-  block: nn.Module,
-  params: Sequence[dict],
-  x: jax.Array,
-  *,
-  texts: jax.Array | None = None,
-  keys: jax.Array | None = None,
-  drop_rates: Sequence[float] | None = None,
-) -> jax.Array:
-  """Applies blocks of one shape in a `lax.scan`, so that the compiler sees one of them.
-
-  Args:
-    block: a `Block` that has no parent.
-    params: of each block.
-    x: tokens [B, N, D].
-    texts: as a block takes them.
-    keys: [B], of all the blocks; each folds in its number.
-    drop_rates: of each block; None for none.
-
-  Returns:
-    Tokens [B, N, D].
-  """
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-  rates = jnp.zeros(len(params)) if drop_rates is None else jnp.array(drop_rates, jnp.float32)
-
-  def step(x, inputs):
-    params, rate, i = inputs
-    rate = None if drop_rates is None else rate
-    return block.apply({'params': params}, x, texts=texts, keys=fold_keys(keys, i), drop_rate=rate), None
-
-  return lax.scan(step, x, (stacked, rates, jnp.arange(len(params))))[0]
+    return x + drop_path(mlp(LayerNorm(name='norm2')(x)), self.drop_rate, fold_keys(keys, 1))

@@ -4,10 +4,11 @@ import functools
 
 from flax import linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from groupvit_jax.model.attention import Implementation
-from groupvit_jax.model.layers import Block, BlockInit, LayerNorm, quick_gelu, Remat, rematerialized, scan_blocks
+from groupvit_jax.model.layers import Block, BlockInit, LayerNorm, quick_gelu, Remat, rematerialized
 from groupvit_jax.model.text_packing import TextRows
 
 
@@ -29,7 +30,7 @@ class TextTower(nn.Module):
   eos_id: int
   mlp_ratio: float = 4.0
   remat: Remat = 'none'
-  scan_layers: bool = False  # loop over the blocks: the compiler sees one; the same parameters
+  scan_layers: bool = False  # loop over the blocks: the compiler sees one, at the price of copies; the same parameters
   dtype: jnp.dtype = jnp.float32
   attention: Implementation = 'xla'  # of the blocks
   torch_init: bool = False  # whether biases of MLPs start as torch's, else at zero
@@ -60,7 +61,9 @@ class TextTower(nn.Module):
     )
     names = [f'block{j}' for j in range(self.depth)]
     if self.scan_layers and len(names) > 1 and not self.is_initializing():
-      x = scan_blocks(make_block(parent=None), [self.variables['params'][name] for name in names], x, texts=texts)
+      stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(self.variables['params'][name] for name in names))
+      block = make_block(parent=None)
+      x, _ = lax.scan(lambda x, params: (block.apply({'params': params}, x, texts=texts), None), x, stacked)
     else:
       for name in names:
         x = make_block(name=name)(x, texts=texts)

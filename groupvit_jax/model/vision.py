@@ -26,7 +26,6 @@ from groupvit_jax.model.layers import (
   project,
   Remat,
   rematerialized,
-  scan_blocks,
   TokenMixer,
   torch_uniform,
 )
@@ -135,7 +134,6 @@ class VisionTower(nn.Module):
   mlp_ratio: float = 4.0
   drop_path: float = 0.1  # of the last block; rises linearly from 0 at the first
   remat: Remat = 'none'
-  scan_layers: bool = False  # loop over the blocks of a stage: the compiler sees one; the same parameters
   assignment: AssignmentMode = 'gumbel'  # in training; evaluation pools with the hard assignment unless 'soft'
   dtype: jnp.dtype = jnp.float32
   attention: Implementation = 'xla'  # of the blocks
@@ -219,13 +217,8 @@ class VisionTower(nn.Module):
       dtype=self.dtype,
       attention=attention,
     )
-    names = [f'stage{i}_block{j}' for j in range(len(rates))]
-    if self.scan_layers and len(names) > 1 and not self.is_initializing():
-      return scan_blocks(
-        make_block(parent=None), [self.variables['params'][name] for name in names], x, keys=keys, drop_rates=rates
-      )
-    for j, (name, rate) in enumerate(zip(names, rates)):
-      x = make_block(drop_rate=float(rate), name=name)(x, keys=fold_keys(keys, j))
+    for j, rate in enumerate(rates):
+      x = make_block(drop_rate=float(rate), name=f'stage{i}_block{j}')(x, keys=fold_keys(keys, j))
     return x
 
   def _grouping(self, i: int, num_segments: int, attention: Implementation) -> GroupingBlock:

@@ -83,7 +83,6 @@ def set_up(config: ml_collections.ConfigDict, workdir: epath.PathLike) -> Run:
     eos_id=1,
     multi_label=config.data.num_prompts > 0,
     remat=config.remat,
-    scan_layers=config.scan_layers,
   )
   optim.check_freeze(config.freeze, state_dicts.abstract_variables(model)['params'])
   changed = workdir_lib.check_config(workdir, config)

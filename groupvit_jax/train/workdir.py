@@ -93,6 +93,7 @@ def upgrade_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDi
   for path, value in _BUILT_IN.items():
     if (found := entries.pop(path, value)) != value:
       raise UserError(f'{path}={found}: there is no such entry any more; {value} is built in')
+  entries.pop('scan_layers', None)  # the same parameters and the same function
   entries.pop('data.scenes.partial_captions', None)  # resuming such a run is refused: its data have another digest
   sets = {'data.clean_captions': False} if entries.get('data.source') == 'sets' else {}
   for path, value in (_ADDED | sets).items():

@@ -1,6 +1,5 @@
-"""What a step needs of a pod: reading compiled programs, figures, advice, and blocks that are compiled once."""
+"""What a step needs of a pod: reading compiled programs, metrics and advice."""
 
-import functools
 import importlib.util
 import json
 import os
@@ -8,21 +7,12 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from groupvit_jax import cli
 from groupvit_jax.aot import chips, program, report, scopes, step
 from groupvit_jax.errors import UserError
-from groupvit_jax.model.layers import sample_keys
-from groupvit_jax.model.pixels import normalize_images
-from groupvit_jax.model.text_packing import one_a_row
-from groupvit_jax.model.vision import StageSpec
-from groupvit_jax.train.step import map_micro_batches
-from tests.agreement import assert_agree
-from tests.running.test_sharding import random_batch
-from tests.tiny import tiny_config, tiny_model
-from tests.weights import random_variables
+from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -272,37 +262,6 @@ def test_advice_takes_what_costs_least_first():
     advised.append(report.describe(found, config).splitlines()[-1])
   for text, key in zip(advised, ('remat=dots', 'grad_accum_steps=2', 'remat=blocks', 'mesh.fsdp=64'), strict=True):
     assert 'does not fit' in text and key in text
-
-
-@pytest.mark.parametrize('remat, micro_batches', [('none', 1), ('dots', 2)])
-def test_a_loop_over_blocks_changes_nothing(remat, micro_batches):
-  """Features and gradients, with stochastic depth, of three blocks; parameters keep their places."""
-  stages = (StageSpec(3, 4, 4), StageSpec(1, 0, 0))
-  plain = tiny_model(remat, stages=stages, drop_path=0.5)
-  plain = plain.clone(text=plain.text.clone(depth=2))
-  looped = plain.clone(vision=plain.vision.clone(scan_layers=True), text=plain.text.clone(scan_layers=True))
-  params, batch = random_variables(plain)['params'], random_batch(8)
-  assert jax.tree.structure(random_variables(looped)['params']) == jax.tree.structure(params)
-  batch['keys'] = sample_keys(jax.random.key(0), 8)
-
-  def outcome(model, micro_batches):
-    def encode(params, rows):
-      images = normalize_images(rows['image'])
-      vision = model.apply({'params': params}, images, keys=rows['keys'], method='vision_features')
-      texts = one_a_row(rows['tokens'].reshape(-1, rows['tokens'].shape[-1]), model.text.eos_id)
-      text = model.apply({'params': params}, texts, method='text_features')
-      return (vision.pooled, text.reshape(len(images), -1)), ()
-
-    def loss(params):
-      features, _ = map_micro_batches(functools.partial(encode, params), batch, micro_batches)
-      return sum((x**2).sum() for x in features), features
-
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-
-  with jax.default_matmul_precision('highest'):
-    one, other = outcome(plain, 1), outcome(looped, micro_batches)
-  for a, b in zip(jax.device_get(one), jax.device_get(other), strict=True):
-    assert_agree(a, b, 5e-5)
 
 
 def test_pairs_of_a_device_are_those_of_the_mesh():
