@@ -176,7 +176,7 @@ def preempt(folder: pathlib.Path, preemptions: int, rng: random.Random) -> dict[
       child.check(cli.EXIT_PREEMPTED, -signal.SIGKILL)
     else:
       child.check(0)
-    resumed = re.search(r'goes on after step (\d+)', log.read_text())
+    resumed = re.search(r'resumes after step (\d+)', log.read_text())
     segments.append((int(resumed[1]) if resumed else 0, devices))
   Child(lambda: final_numbers(given, workdir, folder / 'preempted.npz'), 1, log).check(0)
   reference = folder / 'reference'

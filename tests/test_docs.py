@@ -54,8 +54,12 @@ def test_the_released_weights_and_a_photograph(tmp_path, torch):
 
 @pytest.mark.parametrize('document', DOCUMENTS, ids=lambda path: path.name)
 def test_what_a_document_points_at_is_there(document):
-  """Links, and the modules and configs of its commands."""
+  """Links, tests, and the modules and configs of its commands; and a list has an empty line before it, for MkDocs."""
   text = document.read_text()
+  outside = re.sub(r'^```.*?^```$', '', text, flags=re.MULTILINE | re.DOTALL)
+  assert not re.findall(r'^(?!- |\d+\. | |$).*\n(?:- |1\. ).*', outside, re.MULTILINE)
+  for test in re.findall(r'`(tests/[\w/.]+)`', text):
+    assert (ROOT / test).exists(), test
   for target in re.findall(r'\]\((?!https?:|#)([^)#]+)', text):
     assert (document.parent / target).exists(), target
   for module in re.findall(r'python -m (groupvit_jax[\w.]*)', text):

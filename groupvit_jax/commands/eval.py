@@ -117,7 +117,7 @@ if __name__ == '__main__':
   BENCHMARK = flags.DEFINE_string(
     'benchmark',
     None,
-    'voc21, voc20, context60, context59, coco_object, coco_stuff, ade20k, cityscapes, folder, '
+    'voc21, voc20, context60, context59, context459, coco_object, coco_stuff, ade20k, ade20k_847, cityscapes, folder, '
     "imagenet, all (those in --data_dir) or scenes (the run's own test scenes; the default): see docs/evaluation.md.",
   )
   DATA_DIR = flags.DEFINE_string('data_dir', '', "Where the benchmark's data set is; of --benchmark=folder the folder.")

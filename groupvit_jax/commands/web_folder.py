@@ -55,7 +55,7 @@ def add_page(folder: epath.Path, run: RestoredRun, window: int, webgpu: bool) ->
     model_mb=_size_mb(folder, ['image.onnx', 'text.onnx']),
     runtimes=runtimes,
     about=f'{run.workdir.name}, step {run.step:,}; windows of {window} px. Licence of the weights: '
-    f'{weights if any(weights) else "that of who trained them"}.',
+    f'{weights if any(weights) else "set by whoever trained them"}.',
   )
   write_json(folder / 'page.json', page)
 

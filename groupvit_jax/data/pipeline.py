@@ -181,7 +181,7 @@ def check_batch_size(source: Mixture, batch_size: int) -> None:
   """Raises UserError unless the data fill a batch."""
   if len(source) < batch_size:
     raise UserError(
-      f'the data have {len(source)} records, fewer than batch_size={batch_size}; add data, or use smaller batches'
+      f'the data have {len(source)} records, fewer than batch_size={batch_size}; add data, or lower --config.batch_size'
     )
 
 

@@ -53,7 +53,7 @@ def run(dataset: grain.IterDataset[_T], num_workers: int, buffer: int) -> Iterat
     raise ResourceError(
       'a data worker died (killed, or out of memory?): '
       f'{str(error).split(". ")[0]}; try fewer data.num_workers or '
-      'data.prefetch_batches; the run goes on from its last checkpoint'
+      'data.prefetch_batches; the run resumes from its last checkpoint'
     ) from error
   finally:
     iterator.close()

@@ -1,4 +1,4 @@
-"""Serves the page.
+"""Serves a page on which people segment images.
 
 pip install -r requirements-demo.txt
 python -m groupvit_jax.demo --workdir=runs/quickstart

@@ -20,7 +20,8 @@ _SCRIPT = pathlib.Path(__file__).with_name('page.js')
 # A small image is as large as its segments; the legend is a quiet table.
 STYLE = """
 #picture img { width: 100%; height: 100%; object-fit: contain; }
-#legend table { width: 100%; border: 0; border-collapse: collapse; font-size: 0.9em; }
+#legend table { width: 100%; border-collapse: collapse; font-size: 0.9em; }
+#legend table, #legend tr { border: 0; }
 #legend th, #legend td { border: 0; border-bottom: 1px solid #8884; padding: 3px 6px; text-align: right; }
 #legend th:first-child, #legend td:first-child { text-align: left; white-space: nowrap; }
 #legend p { font-size: 0.85em; opacity: 0.7; }

@@ -54,7 +54,7 @@ def _about(run: restored_run.RestoredRun, protocol: Protocol) -> str:
     'by the class whose prompts are nearest. Groups do not depend on the class names.\n\n'
     f'- model: `{run.workdir.name}`, step {run.step:,}\n'
     f'- protocol: `{protocol.name}`, windows of {protocol.window} px\n'
-    f'- licence of the weights: {licence if any(licence) else "that of who trained them"}\n'
+    f'- licence of the weights: {licence if any(licence) else "set by whoever trained them"}\n'
   )
 
 

@@ -17,12 +17,13 @@ from groupvit_jax.model import metrics
 MARK = '<!-- made by groupvit_jax/eval.py -->'  # identifies a page of ours
 _LONG_SIDE = 384  # pixels of a tile, at most: about what a page shows, so that names stay legible
 _CONFUSIONS = 12
+_SMALLEST_SPAN = 1  # points of mIoU on the axis of the threshold curve, at least
 _TITLES = {'best': 'Best images', 'median': 'Median images', 'worst': 'Worst images'}
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1c; --quiet: #555; --page: #fff; --line: #e4e4e4; --track: #efefef; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e8; --quiet: #aaa; --page: #161618; --line: #333; --track: #2a2a2c; }
-  .curve { background: #fff; }
+  .curve { filter: invert(.9) hue-rotate(180deg); }
 }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 2rem auto;
        max-width: 1500px; padding: 0 1rem; }
@@ -65,8 +66,8 @@ def make_page(
   provenance = html.escape(', '.join(f'{key} {value}' for key, value in result.provenance.items()))
   parts = [
     f'<h1>{title}</h1>',
-    f'<p>{result.images} images, {result.benchmark.num_classes} classes; protocol <b>{protocol}</b>: {parameters}. '
-    f'{provenance}.</p>',
+    f'<p>{result.images} images, {result.benchmark.num_classes} classes; protocol <b>{protocol}</b>: {parameters}.</p>'
+    f'<p class="note">{provenance}</p>',
     f'<h2>{"Beside the published results" if result.benchmark.published else "Scores"}</h2>',
     _headline(result),
     '<h2>IoU of each class</h2>',
@@ -134,6 +135,9 @@ def threshold_curve(result: Result) -> np.ndarray:
   title = f'{result.benchmark.name}, {result.images} images, protocol {result.protocol.name}'
   title += ', changed' * bool(result.protocol.changed)
   axes.set(xlabel='background threshold', ylabel='mIoU, percent', title=title)
+  low, high = axes.get_ylim()
+  margin = max(0, _SMALLEST_SPAN - (high - low)) / 2  # or a flat curve would show its last digits alone
+  axes.set_ylim(low - margin, high + margin)
   axes.grid(alpha=0.3)
   axes.legend()
   data = io.BytesIO()
@@ -176,7 +180,7 @@ def _headline(result: Result) -> str:
     _table_row([f'this checkpoint, protocol {result.protocol.title}'], percents(result.scores), kind='ours'),
   ]
   if result.oracle is not None:
-    oracle = 'every segment with its majority label (what naming loses)'
+    oracle = 'oracle: every segment with its majority label'
     rows.append(_table_row([oracle], percents(result.oracle)))
   rows.append(_table_row([f'everything called “{constant}”'], percents(scores)))
   for row in result.benchmark.published:

@@ -1,4 +1,4 @@
-"""Command that converts a data set in its official layout to ArrayRecord files.
+"""Converts a data set in its official layout to ArrayRecord files.
 
   python -m groupvit_jax.prepare voc2012 --manual_dir=FOLDER --data_dir=data
 

@@ -34,7 +34,7 @@ from groupvit_jax.running.cluster import check_nobody_else, Cluster, sees_its_ow
 
 # What a collective or a barrier reports when one of its processes is gone.
 _PEER_LOST = re.compile('gloo|nccl|connection|socket|unavailable|deadline|heartbeat|coordination|barrier', re.I)
-_RESUME = 'start all processes again with the same command: it goes on from the last checkpoint'
+_RESUME = 'start all processes again with the same command: it resumes from the last checkpoint'
 _DAY_MS = 24 * 60 * 60 * 1000  # a lost process ends a barrier long before
 
 _barrier_ids = itertools.count()
@@ -236,7 +236,9 @@ def _differences(first: Mapping[str, str], other: Mapping[str, str]) -> list[str
 def _table(everyone: list[dict[str, object]]) -> str:
   hosts = {member['host'] for member in everyone}
   devices = sum(member['devices'] for member in everyone)
-  lines = [f'{len(everyone)} process(es) on {len(hosts)} host(s), {devices} device(s)', 'process  devices  host']
+  if len(everyone) == 1:
+    return f'1 process with {devices} x {everyone[0]["kind"]}'
+  lines = [f'{len(everyone)} processes on {len(hosts)} host(s), {devices} devices', 'process  devices  host']
   lines += [f'{i:7}  {member["devices"]} x {member["kind"]}  {member["host"]}' for i, member in enumerate(everyone)]
   return '\n'.join(lines)
 

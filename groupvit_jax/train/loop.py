@@ -131,7 +131,7 @@ def _loop(
     if all_evaluated and int(state.step) >= config.total_steps:
       log.message(_describe_end(config, workdir, first_step))
       return 0
-    log.message(f'stopped by a signal after step {int(state.step)}; the same command goes on from there')
+    log.message(f'stopped by a signal after step {int(state.step)}; the same command resumes there')
     return cli.EXIT_PREEMPTED
 
 
@@ -150,20 +150,20 @@ def _learning_rates(run: Run) -> np.ndarray:
 
 
 def _log_start(log: RunLog, run: Run, state: TrainState) -> None:
-  """Logs parameters, devices, data and the restored step."""
+  """Logs devices, data, parameters and the restored step."""
   step = int(state.step)
-  log.message(_parameter_table(state.params))
   if not jax.distributed.is_initialized():
     log.message(processes.describe_single_process())
   log.message(
-    f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}, {jax.process_count()} process(es); '
+    f'mesh {dict(run.mesh.shape)} of {run.mesh.devices.flat[0].device_kind}; '
     f'{run.source.describe_size()}; vocabulary {run.tokenizer.vocab_size:,}'
   )
   for part in run.source.sets:
-    if part.num_shards:
+    if part.num_shards > 1 or len(run.source.sets) > 1:
       log.message(f'{part.describe()}, weight {part.weight:g}')
   log.message(f'attention by {run.attention.implementation}: {run.attention.reason}')
-  log.message(f'goes on after step {step}' if step else 'starts at step 0')
+  log.message(_parameter_table(state.params))
+  log.message(f'resumes after step {step}' if step else 'starts at step 0')
   for line in run.changed:
     log.message(f'changed since the first start: {line}')
 

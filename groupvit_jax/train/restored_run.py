@@ -63,7 +63,7 @@ def provenance(
     'step': str(step),
     'weights': weights,
     'code': code_version(),
-    'precision': f'{jnp.dtype(model.dtype).name}, matrix products {matmuls} on {mesh.devices.flat[0].device_kind}',
+    'precision': f'{jnp.dtype(model.dtype).name}, matmul precision {matmuls} on {mesh.devices.flat[0].device_kind}',
   }
 
 

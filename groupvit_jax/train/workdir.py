@@ -213,7 +213,7 @@ def check_config(workdir: epath.PathLike, config: ml_collections.ConfigDict) -> 
     Keys that differ from the first start without making the checkpoints unusable, with both values.
 
   Raises:
-    UserError: `workdir` holds a run whose checkpoints this config cannot go on from, or can hold none.
+    UserError: `workdir` holds a run from whose checkpoints this config cannot resume, or can hold none.
   """
   check_location(workdir)
   if not (epath.Path(workdir) / _CONFIG_FILE).exists():

@@ -100,7 +100,7 @@ def test_every_result_names_what_it_depends_on(swept):
     'step': '6',
     'weights': 'trained',
     'code': restored_run.code_version(),
-    'precision': 'float32, matrix products default on cpu',
+    'precision': 'float32, matmul precision default on cpu',
   }
   for found in (report, json.loads(text.removeprefix('<pre>').removesuffix('</pre>'))):
     assert found['protocol'] == json.loads(json.dumps(expected)) and found['provenance'] == provenance

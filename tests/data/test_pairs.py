@@ -145,5 +145,5 @@ def test_a_run_trains_and_goes_on(folder, tmp_path, capsys):
   shutil.rmtree(run / 'checkpoints' / '3')
   assert loop.train(config, run) == 0
   assert logged(run) == before
-  assert 'goes on after step 2' in (said := capsys.readouterr().err)
+  assert 'resumes after step 2' in (said := capsys.readouterr().err)
   assert said.splitlines()[-1].startswith('the run is done, at step 3; next: python -m groupvit_jax eval')

@@ -97,6 +97,14 @@ def test_no_curve_and_no_gallery_where_there_are_none():
   assert 'threshold</h2>' not in page and 'images</h2>' not in page and '<img' not in page
 
 
+def test_a_curve_of_equal_scores_is_flat():
+  result = make_result()
+  swept = np.stack([result.counts + np.diag(i * (result.counts.diagonal() > 0)) for i in range(3)])
+  curve = report.threshold_curve(dataclasses.replace(result, threshold_counts=swept))
+  rows, _ = np.nonzero((curve == (0x00, 0x77, 0xDD)).all(axis=-1))
+  assert len(rows) and np.ptp(rows) < 60
+
+
 def test_in_a_browser(page, tmp_path):
   (tmp_path / 'report.html').write_text(page)
   asked, faults = [], []

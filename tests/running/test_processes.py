@@ -124,7 +124,7 @@ def split(tmp_path_factory) -> dict[str, object]:
 
 def test_a_table_of_processes(scenario):
   text = scenario['killed'][0][1]
-  assert '2 process(es) on 1 host(s), 4 device(s)' in text
+  assert '2 processes on 1 host(s), 4 devices' in text
   assert [line.split()[:2] for line in text.splitlines() if '2 x cpu' in line] == [['0', '2'], ['1', '2']]
 
 
@@ -140,7 +140,7 @@ def test_a_signal_to_one_in_any_phase_stops_both_after_the_step_that_follows(pro
   outcome = request.getfixturevalue(processes)
   for code, text in outcome['stopped']:
     assert code == cli.EXIT_PREEMPTED, text
-  assert ('goes on after step' in outcome['stopped'][0][1]) == (processes == 'scenario')
+  assert ('resumes after step' in outcome['stopped'][0][1]) == (processes == 'scenario')
   assert outcome['saved'][-1] == step
 
 
@@ -164,7 +164,7 @@ def test_one_process_goes_on_with_what_two_began(scenario, tmp_path):
   """Every step was taken once, on the batch that one process takes there."""
   ((code, text),) = scenario['alone']
   assert code == 0, text
-  assert 'goes on after step' in text and '1 process(es) on 1 host(s), 4 device(s)' in text
+  assert 'resumes after step' in text and '1 process with 4 x cpu' in text
   assert sorted(scenario['losses']) == list(range(1, 25)) and sorted(scenario['mious']) == [12, 24]
   config = tiny_config()
   config.total_steps, config.eval.every_steps = 24, 12
@@ -327,7 +327,7 @@ def test_what_saves_nothing_is_ended_by_a_signal(tmp_path, monkeypatch):
   assert code == -signal.SIGTERM, text
   # The runtime may end it first, because process 0, which it asks how all are, is gone.
   assert other in (-signal.SIGTERM, -signal.SIGABRT, cli.EXIT_PEER_LOST), its_text
-  assert '2 process(es) on 1 host(s), 4 device(s)' in text and 'compiling the step' in text
+  assert '2 processes on 1 host(s), 4 devices' in text and 'compiling the step' in text
 
 
 @pytest.mark.parametrize(

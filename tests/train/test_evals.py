@@ -92,7 +92,7 @@ def provenance(workdir, step):
     'step': str(step),
     'weights': 'trained',
     'code': restored_run.code_version(),
-    'precision': 'float32, matrix products default on cpu',
+    'precision': 'float32, matmul precision default on cpu',
   }
 
 

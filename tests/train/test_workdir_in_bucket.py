@@ -210,7 +210,7 @@ def test_a_run_is_killed_while_it_saves_and_finished(run, tmp_path, monkeypatch)
   assert code == -signal.SIGKILL and other in (cli.EXIT_PEER_LOST, -signal.SIGABRT), text + its_text
   last = complete(run)[-1]
   ((code, text),) = finish([start(*flags, devices=2, staged=staged)])
-  assert code == 0 and f'goes on after step {last}' in text, text
+  assert code == 0 and f'resumes after step {last}' in text, text
   assert complete(run)[-1] == 8 and len(complete(run)) == 2
   assert not list(temporary.glob('groupvit-*-0'))  # what the killed one left included
   assert [line['step'] for line in logged(run) if 'train/loss' in line] == list(range(1, 9))
