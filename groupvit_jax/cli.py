@@ -92,6 +92,8 @@ def _parse_flags(args: Sequence[str]) -> list[str]:
     reason = str(error).strip()
     if 'Traceback' in reason:  # of a config file, as ml_collections quotes it
       reason = f'--config: {reason.splitlines()[-1].partition(": ")[2] or reason.splitlines()[-1]}'
+    if missing := re.match(r'flag --(\w+)=None: .* must have a value', reason):
+      reason = f'--{missing[1]} is missing; see --help'
     sys.exit(fail(_unknown_entry(error, args) or reason))
   try:
     if 'config' in flags.FLAGS:

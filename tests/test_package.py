@@ -91,6 +91,7 @@ def test_train_evaluate_segment_export_prepare(command, tmp_path):
   command('prepare', 'ade20k', f'--manual_dir={tmp_path}/ade', f'--data_dir={tmp_path}/data')
   config = json.loads((tmp_path / 'run' / 'config.json').read_text())
   assert (config['total_steps'], config['data']['source']) == (2, 'scenes')
+  assert 'error: --workdir is missing; see --help' in command('train', '--config=quickstart', code=2)
   said = command('train', '--config=quickstat', f'--workdir={tmp_path}/other', code=2)
   assert said.splitlines()[-1].startswith('error: --config=quickstat: there is no such config') and 'quickstart' in said
 

@@ -15,6 +15,7 @@ from groupvit_jax.data.scenes.scenes import Scenes
 from groupvit_jax.data.tars import open_webdataset
 from groupvit_jax.data.tfds import open_tfds
 from groupvit_jax.errors import UserError
+from groupvit_jax.storage import is_local
 
 _CAPTION_THREADS, _CHUNK = 32, 1024  # each thread waits for one read
 
@@ -93,6 +94,8 @@ def _open_pairs(path: str, index_dir: str) -> DataSet:
   if path.endswith(TABLES) or os.path.isdir(path):
     pairs = open_pairs(path, what)
     return DataSet('pairs', pairs, pairs.digest, num_shards=1, weight=0.0)
+  if is_local(path) and not path.endswith('.tar') and not set('*{') & set(path):
+    raise UserError(f'{what}: there is no folder {path}, and it names no table and no tars')
   source = open_webdataset((path,), 'txt', index_dir, what)
   return DataSet('pairs', source, source.index.digest, len(source.shards), weight=0.0)
 

@@ -80,6 +80,7 @@ def main(arguments: Sequence[str]) -> int:
   parser = argparse.ArgumentParser(
     prog='python -m groupvit_jax.prepare', description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
+  parser.error = lambda message: sys.exit(cli.fail(f'{message}; see --help'))
   parser.add_argument('name', choices=[*SEGMENTATION_SETS, *CAPTION_SETS])
   parser.add_argument('--manual_dir', required=True, help='the folder with the official archives, unpacked')
   parser.add_argument('--data_dir', required=True, help='where TFDS data sets are kept')

@@ -119,6 +119,9 @@ def test_the_path_may_name_tars_or_nothing(tmp_path):
   config = small()
   with pytest.raises(UserError, match="data.path is empty; name tars as in --config.data.path='pairs/..tar', a folder"):
     build_source(config.data, (32, 32))
+  config.data.path = str(tmp_path / 'pears')
+  with pytest.raises(UserError, match='there is no folder .*/pears, and it names no table and no tars'):
+    build_source(config.data, (32, 32))
   write_set(tmp_path / 'set', 20)
   config.data.path, config.data.index_dir = f'{tmp_path}/set/*.tar', str(tmp_path / 'index')
   source = build_source(config.data, (32, 32))
