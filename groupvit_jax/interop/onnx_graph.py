@@ -263,6 +263,10 @@ def _gelu(graph: _Graph, eqn: JaxprEqn, x: _Value) -> str:
   return graph.node('Gelu', graph.whole(x))
 
 
+def _quick_gelu(graph: _Graph, eqn: JaxprEqn, x: _Value) -> str:
+  return graph.node('Mul', graph.whole(x), graph.node('Sigmoid', graph.node('Mul', graph.whole(x), np.float32(1.702))))
+
+
 def _attend(graph: _Graph, eqn: JaxprEqn, query: _Value, key: _Value, value: _Value, mask: _Value | None = None) -> str:
   """In the form that runtimes know as attention."""
   scale = np.array(query.shape[-1] ** -0.5, np.float32)
@@ -278,6 +282,7 @@ _RULES = {
   '_attend': _attend,
   '_exact_gelu': _gelu,
   '_multiply': _project,
+  '_quick_gelu': _quick_gelu,
   'add': _elementwise('Add'),
   'and': _elementwise('And'),
   'argmax': _argmax,
@@ -291,7 +296,6 @@ _RULES = {
   'gather': _gather,
   'ge': _elementwise('GreaterOrEqual'),
   'iota': _iota,
-  'logistic': _elementwise('Sigmoid'),
   'lt': _elementwise('Less'),
   'max': _elementwise('Max'),
   'mul': _elementwise('Mul'),

@@ -11,7 +11,7 @@ import scipy.special
 
 from groupvit_jax.model import assignment
 from groupvit_jax.model.attention import attend, unfuse
-from groupvit_jax.model.layers import exact_gelu, HeadsDense, LayerNorm, normal_by_tanh, quick_gelu
+from groupvit_jax.model.layers import exact_gelu, HeadsDense, LayerNorm, normal_by_tanh, quick_gelu, sigmoid_by_tanh
 from groupvit_jax.model.vision import PatchEmbed
 
 
@@ -99,9 +99,12 @@ def test_activations_and_their_gradients(ours, theirs, dtype, tolerance):
   np.testing.assert_allclose(our_pull(grad.astype(dtype))[0].astype(jnp.float32), *pull(grad), rtol=0, atol=tolerance)
 
 
-def test_the_normal_distribution_by_tanh():
+@pytest.mark.parametrize(
+  'by_tanh, exact', [(normal_by_tanh, scipy.special.ndtr), (sigmoid_by_tanh, scipy.special.expit)]
+)
+def test_what_tpus_compute_by_tanh(by_tanh, exact):
   x = np.linspace(-12, 12, 100_001, dtype=np.float32)
-  assert np.abs(normal_by_tanh(x) - scipy.special.ndtr(x.astype(np.float64))).max() < 2e-7
+  assert np.abs(by_tanh(x) - exact(x.astype(np.float64))).max() < 2e-7
 
 
 @pytest.mark.parametrize('activation, dear', [(exact_gelu, ' erf('), (quick_gelu, ' exponential(')])
