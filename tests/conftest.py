@@ -76,10 +76,10 @@ def cache(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def one_device() -> Iterator[None]:
-  """See `tests.trained.on_one_device`."""
-  from tests.trained import on_one_device
+  """See `tests.trained.on_devices`."""
+  from tests.trained import on_devices
 
-  with on_one_device():
+  with on_devices(1):
     yield
 
 

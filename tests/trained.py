@@ -17,10 +17,10 @@ from tests.tiny import tiny_config
 
 
 @contextlib.contextmanager
-def on_one_device() -> Iterator[None]:
-  """Runs of this process use the first device alone: their programs compile in a third of the time."""
+def on_devices(count: int) -> Iterator[None]:
+  """Runs of this process use the first devices alone: on one, their programs compile in a third of the time."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+    patch.setattr(sharding, 'make_mesh', functools.partial(sharding.make_mesh, devices=jax.devices()[:count]))
     yield
 
 
@@ -34,7 +34,7 @@ def trained_workdir() -> pathlib.Path:
   with folder.with_suffix('.lock').open('w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not folder.exists():
-      with on_one_device():
+      with on_devices(1):
         assert loop.train(tiny_config(), folder.with_suffix('.partial')) == 0
       folder.with_suffix('.partial').rename(folder)
   return folder

@@ -19,13 +19,20 @@ from groupvit_jax.train import step as train_step
 from groupvit_jax.train import workdir as workdir_lib
 from groupvit_jax.train.checkpoint import Checkpoints
 from tests.tiny import tiny_config
+from tests.trained import on_devices
 
 
 def config():
-  """A tiny run over all devices, with parameters divided over two, that keeps an average and trains no text tower."""
+  """A tiny run, with parameters divided over two devices, that keeps an average and trains no text tower."""
   result = tiny_config()
   result.ema_decay, result.mesh.fsdp, result.freeze, result.eval.every_steps = 0.6, 2, 'text|text_projector', 0
   return result
+
+
+@pytest.fixture(scope='module', autouse=True)
+def two_devices():
+  with on_devices(2):
+    yield
 
 
 @pytest.fixture(scope='module')

@@ -23,7 +23,7 @@ from tests import official_layouts as layouts
 from tests.board import read_board
 from tests.runs import read_log
 from tests.tiny import tiny_config
-from tests.trained import on_one_device
+from tests.trained import on_devices
 
 CHANGES = dict(short_side=32, max_long_side=128, window=32, stride=16, threshold=0.3)
 
@@ -57,7 +57,7 @@ def run(tmp_path_factory):
     compiled.append((window_encoder.encode_windows._cache_size(), labeller.count_pixels._cache_size()))
     return result
 
-  with on_one_device(), pytest.MonkeyPatch.context() as patch:
+  with on_devices(1), pytest.MonkeyPatch.context() as patch:
     patch.setattr(evaluator.Evaluator, 'evaluate', count)
     patch.setattr(RunLog, 'message', lambda self, line: said.append(line))
     assert loop.train(config, workdir) == 0

@@ -65,12 +65,9 @@ def test_a_finished_run_says_so_and_what_comes_next(uninterrupted, tmp_path, cap
   assert max(map(len, lines[: total + 1])) <= 100
 
 
-@pytest.mark.parametrize(
-  'owner, phase, call',
-  [(loop, 'restore_or_init', 1), (Evaluator, 'evaluate', 1), (Checkpoints, 'save', 1), (Checkpoints, 'wait', 1)],
-)
-def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted, tmp_path, monkeypatch):
-  """The signal comes when the phase begins, at its first call or at the last; the phase itself is the real one.
+@pytest.mark.parametrize('owner, phase', [(Evaluator, 'evaluate'), (Checkpoints, 'save'), (Checkpoints, 'wait')])
+def test_sigterm_in_every_phase_loses_nothing(owner, phase, uninterrupted, tmp_path, monkeypatch):
+  """The signal comes when the phase first begins; the phase itself is the real one.
 
   Then the run goes on bit for bit: batches, prompts, stochastic depth and Gumbel noise included.
   """
@@ -78,7 +75,7 @@ def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted,
 
   def signalled(*args, **kwargs):
     calls.append(phase)
-    if len(calls) == call:
+    if len(calls) == 1:
       os.kill(os.getpid(), signal.SIGTERM)
     if phase == 'evaluate':
       assert saved[-1] in (3, 6)  # its own step: a kill would lose nothing either
@@ -95,7 +92,7 @@ def test_sigterm_in_every_phase_loses_nothing(owner, phase, call, uninterrupted,
   assert code == (0 if phase == 'wait' else cli.EXIT_PREEMPTED)  # nothing is left to do after the last save
   assert not list((tmp_path / 'checkpoints').glob('*tmp*'))
   if phase == 'evaluate':
-    assert sorted(scores(tmp_path)) == [3][: call - 1]
+    assert not scores(tmp_path)
   if phase == 'save':  # of step 2; the signal is heeded after the step that follows
     assert max(logged(tmp_path)) == 3 and (tmp_path / 'checkpoints' / '3').exists()
   assert loop.train(tiny_config(), tmp_path) == 0
