@@ -148,7 +148,7 @@ ENTRIES = {
   'data.sets.NAME.caption': Entry(_NAME, "the captions' feature in TFDS; of tars 'txt', 'cls' or 'json:FIELD'"),
   'data.sets.NAME.weight': Entry(number(0, _BILLION), "share relative to other sets'; 0 for all mixes by size"),
   'data.sets.NAME.expected': Entry(whole(0, 10**12), 'records it should have, for reports; 0 if unknown'),
-  'data.index_dir': Entry(_TEXT, "folder of the tars' indices; '' for the user's cache"),
+  'data.index_dir': Entry(_TEXT, "folder of the tars' indices; '' for beside local tars, else the user's cache"),
   'data.clean_captions': Entry(SWITCH, "whether captions are cleaned as before CLIP's BPE"),
   'data.num_prompts': Entry(whole(0, 100), 'prompts made of each caption; 0 trains on captions alone'),
   'data.lowercase_prompts': Entry(SWITCH, 'whether prompts are made of captions in lower case: docs/data.md'),

@@ -1,8 +1,8 @@
 """Scores a trained run on its held-out scenes or on a benchmark, or segments images with it.
 
 python eval.py --workdir=runs/quickstart --output=runs/quickstart/eval
-python eval.py --workdir=runs/groupvit --benchmark=voc21 --data_dir=data --output=out
-python eval.py --workdir=runs/groupvit --benchmark=all --data_dir=data --class_names=groupvit,synonyms --output=out
+python eval.py --workdir=runs/released --benchmark=voc21 --data_dir=data --output=out
+python eval.py --workdir=runs/released --benchmark=all --data_dir=data --class_names=groupvit,synonyms --output=out
 python eval.py --workdir=runs/quickstart --images='*.png' --classes='dog,banana,grass' --output=out
 python eval.py --workdir=EXPORT --runtime=openvino --images='*.png' --classes='dog,grass' --output=out
 """
