@@ -69,7 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch) -> None:
+def own_cache(tmp_path, monkeypatch) -> None:
   """The test has a folder of its own, tmp_path/cache, for indices and downloads."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
 

@@ -24,7 +24,7 @@ def make_config(data: dict[str, object] | None = None) -> ml_collections.ConfigD
   return config
 
 
-pytestmark = pytest.mark.usefixtures('cache')
+pytestmark = pytest.mark.usefixtures('own_cache')
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from tests.tars import bad_record_counts, data_config, encode, make_examples, sa
 
 
 @pytest.fixture(autouse=True)
-def fresh(cache, monkeypatch):
+def fresh(own_cache, monkeypatch):
   monkeypatch.setattr(bad_records, '_written', 0)
 
 

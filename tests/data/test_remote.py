@@ -15,7 +15,7 @@ from benchmarks.range_server import RangeServer  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def quick(cache, monkeypatch):
+def quick(own_cache, monkeypatch):
   monkeypatch.setattr(storage, 'RETRY_DELAYS', (0.0, 0.01, 0.01))
 
 

@@ -15,7 +15,7 @@ from groupvit_jax.data.tars import tar_members
 from groupvit_jax.storage import expand_braces, find_shards
 from tests.tars import encode, samples, write_set, write_tar
 
-pytestmark = pytest.mark.usefixtures('cache')
+pytestmark = pytest.mark.usefixtures('own_cache')
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ def test_records_are_the_files_that_were_put_in(prepared):
   assert sorted(seen) == list(range(19)) and all(len(keys) == 1 for keys in seen.values())
 
 
-def test_a_part_of_a_split_mixes_with_tars(prepared, cache, tmp_path):
+def test_a_part_of_a_split_mixes_with_tars(prepared, own_cache, tmp_path):
   described = dict(
     format='tfds', path=str(prepared), split='train[:25%]', image='image', caption='caption', weight=1.0, expected=5
   )

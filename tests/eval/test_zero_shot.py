@@ -83,7 +83,7 @@ def write_tars(folder):
   return write_tar(folder / '000000.tar', members)
 
 
-def test_tars_with_classes_through_the_command(cache, tmp_path, capsys):
+def test_tars_with_classes_through_the_command(own_cache, tmp_path, capsys):
   write_tars(tmp_path)
   request = Request(
     'imagenet',
@@ -139,7 +139,7 @@ def test_a_tfds_directory(tmp_path):
   assert source[0]['image'][:2] == b'\xff\xd8'  # not decoded
 
 
-def test_mistakes(cache, tmp_path):
+def test_mistakes(own_cache, tmp_path):
   with pytest.raises(ValueError, match='holds no .*imagenet2012 with a version'):
     labelled.open_imagenet(str(tmp_path))
   write_tar(tmp_path / 'bad.tar', {'0.jpg': photos.encode(picture(0)), '0.cls': b'tench'})

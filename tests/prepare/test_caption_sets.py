@@ -18,7 +18,7 @@ from tests.tars import data_config, encode, samples, write_set, write_tar
 HASHES = [f'{n % 3:02x}{n:030x}' for n in range(12)]
 
 
-pytestmark = pytest.mark.usefixtures('cache')
+pytestmark = pytest.mark.usefixtures('own_cache')
 
 
 def records(folder: pathlib.Path) -> dict[str, tuple[bytes, str]]:

@@ -118,7 +118,7 @@ def test_pictures_without_an_area_are_counted(tmp_path, capsys):
   assert 'trainval_merged.json: 1 of 3 images have no area; they are all background' in capsys.readouterr().err
 
 
-def test_a_set_in_a_bucket_is_copied_once(data_dir, cache, monkeypatch):
+def test_a_set_in_a_bucket_is_copied_once(data_dir, own_cache, monkeypatch):
   """With a store that `fsspec` keeps in memory for a bucket."""
   monkeypatch.setattr(tfds, '_CHUNK', 1000)  # so that files take several
   store = fsspec.filesystem('memory')

@@ -15,7 +15,7 @@ from tests.train.test_configs import shrink
 
 
 @pytest.fixture
-def config(cache, tmp_path):
+def config(own_cache, tmp_path):
   return shrink(groupvit_vits16_gcc_yfcc.get_config(), tmp_path)
 
 

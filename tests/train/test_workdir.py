@@ -40,7 +40,7 @@ def test_a_config_of_an_earlier_version_keeps_its_benchmarks():
     workdir_lib.upgrade_config(config)
 
 
-def test_a_run_goes_on_with_its_own_data_wherever_they_lie(cache, tmp_path):
+def test_a_run_goes_on_with_its_own_data_wherever_they_lie(own_cache, tmp_path):
 
   def metadata(name, numbers):
     path = write_tar(tmp_path / name / 'a.tar', samples(numbers))
