@@ -48,6 +48,11 @@ class Chip(NamedTuple):
   chip_config: str | None = None  # makes both cores of a chip one device for the compiler
   gpu: Gpu | None = None  # None: a TPU
 
+  @property
+  def usable_bytes(self) -> float:
+    """Of the memory, what JAX uses where XLA_PYTHON_CLIENT_MEM_FRACTION says nothing else."""
+    return 0.75 * self.hbm_bytes if self.gpu else self.hbm_bytes
+
 
 CHIPS: Mapping[str, Chip] = {
   'v4': Chip(275e12, 32 * 2**30, 1228e9, 600e9, 1.05e9, 'megacore'),

@@ -32,8 +32,8 @@ def make_report(config: ml_collections.ConfigDict, topology: Topology, step: Com
     'compile_s': round(step.compile_s, 1),
     'compile_cpu_s': round(step.compile_cpu_s, 1),
     'state_gib': {'whole': round(step.state.whole / _GIB, 3), 'of_a_chip': per_chip(step.state.of_a_device)},
-    'hbm_gib': {'chip': round(chip.hbm_bytes / _GIB, 1), 'together': per_chip(step.wanted_bytes)},
-    'fits': step.memory is not None and devices * step.wanted_bytes <= chip.hbm_bytes,
+    'hbm_gib': {'chip': round(chip.usable_bytes / _GIB, 1), 'together': per_chip(step.wanted_bytes)},
+    'fits': step.memory is not None and devices * step.wanted_bytes <= chip.usable_bytes,
   }
   if step.memory is None:
     return report
