@@ -1,10 +1,11 @@
 """Eight fake CPU devices, strict shapes, a compilation cache that all processes of a test run share, and oracles.
 
-Tests that compare with torch or transformers carry the mark `oracle`: all of a file that imports either, and those that
-take one as a fixture. Where torch is not installed they are left out.
+Tests that compare with torch or transformers carry the mark `oracle`: all of a file that imports either, or models made
+with them, and those that take one as a fixture. Where torch is not installed they are left out.
 """
 
 from collections.abc import Iterator
+import functools
 import importlib.util
 import os
 import pathlib
@@ -45,9 +46,15 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 ORACLES = ('torch', 'transformers')
 
 
+@functools.cache
+def imports_oracle(path: pathlib.Path) -> bool:
+  pattern = rf'^(import ({"|".join(ORACLES)})|from tests\.huggingface_models import .*)$'
+  return re.search(pattern, path.read_text(), re.MULTILINE) is not None
+
+
 def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
   if collection_path.suffix == '.py' and not all(map(importlib.util.find_spec, ORACLES)):
-    return bool(re.search(rf'^import ({"|".join(ORACLES)})$', collection_path.read_text(), re.MULTILINE)) or None
+    return imports_oracle(collection_path) or None
   return None
 
 
@@ -64,7 +71,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   for item in items:
-    if any(name in item.fixturenames or hasattr(item.module, name) for name in ORACLES):
+    if imports_oracle(item.path) or any(name in item.fixturenames for name in ORACLES):
       item.add_marker('oracle')
 
 
