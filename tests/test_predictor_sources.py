@@ -48,7 +48,7 @@ def test_every_form_gives_the_same_answer(form, want, tmp_path):
       Predictor.from_pretrained(tmp_path / 'exported')
 
 
-def test_another_dtype(want, tmp_path):
+def test_another_dtype_and_no_best_checkpoint(want):
   predictor = Predictor.from_pretrained(trained_workdir(), dtype='bfloat16')
   for mine, other in zip(predictor(PICTURES, WORDS, threshold=0.2), want['native'], strict=True):
     assert (mine.segments == other.segments).mean() > 0.9
@@ -56,15 +56,5 @@ def test_another_dtype(want, tmp_path):
     assert 0 < difference < 0.2, difference
   with pytest.raises(ValueError, match="dtype='float16': use float32 or bfloat16"):
     Predictor.from_pretrained(trained_workdir(), dtype='float16')
-
-
-def test_protocols_by_name():
-  run = restored_run.restore(trained_workdir())
-  protocol_of = lambda name: Predictor(run.model, run.variables, run.tokenizer, run.mesh, protocol=name).protocol
-  assert protocol_of('groupvit') == protocols.GROUPVIT and protocol_of(None) == protocol_of('native')
-  with pytest.raises(
-    ValueError, match="there is no protocol 'paper'; choose one of native, shifted, shifted\\+pamr, groupvit"
-  ):
-    protocol_of('paper')
   with pytest.raises(ValueError, match='kept no best checkpoint'):
     Predictor.from_pretrained(trained_workdir(), checkpoint='best')
