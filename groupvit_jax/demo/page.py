@@ -15,7 +15,7 @@ from groupvit_jax.demo.viewer import Upload, View, Viewer
 from groupvit_jax.eval.draw import draw_groups, OPACITY
 
 _HOUR = 3600
-_HEIGHT = 320  # pixels: the three images lie beside each other, equally large
+_HEIGHT, _WIDTH = 320, 210  # pixels: the three images lie beside each other, equally large, but on a phone
 _SCRIPT = pathlib.Path(__file__).with_name('page.js')
 # A small image is as large as its segments; the legend is a quiet table.
 STYLE = """
@@ -65,15 +65,15 @@ def build_page(viewer: Viewer, examples: Sequence[Example], about: str) -> gr.Bl
       visible=bool(examples),
     )
     with gr.Row():
-      with gr.Column(min_width=280):
+      with gr.Column(min_width=_WIDTH):
         picture.render()
         words.render()
         button = gr.Button('Segment', variant='primary', elem_id='segment')
-      with gr.Column(min_width=280):
+      with gr.Column(min_width=_WIDTH):
         overlay = gr.Image(label='Segments', elem_id='overlay', **shown)
         message = gr.Markdown(elem_id='message')
         legend = gr.HTML(elem_id='legend-box')
-      with gr.Column(min_width=280):
+      with gr.Column(min_width=_WIDTH):
         groups = gr.Image(label='Groups', elem_id='groups', **shown)
         stage = gr.Slider(
           1,

@@ -244,6 +244,9 @@ def test_in_a_browser():
     words.fill(' , ')
     page.locator('#segment').click()
     sync_api.expect(message).to_contain_text('Type what to look for')
+    page.set_viewport_size(dict(width=900, height=844))
+    tops = [page.locator(name).bounding_box()['y'] for name in ('#picture', '#overlay', '#groups')]
+    assert max(tops) - min(tops) < 2  # side by side
     page.set_viewport_size(dict(width=390, height=844))  # a phone: nothing wider than the screen
     assert page.evaluate('document.documentElement.scrollWidth') <= 390
     assert not elsewhere
