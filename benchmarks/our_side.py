@@ -15,17 +15,17 @@ import optax
 
 from benchmarks import caption_lengths, processes
 from configs import groupvit_vits16_gcc_yfcc
-from groupvit_jax.aot.flops import matmul_flops
+from groupvit_jax.aot.step import abstract_batch, matmul_flops
 from groupvit_jax.eval import window_encoder
 from groupvit_jax.interop import bundle, onnx, state_dicts
 from groupvit_jax.interop.state_dicts import abstract_variables
-from groupvit_jax.model.build import build_model, build_random_erasing
+from groupvit_jax.model.build import build_model
 from groupvit_jax.model.image_text import ImageTextModel
 from groupvit_jax.running import sharding
 from groupvit_jax.running.attention_choice import choose_attention
 from groupvit_jax.train import optim
 from groupvit_jax.train import state as train_state
-from groupvit_jax.train import step as train_step
+from groupvit_jax.train.run import jit_step, Run
 
 VOCAB, CONTEXT = 49_408, 77
 # Size and number of the square matmuls that say what a machine can do.
@@ -65,26 +65,10 @@ def make_model(config: ml_collections.ConfigDict, **options) -> ImageTextModel:
 
 def make_step(config: ml_collections.ConfigDict, model: ImageTextModel, mesh: jax.sharding.Mesh) -> Step:
   """A config's training step."""
-  tx = optim.build_optimizer(config.optim, optim.build_schedule(config.optim, config.total_steps, config.batch_size))
-  batch_sharding = sharding.batch_sharding(mesh)
-  texts = 1 + config.data.num_prompts, config.model.text.context_length
-  state = train_state.abstract_state(model, tx, texts, mesh)
-  step = functools.partial(
-    train_step.train_step,
-    model=model,
-    tx=tx,
-    grad_accum_steps=config.grad_accum_steps,
-    text_budget=config.text_budget,
-    random_erasing=build_random_erasing(config.data.augment),
-    batch_sharding=batch_sharding,
-  )
-  array = lambda *shape, dtype: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=batch_sharding)
-  batch = {
-    'image': array(*config.model.vision.image_size, 3, dtype=jnp.uint8),
-    'tokens': array(*texts, dtype=jnp.int32),
-  }
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-  return Step(jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), state, batch, tx)
+  schedule = optim.build_schedule(config.optim, config.total_steps, config.batch_size)
+  run = Run(config, mesh, model, optim.build_optimizer(config.optim, schedule), schedule)
+  state = train_state.abstract_state(model, run.tx, run.text_shape, mesh)
+  return Step(jit_step(run, state), state, abstract_batch(run), run.tx)
 
 
 def init_state(

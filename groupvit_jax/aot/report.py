@@ -1,10 +1,10 @@
 """Reports of a compiled step: memory, expected time, bounds, and cost by part of the model."""
 
 from collections.abc import Mapping, Sequence
+import re
 
 import ml_collections
 
-from groupvit_jax.aot import scopes
 from groupvit_jax.aot.chips import Chip, Topology
 from groupvit_jax.aot.program import Cost, Kernels
 from groupvit_jax.aot.step import CompiledStep
@@ -14,6 +14,26 @@ _LATENCY = 1e-6  # seconds that a chip's message to its neighbour takes at least
 _DAY = 24 * 60 * 60
 _VECTOR = 8 * 128  # numbers that a core's vector unit handles in a cycle
 _TIMES = ('ms', 'forward', 'recomputed', 'backward')  # of a part
+
+# Parts of a step as the paper names them: the first that matches the path of an operation, of modules and named scopes.
+_PARTS = (
+  ('optimizer', r'optimizer|^state\.(params|opt_state)'),
+  ('losses', r'(caption|multi_label)_loss'),
+  ('projectors', r'_projector/|/project/'),
+  ('packing texts', r'pack_texts'),
+  ('text tower: attention', r'\btext/.*attn\b'),
+  ('text tower: MLPs', r'\btext/.*mlp\b'),
+  ('text tower: norms', r'\btext/.*norm'),
+  ('text tower: rest', r'\btext\b|text_features'),
+  ('patch embedding', r'patch_embed|patch_norm'),
+  (r'stage \1: grouping', r'stage(\d+)_(?:grouping|group_)'),
+  (r'stage \1: attention', r'stage(\d+)_block\d+/.*attn\b'),
+  (r'stage \1: MLPs', r'stage(\d+)_block\d+/.*mlp\b'),
+  (r'stage \1: norms', r'stage(\d+)_block\d+/.*norm'),
+  (r'stage \1: rest', r'\bvision/stage(\d+)\b'),
+  ('image tower: rest', r'\bvision\b|vision_features'),
+  ('augmentation', r'RandomErasing|random_erasing|normalize_images'),
+)
 
 
 def make_report(config: ml_collections.ConfigDict, topology: Topology, step: CompiledStep) -> dict[str, object]:
@@ -94,13 +114,28 @@ def _parts(by_name: Mapping[str, Cost], chip: Chip, devices: float) -> dict[str,
   parts: dict[str, dict[str, float]] = {}
   for op_name, cost in by_name.items():
     empty = dict.fromkeys(_TIMES if chip.clock_hz else (), 0.0) | {'hbm_traffic_gib': 0.0, 'operations': 0}
-    part = parts.setdefault(scopes.part_of(op_name), empty)
-    for key in ('ms', scopes.pass_of(op_name)) if chip.clock_hz else ():
+    part = parts.setdefault(part_of(op_name), empty)
+    for key in ('ms', pass_of(op_name)) if chip.clock_hz else ():
       part[key] += 1e3 * _device_seconds(cost, chip, devices)
     part['hbm_traffic_gib'] += devices * cost.hbm_bytes / _GIB
     part['operations'] += cost.operations
   rounded = {name: {key: round(value, 3) for key, value in part.items()} for name, part in parts.items()}
   return dict(sorted(rounded.items(), key=lambda item: -next(iter(item[1].values()))))
+
+
+def part_of(op_name: str) -> str:
+  """The part that an operation belongs to, by its path."""
+  for name, pattern in _PARTS:
+    if match := re.search(pattern, op_name):
+      return match.expand(name)
+  return 'rest'
+
+
+def pass_of(op_name: str) -> str:
+  """'forward', 'backward', or 'recomputed' for what a backward pass computes again."""
+  if 'rematted_computation' in op_name:
+    return 'recomputed'
+  return 'backward' if 'transpose(' in op_name else 'forward'
 
 
 def describe(report: Mapping[str, object], config: ml_collections.ConfigDict) -> str:

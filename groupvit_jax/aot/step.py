@@ -6,12 +6,12 @@ import time
 from typing import NamedTuple
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import ml_collections
 
 from groupvit_jax import config_entries
 from groupvit_jax.aot.chips import Topology
-from groupvit_jax.aot.flops import matmul_flops
 from groupvit_jax.aot.program import read_traffic, Traffic
 from groupvit_jax.data.tokenizer import build_tokenizer
 from groupvit_jax.model.build import build_model
@@ -85,7 +85,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: Topology) -> Compi
   run = Run(config, mesh, model, tx, schedule)
   state = train_state.abstract_state(model, tx, run.text_shape, mesh, run.averages)
   step = jit_step(run, state)
-  batch = _abstract_batch(run)
+  batch = abstract_batch(run)
   flops = matmul_flops(jax.make_jaxpr(step)(state, batch).jaxpr)
   rows = config.batch_size // sharding.data_parallel_size(mesh)
   started = time.perf_counter(), time.process_time()
@@ -119,7 +119,8 @@ def _size(state: train_state.TrainState) -> State:
   return State(sum(leaf.size * leaf.dtype.itemsize for leaf in leaves), sum(of_a_device))
 
 
-def _abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of what a step reads."""
   place, size = sharding.batch_sharding(run.mesh), run.config.batch_size
   image_shape = (size, *run.config.model.vision.image_size, 3)
   prompts, words = run.config.data.num_prompts, {}
@@ -129,3 +130,32 @@ def _abstract_batch(run: Run) -> dict[str, jax.ShapeDtypeStruct]:
     'image': jax.ShapeDtypeStruct(image_shape, jnp.uint8, sharding=place),
     'tokens': jax.ShapeDtypeStruct((size, *run.text_shape), jnp.int32, sharding=place),
   }
+
+
+def matmul_flops(jaxpr: jax.extend.core.Jaxpr) -> int:
+  """Floating-point operations of matmuls and convolutions, loops counted as often as they run."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    shapes = [var.aval.shape for var in eqn.invars]
+    out = math.prod(eqn.outvars[0].aval.shape) if eqn.outvars else 0
+    if eqn.primitive.name == 'dot_general':
+      (contracted, _), _ = eqn.params['dimension_numbers']
+      total += 2 * out * math.prod(shapes[0][axis] for axis in contracted)
+    elif eqn.primitive.name == 'conv_general_dilated':
+      kernel_out = shapes[1][eqn.params['dimension_numbers'].rhs_spec[0]]
+      total += 2 * out * math.prod(shapes[1]) // kernel_out
+    inner = [
+      getattr(x, 'jaxpr', x)
+      for x in jax.tree.leaves(tuple(eqn.params.values()), is_leaf=lambda x: hasattr(x, 'eqns') or hasattr(x, 'jaxpr'))
+    ]
+    counts = [matmul_flops(x) for x in inner if hasattr(x, 'eqns')]
+    # Of a conditional's branches one is run: they differ by platform here, and compute the same.
+    total += max(counts, default=0) if eqn.primitive.name == 'cond' else _times(eqn) * sum(counts)
+  return total
+
+
+def _times(eqn: jax.extend.core.JaxprEqn) -> int:
+  """How often an operation runs what it contains, all devices together."""
+  if eqn.primitive.name == 'shard_map':
+    return eqn.params['mesh'].size
+  return eqn.params['length'] if eqn.primitive.name == 'scan' else 1

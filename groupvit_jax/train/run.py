@@ -43,7 +43,7 @@ class Run(NamedTuple):
   tokenizer: Tokenizer | None = None
   changed: tuple[str, ...] = ()  # config entries that differ from the first start
   benchmarks: tuple[evals.OpenedBenchmark, ...] = ()
-  attention: AttentionChoice | None = None  # of the image tower
+  attention: AttentionChoice | None = None
   weights: initial_weights.Source | None = None  # of `init_from`, where no checkpoint is resumed
 
   @property

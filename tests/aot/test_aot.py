@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from groupvit_jax import cli
-from groupvit_jax.aot import chips, program, report, scopes, step
+from groupvit_jax.aot import chips, program, report, step
 from groupvit_jax.errors import UserError
 from tests.tiny import tiny_config
 
@@ -236,7 +236,7 @@ def test_metrics():
   ],
 )
 def test_parts_of_the_paper(op_name, part, phase):
-  assert (scopes.part_of(op_name), scopes.pass_of(op_name)) == (part, phase)
+  assert (report.part_of(op_name), report.pass_of(op_name)) == (part, phase)
 
 
 def test_a_program_that_jaxlib_cannot_read_leaves_the_rest_known():
