@@ -62,7 +62,7 @@ class OutputFolder:
   def begin(self, keep: Sequence[str] = ()) -> None:
     """Creates the folder with a report marked incomplete; deletes what an earlier evaluation left, but for `keep`."""
     if self.replaces:
-      print(f'{self.path}: files of the same names are replaced', file=sys.stderr)
+      print(f'{self.path}: earlier results are replaced', file=sys.stderr)
     self.make()
     if self.replaces and self._is_ours():
       for path in {path for pattern in _OPTIONAL for path in self.path.glob(pattern)} - {self.path / k for k in keep}:
