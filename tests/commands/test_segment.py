@@ -108,7 +108,7 @@ def test_the_same_again_replaces_its_own_results(evaluated, capsys):
   assert scenes(output=evaluated) == 0
   assert not (evaluated / 'thresholds.png').exists() and not list((evaluated / 'masks').iterdir())
   assert len(list((evaluated / 'tensorboard').iterdir())) == 1
-  assert 'files of the same names are replaced' in capsys.readouterr().err
+  assert 'earlier results are replaced' in capsys.readouterr().err
   assert read() == before  # to the bit
   assert (evaluated / 'notes.txt').read_text() == 'mine'
 
