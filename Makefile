@@ -20,7 +20,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-rest
 test: $(VENV)/test lint  # all tests with Python 3.11, elsewhere all but the oracles
 	$(PYTEST)
 
-test-new: $(VENV)/test  # a fast part, for another Python and newer libraries
+test-new: $(VENV)/test $(VENV)/cuda  # a fast part, for another Python and newer libraries
 	$(PYTEST) tests/model tests/aot tests/eval
 
 test-oracles: $(VENV)/test  # those that need torch and transformers, which requirements-test.txt has for Python 3.11
@@ -65,6 +65,11 @@ $(VENV)/run: requirements.txt
 $(VENV)/test: requirements-test.txt requirements-demo.txt $(VENV)/run
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	touch $@
+
+# XLA's compiler for GPUs. In the environment itself JAX would look for a GPU at each start.
+$(VENV)/cuda: $(VENV)/test
+	version=$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)') && \
+	  $(BIN)/python -m pip install --quiet --no-deps --target $@ "jax-cuda13-plugin==$$version" "jax-cuda13-pjrt==$$version"
 
 # These pages and the API reference as a site, build/site/index.html; after `make quickstart` with its model as page/.
 docs: $(VENV)/test

@@ -2,7 +2,7 @@
 
   python -m groupvit_jax.aot --config=configs/groupvit_vits16_gcc_yfcc.py --topology=v5e:16x16,h100:8
 
-Needs the compiler (libtpu or 'jax[cuda12]', by pip) and neither data nor a chip. Exits with 3 when a step does not fit.
+Needs the compiler (libtpu or 'jax[cuda13]', by pip) and neither data nor a chip. Exits with 3 when a step does not fit.
 """
 
 import json

@@ -108,7 +108,7 @@ def find_topology(name: str) -> Topology:
   try:
     devices = _gpus(chip, num_chips) if chip.gpu else _tpus(name, chip)
   except (RuntimeError, ImportError, OSError) as error:
-    compiler = 'jax[cuda12]' if chip.gpu else 'libtpu'
+    compiler = 'jax[cuda13]' if chip.gpu else 'libtpu'
     raise UserError(
       f'cannot compile for --topology={name}: {str(error).splitlines()[0]}; the compiler comes with '
       f"pip install '{compiler}'"
