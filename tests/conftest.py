@@ -5,6 +5,7 @@ with them, and those that take one as a fixture. Where torch is not installed th
 """
 
 from collections.abc import Iterator
+import ctypes
 import functools
 import importlib.util
 import os
@@ -12,6 +13,8 @@ import pathlib
 import re
 import shutil
 import signal
+import struct
+import sys
 import tempfile
 
 CACHE = pathlib.Path(__file__).parents[1] / '.cache' / 'jax'
@@ -79,6 +82,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_cache(tmp_path, monkeypatch) -> None:
   """The test has a folder of its own, tmp_path/cache, for indices and downloads."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+
+
+@pytest.fixture
+def ordinary_signal_stack() -> None:
+  """Signals to this process are handled on its ordinary stack.
+
+  Another test may have loaded a library that set an alternative one, which is gone by now: with it the kernel would
+  end the process by SIGSEGV.
+  """
+  none = struct.pack('PiP', 0, 2, 0)  # stack_t: no address, SS_DISABLE, no size
+  if sys.platform == 'linux':
+    assert ctypes.CDLL(None).sigaltstack(none, None) == 0
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests.trained import trained_workdir
 scores = functools.partial(logged, metric='eval/validation/oracle_miou')
 
 
-pytestmark = pytest.mark.usefixtures('one_device')
+pytestmark = pytest.mark.usefixtures('one_device', 'ordinary_signal_stack')
 
 
 @pytest.fixture(scope='module')
